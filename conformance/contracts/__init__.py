@@ -1,0 +1,1 @@
+"""What is special about each operation, found by the mechanism's family and name."""

@@ -1,0 +1,108 @@
+"""A child process that runs tasks, so that a crash or a hang is a result and not the end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnspec.conformance.case import Case, SavedCase
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.report import Failure, Result
+from attnspec.conformance.violation import Violation
+
+if TYPE_CHECKING:
+    from attnspec.conformance.runner import Profile, Task
+
+START_UP = 120.0
+
+
+class Child:
+    """One worker process, restarted after a crash or a time-out.
+
+    Kernels travel by name and position, not by value: the child loads them the way the parent
+    did when they came from an entry point, and by pickling otherwise.
+    """
+
+    def __init__(
+        self, kernels: Sequence[Kernel], profile: Profile, saved: Sequence[SavedCase]
+    ) -> None:
+        self.kernels = list(kernels)
+        self.profile = profile
+        self.saved = list(saved)
+        self.context = multiprocessing.get_context("spawn")
+        self.process: Any = None
+
+    def run(self, task: Task, timeout: float) -> Result:
+        """The task's result; "crash" with the case it was on if the child did not come back."""
+        if self.process is None:
+            self._start()
+        number = self.kernels.index(task.kernel)
+        self.inbox.put((number, task.law.name, task.dtype))
+        current: str | None = None
+        while True:
+            try:
+                kind, payload = self.outbox.get(timeout=timeout)
+            except queue.Empty:
+                reason = f"did not finish within {timeout:g} s"
+                if not self.process.is_alive():
+                    reason = f"killed its process (exit code {self.process.exitcode})"
+                self._stop()
+                return self._crash(task, reason, current)
+            if kind == "case":
+                current = payload
+            else:
+                return payload
+
+    def _start(self) -> None:
+        self.inbox, self.outbox = self.context.Queue(), self.context.Queue()
+        arguments = (self.kernels, self.profile, self.saved, self.inbox, self.outbox)
+        self.process = self.context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+
+    def _stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process = None
+
+    def close(self) -> None:
+        """Stop the worker."""
+        if self.process is not None:
+            self.inbox.put(None)
+            self.process.join(timeout=10)
+            if self.process.is_alive():
+                self.process.kill()
+            self.process = None
+
+    def _crash(self, task: Task, reason: str, current: str | None) -> Result:
+        import json
+
+        failure = None
+        if current is not None:
+            failure = Failure(
+                task.kernel.name,
+                task.kernel.operation,
+                task.law.name,
+                task.law.promise,
+                Case.from_dict(json.loads(current)),
+                Violation(task.kernel.operation, reason),
+                "wrong on this case (a crash is not minimised)",
+            )
+        return Result(
+            task.kernel.name, task.kernel.operation, task.law.name, task.dtype,
+            "crash", 1, 0.0, {}, failure, note=reason,
+        )  # fmt: skip
+
+
+def _work(
+    kernels: list[Kernel], profile: Profile, saved: list[SavedCase], inbox: Any, outbox: Any
+) -> None:
+    from attnspec.conformance.laws import laws
+    from attnspec.conformance.runner import Task, run_task
+
+    while (order := inbox.get()) is not None:
+        number, law, dtype = order
+        task = Task(kernels[number], laws()[law], dtype)
+        result = run_task(task, profile, saved, notice=lambda case: outbox.put(("case", case)))
+        outbox.put(("result", result))

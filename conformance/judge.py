@@ -1,0 +1,238 @@
+"""The judge: truth, budgets derived from rounded runs, verdicts row by row.
+
+Truth is the reference in float64 on the kernel's own rounded inputs. The budget of a row is what
+rounded runs of the same reference lose on it, times `HEADROOM`, plus a few units in the last place
+of the output's dtype. Nothing here knows which mechanism it judges, and no test has a tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.contract import Output, Ranking, flatten
+from attnspec.conformance.dtypes import EPS, TINY, accumulator, round_to
+from attnspec.conformance.rounding import Rounded, rounded_arithmetic
+from attnspec.conformance.violation import Violation
+from attnspec.reference.primitives.top_k import top_k_mask
+
+HEADROOM = 4.0
+"""How much worse than the worst rounded run a kernel may be: one constant for the whole suite."""
+
+ULPS = 4.0
+"""Units in the last place of the output dtype that any row may be off by."""
+
+RUNS = 3
+"""Rounded runs a budget is taken from."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Truth of some outputs and the spread of the rounded runs around it."""
+
+    truth: dict[str, np.ndarray]
+    spread: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+def out_dtype(output: Output, dtype: str) -> str:
+    """The dtype an output must have from a kernel of `dtype`; float64 kernels widen float32."""
+    if output.dtype == "input":
+        return dtype
+    return accumulator(dtype) if output.dtype == "float32" else output.dtype
+
+
+def expect(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    outputs: tuple[Output, ...],
+    dtype: str,
+) -> Expectation:
+    """Truth and spread of ``function(**arguments)`` for a kernel of `dtype`."""
+    truth = dict(zip((o.name for o in outputs), flatten(function(**arguments)), strict=True))
+    truth = {name: _to_float64(value) for name, value in truth.items()}
+    judged = [output for output in outputs if output.kind == "value"]
+    errors: dict[str, list[np.ndarray]] = {output.name: [] for output in judged}
+    for seed in range(RUNS if judged else 0):
+        with rounded_arithmetic(dtype, seed), np.errstate(all="ignore"):
+            results = flatten(function(**_wrap(arguments)))
+        for output, result in zip(outputs, results, strict=True):
+            if output.kind == "value":
+                plain = np.asarray(result).view(np.ndarray)
+                rounded = round_to(plain, out_dtype(output, dtype)).astype(np.float64)
+                errors[output.name].append(_difference(rounded, truth[output.name]))
+    spread = {o.name: _spread(np.stack(errors[o.name]), o.row_axes) for o in judged}
+    return Expectation(truth, spread)
+
+
+def _spread(errors: np.ndarray, row_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Worst root mean square and worst entry of each row over the runs, never below the median.
+
+    One lucky run must not make a row impossible: the median over rows is the floor.
+    """
+    rms, top = _row_norms(errors, row_axes)
+    floored = []
+    for values in (rms.max(axis=0), top.max(axis=0)):
+        typical = np.median(values) if values.size else 0.0
+        floored.append(np.maximum(values, typical))
+    return floored[0], floored[1]
+
+
+def _row_norms(errors: np.ndarray, row_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    size = np.abs(errors)
+    if row_axes == 0:
+        return size, size
+    if size.shape[-1] == 0:
+        empty = np.zeros(size.shape[:-1])
+        return empty, empty
+    return np.sqrt(np.mean(size**2, axis=-1)), size.max(axis=-1)
+
+
+def _difference(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """|got - truth| with equal infinities counted as equal."""
+    with np.errstate(invalid="ignore"):
+        return np.where(got == truth, 0.0, np.abs(got - truth))
+
+
+def compare(
+    got: np.ndarray, expectation: Expectation, output: Output, dtype: str
+) -> tuple[float, Violation | None]:
+    """How much of the budget the worst row uses, and the violation if that is more than all.
+
+    `dtype` is the kernel's. Rows whose truth is exactly 0 must be exactly 0 (K4).
+    """
+    truth = expectation.truth[output.name]
+    if got.shape != truth.shape:
+        return np.inf, Violation(output.name, f"shape {got.shape}, expected {truth.shape}")
+    if output.kind != "value":
+        wrong = np.argwhere(got != truth)
+        if not len(wrong):
+            return 0.0, None
+        place = tuple(int(i) for i in wrong[0])
+        numbers = float(truth[place]), float(got[place])
+        return np.inf, Violation(output.name, f"{len(wrong)} entries differ", place, *numbers)
+    if not truth.size:
+        return 0.0, None
+    kind = out_dtype(output, dtype)
+    error = _difference(got, truth)
+    error_rms, error_top = _row_norms(error, output.row_axes)
+    truth_rms, truth_top = _row_norms(np.where(np.isfinite(truth), truth, 0.0), output.row_axes)
+    spread_rms, spread_top = expectation.spread[output.name]
+    floor = np.where(truth_top == 0, 0.0, TINY[kind])
+    silent = (truth_top == 0) if output.row_axes else np.zeros_like(truth_top, bool)
+    ratio = np.zeros_like(error_rms)
+    budgets = []
+    for measured, spread, size in (
+        (error_rms, spread_rms, truth_rms),
+        (error_top, spread_top, truth_top),
+    ):
+        budget = np.where(silent, 0.0, HEADROOM * spread + ULPS * (EPS[kind] * size + floor))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            used = np.where(measured == 0, 0.0, measured / budget)
+        ratio = np.maximum(ratio, np.where(np.isnan(used), np.inf, used))
+        budgets.append(budget)
+    worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    used = float(ratio[worst])
+    if used <= 1.0:
+        return used, None
+    place = _worst_entry(error, worst, output.row_axes)
+    return used, Violation(
+        output.name,
+        "wrong value" if np.isfinite(got[place]) or np.isinf(truth[place]) else "not finite",
+        place,
+        float(truth[place]),
+        float(got[place]),
+        float(error_rms[worst]),
+        float(budgets[0][worst]),
+    )
+
+
+def _worst_entry(error: np.ndarray, row: tuple[Any, ...], row_axes: int) -> tuple[int, ...]:
+    place = tuple(int(i) for i in row)
+    if row_axes:
+        place += (int(np.argmax(np.nan_to_num(error[row], nan=np.inf, posinf=np.inf))),)
+    return place
+
+
+def judge_selection(
+    name: str, got: np.ndarray, ranking: Ranking, tau: np.ndarray | float, strict: bool
+) -> Violation | None:
+    """A selection is judged by the scores it achieves, not by its indices.
+
+    `got` holds indices (..., k), sorted ascending, or a bool mask (..., n). `tau` is the score
+    stage's budget: scores closer than that are interchangeable unless `strict` asks for rule K6.
+    """
+    scores = ranking.scores
+    n = scores.shape[-1]
+    allowed = np.ones(scores.shape, bool) if ranking.allowed is None else ranking.allowed
+    forced = np.zeros(scores.shape, bool) if ranking.forced is None else ranking.forced
+    if got.dtype != bool:
+        problem = _check_indices(name, got, scores.shape)
+        if problem:
+            return problem
+        chosen = np.zeros(scores.shape, bool)
+        np.put_along_axis(chosen, got.astype(np.int64), True, axis=-1)
+    elif got.shape != scores.shape:
+        return Violation(name, f"shape {got.shape}, expected {scores.shape}")
+    else:
+        chosen = got
+    if np.any(chosen & ~allowed):
+        return _at(name, "chose a forbidden entry", chosen & ~allowed)
+    if np.any(forced & ~chosen):
+        return _at(name, "left out a forced entry", forced & ~chosen)
+    wanted = np.minimum(ranking.k, allowed.sum(axis=-1))
+    wanted = np.maximum(wanted, forced.sum(axis=-1))
+    if np.any(chosen.sum(axis=-1) != wanted):
+        return _at(name, "wrong number chosen", chosen.sum(axis=-1) != wanted)
+    free = allowed & ~forced
+    if strict:
+        preferred = np.where(free, scores, -np.inf)
+        best = forced.copy()
+        for row in np.ndindex(scores.shape[:-1]):
+            count = int(wanted[row] - forced[row].sum())
+            best[row] |= top_k_mask(preferred[row], count) & free[row]
+        if np.any(best != chosen):
+            return _at(name, "ties not broken by the lower index (K6)", best != chosen)
+        return None
+    tau = np.broadcast_to(tau, scores.shape)
+    low = np.where(chosen & free, scores + tau, np.inf).min(axis=-1, initial=np.inf)
+    high = np.where(free & ~chosen, scores - tau, -np.inf).max(axis=-1, initial=-np.inf)
+    if np.any(high > low):
+        return _at(name, "an unchosen entry beats a chosen one", high > low)
+    return None if n or not got.size else Violation(name, "chose from nothing")
+
+
+def _check_indices(name: str, got: np.ndarray, shape: tuple[int, ...]) -> Violation | None:
+    if got.shape[:-1] != shape[:-1] or got.dtype.kind not in "iu":
+        return Violation(name, f"{got.dtype} of shape {got.shape} for scores of shape {shape}")
+    if np.any((got < 0) | (got >= shape[-1])):
+        return _at(name, "index out of range", (got < 0) | (got >= shape[-1]))
+    steps = np.diff(got.astype(np.int64), axis=-1)
+    if np.any(steps == 0):
+        return _at(name, "the same entry chosen twice", steps == 0)
+    if np.any(steps < 0):
+        return _at(name, "not sorted ascending (K6)", steps < 0)
+    return None
+
+
+def _at(name: str, message: str, wrong: np.ndarray) -> Violation:
+    return Violation(name, message, tuple(int(i) for i in np.argwhere(wrong)[0]))
+
+
+def _to_float64(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def _wrap(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: convert(item) for name, item in value.items()}
+        if isinstance(value, tuple):
+            items = [convert(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return Rounded.wrap(value) if isinstance(value, np.ndarray) else value
+
+    return {name: convert(value) for name, value in arguments.items()}

@@ -1,0 +1,118 @@
+"""What a law is, and how it draws the cases it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from attnspec.conformance.case import Case
+from attnspec.conformance.contract import Contract
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.layouts import LAYOUTS
+from attnspec.conformance.trial import Trial
+
+Strategy = st.SearchStrategy[Case]
+TOKEN_AXES = ("tokens", "queries", "keys", "q_tokens", "k_tokens")
+
+
+@dataclass(frozen=True)
+class Law:
+    """One promise every kernel makes, or every kernel whose contract or claims allow it.
+
+    applies(contract, kernel): whether the law speaks about this kernel at all.
+    cases(contract, kernel, dtype): where it looks.
+    check(trial): raises `Violation` if the promise is broken on the trial's case.
+    examples: share of the profile's examples it deserves (1 is all).
+    """
+
+    name: str
+    promise: str
+    rules: tuple[str, ...]
+    cases: Callable[[Contract, Kernel, str], Strategy]
+    check: Callable[[Trial], None]
+    applies: Callable[[Contract, Kernel], bool] = lambda contract, kernel: True
+    examples: float = 1.0
+
+
+def token_axes(contract: Contract) -> list[str]:
+    """The axes of a contract that count tokens."""
+    return [a for a in contract.sizes if a in (*TOKEN_AXES, contract.queries, contract.keys)]
+
+
+@st.composite
+def draw_case(
+    draw: st.DrawFn,
+    contract: Contract,
+    kernel: Kernel,
+    dtype: str,
+    axes: Mapping[str, st.SearchStrategy[int]] | None = None,
+    values: Sequence[str] | None = None,
+    layouts: Sequence[str] = ("contiguous",),
+    cross: bool = False,
+    options: Sequence[str] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Case:
+    """A case inside the kernel's limits.
+
+    `axes` overrides how axes are drawn, `parameters` fixes parameters, `options` chooses among
+    optional arrays (all by default). Queries and keys have equal lengths unless `cross`.
+    """
+    sizes: dict[str, int] = {}
+    for axis, (low, high) in contract.sizes.items():
+        sizes[axis] = draw(_within(kernel, axis, (axes or {}).get(axis), low, high))
+    if contract.has_cross() and not cross:
+        sizes[contract.keys] = sizes[contract.queries]
+    chosen: dict[str, Any] = {}
+    for name, strategy in contract.parameters(sizes).items():
+        allowed = kernel.limits.get(name)
+        fixed = (parameters or {}).get(name)
+        if fixed is not None:
+            chosen[name] = fixed
+        else:
+            chosen[name] = draw(strategy if allowed is None else _filtered(strategy, allowed))
+    optional = [o for o in contract.optional if kernel.supports(o, True)]
+    if options is not None:
+        optional = [o for o in optional if o in options]
+    present = tuple(o for o in optional if draw(st.booleans()))
+    return Case(
+        operation=contract.operation,
+        sizes=sizes,
+        parameters=chosen,
+        options=present,
+        values=draw(st.sampled_from(list(values or contract.values))),
+        layout=draw(st.sampled_from([x for x in layouts if kernel.supports("layout", x)])),
+        dtype=dtype,
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def _within(
+    kernel: Kernel, axis: str, strategy: st.SearchStrategy[int] | None, low: int, high: int
+) -> st.SearchStrategy[int]:
+    allowed = kernel.limits.get(axis)
+    if allowed is None:
+        return st.integers(low, high) if strategy is None else strategy
+    if strategy is not None:
+        return _filtered(strategy, allowed)
+    inside = [n for n in range(low, high + 1) if n in allowed]
+    if not inside:
+        inside = [n for n in range(high, 4097) if n in allowed][:2]
+    return st.sampled_from(inside)
+
+
+def _filtered(strategy: st.SearchStrategy[Any], allowed: Any) -> st.SearchStrategy[Any]:
+    return strategy.filter(lambda value: value in allowed)
+
+
+def near_blocks(kernel: Kernel) -> st.SearchStrategy[int]:
+    """Lengths around multiples of the kernel's own tile sizes."""
+    lengths = {1}
+    for block in kernel.blocks:
+        lengths |= {block // 2, block - 1, block, block + 1, 2 * block - 1, 2 * block + 1}
+    return st.sampled_from(sorted(n for n in lengths if 1 <= n <= kernel.largest))
+
+
+ALL_LAYOUTS = LAYOUTS

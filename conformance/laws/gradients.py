@@ -1,0 +1,137 @@
+"""The law of gradients: every differentiable input, under a random upstream of awkward layout."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.arrays import place_arguments, round_arguments
+from attnspec.conformance.contract import Contract, Output, flatten
+from attnspec.conformance.judge import expect
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.trial import EXPECTATIONS, Refused, Trial
+from attnspec.conformance.values import make_values
+from attnspec.conformance.violation import Violation
+
+
+def upstream_names(contract: Contract) -> list[tuple[str, int]]:
+    """Names of the reference gradient's upstream arguments, with the output each belongs to."""
+    gradient = contract.spec.gradient
+    assert gradient is not None
+    parameters = inspect.signature(gradient).parameters
+    outputs = [output.name for output in contract.outputs]
+    named = [(f"d{name}", i) for i, name in enumerate(outputs) if f"d{name}" in parameters]
+    return named
+
+
+def cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, cross=True, layouts=("contiguous", "transposed"))
+
+
+def check(trial: Trial) -> None:
+    """Gradients agree with the reference's own, for every differentiable input."""
+    contract, case = trial.contract, trial.case
+    gradient = contract.spec.gradient
+    assert gradient is not None
+    arguments = trial.arguments()
+    truth = contract.outputs_of(contract.spec.function(**arguments))
+    upstream = {}
+    for name, index in upstream_names(contract):
+        shape = np.shape(truth[contract.outputs[index].name])
+        upstream[name] = make_values("normal", case.generator(name), shape, "other")
+    upstream = round_arguments(upstream, case.dtype)
+    outputs = tuple(
+        Output(f"d{name}", dtype=_gradient_dtype(contract, name))
+        for name in contract.differentiable
+        if name in arguments
+    )
+    present = [output.name[1:] for output in outputs]
+    expectation = EXPECTATIONS.get(
+        ("gradient", case.key),
+        lambda: expect(
+            lambda **given: _select(contract, gradient(**given), present),
+            {**arguments, **upstream},
+            outputs,
+            case.dtype,
+        ),
+    )
+    try:
+        if trial.kernel.backward is not None:
+            got = _explicit(trial, {**arguments, **upstream}, present)
+        else:
+            got = _autograd(trial, arguments, upstream, present)
+    except (TypeError, ValueError, Refused) as refusal:
+        raise Violation("gradient", f"refused a case it claims: {refusal}") from None
+    trial.compare(outputs, got, expectation)
+
+
+def _gradient_dtype(contract: Contract, name: str) -> str:
+    return "input"
+
+
+def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:
+    by_name = dict(zip(contract.differentiable, flatten(gradients), strict=True))
+    return tuple(by_name[name] for name in present)
+
+
+def _explicit(
+    trial: Trial, arguments: Mapping[str, Any], present: list[str]
+) -> dict[str, np.ndarray]:
+    kernel, contract = trial.kernel, trial.contract
+    assert kernel.backward is not None and contract.spec.gradient is not None
+    placed = place_arguments(kernel.arrays, arguments, trial.case.layout, trial.case.dtype)
+    parameters = inspect.signature(contract.spec.gradient).parameters
+    with kernel.arrays.poisoned():
+        result = kernel.backward(**{n: placed[n] for n in parameters if n in placed})
+    chosen = _select(contract, result, present)
+    return {f"d{n}": kernel.arrays.get(g) for n, g in zip(present, chosen, strict=True)}
+
+
+def _autograd(
+    trial: Trial,
+    arguments: Mapping[str, Any],
+    upstream: Mapping[str, np.ndarray],
+    present: list[str],
+) -> dict[str, np.ndarray]:
+    import torch
+
+    kernel, contract = trial.kernel, trial.contract
+    placed = place_arguments(kernel.arrays, arguments, trial.case.layout, trial.case.dtype)
+    # An upstream gradient in transposed storage is what a following matmul hands back.
+    above = place_arguments(kernel.arrays, upstream, "transposed", trial.case.dtype)
+    leaves = [placed[name].requires_grad_() for name in present]
+    with kernel.arrays.poisoned():
+        outputs = contract.outputs_of(contract.call(kernel.call, placed))
+        pairs = [
+            (outputs[contract.outputs[index].name], above[name])
+            for name, index in upstream_names(contract)
+        ]
+        gradients = torch.autograd.grad(
+            [out for out, _ in pairs],
+            leaves,
+            [grad.to(out.dtype) for out, grad in pairs],
+            allow_unused=True,
+        )
+    got = {}
+    for name, leaf, gradient in zip(present, leaves, gradients, strict=True):
+        value = torch.zeros_like(leaf) if gradient is None else gradient
+        got[f"d{name}"] = kernel.arrays.get(value)
+    return got
+
+
+LAWS = (
+    Law(
+        "gradient",
+        "The gradient of every differentiable input is the reference's.",
+        ("K4", "K10"),
+        cases,
+        check,
+        applies=lambda contract, kernel: kernel.differentiates
+        and contract.spec.gradient is not None,
+        examples=0.7,
+    ),
+)

@@ -1,0 +1,224 @@
+"""Laws that compare a kernel with itself: what must not matter, and what must act linearly.
+
+They need no truth, so they hold a kernel to more than its budget: where the rule says *equal*, the
+two answers differ by rounding at most, and where a value may not be read, not at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from attnspec.conformance.contract import Contract
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.trial import Refused, Trial
+from attnspec.conformance.violation import Violation
+from attnspec.reference.primitives.softmax import merge
+
+
+def _slice(trial: Trial, arguments: dict[str, Any], axis: str, index: Any) -> dict[str, Any]:
+    """`arguments` with every array indexed along `axis`."""
+    changed = dict(arguments)
+    for array in trial.contract.arrays:
+        axes = array.axes.split()
+        if axis in axes and isinstance(arguments.get(array.name), np.ndarray):
+            changed[array.name] = np.take(arguments[array.name], index, axis=axes.index(axis))
+    return changed
+
+
+def several(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, axes={"batch": st.integers(2, 3)})
+
+
+def check_batch(trial: Trial) -> None:
+    """Each entry of a batch computed alone, and the batch in another order, agree with truth."""
+    arguments = trial.arguments()
+    batch = trial.case.sizes["batch"]
+    trial.check(_slice(trial, arguments, "batch", np.arange(batch)[::-1]))
+    trial.check(_slice(trial, arguments, "batch", np.array([batch - 1])))
+
+
+def check_permutation(trial: Trial) -> None:
+    """Keys, values and masks permuted together: the answer stays within the budget."""
+    arguments = trial.arguments()
+    keys = trial.case.sizes[trial.contract.keys]
+    order = trial.case.generator("permutation").permutation(keys)
+    permuted = dict(arguments)
+    for array in trial.contract.arrays:
+        if array.name in trial.contract.key_arrays and array.name in arguments:
+            axis = array.axes.split().index(trial.contract.keys)
+            permuted[array.name] = np.take(arguments[array.name], order, axis=axis)
+    trial.judge(_run(trial, permuted), arguments)
+
+
+def check_prefix(trial: Trial) -> None:
+    """Tokens to come change no earlier row, not by one bit."""
+    contract, arguments = trial.contract, trial.arguments()
+    tokens = trial.case.sizes[contract.queries]
+    cut = int(trial.case.generator("cut").integers(0, tokens)) + 1
+    changed = dict(arguments)
+    for array in contract.arrays:
+        axes = array.axes.split()
+        value = arguments.get(array.name)
+        if contract.keys in axes and isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            changed[array.name] = value.copy()
+            later = [slice(None)] * value.ndim
+            later[axes.index(contract.keys)] = slice(cut, None)
+            changed[array.name][tuple(later)] *= -3.0
+    before, after = _run(trial, arguments), _run(trial, changed)
+    for output in contract.outputs:
+        if output.kind != "value":
+            continue
+        axis = -2 if output.row_axes else -1
+        old = np.take(before[output.name], np.arange(cut), axis=axis)
+        new = np.take(after[output.name], np.arange(cut), axis=axis)
+        if not np.array_equal(old, new):
+            raise Violation(output.name, f"a row before token {cut} depends on later tokens")
+
+
+def check_linearity(trial: Trial) -> None:
+    """Doubling the values, an exact operation in every dtype, doubles the output exactly."""
+    arguments = trial.arguments()
+    once = _run(trial, arguments)
+    for name in trial.contract.linear_in:
+        twice = _run(trial, {**arguments, name: 2.0 * arguments[name]})
+        first = trial.contract.outputs[0].name
+        if not np.array_equal(twice[first], 2.0 * once[first], equal_nan=True):
+            raise Violation(first, f"doubling {name} does not double it")
+
+
+def check_split(trial: Trial) -> None:
+    """Attention over two halves of the keys, merged by lse, is attention over all (K5)."""
+    arguments = trial.arguments()
+    split = trial.contract.split
+    parts = split(arguments, trial.case) if split else None
+    if not parts:
+        return
+    results = [_run(trial, part) for part in parts]
+    out, lse = (output.name for output in trial.contract.outputs[:2])
+    merged = results[0][out], results[0][lse]
+    for part in results[1:]:
+        with np.errstate(all="ignore"):
+            merged = merge(*merged, part[out], part[lse])
+    trial.judge({out: merged[0], lse: merged[1]}, arguments)
+
+
+def check_poison(trial: Trial) -> None:
+    """NaN stored where the operation may not look reaches no output."""
+    arguments = trial.arguments()
+    poison = trial.contract.poison
+    assert poison is not None
+    trial.judge(_run(trial, poison(dict(arguments), trial.case)), arguments)
+
+
+def check_neutral(trial: Trial) -> None:
+    """An argument at its neutral value acts as if it were absent."""
+    arguments = trial.arguments()
+    for name, value in trial.contract.neutral.items():
+        if not trial.kernel.supports(name, True):
+            continue
+        absent = {n: v for n, v in arguments.items() if n != name}
+        trial.judge(_run(trial, {**absent, name: value(trial.case)}), absent)
+
+
+def _run(trial: Trial, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    try:
+        return trial.run(arguments)
+    except Refused as refusal:
+        raise Violation(
+            trial.contract.operation, f"refused a case it claims: {refusal}"
+        ) from None
+
+
+def permutable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, cross=True).filter(contract.permutable)
+
+
+def causal(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    assert contract.causal is not None
+    return draw_case(contract, kernel, dtype).filter(
+        lambda case: bool(contract.causal and contract.causal(case))
+        and case.sizes[contract.queries] > 0
+    )
+
+
+def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, cross=True)
+
+
+def bounded(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, values=("normal", "structured"), cross=True)
+
+
+LAWS = (
+    Law(
+        "batch",
+        "An entry of a batch does not feel its neighbours.",
+        ("K1",),
+        several,
+        check_batch,
+        applies=lambda contract, kernel: "batch" in contract.sizes
+        and kernel.supports("batch", 2)
+        and all("batch" in array.axes.split() for array in contract.arrays),
+        examples=0.3,
+    ),
+    Law(
+        "permutation",
+        "Without positions the order of the keys does not matter.",
+        ("K3",),
+        permutable,
+        check_permutation,
+        applies=lambda contract, kernel: bool(contract.key_arrays),
+        examples=0.3,
+    ),
+    Law(
+        "prefix",
+        "Under a causal order no row depends on what comes after it.",
+        ("K3",),
+        causal,
+        check_prefix,
+        applies=lambda contract, kernel: contract.causal is not None,
+        examples=0.3,
+    ),
+    Law(
+        "linearity",
+        "The output is linear in the values.",
+        ("K10",),
+        bounded,
+        check_linearity,
+        applies=lambda contract, kernel: bool(contract.linear_in),
+        examples=0.3,
+    ),
+    Law(
+        "split",
+        "Results over disjoint keys merge into the result over all of them.",
+        ("K5",),
+        anywhere,
+        check_split,
+        applies=lambda contract, kernel: contract.split is not None,
+        examples=0.3,
+    ),
+    Law(
+        "poison",
+        "NaN behind a mask never leaks.",
+        ("K11",),
+        anywhere,
+        check_poison,
+        applies=lambda contract, kernel: contract.poison is not None,
+        examples=0.5,
+    ),
+    Law(
+        "neutral",
+        "A neutral argument is no argument.",
+        ("K4", "K8", "K9"),
+        anywhere,
+        check_neutral,
+        applies=lambda contract, kernel: any(
+            kernel.supports(name, True) for name in contract.neutral
+        ),
+        examples=0.3,
+    ),
+)

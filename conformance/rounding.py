@@ -1,0 +1,151 @@
+"""The rounded run: the reference executed as a correct kernel of a given dtype would.
+
+`Rounded` is an array class under which the unchanged reference behaves like tensor-core code:
+operands of a contraction are rounded to the kernel's dtype, everything accumulates in float32 (K10),
+and where the order of operations is a kernel's own choice (sums, contractions, the last bits of a
+transcendental function) the result carries an error of random sign and of the size float32 allows.
+The spread of a few such runs around the truth is what an honest kernel may be off by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.dtypes import EPS, accumulator, round_to
+
+TRANSCENDENTAL = {
+    np.exp, np.exp2, np.expm1, np.log, np.log2, np.log1p, np.tanh, np.sin, np.cos, np.sqrt,
+    np.logaddexp, np.power, np.divide, np.reciprocal, np.arctan, np.cosh, np.sinh, np.float_power,
+}  # fmt: skip
+CONTRACTIONS: dict[Callable[..., Any], str] = {
+    np.einsum: "einsum",
+    np.dot: "dot",
+    np.tensordot: "tensordot",
+    np.inner: "inner",
+    np.vdot: "vdot",
+    np.outer: "outer",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The arithmetic being simulated and the source of its random signs."""
+
+    dtype: str
+    generator: np.random.Generator
+
+    @property
+    def compute(self) -> str:
+        return accumulator(self.dtype)
+
+    def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """`exact` off by one unit of accumulation error relative to `size`, sign at random."""
+        signs = self.generator.choice((-1.0, 1.0), size=np.shape(exact))
+        error = np.where(np.isfinite(size), EPS[self.compute] * size, 0.0)
+        with np.errstate(over="ignore"):
+            return np.asarray(exact + signs * error).astype(self.compute)
+
+
+_model: ContextVar[Model] = ContextVar("model")
+
+
+@contextmanager
+def rounded_arithmetic(dtype: str, seed: int) -> Iterator[None]:
+    """Within this context `Rounded` arrays compute as a kernel of `dtype` does."""
+    token = _model.set(Model(dtype, np.random.default_rng(seed)))
+    try:
+        yield
+    finally:
+        _model.reset(token)
+
+
+class Rounded(np.ndarray):
+    """A float array of the accumulator dtype that computes under the current `Model`."""
+
+    @classmethod
+    def wrap(cls, x: Any) -> Any:
+        """Float arrays become `Rounded`; anything else passes through."""
+        if isinstance(x, (np.ndarray, np.floating)) and np.asarray(x).dtype.kind == "f":
+            return np.asarray(x).astype(_model.get().compute).view(cls)
+        return x
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any
+    ) -> Any:
+        plain = [_strip(x) for x in inputs]
+        if ufunc is np.matmul and method == "__call__":
+            return _contract(np.matmul, plain, kwargs)
+        if out is not None:
+            kwargs["out"] = tuple(_strip(x) for x in out)
+        result = getattr(ufunc, method)(*plain, **kwargs)
+        if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
+            result = _model.get().disturb(result, np.abs(result))
+        if method in ("reduce", "accumulate", "reduceat") and ufunc is np.add and _is_float(result):
+            size = getattr(ufunc, method)(np.abs(plain[0]), *plain[1:], **_no_out(kwargs))
+            result = _model.get().disturb(result, size)
+        if out is not None:
+            out[0][...] = result
+            return out[0]
+        return _wrap_tree(result)
+
+    def __array_function__(
+        self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any
+    ) -> Any:
+        if func in CONTRACTIONS:
+            return _contract(func, [_strip_tree(x) for x in args], _strip_tree(kwargs))
+        if func in (np.sum, np.mean, np.cumsum) and "out" not in kwargs:
+            array = args[0]
+            result = func(*_strip_tree(args), **_strip_tree(kwargs))
+            if not _is_float(result):
+                return result
+            size = func(np.abs(_strip(array)), *_strip_tree(args[1:]), **_strip_tree(kwargs))
+            return Rounded.wrap(_model.get().disturb(result, size))
+        return _wrap_tree(func(*_strip_tree(args), **_strip_tree(kwargs)))
+
+
+def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A contraction on rounded operands, exact but for one unit of accumulation error."""
+    model = _model.get()
+    exact_operands = [
+        round_to(x, model.dtype).astype(np.float64) if _is_float(x) else x for x in operands
+    ]
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = function(*exact_operands, **kwargs)
+        size = function(*[np.abs(x) if _is_float(x) else x for x in exact_operands], **kwargs)
+        return Rounded.wrap(model.disturb(exact, size)) if _is_float(exact) else exact
+
+
+def _no_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "out"}
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, np.floating)) and np.asarray(x).dtype.kind == "f"
+
+
+def _strip(x: Any) -> Any:
+    return x.view(np.ndarray) if isinstance(x, Rounded) else x
+
+
+def _strip_tree(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return _rebuild(x, [_strip_tree(item) for item in x])
+    if isinstance(x, dict):
+        return {name: _strip_tree(item) for name, item in x.items()}
+    return _strip(x)
+
+
+def _wrap_tree(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return _rebuild(x, [_wrap_tree(item) for item in x])
+    return Rounded.wrap(x)
+
+
+def _rebuild(like: Any, items: list[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)

@@ -1,0 +1,266 @@
+"""Search for a counterexample to each law, law by law, and put together a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from attnspec.conformance.case import Case, SavedCase
+from attnspec.conformance.contract import Contract, find_contract
+from attnspec.conformance.explain import conditions
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.laws import laws, laws_for
+from attnspec.conformance.laws.base import Law
+from attnspec.conformance.report import Failure, Report, Result
+from attnspec.conformance.trial import Refused, Trial
+from attnspec.conformance.violation import Violation
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How hard to search: examples a law and dtype, and whether the search is repeatable."""
+
+    name: str
+    examples: int
+    derandomize: bool = True
+    shrink: bool = True
+
+
+PROFILES = {
+    "smoke": Profile("smoke", examples=12),
+    "ci": Profile("ci", examples=60),
+    "thorough": Profile("thorough", examples=600, derandomize=False),
+}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One law on one kernel in one dtype: the unit of work, of isolation and of the report."""
+
+    kernel: Kernel
+    law: Law
+    dtype: str
+
+    @property
+    def contract(self) -> Contract:
+        return find_contract(self.kernel.operation)
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name} {self.kernel.operation} {self.law.name} {self.dtype}"
+
+
+def plan(
+    kernels: Iterable[Kernel],
+    dtypes: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Task]:
+    """The tasks that certify `kernels`; `only` names laws, `dtypes` narrows the claimed ones."""
+    tasks = []
+    for kernel in kernels:
+        contract = find_contract(kernel.operation)
+        for law in laws_for(contract, kernel):
+            if only and law.name not in only:
+                continue
+            for dtype in kernel.dtypes:
+                if dtypes and dtype not in dtypes:
+                    continue
+                tasks.append(Task(kernel, law, dtype))
+    return tasks
+
+
+def run_task(
+    task: Task, profile: Profile, saved: Sequence[SavedCase] = (), notice: Progress | None = None
+) -> Result:
+    """Replay the saved cases of a task, then search; the smallest counterexample comes back."""
+    started = time.perf_counter()
+    count, used = 0, {}
+
+    def check(case: Case) -> None:
+        nonlocal count
+        if any(k.quarantine and k.law == task.law.name and k.when(case) for k in task.kernel.known):
+            return
+        count += 1
+        if notice:
+            notice(case.to_json())
+        trial = Trial(task.kernel, task.contract, case)
+        try:
+            check_case(task.law, trial)
+        finally:
+            for stage, share in trial.used.items():
+                used[stage] = max(share, used.get(stage, 0.0))
+
+    failure = _replay(task, check, saved) or _search(task, check, profile)
+    seconds = time.perf_counter() - started
+    verdict = "pass" if failure is None else "fail"
+    if failure is not None and _is_known(task, failure.case):
+        verdict = "known"
+    headroom = {} if verdict == "fail" else used
+    return Result(
+        task.kernel.name,
+        task.kernel.operation,
+        task.law.name,
+        task.dtype,
+        verdict,
+        count,
+        seconds,
+        headroom,
+        failure,
+    )
+
+
+def check_case(law: Law, trial: Trial) -> None:
+    """`law` on one case; an error of the kernel that no law foresaw is a violation too."""
+    try:
+        law.check(trial)
+    except Refused as refusal:
+        raise Violation(
+            trial.contract.operation, f"refused a case it claims: {refusal}"
+        ) from None
+
+
+def _replay(
+    task: Task, check: Callable[[Case], None], saved: Sequence[SavedCase]
+) -> Failure | None:
+    for item in saved:
+        if (item.kernel, item.law) != (task.kernel.name, task.law.name):
+            continue
+        if item.case.dtype == task.dtype:
+            try:
+                check(item.case)
+            except Violation as violation:
+                return _failure(task, item.case, violation)
+    return None
+
+
+def _search(task: Task, check: Callable[[Case], None], profile: Profile) -> Failure | None:
+    found: list[tuple[Case, Violation]] = []
+    strategy: st.SearchStrategy[Case] = task.law.cases(task.contract, task.kernel, task.dtype)
+
+    def attempt(case: Case) -> None:
+        try:
+            check(case)
+        except Violation as violation:
+            found.append((case, violation))
+            raise
+
+    phases = [Phase.explicit, Phase.generate] + ([Phase.shrink] if profile.shrink else [])
+    search = settings(
+        max_examples=max(1, round(profile.examples * task.law.examples)),
+        derandomize=profile.derandomize,
+        database=None,
+        deadline=None,
+        phases=phases,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )(given(strategy)(attempt))
+    try:
+        search()
+    except Violation:
+        case, violation = found[-1]
+        return _failure(task, case, violation)
+    return None
+
+
+def _failure(task: Task, case: Case, violation: Violation) -> Failure:
+    def fails(other: Case) -> bool:
+        try:
+            check_case(task.law, Trial(task.kernel, task.contract, other))
+        except Violation:
+            return True
+        except Exception:
+            return False
+        return False
+
+    return Failure(
+        kernel=task.kernel.name,
+        operation=task.kernel.operation,
+        law=task.law.name,
+        promise=task.law.promise,
+        case=case,
+        violation=violation,
+        when=conditions(task.contract, case, fails),
+    )
+
+
+def _is_known(task: Task, case: Case) -> bool:
+    return any(known.law == task.law.name and known.when(case) for known in task.kernel.known)
+
+
+def unexpected_passes(kernels: Iterable[Kernel]) -> list[Result]:
+    """Known failures whose witness case passes by now: the entry must go."""
+    results = []
+    for kernel in kernels:
+        for known in kernel.known:
+            saved = SavedCase.load(Path(known.witness))
+            if known.quarantine:
+                continue
+            trial = Trial(kernel, find_contract(kernel.operation), saved.case)
+            try:
+                check_case(laws()[known.law], trial)
+            except Violation:
+                continue
+            results.append(
+                Result(kernel.name, kernel.operation, known.law, saved.case.dtype,
+                       "unexpected pass", 1, 0.0, {}, None, note=known.issue)
+            )  # fmt: skip
+    return results
+
+
+def certify(
+    kernel: Kernel | Sequence[Kernel],
+    *,
+    profile: str | Profile = "ci",
+    dtypes: Sequence[str] | None = None,
+    laws: Sequence[str] | None = None,
+    cases: str | Path | None = None,
+    isolate: bool | None = None,
+    timeout: float = 120.0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Certify one kernel, or several, against the reference.
+
+    profile: "smoke", "ci" or "thorough". cases: folder of counterexamples, replayed first and
+    written to. isolate: run in a child process with `timeout` seconds a law, so that a crash or a
+    hang is a result; by default only for CUDA kernels. Returns a `Report`; an interrupted run
+    returns what it has.
+    """
+    kernels = [kernel] if isinstance(kernel, Kernel) else list(kernel)
+    if isinstance(profile, str):
+        if profile not in PROFILES:
+            raise ValueError(f"profile: got {profile!r}, expected one of {tuple(PROFILES)}")
+        profile = PROFILES[profile]
+    tasks = plan(kernels, dtypes, laws)
+    folder = Path(cases) if cases is not None else None
+    saved = [SavedCase.load(p) for p in sorted(folder.glob("*.json"))] if folder else []
+    report = Report(profile=profile.name)
+    from attnspec.conformance.isolate import Child
+
+    child: Child | None = None
+    try:
+        for number, task in enumerate(tasks):
+            if progress:
+                progress(number, len(tasks), str(task))
+            alone = task.kernel.device == "cuda" if isolate is None else isolate
+            if alone:
+                child = child or Child(kernels, profile, saved)
+                result = child.run(task, timeout)
+            else:
+                result = run_task(task, profile, saved)
+            report.add(result)
+            if result.failure is not None and folder is not None:
+                result.failure.save(folder)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        if child is not None:
+            child.close()
+    for result in unexpected_passes(kernels):
+        report.add(result)
+    return report

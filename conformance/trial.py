@@ -1,0 +1,205 @@
+"""One kernel on one case: build the arguments, call, check what every call must keep, judge."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.arrays import place_arguments, round_arguments
+from attnspec.conformance.case import Case
+from attnspec.conformance.contract import Contract, Output, flatten
+from attnspec.conformance.judge import (
+    HEADROOM,
+    Expectation,
+    compare,
+    expect,
+    judge_selection,
+    out_dtype,
+)
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.violation import Violation
+
+
+class Refused(Exception):
+    """The kernel raised TypeError or ValueError: right outside its limits, wrong inside."""
+
+
+class Cache:
+    """Expectations of the last cases: mutants and dtypes ask for the same ones again."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.entries: OrderedDict[Any, Expectation] = OrderedDict()
+
+    def get(self, key: Any, compute: Callable[[], Expectation]) -> Expectation:
+        if key in self.entries:
+            self.entries.move_to_end(key)
+            return self.entries[key]
+        value = self.entries[key] = compute()
+        if len(self.entries) > self.capacity:
+            self.entries.popitem(last=False)
+        return value
+
+
+EXPECTATIONS = Cache(capacity=2000)
+
+
+@dataclass
+class Trial:
+    """A kernel, the contract of its operation and a case; `used` collects budget use by stage."""
+
+    kernel: Kernel
+    contract: Contract
+    case: Case
+    used: dict[str, float] = field(default_factory=dict)
+
+    def arguments(self, case: Case | None = None) -> dict[str, Any]:
+        """The arguments of the case, rounded to the kernel's dtype and back in float64."""
+        return round_arguments(self.contract.arguments(case or self.case), self.case.dtype)
+
+    def run(
+        self, arguments: Mapping[str, Any], layout: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Outputs of the kernel on `arguments`, as float64 arrays by name.
+
+        Raises `Refused` for a TypeError or ValueError, `Violation` for any other exception, for
+        inputs changed in place (K12), for a launch that did not happen and for a wrong dtype.
+        """
+        results = self.call(self.kernel.call, arguments, layout)
+        try:
+            outputs = self.contract.outputs_of(results)
+        except TypeError as error:
+            raise Violation(self.contract.operation, str(error)) from None
+        for output in self.contract.outputs:
+            self.check_type(output.name, outputs[output.name], output)
+        return {name: self.kernel.arrays.get(value) for name, value in outputs.items()}
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        layout: str | None = None,
+    ) -> Any:
+        """`function` called as the operation on placed copies of `arguments`."""
+        kind = self.kernel.arrays
+        placed = place_arguments(kind, arguments, layout or self.case.layout, self.case.dtype)
+        before = {n: [kind.get(leaf).copy() for leaf in _arrays(kind, x)] for n, x in placed.items()}
+        launches = self.kernel.launches() if self.kernel.launches else None
+        try:
+            with kind.poisoned():
+                results = self.contract.call(function, placed)
+        except (TypeError, ValueError) as error:
+            raise Refused(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise Violation(
+                self.contract.operation, f"raised {type(error).__name__}: {error}"
+            ) from error
+        if launches is not None and self.kernel.launches and self.kernel.launches() == launches:
+            raise Violation(self.contract.operation, "returned without launching its kernel")
+        for name, value in placed.items():
+            for old, leaf in zip(before[name], _arrays(kind, value), strict=True):
+                if not np.array_equal(old, kind.get(leaf), equal_nan=old.dtype.kind == "f"):
+                    raise Violation(name, "the input was changed in place (K12)")
+        return results
+
+    def check_type(self, name: str, value: Any, output: Output) -> None:
+        """The output is an array of the kernel's library, with the declared dtype and device."""
+        kind = self.kernel.arrays
+        if not kind.is_array(value):
+            if output.kind == "value" or self.kernel.array == "torch":
+                raise Violation(name, f"returned {type(value).__name__}, expected an array")
+            return
+        dtype, device = kind.describe(value)
+        if output.kind == "value" and dtype != out_dtype(output, self.case.dtype):
+            raise Violation(name, f"dtype {dtype}, expected {out_dtype(output, self.case.dtype)}")
+        if device != self.kernel.device:
+            raise Violation(name, f"on {device}, expected {self.kernel.device}")
+
+    def judge(self, outputs: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> None:
+        """Raise the worst violation of `outputs` against the reference on `arguments`."""
+        contract = self.contract
+        function: Callable[..., Any] = contract.spec.function
+        key: Any = ("forward", self.case.key, _fingerprint(arguments))
+        if contract.ranking is not None:
+            selections = [o for o in contract.outputs if o.kind == "selection"]
+            for output in selections:
+                self.judge_selection(output.name, outputs[output.name], arguments)
+            if contract.follow is not None and len(contract.outputs) > len(selections):
+                chosen = outputs[selections[0].name]
+                follow = contract.follow
+                key = (*key, chosen.tobytes())
+
+                def function(**given: Any) -> Any:
+                    return follow(given, chosen)
+
+        expectation = EXPECTATIONS.get(
+            key, lambda: expect(function, arguments, contract.outputs, self.case.dtype)
+        )
+        judged = tuple(output for output in contract.outputs if output.kind != "selection")
+        self.compare(judged, outputs, expectation)
+
+    def compare(
+        self,
+        outputs: tuple[Output, ...],
+        got: Mapping[str, np.ndarray],
+        expectation: Expectation,
+    ) -> None:
+        """Raise the violation of the worst output; note how much budget each one uses."""
+        worst: tuple[float, Violation] | None = None
+        for output in outputs:
+            used, violation = compare(got[output.name], expectation, output, self.case.dtype)
+            self.used[output.name] = max(used, self.used.get(output.name, 0.0))
+            if violation is not None and (worst is None or used > worst[0]):
+                worst = used, violation
+        if worst is not None:
+            raise worst[1]
+
+    def judge_selection(self, name: str, got: np.ndarray, arguments: Mapping[str, Any]) -> None:
+        """Judge one selection by the scores of the contract's ranking."""
+        make_ranking = self.contract.ranking
+        assert make_ranking is not None
+        ranking = make_ranking(arguments)
+        exact = ranking.exact == "always" or (
+            ranking.exact == "integers" and self.case.values == "ties"
+        )
+        tau: np.ndarray | float = 0.0
+        if not exact:
+            scores = Output("scores", row_axes=0, dtype="float32")
+            key = ("scores", self.case.key, _fingerprint(arguments))
+            expectation = EXPECTATIONS.get(
+                key,
+                lambda: expect(
+                    lambda **a: make_ranking(a).scores, arguments, (scores,), self.case.dtype
+                ),
+            )
+            tau = HEADROOM * expectation.spread["scores"][0]
+        strict = exact and self.kernel.ties == "lowest"
+        violation = judge_selection(name, got, ranking, tau, strict)
+        if violation is not None:
+            raise violation
+
+    def check(self, arguments: Mapping[str, Any] | None = None, layout: str | None = None) -> None:
+        """Run and judge: inside its limits a kernel must answer, and rightly."""
+        arguments = self.arguments() if arguments is None else arguments
+        try:
+            outputs = self.run(arguments, layout)
+        except Refused as refusal:
+            raise Violation(self.contract.operation, f"refused a case it claims: {refusal}") from None
+        self.judge(outputs, arguments)
+
+
+def _arrays(kind: Any, value: Any) -> list[Any]:
+    return [leaf for leaf in flatten(value) if kind.is_array(leaf)]
+
+
+def _fingerprint(arguments: Mapping[str, Any]) -> int:
+    """Tells apart arguments that a law has changed after the case was made."""
+    parts = []
+    for name, value in arguments.items():
+        for leaf in flatten(value):
+            parts.append((name, leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf)))
+    return hash(tuple(parts))

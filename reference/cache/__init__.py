@@ -1,0 +1,1 @@
+"""Part: what a decoder keeps of the past."""

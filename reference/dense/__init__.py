@@ -1,0 +1,1 @@
+"""Part zero: dense softmax attention, the chapter every other one departs from."""

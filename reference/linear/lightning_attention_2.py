@@ -1,0 +1,352 @@
+r"""Lightning Attention-2: causal linear attention with a decay per head, tile by tile.
+
+Without a softmax, attention is a running sum: the state holds every key-value product seen, each
+head forgets at its own constant rate, and a query reads the state. A block of rows is computed as
+a small masked matrix product, and one d by e state is carried from block to block, so time is
+linear in the tokens and the work is matrix products. The same split serves the backward pass, with
+a second state carried from the end.
+
+Definition
+----------
+Per query head: q and k of width d, v of width e, slope :math:`s \ge 0`, decay
+:math:`\lambda = e^{-s}`. There is no softmax, no scale and no denominator: an activation of q and k
+before and a norm of the output behind are the caller's, and training needs them to be stable.
+
+S1. **Left product.** :math:`o_t = \sum_{j \le t} \lambda^{t-j} (q_t \cdot k_j) v_j`: the scores
+times the mask :math:`M_{tj} = e^{-s (t-j)}`, which is 0 for :math:`j > t` and 1 on the diagonal.
+
+S2. **Recurrence.** :math:`S_t = \lambda S_{t-1} + k_t v_t^T`, then :math:`o_t = S_t^T q_t`: a token
+enters undecayed and before the read. :math:`S_0` is given or zero; the last state is returned.
+
+S3. **Log decays.** In general each step has its own :math:`g_t \le 0` (here :math:`g_t = -s`), and
+:math:`G_r = \sum_{i \le r} g_i` is the inclusive sum inside a block of m rows, r = 1..m.
+
+S4. **Blocks.** With S the state entering a block and :math:`D_{rj} = e^{G_r - G_j}` for
+:math:`r \ge j`, else 0: :math:`O = (e^G Q) S + (Q K^T \odot D) V`, and the state leaving it is
+:math:`e^{G_m} S + (e^{G_m - G} K)^T V`. Every exponent is :math:`\le 0`, so nothing overflows. The
+last block may be short; m is then its own number of rows.
+
+S5. **Gradient by token.** With :math:`dS_t` the gradient of :math:`S_t`:
+:math:`dS_t = \lambda dS_{t+1} + q_t do_t^T` (the gradient of the returned state is added undecayed
+at t = T), :math:`dq_t = S_t do_t`, :math:`dk_t = dS_t v_t`, :math:`dv_t = dS_t^T k_t`, and
+:math:`dS_0 = \lambda dS_1`.
+
+S6. **Gradient by block.** A forward sweep recomputes S, and
+:math:`dQ = (dO V^T \odot D) K + (e^G dO) S^T`. A sweep from the end carries R, the gradient of the
+state leaving the block: :math:`dK = (dO V^T \odot D)^T Q + e^{G_m - G} V R^T`,
+:math:`dV = (Q K^T \odot D)^T dO + e^{G_m - G} K R`, then
+:math:`R \leftarrow e^{G_m} R + (e^G Q)^T dO`.
+
+S7. **Gradient of the decay.** :math:`dG_t = q_t \cdot dq_t - k_t \cdot dk_t`, plus
+:math:`\langle S_T, dS_T \rangle` at t = T for a returned state;
+:math:`dg_t = \sum_{t' \ge t} dG_{t'}` over the whole sequence, and :math:`ds = -\sum_t dg_t`.
+
+S8. **Slopes.** For n heads, n a power of two: :math:`s_h = 2^{-8 (h+1) / n}`. Otherwise, with p the
+largest power of two below n: the slopes of p heads, then the first n - p of every second slope of
+2p heads. Layer l of L uses :math:`s_h (1 - l/(L-1) + 10^{-5})`: low layers forget faster. The
+factor of a single layer is :math:`1 + 10^{-5}` (ours: the formula divides by zero).
+
+S9. **No decay** is s = 0.
+
+S10. **Batches.** Packed sequences start each from its own state, and no block crosses a boundary. A
+padded token neither writes nor ages the state: its k, v and g count as 0 and its output is 0 (ours;
+the authors zero v only, exact with padding on the left, while padding on the right ages the state).
+
+S11. **Decode** is one step of S2.
+
+S12. **Heads.** Query head h reads kv head h // group (K7). Slopes and states belong to query heads;
+dk and dv are summed over the group.
+
+S13. **Unequal lengths** (ours). q and k, v are aligned at the end (K3) and the shorter counts as
+zero in front, so keys before the first query only fill the state.
+
+Complexity
+----------
+Time :math:`O(T (d e + B (d + e)))` a head for blocks of B rows, memory :math:`O(T (d + e) + d e)`.
+
+Paper and code
+--------------
+The paper decays the query by :math:`\lambda^r`, as here; the authors' kernel uses
+:math:`\lambda^{r-1}` and a state already multiplied by :math:`\lambda`: the same outputs. The
+companion model paper writes the decay :math:`e^{-(8h/H)(1 - l/L)}`, the authors' code has S8, and
+a third library takes the paper's formula with h from 0: three different models. S8 is the default
+here and any slopes are accepted. The authors return no gradient for s, reject d = 16 by mistake and
+sum slices of wide heads in low precision; none of this is followed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnspec.reference.conventions import (
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    repeat_heads,
+)
+from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.linear.lightning_attention_2_batches import (
+    attend_packed,
+    attend_packed_backward,
+    attend_padded,
+)
+from attnspec.reference.linear.lightning_attention_2_chunks import (
+    backward_chunk,
+    check_shaped,
+    check_slopes,
+    chunk_output,
+    chunk_states,
+    constant_log_decays,
+    first_state,
+)
+from attnspec.reference.spec import HEADS, PADDINGS, PHASES, Coverage, Mechanism, Operation, Paper
+
+
+def slopes(n_heads: int) -> np.ndarray:
+    """S8: slopes (n_heads,) of the heads of one layer, float64.
+
+    >>> slopes(2), slopes(3)
+    (array([0.0625    , 0.00390625]), array([0.0625    , 0.00390625, 0.25      ]))
+    """
+    check_integer("n_heads", n_heads, least=1)
+    power = 1 << (int(n_heads).bit_length() - 1)
+    even = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    if power == n_heads:
+        return even
+    return np.concatenate([even, slopes(2 * power)[0::2][: n_heads - power]])
+
+
+def layer_slopes(n_heads: int, layer: int, n_layers: int) -> np.ndarray:
+    """S8: slopes (n_heads,) of layer `layer` = 0 .. n_layers - 1.
+
+    >>> layer_slopes(1, 1, 2) == slopes(1) * 1e-5
+    array([ True])
+    """
+    check_integer("n_layers", n_layers, least=1)
+    check_integer("layer", layer, least=0)
+    if layer >= n_layers:
+        raise ValueError(f"layer: got {layer}, expected an integer below {n_layers} (n_layers)")
+    return slopes(n_heads) * (1 - layer / max(n_layers - 1, 1) + 1e-5)
+
+
+def decay_mask(T: int, s: np.ndarray) -> np.ndarray:
+    """S1: M (heads, T, T) of slopes s (heads,), in the dtype of s.
+
+    >>> decay_mask(2, np.array([np.log(2.0)]))
+    array([[[1. , 0. ],
+            [0.5, 1. ]]])
+    """
+    check_integer("T", T, least=0)
+    check_slopes(s)
+    distance = np.arange(T)[:, None] - np.arange(T)
+    decay = np.exp(-s[:, None, None] * np.maximum(distance, 0).astype(s.dtype))
+    return np.where(distance >= 0, decay, 0.0)
+
+
+def attend_left(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """S1: o (..., heads, T, e) by the quadratic product; T rows in each of q, k and v.
+
+    q (..., heads, T, d), k (..., kv_heads, T, d), v (..., kv_heads, T, e), s (heads,). The dtype of
+    s may differ from that of q: a decay is formed in the former and applied in the latter.
+
+    >>> x = np.ones((1, 2, 1))
+    >>> attend_left(x, x, x, np.array([np.log(2.0)])).ravel()
+    array([1. , 1.5])
+    """
+    _check_self(q, k, v, s)
+    heads, T = q.shape[-3:-1]
+    scores = q @ np.swapaxes(repeat_heads(k, heads), -1, -2)
+    return (scores * decay_mask(T, s).astype(q.dtype)) @ repeat_heads(v, heads)
+
+
+def backward_left(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, do: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """S5: dq, dk, dv of `attend_left` by quadratic products; do (..., heads, T, e).
+
+    >>> x = np.ones((1, 2, 1))
+    >>> [gradient.ravel() for gradient in backward_left(x, x, x, np.zeros(1), x)]
+    [array([1., 2.]), array([2., 1.]), array([2., 1.])]
+    """
+    _check_self(q, k, v, s)
+    check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
+    heads, T = q.shape[-3:-1]
+    keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
+    decay = decay_mask(T, s).astype(q.dtype)
+    weights = (q @ np.swapaxes(keys, -1, -2)) * decay
+    dscores = (do @ np.swapaxes(values, -1, -2)) * decay
+    dk, dv = np.swapaxes(dscores, -1, -2) @ q, np.swapaxes(weights, -1, -2) @ do
+    return dscores @ keys, sum_groups(dk, k.shape[-3]), sum_groups(dv, k.shape[-3])
+
+
+def attend_recurrent(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, S0: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """S2: o (..., heads, T, e) and the last state S (..., heads, d, e), token by token.
+
+    Arguments as in `attend_left`; S0 (..., heads, d, e) is the state before the first token.
+
+    >>> x = np.ones((1, 2, 1))
+    >>> attend_recurrent(x, x, x, np.array([np.log(2.0)]))[1].ravel()
+    array([1.5])
+    """
+    _check_self(q, k, v, s)
+    S = first_state(S0, (*q.shape[:-2], q.shape[-1], v.shape[-1]), k)
+    rows = []
+    for t in range(q.shape[-2]):
+        now = slice(t, t + 1)
+        o, S = decode_step(S, q[..., now, :], k[..., now, :], v[..., now, :], s)
+        rows.append(o)
+    nothing = np.zeros_like(v, shape=(*q.shape[:-2], 0, v.shape[-1]))
+    return np.concatenate([nothing, *rows], axis=-2), S
+
+
+def decode_step(
+    S: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """S11: o (..., heads, 1, e) of one new token, and the state (..., heads, d, e) with it.
+
+    S (..., heads, d, e), q (..., heads, 1, d), k (..., kv_heads, 1, d), v (..., kv_heads, 1, e).
+
+    >>> x = np.ones((1, 1, 1))
+    >>> decode_step(np.full((1, 1, 1), 4.0), x, x, x, np.array([np.log(2.0)]))[0].ravel()
+    array([3.])
+    """
+    _check_self(q, k, v, s)
+    check_size("q", q.shape[-2], 1, "one token")
+    check_shaped("S", S, (*q.shape[:-2], q.shape[-1], v.shape[-1]))
+    heads = q.shape[-3]
+    keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
+    kept = np.exp(-s).astype(q.dtype)[:, None, None]
+    S = kept * S + np.swapaxes(keys, -1, -2) * values
+    return q @ S, S
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    s: np.ndarray,
+    S0: np.ndarray | None = None,
+    *,
+    block: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """S3, S4, S13: o (..., heads, q_tokens, e) and the last state S (..., heads, d, e).
+
+    q (..., heads, q_tokens, d), k (..., kv_heads, k_tokens, d), v (..., kv_heads, k_tokens, e),
+    s (heads,), S0 (..., heads, d, e). The result does not depend on `block`.
+
+    >>> x = np.ones((1, 2, 1))
+    >>> o, S = attend(x, x, x, np.array([np.log(2.0)]), block=1)
+    >>> o.ravel(), S.ravel()
+    (array([1. , 1.5]), array([1.5]))
+    """
+    check_attention_inputs(q, k, v)
+    queries, keys, values = _align(q, k, v)
+    g = constant_log_decays(queries, s)
+    S_entering, S = chunk_states(keys, values, g, block, S0)
+    o = chunk_output(queries, keys, values, g, S_entering, block)
+    return o[..., queries.shape[-2] - q.shape[-2] :, :], S
+
+
+def attend_backward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    s: np.ndarray,
+    S0: np.ndarray | None,
+    do: np.ndarray,
+    dS: np.ndarray | None = None,
+    *,
+    block: int = 64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S6, S7: dq, dk, dv, ds (heads,), dS0 of `attend`; do and dS are shaped as its outputs.
+
+    >>> x = np.ones((1, 2, 1))
+    >>> attend_backward(x, x, x, np.zeros(1), None, x)[3]
+    array([-1.])
+    """
+    check_attention_inputs(q, k, v)
+    check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
+    if dS is not None:
+        check_shaped("dS", dS, (*q.shape[:-2], q.shape[-1], v.shape[-1]))
+    queries, keys, values = _align(q, k, v)
+    upstream, _, _ = _align(do, k, v)
+    g = constant_log_decays(queries, s)
+    dq, dk, dv, dg, dS0 = backward_chunk(queries, keys, values, g, upstream, dS, block, S0)
+    ds = -np.sum(dg, axis=(*range(dg.ndim - 2), -1))
+    q_from, k_from = (queries.shape[-2] - x.shape[-2] for x in (q, k))
+    return dq[..., q_from:, :], dk[..., k_from:, :], dv[..., k_from:, :], ds, dS0
+
+
+def _align(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """S13: arrays (..., tokens, width) made equally long by zeros in front."""
+    T = max(x.shape[-2] for x in arrays)
+    missing = [
+        np.zeros_like(x, shape=(*x.shape[:-2], T - x.shape[-2], x.shape[-1])) for x in arrays
+    ]
+    return tuple(np.concatenate(pair, axis=-2) for pair in zip(missing, arrays, strict=True))
+
+
+def _check_self(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray) -> None:
+    check_attention_inputs(q, k, v)
+    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
+    check_slopes(s, q.shape[-3])
+
+
+MECHANISM = Mechanism(
+    title="Lightning Attention-2",
+    idea="Decayed linear attention in blocks: masked products inside, one carried state between.",
+    paper=Paper(
+        title="Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in "
+        "Large Language Models",
+        authors=(
+            "Zhen Qin",
+            "Weigao Sun",
+            "Dong Li",
+            "Xuyang Shen",
+            "Weixuan Sun",
+            "Yiran Zhong",
+        ),
+        year=2024,
+        arxiv="2401.04658",
+        code="OpenNLPLab/lightning-attention",
+    ),
+    operations=(
+        Operation(slopes, clauses=("S8",)),
+        Operation(layer_slopes, clauses=("S8",)),
+        Operation(decay_mask, clauses=("S1",)),
+        Operation(
+            attend_left,
+            clauses=("S1", "S9", "S12"),
+            gradient=backward_left,
+            differentiable=("q", "k", "v"),
+        ),
+        Operation(attend_recurrent, clauses=("S2", "S9", "S12")),
+        Operation(chunk_states, clauses=("S3", "S4", "S12")),
+        Operation(chunk_output, clauses=("S3", "S4", "S12")),
+        Operation(backward_chunk, clauses=("S5", "S6", "S7", "S12")),
+        Operation(
+            attend,
+            clauses=("S3", "S4", "S9", "S12", "S13"),
+            gradient=attend_backward,
+            differentiable=("q", "k", "v", "s", "S0"),
+        ),
+        Operation(
+            attend_packed,
+            clauses=("S10",),
+            gradient=attend_packed_backward,
+            differentiable=("q", "k", "v", "s", "S0"),
+        ),
+        Operation(attend_padded, clauses=("S10",)),
+        Operation(decode_step, clauses=("S11", "S12")),
+    ),
+    headline="attend",
+    coverage=Coverage(
+        patterns=("causal self", "causal cross"),
+        phases=PHASES,
+        paddings=PADDINGS,
+        heads=HEADS,
+        gradient=True,
+    ),
+)

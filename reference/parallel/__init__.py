@@ -1,0 +1,1 @@
+"""Part: one attention computed by many workers."""

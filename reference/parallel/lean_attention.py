@@ -1,0 +1,303 @@
+r"""Lean attention: one softmax attention shared out evenly among the workers of a device.
+
+At decode there is one query a head and a long context, so a worker per head leaves a device idle,
+and a fixed number of pieces per head leaves it unevenly loaded. A softmax can be put together from
+any contiguous pieces of its keys, because partial results merge associatively. All key tiles of all
+heads and sequences are therefore laid on one line, the line is cut into equal stretches, one for
+each resident worker, and the pieces of an output are merged within the same launch. The result is
+exact: only the schedule is new.
+
+Definition
+----------
+S1. **Triple.** For a set J of keys with scores :math:`x_j = \tau\, q \cdot k_j`:
+:math:`m = \max_j x_j`, :math:`l = \sum_j e^{x_j - m}`, :math:`o = \sum_j e^{x_j - m} v_j`, not
+divided by l. Changing the reference, :math:`(m + c, l e^{-c}, o e^{-c})`, changes nothing, so l may
+be below 1. (Kernels work in base 2; every number here is natural, K5.)
+
+S2. **Merge.** :math:`m = \max(m_1, m_2)`, :math:`a_i = e^{m_i - m}`, or 0 where
+:math:`m_i = -\infty`; :math:`l = a_1 l_1 + a_2 l_2`, :math:`o = a_1 o_1 + a_2 o_2`. Associative and
+commutative, with the unit :math:`(-\infty, 0, 0)`. The result is :math:`o / l` with lse
+:math:`m + \log l`; l = 0 gives output 0 and lse :math:`-\infty` (K4).
+
+S3. **Tile.** N consecutive keys of one sequence and kv head; the last of a sequence may be partial
+and is masked. The authors take N = 256 for d up to 64, 128 up to 128, 64 above; the port takes 64.
+
+S4. **Output.** One for each kv head, sequence and block of M queries; the query heads of a group
+are packed as rows of one block, so keys and values are read once. It has
+:math:`n_u = \lceil c / N \rceil` tiles, where c is the length of the sequence, or under the causal
+rule :math:`\min((i + 1) M, T_q) + len - T_q` for block i, kept within [0, len].
+
+S5. **Line.** The tiles of all outputs in the order kv head, sequence, query block; W in all.
+
+S6. **Grid.** Of `slots` resident workers (2 a multiprocessor for the authors, 3 in the port), few
+tiles (:math:`W \le 2\,slots` for the authors, :math:`W \le slots` in the port) employ
+:math:`G = \min(\lceil W/2 \rceil, \lceil 32 W / \max n_u \rceil)`: two tiles a worker at least,
+about 32 pieces an output at most. Otherwise all work, by the authors' rule at most 32 for each
+output. Always :math:`1 \le G \le W`, and nothing is launched for W = 0. All G must be resident,
+since some wait for others.
+
+S7. **Shares.** :math:`T = \lceil W/G \rceil`; the first :math:`hi = W - (T-1) G` workers take T
+tiles, the others T - 1. Worker g starts at :math:`g T`, or at :math:`hi\,T + (g - hi)(T - 1)` from
+hi on.
+
+S8. **Work.** A worker walks its stretch and makes one triple of each output it meets. It is *host*
+of an output whose first tile it holds, *finishing* if it holds the last. A host that finishes
+writes the result; one that does not waits for the workers g + 1, g + 2, ... up to the owner of the
+last tile and merges their triples in this order. Any other worker stores its triple in scratch
+slot g and raises flag g: at most one store a worker.
+
+S9. **Bound.** An output of at most n tiles is split among at most
+:math:`1 + \lfloor (n + T - 2)/T \rfloor` workers if G divides W, else
+:math:`1 + \lfloor (n + T - 3)/(T - 1) \rfloor`.
+
+S10. **Scratch.** G slots of rows (dv + 2) numbers. Flags are down before a launch, or carry its
+number; here the slots live within one call.
+
+S11. **Paired order** of the query blocks: 0, last, 1, last - 1, ..., so that under the causal rule
+neighbours on the line have complementary sizes. (The port, whose order it is, wants M to be a
+multiple of N; nothing here does.)
+
+S12. **Lengths.** Keys beyond the length of a sequence are not read (K11). An output without tiles
+has no host: its rows are written apart, as 0 with lse :math:`-\infty`.
+
+Complexity
+----------
+That of dense attention. No worker has more than one tile above another's, and the extra traffic is
+at most G triples, written and read once.
+
+Paper and code
+--------------
+The authors' kernel and an independent port for another vendor differ in tile size, in workers, in
+the threshold of S6 and in packing the group: the port schedules each query head, and reads keys and
+values once for each. It also wants whole tiles and no ragged causal batches, and bounds the splits
+loosely. The general form is defined here, with the authors' packing. That outputs without tiles
+count in the cap of S6 is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    default_scale,
+)
+from attnspec.reference.parallel.lean_attention_schedule import (
+    block_rows,
+    grid_size,
+    helpers,
+    lean_schedule,
+    line_order,
+    segments,
+    split_bound,
+    tile_size,
+    tiles_per_output,
+)
+from attnspec.reference.spec import HEADS, PATTERNS, PHASES, Coverage, Mechanism, Operation, Paper
+
+
+class Triple(NamedTuple):
+    """S1: maximum m (..., rows), sum l (..., rows), output o (..., rows, dv) before division."""
+
+    m: np.ndarray
+    l: np.ndarray  # noqa: E741 (the paper's letter)
+    o: np.ndarray
+
+
+def partial(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lo: int,
+    hi: int,
+    scale: float | None = None,
+    mask: np.ndarray | None = None,
+) -> Triple:
+    """S1: the triple of keys lo .. hi - 1 for q (..., rows, d), k (..., Tk, d), v (..., Tk, dv).
+
+    `mask` bool (..., rows, Tk), True = visible. A value no row sees is not read (K11).
+
+    >>> partial(np.zeros((1, 2)), np.zeros((3, 2)), np.array([[1.0], [2.0], [9.0]]), 0, 2)
+    Triple(m=array([0.]), l=array([2.]), o=array([[3.]]))
+    """
+    check_array("q", q, ("rows", "d"))
+    check_array("k", k, ("Tk", "d"))
+    check_array("v", v, ("Tk", "dv"))
+    check_size("k", k.shape[-1], q.shape[-1], "d, as in q")
+    check_size("v", v.shape[-2], k.shape[-2], "Tk, as in k")
+    check_integer("lo", lo, least=0)
+    check_integer("hi", hi, least=lo)
+    if hi > k.shape[-2]:
+        raise ValueError(f"hi: got {hi}, expected an integer <= {k.shape[-2]} (Tk)")
+    scale = default_scale(q.shape[-1]) if scale is None else scale
+    x = scale * (q @ np.swapaxes(k[..., lo:hi, :], -1, -2))
+    values = v[..., lo:hi, :]
+    if mask is not None:
+        check_array("mask", mask, ("rows", "Tk"), dtype="bool")
+        check_size("mask", mask.shape[-1], k.shape[-2], "Tk, as in k")
+        seen = mask[..., lo:hi]
+        x = np.where(seen, x, -np.inf)
+        values = np.where(np.any(seen, axis=-2)[..., None], values, 0.0)
+    m = np.max(x, axis=-1, initial=-np.inf)
+    weights = np.exp(x - _finite(m)[..., None])
+    return Triple(m, np.sum(weights, axis=-1), weights @ values)
+
+
+def merge(a: Triple, b: Triple) -> Triple:
+    """S2: the triple of the union of two disjoint sets of keys.
+
+    >>> unit = Triple(np.array([-np.inf]), np.array([0.0]), np.array([[0.0]]))
+    >>> merge(unit, Triple(np.array([1.0]), np.array([2.0]), np.array([[3.0]])))
+    Triple(m=array([1.]), l=array([2.]), o=array([[3.]]))
+    """
+    for name, triple in (("a", a), ("b", b)):
+        for field, x in zip(Triple._fields, triple, strict=True):
+            check_array(f"{name}.{field}", x, ())
+    m = np.maximum(a.m, b.m)
+    scale_a, scale_b = np.exp(a.m - _finite(m)), np.exp(b.m - _finite(m))
+    total = scale_a * a.l + scale_b * b.l
+    return Triple(m, total, scale_a[..., None] * a.o + scale_b[..., None] * b.o)
+
+
+def finalize(
+    m: np.ndarray,
+    l: np.ndarray,  # noqa: E741
+    o: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """S2: out (..., rows, dv) and lse (..., rows) of a triple.
+
+    >>> finalize(np.array([-np.inf]), np.array([0.0]), np.array([[0.0]]))
+    (array([[0.]]), array([-inf]))
+    """
+    check_array("m", m, ("rows",))
+    check_array("l", l, ("rows",))
+    check_array("o", o, ("rows", "dv"))
+    empty = l == 0
+    total = np.where(empty, 1.0, l)
+    return np.where(empty[..., None], 0.0, o / total[..., None]), m + np.log(total)
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: np.ndarray,
+    N: int,
+    G: int,
+    scale: float | None = None,
+    causal: bool = False,
+    M: int | None = None,
+    order: str = "natural",
+) -> tuple[np.ndarray, np.ndarray]:
+    """S1-S12: out (..., heads, Tq, dv) and lse (..., heads, Tq), computed by G workers.
+
+    q (..., heads, Tq, d), k (..., kv_heads, Tk, d), v (..., kv_heads, Tk, dv); `lengths` int, the
+    leading axes of q: the first so many keys of a sequence exist, and the last query stands at the
+    last of them. N keys a tile, M queries a block (all if None). Neither changes the result.
+
+    >>> x = np.eye(2)[None]
+    >>> attend(x, x, x, np.array(1), N=1, G=2)[0]
+    array([[[1., 0.],
+            [1., 0.]]])
+    """
+    check_attention_inputs(q, k, v)
+    leading, (heads, Tq, d), (Hkv, Tk) = q.shape[:-3], q.shape[-3:], k.shape[-3:-1]
+    check_array("lengths", lengths, (), dtype="int")
+    if lengths.shape != leading:
+        raise ValueError(f"lengths: got shape {lengths.shape}, expected {leading}")
+    if np.any(lengths < 0) or np.any(lengths > Tk):
+        raise ValueError(f"lengths: got {lengths.tolist()}, expected lengths in 0..{Tk} (Tk)")
+    batch, group, dv = math.prod(leading), heads // Hkv, v.shape[-1]
+    flat_lengths = lengths.reshape(batch)
+    queries = q.reshape(batch, Hkv, group, Tq, d)
+    keys, values = k.reshape(batch, Hkv, Tk, d), v.reshape(batch, Hkv, Tk, dv)
+    out = np.zeros_like(v, shape=(batch, Hkv, group, Tq, dv))
+    lse = np.full_like(v, -np.inf, shape=(batch, Hkv, group, Tq))
+
+    n = tiles_per_output(flat_lengths, N, Hkv, Tq, M, causal, order)
+    M = block_rows(M, Tq)
+    line = line_order(Hkv, batch, -(-Tq // M), order)
+    start, end = lean_schedule(n, G)
+    held: dict[int, Triple] = {}
+    scratch: dict[int, Triple] = {}
+    for segment in segments(n, start, end):
+        head, entry, i = line[segment.u]
+        length, block = int(flat_lengths[entry]), slice(i * M, (i + 1) * M)
+        mask = _visible(Tq, Tk, length, causal)[block]
+        triple = partial(
+            queries[entry, head, :, block].reshape(-1, d),
+            keys[entry, head],
+            values[entry, head],
+            segment.lo_tile * N,
+            min(segment.hi_tile * N, length),
+            scale,
+            np.tile(mask, (group, 1)),
+        )
+        if segment.host:
+            held[segment.u] = triple
+        else:
+            scratch[segment.g] = triple
+    for u, triple in held.items():
+        for g in helpers(n, start, end, u):
+            triple = merge(triple, scratch[g])
+        head, entry, i = line[u]
+        block = slice(i * M, (i + 1) * M)
+        block_out, block_lse = finalize(*triple)
+        out[entry, head, :, block] = block_out.reshape(group, -1, dv)
+        lse[entry, head, :, block] = block_lse.reshape(group, -1)
+    return out.reshape(*leading, heads, Tq, dv), lse.reshape(*leading, heads, Tq)
+
+
+def _visible(Tq: int, Tk: int, length: int, causal: bool) -> np.ndarray:
+    """S4, S12: bool (Tq, Tk) for `length` keys, of which the last query stands at the last."""
+    query, key = np.arange(Tq)[:, None], np.arange(Tk)
+    last_seen = length - Tq + query if causal else length - 1 + 0 * query
+    return key <= np.minimum(last_seen, length - 1)
+
+
+def _finite(m: np.ndarray) -> np.ndarray:
+    """m, with 0 for -inf: a reference that makes every factor e^(-inf - m) zero, never NaN."""
+    return np.where(np.isneginf(m), 0.0, m)
+
+
+MECHANISM = Mechanism(
+    title="Lean attention",
+    idea="Exact attention whose key tiles are shared evenly among workers and merged in one pass.",
+    paper=Paper(
+        title="Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of "
+        "Transformers",
+        authors=(
+            "Rya Sanovar",
+            "Srikant Bharadwaj",
+            "Renee St. Amant",
+            "Victor Rühle",
+            "Saravan Rajmohan",
+        ),
+        year=2024,
+        arxiv="2405.10480",
+        venue="MLSys 2025",
+        code="microsoft/onnxruntime",
+    ),
+    operations=(
+        Operation(attend, clauses=("S1", "S2", "S4", "S5", "S7", "S8", "S11", "S12")),
+        Operation(partial, clauses=("S1",)),
+        Operation(merge, clauses=("S2",)),
+        Operation(finalize, clauses=("S2",)),
+        Operation(tile_size, clauses=("S3",)),
+        Operation(line_order, clauses=("S5", "S11")),
+        Operation(tiles_per_output, clauses=("S4", "S5")),
+        Operation(grid_size, clauses=("S6",)),
+        Operation(lean_schedule, clauses=("S7",)),
+        Operation(split_bound, clauses=("S9",)),
+        Operation(segments, clauses=("S8",)),
+        Operation(helpers, clauses=("S8",)),
+    ),
+    headline="attend",
+    coverage=Coverage(patterns=PATTERNS, phases=PHASES, paddings=("none", "right"), heads=HEADS),
+)

@@ -1,0 +1,1 @@
+"""The vocabulary the chapters share: softmax, merge, top-k, masks, rotary positions, pooling."""

@@ -1,0 +1,1 @@
+"""Part: choose where to look, then attend."""
