@@ -153,7 +153,9 @@ def place_arguments(
 
     def convert(value: Any, layout: str) -> Any:
         if isinstance(value, np.ndarray):
-            return kind.put(place(value, layout if value.dtype.kind == "f" else "contiguous"), dtype)
+            return kind.put(
+                place(value, layout if value.dtype.kind == "f" else "contiguous"), dtype
+            )
         if isinstance(value, dict):
             return {name: convert(item, "contiguous") for name, item in value.items()}
         if isinstance(value, tuple):

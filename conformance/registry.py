@@ -65,6 +65,6 @@ def select(kernels: Iterable[Kernel], selectors: Iterable[str]) -> list[Kernel]:
             if selector in (kernel.name, kernel.operation, kernel.operation.partition(".")[0])
         ]
         if not matching:
-            raise ValueError(f"select: got {selector!r}, which no kernel, operation or mechanism is")
+            raise ValueError(f"select: got {selector!r}, expected a mechanism, operation or kernel")
         chosen += [kernel for kernel in matching if kernel not in chosen]
     return chosen

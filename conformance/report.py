@@ -1,4 +1,4 @@
-"""The outcome of a run: results by law, failures a person can act on, and a plain record of both."""
+"""The outcome of a run: results by law, and failures a person can act on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Failure:
         return path
 
     def __str__(self) -> str:
-        return f"{self.kernel} breaks '{self.law}' ({self.when}): {self.violation}; case: {self.case}"
+        return (
+            f"{self.kernel} breaks '{self.law}' ({self.when}): {self.violation}; case: {self.case}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         violation = self.violation
@@ -117,7 +119,7 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Report:
-    """Results so far; `passed` only if something ran, all of it passed and nothing was cut short."""
+    """Results so far; `passed` only if something ran, all of it passed and none was cut short."""
 
     profile: str
     results: list[Result] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """The rounded run: the reference executed as a correct kernel of a given dtype would.
 
 `Rounded` is an array class under which the unchanged reference behaves like tensor-core code:
-operands of a contraction are rounded to the kernel's dtype, everything accumulates in float32 (K10),
-and where the order of operations is a kernel's own choice (sums, contractions, the last bits of a
-transcendental function) the result carries an error of random sign and of the size float32 allows.
+operands of a contraction are rounded to the kernel's dtype, everything accumulates in float32
+(K10), and where the order of operations is a kernel's own choice (sums, contractions, the last bits
+of a transcendental function) the result carries an error of random sign and of the size float32
+allows.
 The spread of a few such runs around the truth is what an honest kernel may be off by.
 """
 

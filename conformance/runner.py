@@ -120,9 +120,7 @@ def check_case(law: Law, trial: Trial) -> None:
     try:
         law.check(trial)
     except Refused as refusal:
-        raise Violation(
-            trial.contract.operation, f"refused a case it claims: {refusal}"
-        ) from None
+        raise Violation(trial.contract.operation, f"refused a case it claims: {refusal}") from None
 
 
 def _replay(
@@ -191,6 +189,16 @@ def _failure(task: Task, case: Case, violation: Violation) -> Failure:
 
 def _is_known(task: Task, case: Case) -> bool:
     return any(known.law == task.law.name and known.when(case) for known in task.kernel.known)
+
+
+def replay(kernel: Kernel, saved: SavedCase) -> Failure | None:
+    """Run one counterexample on `kernel`; None if it passes by now."""
+    task = Task(kernel, laws()[saved.law], saved.case.dtype)
+    try:
+        check_case(task.law, Trial(kernel, task.contract, saved.case))
+    except Violation as violation:
+        return _failure(task, saved.case, violation)
+    return None
 
 
 def unexpected_passes(kernels: Iterable[Kernel]) -> list[Result]:

@@ -61,9 +61,7 @@ class Trial:
         """The arguments of the case, rounded to the kernel's dtype and back in float64."""
         return round_arguments(self.contract.arguments(case or self.case), self.case.dtype)
 
-    def run(
-        self, arguments: Mapping[str, Any], layout: str | None = None
-    ) -> dict[str, np.ndarray]:
+    def run(self, arguments: Mapping[str, Any], layout: str | None = None) -> dict[str, np.ndarray]:
         """Outputs of the kernel on `arguments`, as float64 arrays by name.
 
         Raises `Refused` for a TypeError or ValueError, `Violation` for any other exception, for
@@ -87,7 +85,9 @@ class Trial:
         """`function` called as the operation on placed copies of `arguments`."""
         kind = self.kernel.arrays
         placed = place_arguments(kind, arguments, layout or self.case.layout, self.case.dtype)
-        before = {n: [kind.get(leaf).copy() for leaf in _arrays(kind, x)] for n, x in placed.items()}
+        before = {
+            n: [kind.get(leaf).copy() for leaf in _arrays(kind, x)] for n, x in placed.items()
+        }
         launches = self.kernel.launches() if self.kernel.launches else None
         try:
             with kind.poisoned():
@@ -188,7 +188,9 @@ class Trial:
         try:
             outputs = self.run(arguments, layout)
         except Refused as refusal:
-            raise Violation(self.contract.operation, f"refused a case it claims: {refusal}") from None
+            raise Violation(
+                self.contract.operation, f"refused a case it claims: {refusal}"
+            ) from None
         self.judge(outputs, arguments)
 
 

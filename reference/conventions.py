@@ -131,9 +131,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     ValueError: pool: got 'median', expected one of 'avg', 'max'
     """
     if value not in choices:
-        raise ValueError(
-            f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}"
-        )
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def check_attention_inputs(q: Any, k: Any, v: Any) -> None:

@@ -1,6 +1,6 @@
 """The records a chapter ends with, and the registry that finds them.
 
-A chapter is one module below a family package; its last statement is ``MECHANISM = Mechanism(...)``.
+A chapter is one module below a family package; it ends with ``MECHANISM = Mechanism(...)``.
 Nothing is registered by hand: the registry walks the package, so adding a file adds a mechanism.
 """
 

@@ -24,8 +24,7 @@ def upstream_names(contract: Contract) -> list[tuple[str, int]]:
     assert gradient is not None
     parameters = inspect.signature(gradient).parameters
     outputs = [output.name for output in contract.outputs]
-    named = [(f"d{name}", i) for i, name in enumerate(outputs) if f"d{name}" in parameters]
-    return named
+    return [(f"d{name}", i) for i, name in enumerate(outputs) if f"d{name}" in parameters]
 
 
 def cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -44,11 +43,7 @@ def check(trial: Trial) -> None:
         shape = np.shape(truth[contract.outputs[index].name])
         upstream[name] = make_values("normal", case.generator(name), shape, "other")
     upstream = round_arguments(upstream, case.dtype)
-    outputs = tuple(
-        Output(f"d{name}", dtype=_gradient_dtype(contract, name))
-        for name in contract.differentiable
-        if name in arguments
-    )
+    outputs = tuple(Output(f"d{name}") for name in contract.differentiable if name in arguments)
     present = [output.name[1:] for output in outputs]
     expectation = EXPECTATIONS.get(
         ("gradient", case.key),
@@ -69,10 +64,6 @@ def check(trial: Trial) -> None:
     trial.compare(outputs, got, expectation)
 
 
-def _gradient_dtype(contract: Contract, name: str) -> str:
-    return "input"
-
-
 def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:
     by_name = dict(zip(contract.differentiable, flatten(gradients), strict=True))
     return tuple(by_name[name] for name in present)
@@ -82,7 +73,8 @@ def _explicit(
     trial: Trial, arguments: Mapping[str, Any], present: list[str]
 ) -> dict[str, np.ndarray]:
     kernel, contract = trial.kernel, trial.contract
-    assert kernel.backward is not None and contract.spec.gradient is not None
+    assert kernel.backward is not None
+    assert contract.spec.gradient is not None
     placed = place_arguments(kernel.arrays, arguments, trial.case.layout, trial.case.dtype)
     parameters = inspect.signature(contract.spec.gradient).parameters
     with kernel.arrays.poisoned():
@@ -130,8 +122,9 @@ LAWS = (
         ("K4", "K10"),
         cases,
         check,
-        applies=lambda contract, kernel: kernel.differentiates
-        and contract.spec.gradient is not None,
+        applies=lambda contract, kernel: (
+            kernel.differentiates and contract.spec.gradient is not None
+        ),
         examples=0.7,
     ),
 )

@@ -12,7 +12,7 @@ from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, draw_case
 from attnspec.conformance.trial import EXPECTATIONS, Trial
 from attnspec.conformance.violation import Violation
 

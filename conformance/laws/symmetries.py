@@ -128,9 +128,7 @@ def _run(trial: Trial, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
     try:
         return trial.run(arguments)
     except Refused as refusal:
-        raise Violation(
-            trial.contract.operation, f"refused a case it claims: {refusal}"
-        ) from None
+        raise Violation(trial.contract.operation, f"refused a case it claims: {refusal}") from None
 
 
 def permutable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -140,8 +138,9 @@ def permutable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 def causal(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     assert contract.causal is not None
     return draw_case(contract, kernel, dtype).filter(
-        lambda case: bool(contract.causal and contract.causal(case))
-        and case.sizes[contract.queries] > 0
+        lambda case: (
+            bool(contract.causal and contract.causal(case)) and case.sizes[contract.queries] > 0
+        )
     )
 
 
@@ -160,9 +159,11 @@ LAWS = (
         ("K1",),
         several,
         check_batch,
-        applies=lambda contract, kernel: "batch" in contract.sizes
-        and kernel.supports("batch", 2)
-        and all("batch" in array.axes.split() for array in contract.arrays),
+        applies=lambda contract, kernel: (
+            "batch" in contract.sizes
+            and kernel.supports("batch", 2)
+            and all("batch" in array.axes.split() for array in contract.arrays)
+        ),
         examples=0.3,
     ),
     Law(

@@ -69,6 +69,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from attnspec.reference.cache.snapkv_selection import (
     REDUCTIONS,
     check_pool,

@@ -71,6 +71,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from attnspec.reference.cache.streaming_llm_rows import (
     alibi_bias,
     cache_positions,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from attnspec.reference.conventions import check_array, check_integer, check_size
 from attnspec.reference.primitives.rope import rope_angles, rotate
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 
-def softmax_lse(scores: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def softmax_lse(
+    scores: np.ndarray, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights and log normaliser over the last axis.
 
     `scores` (..., keys); `mask` bool, broadcastable, True = visible. Returns weights (..., keys)
     and lse (...). A forbidden score is never read, whatever it holds (K11); a row without a
     visible key has weights 0 and lse -inf (K4); lse is natural (K5).
 
-    >>> weights, lse = softmax_lse(np.array([0.0, np.log(3.0), np.nan]), np.array([True, True, False]))
+    >>> scores, mask = np.array([0.0, np.log(3.0), np.nan]), np.array([True, True, False])
+    >>> weights, lse = softmax_lse(scores, mask)
     >>> weights
     array([0.25, 0.75, 0.  ])
     >>> bool(np.isclose(lse, np.log(4.0)))

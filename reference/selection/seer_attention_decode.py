@@ -21,11 +21,12 @@ from attnspec.reference.conventions import (
     group_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import attend, score, visible
+from attnspec.reference.dense.attention import attend
 from attnspec.reference.primitives.rope import rope
 from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.primitives.top_k import top_k_mask
-from attnspec.reference.selection.seer_attention_gate import pool_blocks
+from attnspec.reference.selection.seer_attention_gate import check_kinds, pool_blocks
+from attnspec.reference.selection.seer_attention_selection import check_number
 
 MODES = ("Qproj", "Qavg", "Qavgproj", "Qorig")
 
@@ -70,16 +71,20 @@ def compress_step(
     """
     check_array("k_t", k_t, ("kv_heads", "d"))
     check_array("Wk", Wk, ("kv_heads", "nk * d", "dg"))
-    check_integer("b", b, least=1)
-    check_size("k_t", k_t.shape[-1], cache.rest.shape[-1], "d, as in cache.rest")
-    check_size("k_t", k_t.shape[-2], cache.rest.shape[-3], "kv_heads, as in cache.rest")
-    check_size("Wk", Wk.shape[-2], len(kinds) * k_t.shape[-1], "one d for each of kinds")
-    rest = np.concatenate([cache.rest, k_t[..., None, :]], axis=-2)
-    pooled = pool_blocks(rest, b, kinds)
+    check_kinds(kinds)
+    check_integer("b", b, least=cache.rest.shape[-2] + 1)
+    token = k_t[..., None, :]
+    if token.shape != (*cache.rest.shape[:-2], 1, cache.rest.shape[-1]):
+        expected = (*cache.rest.shape[:-2], cache.rest.shape[-1])
+        raise ValueError(f"k_t: got shape {k_t.shape}, expected {expected}")
+    projection = (k_t.shape[-2], len(kinds) * k_t.shape[-1], cache.gk.shape[-1])
+    if Wk.shape != projection:
+        raise ValueError(f"Wk: got shape {Wk.shape}, expected {projection}")
+    rest = np.concatenate([cache.rest, token], axis=-2)
     if rest.shape[-2] < b:
         return GateCache(rest, cache.gk)
     block_start = np.array([cache.gk.shape[-2] * b])
-    row = rope(_rms_norm(pooled @ Wk, norm), block_start, base)
+    row = rope(_rms_norm(pool_blocks(rest, b, kinds) @ Wk, norm), block_start, base)
     return GateCache(rest[..., :0, :], np.concatenate([cache.gk, row], axis=-2))
 
 
@@ -106,6 +111,8 @@ def decode_gate(
     check_integer("pos", pos, least=0)
     check_choice("mode", mode, MODES)
     rest, gk = cache
+    if q_t.shape[:-2] != gk.shape[:-3]:
+        raise ValueError(f"q_t: got leading axes {q_t.shape[:-2]}, expected {gk.shape[:-3]}")
     if rest.shape[-2]:
         gk = np.concatenate([gk, np.zeros_like(gk, shape=(*gk.shape[:-2], 1, gk.shape[-1]))], -2)
     kv_heads, dg, d = gk.shape[-3], gk.shape[-1], q_t.shape[-1]
@@ -147,6 +154,7 @@ def decode_select(
             raise ValueError(f"budget: got {budget}, expected a multiple of {b} (b)")
         chosen = top_k_mask(scores, budget // b)
     else:
+        check_number("tau", tau)
         chosen = softmax(scores) > tau
     return chosen | (np.arange(scores.shape[-1]) == scores.shape[-1] - 1)
 
@@ -234,32 +242,6 @@ def step(
     M = decode_select(scores, b, tau=tau, budget=budget)
     out, _ = decode_attend(rope(q_t[..., None, :], at, base), k, v, M, b, scale=scale)
     return out[..., 0, :], State(cache, k, v)
-
-
-def decode_target(
-    q: np.ndarray, k: np.ndarray, b: int, *, scale: float | None = None
-) -> np.ndarray:
-    """S16: training target (..., kv_heads, T, nb) of the decode gate, from the rotated q (...,
-    heads, T, d) and k (..., kv_heads, T, d).
-
-    >>> x = np.zeros((1, 3, 2))
-    >>> decode_target(x, x, 2).round(3)
-    array([[[1. , 0. ],
-            [1. , 0. ],
-            [0.5, 0.5]]])
-    """
-    check_attention_inputs(q, k, k)
-    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_integer("b", b, least=1)
-    T, kv_heads = q.shape[-2], k.shape[-3]
-    P = softmax(score(q, k, scale=scale), visible(T, T, causal=True))
-    group = q.shape[-3] // kv_heads
-    grouped = np.max(P.reshape(*P.shape[:-3], kv_heads, group, T, T), axis=-3)
-    if T == 0:
-        return grouped
-    best = [np.max(grouped[..., start : start + b], axis=-1) for start in range(0, T, b)]
-    A = np.stack(best, axis=-1)
-    return A / (np.sum(A, axis=-1, keepdims=True) + 1e-9)
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""SeerAttention's gate and its selection rules: the clauses S1 to S7 of `seer_attention`.
+"""SeerAttention's gate: the clauses S1 to S4 of `seer_attention`.
 
 A tiny attention between blocks of tokens: pooled queries and keys are projected, rotated to the
-position of their block and compared; a threshold or a ratio turns the scores into a block mask.
+position of their block and compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from attnspec.reference.conventions import (
 from attnspec.reference.dense.attention import sum_groups
 from attnspec.reference.primitives import pooling
 from attnspec.reference.primitives.rope import rope_angles
-from attnspec.reference.primitives.top_k import top_k_mask
 
 MASKED = -1e9  # S4: the authors' score of a block in the future
 
@@ -55,8 +54,7 @@ def pool_blocks(x: np.ndarray, b: int, kinds: Sequence[str]) -> np.ndarray:
     """
     check_array("x", x, ("T", "d"))
     check_integer("b", b, least=1)
-    if not kinds or len(set(kinds)) != len(kinds):
-        raise ValueError(f"kinds: got {kinds!r}, expected one or more different poolings")
+    check_kinds(kinds)
     return pooling.pool_blocks(x, b, kinds)
 
 
@@ -93,7 +91,8 @@ def gate_scores(
     """
     gq, gk = _gate_features(pq, pk, Wq, Wk, cos, sin)
     G = gq @ np.swapaxes(gk, -1, -2) / math.sqrt(Wk.shape[-1])
-    return np.where(np.tri(G.shape[-1], dtype=bool), G, MASKED)
+    masked = G.dtype.type(max(MASKED, np.finfo(G.dtype).min))
+    return np.where(np.tri(G.shape[-1], dtype=bool), G, masked)
 
 
 def gate_scores_backward(
@@ -128,51 +127,16 @@ def gate_scores_backward(
     return np.sum(np.swapaxes(pq, -1, -2) @ dgq, axis=batch), np.sum(dWk, axis=batch)
 
 
-def select_threshold(
-    softmaxed: np.ndarray,
-    tau: float = 2e-3,
-    last_dense: bool = True,
-    force_diagonal: bool = False,
-) -> np.ndarray:
-    """S5, S7: M bool (..., heads, nb, nb), True where a gate weight of softmax(G) exceeds tau.
+def check_kinds(kinds: Sequence[str]) -> None:
+    """S1, K14: `kinds` is a choice of different poolings, at least one.
 
-    A tau below 0 keeps every block of the past. `force_diagonal` adds a row's own block.
-
-    >>> select_threshold(np.array([[[1.0, 0.0], [0.9, 0.1]]]), 0.1, last_dense=False).astype(int)
-    array([[[1, 0],
-            [1, 0]]])
+    >>> check_kinds(("avg", "avg"))
+    Traceback (most recent call last):
+    ValueError: kinds: got ('avg', 'avg'), expected different ones of 'max', 'min', 'avg'
     """
-    _check_square("softmaxed", softmaxed)
-    _check_number("tau", tau)
-    return _finish(softmaxed > tau, last_dense, force_diagonal)
-
-
-def ratio_to_k(rho: float, nb: int) -> int:
-    """S6: blocks kept in each row, so that about a share rho of the causal triangle is.
-
-    >>> ratio_to_k(0.1, 100), ratio_to_k(1.0, 100), ratio_to_k(1e-3, 100)
-    (5, 100, 1)
-    """
-    _check_number("rho", rho)
-    check_integer("nb", nb, least=0)
-    if not 0 < rho <= 1:
-        raise ValueError(f"rho: got {rho}, expected a number in (0, 1]")
-    return max(1, int((1 - math.sqrt(1 - rho)) * nb))
-
-
-def select_ratio(
-    G: np.ndarray, rho: float, last_dense: bool = True, force_diagonal: bool = False
-) -> np.ndarray:
-    """S6, S7: M bool (..., heads, nb, nb), the `ratio_to_k` best of G in each row (K6).
-
-    >>> G = np.array([[[0.0, -1e9], [2.0, 1.0]]])
-    >>> select_ratio(G, 0.8, last_dense=False).astype(int)
-    array([[[1, 0],
-            [1, 0]]])
-    """
-    _check_square("G", G)
-    chosen = top_k_mask(G, ratio_to_k(rho, G.shape[-1]))
-    return _finish(chosen, last_dense, force_diagonal)
+    if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(pooling.REDUCTIONS):
+        known = ", ".join(map(repr, pooling.REDUCTIONS))
+        raise ValueError(f"kinds: got {kinds!r}, expected different ones of {known}")
 
 
 def _gate_features(
@@ -220,23 +184,3 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 def _rotate_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """The transpose of `_rotate`, for gradients."""
     return x * cos.astype(x.dtype) - _rotate_half(x * sin.astype(x.dtype))
-
-
-def _finish(chosen: np.ndarray, last_dense: bool, force_diagonal: bool) -> np.ndarray:
-    """S7: the last two block rows, the diagonal if asked for, and nothing of the future."""
-    nb = chosen.shape[-1]
-    row = np.arange(nb)[:, None]
-    kept = chosen | (last_dense & (row >= nb - 2)) | (force_diagonal & np.eye(nb, dtype=bool))
-    return kept & np.tri(nb, dtype=bool)
-
-
-def _check_square(name: str, x: np.ndarray) -> None:
-    check_array(name, x, ("heads", "nb", "nb"))
-    check_size(name, x.shape[-2], x.shape[-1], "as many query blocks as key blocks")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    if math.isnan(value):
-        raise ValueError(f"{name}: got {value}, expected a number")

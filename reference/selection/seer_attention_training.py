@@ -1,4 +1,4 @@
-"""SeerAttention's self-distillation: the clauses S9 and S10 of `seer_attention`.
+"""SeerAttention's self-distillation: the clauses S9, S10 and S16 of `seer_attention`.
 
 Full attention tells, beside its output, the largest weight inside each pair of blocks; the gate
 learns to predict these, row by row, and nothing else of the model is trained.
@@ -86,6 +86,32 @@ def distill_loss_backward(
     dG = np.zeros_like(G)
     dG[..., first:, :] = dloss * (softmax(G[..., first:, :]) * mass - target) / target.size
     return dG
+
+
+def decode_target(
+    q: np.ndarray, k: np.ndarray, b: int, *, scale: float | None = None
+) -> np.ndarray:
+    """S16: training target (..., kv_heads, T, nb) of the decode gate, from the rotated q (...,
+    heads, T, d) and k (..., kv_heads, T, d).
+
+    >>> x = np.zeros((1, 3, 2))
+    >>> decode_target(x, x, 2).round(3)
+    array([[[1. , 0. ],
+            [1. , 0. ],
+            [0.5, 0.5]]])
+    """
+    check_attention_inputs(q, k, k)
+    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
+    check_integer("b", b, least=1)
+    T, kv_heads = q.shape[-2], k.shape[-3]
+    P = softmax(score(q, k, scale=scale), visible(T, T, causal=True))
+    group = q.shape[-3] // kv_heads
+    grouped = np.max(P.reshape(*P.shape[:-3], kv_heads, group, T, T), axis=-3)
+    if T == 0:
+        return grouped
+    best = [np.max(grouped[..., start : start + b], axis=-1) for start in range(0, T, b)]
+    A = np.stack(best, axis=-1)
+    return A / (np.sum(A, axis=-1, keepdims=True) + 1e-9)
 
 
 def _first_row(G: np.ndarray, GT: np.ndarray) -> int:

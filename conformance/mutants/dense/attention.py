@@ -247,7 +247,8 @@ MUTANTS = (
     mutant("no-dlse", "gradient", "the gradient through lse is dropped", ATTEND,
            backward=altering(BACKWARD, no_lse_gradient)),
     Mutant("attention.packed-overlap", "attention.attend_packed", "agreement",
-           "key ranges of packed sequences are shifted by one", altering(PACKED, first_sequence_only)),
+           "key ranges of packed sequences are shifted by one",
+           altering(PACKED, first_sequence_only)),
     Mutant("attention.short-state", "attention.step", "stream",
            "the oldest token falls out of the state", spoiling(STEP, forgets_the_oldest)),
 )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Production kernels: Triton on CUDA tensors, Numba on CPU tensors, one Python surface.
+
+``attnspec.fast.<mechanism>`` is the module of a mechanism and holds its operations under the names
+and keywords of `attnspec.reference`; importing this package imports neither torch nor a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def mechanism_modules() -> dict[str, str]:
+    """Module path of every mechanism by slug, read from the family folders."""
+    found = {}
+    for family in pkgutil.iter_modules(__path__):
+        if family.ispkg and family.name != "engines":
+            folder = [f"{path}/{family.name}" for path in __path__]
+            for chapter in pkgutil.iter_modules(folder):
+                found[chapter.name] = f"{__name__}.{family.name}.{chapter.name}"
+    return found
+
+
+def __getattr__(name: str) -> ModuleType:
+    path = mechanism_modules().get(name)
+    if path is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(path)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *mechanism_modules()])

@@ -1,0 +1,103 @@
+"""Which backend a call runs on, and the argument checks every fast operation shares (K14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+BACKENDS = ("numba", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+launches = 0
+"""How many kernels this process has launched: proof for the suite that a kernel really ran."""
+
+
+def count_launch() -> None:
+    """Called by every engine beside its kernel launch."""
+    global launches
+    launches += 1
+
+
+def interpreting() -> bool:
+    """True if Triton kernels run in its interpreter, where CPU tensors are their natural input."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
+    """The backend that runs a call on `tensor`: its device decides unless `backend` is forced.
+
+    ValueError if the forced backend cannot run on the tensor's device; nothing falls back.
+    """
+    if backend is None:
+        return "triton" if tensor.is_cuda else "numba"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of 'numba', 'triton' or None")
+    if backend == "numba" and tensor.is_cuda:
+        raise ValueError("backend: got 'numba' with CUDA tensors, expected CPU tensors")
+    if backend == "triton" and not tensor.is_cuda and not interpreting():
+        raise ValueError("backend: got 'triton' with CPU tensors, expected CUDA tensors")
+    return backend
+
+
+def check_tensor(
+    name: str, x: Any, axes: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES
+) -> None:
+    """`x` is a tensor with exactly the named axes and one of `dtypes`."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
+    if x.dim() != len(axes):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({', '.join(axes)})")
+    if x.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected one of {expected}")
+
+
+def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`x` has the dtype and the device of `other`."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected {other.dtype}, as {other_name}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {other.device}, as {other_name}")
+
+
+def check_size(name: str, got: int, expected: int, what: str) -> None:
+    """One axis of argument `name` has the size another argument gives it."""
+    if got != expected:
+        raise ValueError(f"{name}: got {got}, expected {expected} ({what})")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """`value` is an integer, not a bool, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}, expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
+    """q, k and v fit one another: (batch, heads, tokens, d), kv heads dividing the heads."""
+    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"))
+    check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"))
+    check_tensor("v", v, ("batch", "kv_heads", "k_tokens", "dv"))
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    check_size("k", k.shape[0], q.shape[0], "batch, as in q")
+    check_size("k", k.shape[3], q.shape[3], "d, as in q")
+    check_size("v", v.shape[0], k.shape[0], "batch, as in k")
+    check_size("v", v.shape[1], k.shape[1], "kv_heads, as in k")
+    check_size("v", v.shape[2], k.shape[2], "k_tokens, as in k")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"k: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
+        )
