@@ -258,6 +258,39 @@ def mutants(
     raise typer.Exit(1 if survivors else 0)
 
 
+@app.command()
+def bench(
+    select: Select = None,
+    against: Annotated[str | None, typer.Option(help="Rivals, comma separated.")] = None,
+    device: Annotated[str | None, typer.Option(help="Only benchmarks of cpu or cuda.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure kernels beside their rivals. A kernel that is not right gets no number (exit 1)."""
+    from attnspec.conformance.bench import benchmarks, run_benchmarks
+    from attnspec.conformance.terminal import show_benchmarks
+
+    wanted = select or []
+    chosen = [
+        b
+        for b in benchmarks()
+        if device in (None, b.device)
+        and (not wanted or {b.name, b.operation, b.operation.partition(".")[0]} & set(wanted))
+    ]
+    if not chosen:
+        raise usage_error(f"select: got {wanted}, which no benchmark of this device matches")
+    with _progress() as progress:
+        bar = progress.add_task("", total=None)
+        result = run_benchmarks(
+            chosen,
+            registry.registered_kernels(),
+            against=against.split(",") if against else None,
+            progress=lambda what: progress.update(bar, advance=1, description=what),
+        )
+    write_json(json_file, result)
+    show_benchmarks(result, console)
+    raise typer.Exit(1 if any("timing" not in row for row in result["results"]) else 0)
+
+
 @app.command("new-kernel")
 def new_kernel(
     operation: Annotated[str, typer.Argument(help="mechanism.operation")],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -101,3 +102,31 @@ def _verdict(results: list[Result]) -> Text:
         return Text(mark, style=style)
     mark, style = MARKS[broken[0].verdict]
     return Text(f"{mark} {', '.join(dict.fromkeys(result.law for result in broken))}", style=style)
+
+
+def show_benchmarks(result: Mapping[str, Any], console: Console) -> None:
+    """Medians, rates, share of the roofline, and how many times slower each rival is."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("operation", "benchmark", "kernel", "dtype", "ms", "TFLOP/s", "TB/s", "roofline"):
+        table.add_column(name, justify="left" if name in ("operation", "benchmark") else "right")
+    table.add_column("rivals (ms, times ours)")
+    for row in result["results"]:
+        names = (row["operation"], row["benchmark"], row["kernel"], row["dtype"])
+        if "timing" not in row:
+            table.add_row(*names, "-", "-", "-", "-", row.get("error", f"gate {row['gate']}"))
+            continue
+        table.add_row(
+            *names,
+            f"{row['timing']['median'] * 1e3:.4g}",
+            f"{row['flops_per_second'] / 1e12:.3g}",
+            f"{row['bytes_per_second'] / 1e12:.3g}",
+            f"{row['of_roofline']:.0%}",
+            "  ".join(map(_rival, row["rivals"])),
+        )
+    console.print(table)
+
+
+def _rival(entry: Mapping[str, Any]) -> str:
+    if "timing" not in entry:
+        return f"{entry['name']}: {entry['unavailable']}"
+    return f"{entry['name']} {entry['timing']['median'] * 1e3:.4g} ({entry['ratio']:.2f}x)"

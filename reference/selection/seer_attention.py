@@ -36,23 +36,23 @@ dropped. The diagonal is not forced, unless `force_diagonal` (ours) asks for it.
 `last_dense` a row's selection depends on nb, hence on T.
 
 S8. **Attend.** Token i of block R sees :math:`j \le i` with :math:`M_{R, j/b}`: dense attention
-otherwise, a row without a key gives 0 (K4; the authors' kernel gives NaN). Masks belong to query
+otherwise; a row without a key gives 0 (K4; the authors' kernel gives NaN). Masks belong to query
 heads. Its gradient is that of dense attention with M constant.
 
 S9. **Ground truth.** With P the full causal attention, :math:`A_{RC} = \max P_{ij}` over i in R
 and j in C, and :math:`GT = A / \sum_C A`.
 
-S10. **Loss.** Block rows R < nb // 4 are dropped; the loss of a layer is the mean over all remaining
-elements of :math:`GT (\log GT - \log softmax(G))`, with 0 log 0 = 0. (The authors sum it over layers
-and multiply by 10.) :math:`dG = (softmax(G) \sum_C GT - GT) / size` reaches :math:`W_q` and
-:math:`W_k` only.
+S10. **Loss.** Block rows R < nb // 4 are dropped; the loss of a layer is the mean over all
+remaining elements of :math:`GT (\log GT - \log softmax(G))`, with 0 log 0 = 0. (The authors sum it
+over layers and multiply by 10.) :math:`dG = (softmax(G) \sum_C GT - GT) / size` reaches
+:math:`W_q` and :math:`W_k` only.
 
-S11. **Decode: query.** The heads of a kv group take the place of the block: "Qproj" projects each by
-its own matrix and adds, "Qavg" averages them, "Qavgproj" averages and projects, "Qorig" keeps each.
-Then an optional RMS norm (eps :math:`10^{-6}`) and the rotation to the token's position.
+S11. **Decode: query.** The heads of a kv group take the place of the block: "Qproj" projects each
+by its own matrix and adds, "Qavg" averages them, "Qavgproj" averages and projects, "Qorig" keeps
+each. Then an optional RMS norm (eps :math:`10^{-6}`) and the rotation to the token's position.
 
-S12. **Decode: keys.** A block of keys is pooled, projected, normed and rotated to its start when its
-b-th token arrives; until then it counts as gk = 0.
+S12. **Decode: keys.** A block of keys is pooled, projected, normed and rotated to its start when
+its b-th token arrives; until then it counts as gk = 0.
 
 S13. **Decode: scores** of S4, one for each kv head and block, those of "Qorig" averaged over the
 group; nothing is masked.
@@ -74,9 +74,9 @@ Paper and code
 The first version of the paper describes another regression loss (unverified); S10 is what the
 authors' code does. The order of norm and rotation in S11 and S12, the zero of an incomplete block
 and the always selected last block are our reading of the decode code, without outside evidence.
-Defaults are the authors': b = 64, "Qavg_Kmaxminavg", :math:`\tau = 0.002`, `last_dense`, a budget of
-4096; the decode gate's "Qproj" with max, min and avg keys is our choice. The decode variant is
-SeerAttention-R, arXiv 2506.08889.
+Defaults are the authors': b = 64, "Qavg_Kmaxminavg", :math:`\tau = 0.002`, `last_dense`, a budget
+of 4096; "Qproj" with max, min and avg keys at decode is our choice. The decode variant has a paper
+of its own, SeerAttention-R, arXiv 2506.08889.
 """
 
 from __future__ import annotations

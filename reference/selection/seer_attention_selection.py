@@ -79,11 +79,10 @@ def select_blocks(
     last_dense: bool = True,
     force_diagonal: bool = False,
 ) -> np.ndarray:
-    """S1-S7: M bool (..., heads, nb, nb) from q (..., heads, T, d) and k (..., kv_heads, T, d), both
-    before their rotation.
+    """S1-S7: M bool (..., heads, nb, nb) of q (..., heads, T, d) and k (..., kv_heads, T, d).
 
-    Wq and Wk as in `gate_scores`. Either `tau` or `rho` chooses the rule; neither means the
-    authors' tau = 2e-3.
+    q and k come before their rotation; Wq and Wk are those of `gate_scores`. Either `tau` or
+    `rho` chooses the rule; neither means the authors' tau = 2e-3.
 
     >>> x = np.ones((1, 3, 2))
     >>> select_blocks(x, x, None, np.eye(2)[None], b=2, k_kinds=("avg",)).astype(int)

@@ -1,0 +1,145 @@
+"""Run benchmarks: gate, ceilings, kernel and rivals side by side, a record of all of it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from attnspec.conformance.bench.model import Benchmark, Unavailable
+from attnspec.conformance.bench.timing import Ceilings, measure_ceilings, time_call
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.report import environment
+from attnspec.conformance.runner import certify
+
+
+def run_benchmarks(
+    benchmarks: Iterable[Benchmark],
+    kernels: Iterable[Kernel],
+    *,
+    against: Sequence[str] | None = None,
+    gate: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every benchmark for every kernel of its operation and device.
+
+    A kernel that fails the smoke profile in the benchmark's dtype gets no number ("red gate").
+    `against` limits the rivals by name. The result is plain JSON data.
+    """
+    kernels = list(kernels)
+    rows: list[dict[str, Any]] = []
+    ceilings: dict[tuple[str, str], Ceilings] = {}
+    gates: dict[tuple[str, str, str], str] = {}
+    for benchmark in benchmarks:
+        key = (benchmark.device, benchmark.dtype)
+        if key not in ceilings:
+            ceilings[key] = measure_ceilings(*key)
+        arguments = benchmark.make(benchmark.device, benchmark.dtype)
+        for kernel in kernels:
+            if (kernel.operation, kernel.device) != (benchmark.operation, benchmark.device):
+                continue
+            if progress:
+                progress(f"{kernel.name} {benchmark.operation} {benchmark.name}")
+            name = (kernel.name, kernel.operation, benchmark.dtype)
+            if gate and name not in gates:
+                gates[name] = _gate(kernel, benchmark.dtype)
+            row = _describe(benchmark, kernel, arguments, ceilings[key])
+            row["gate"] = gates.get(name, "not run")
+            if row["gate"] in ("green", "not run"):
+                _measure(row, benchmark, kernel, arguments, ceilings[key], against)
+            rows.append(row)
+        del arguments
+    return {
+        "environment": environment() | _hardware(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "ceilings": [
+            {
+                "device": device,
+                "dtype": dtype,
+                "flops_per_second": c.flops_per_second,
+                "bytes_per_second": c.bytes_per_second,
+            }
+            for (device, dtype), c in ceilings.items()
+        ],
+        "results": rows,
+    }
+
+
+def _gate(kernel: Kernel, dtype: str) -> str:
+    if dtype not in kernel.dtypes:
+        return f"{dtype} is not claimed"
+    report = certify(kernel, profile="smoke", dtypes=[dtype])
+    return "green" if report.passed else f"red: {report.failures[0] if report.failures else ''}"
+
+
+def _describe(
+    benchmark: Benchmark, kernel: Kernel, arguments: dict[str, Any], ceilings: Ceilings
+) -> dict[str, Any]:
+    cost = benchmark.cost(arguments)
+    return {
+        "operation": benchmark.operation,
+        "benchmark": benchmark.name,
+        "settings": dict(benchmark.settings),
+        "kernel": kernel.name,
+        "backend": kernel.backend,
+        "device": benchmark.device,
+        "dtype": benchmark.dtype,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "floor_seconds": cost.floor_seconds(ceilings.flops_per_second, ceilings.bytes_per_second),
+    }
+
+
+def _measure(
+    row: dict[str, Any],
+    benchmark: Benchmark,
+    kernel: Kernel,
+    arguments: dict[str, Any],
+    ceilings: Ceilings,
+    against: Sequence[str] | None,
+) -> None:
+    try:
+        timing = time_call(benchmark.timed(kernel.call, arguments), benchmark.device)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+        return
+    row["timing"] = timing.to_dict()
+    row["flops_per_second"] = row["flops"] / timing.median
+    row["bytes_per_second"] = row["bytes"] / timing.median
+    row["of_roofline"] = row["floor_seconds"] / timing.median
+    row["rivals"] = []
+    for rival in benchmark.rivals:
+        if against and rival.name not in against:
+            continue
+        entry: dict[str, Any] = {"name": rival.name}
+        try:
+            measured = time_call(rival.prepare(arguments), benchmark.device)
+            entry["timing"] = measured.to_dict()
+            entry["ratio"] = measured.median / timing.median
+        except Unavailable as reason:
+            entry["unavailable"] = str(reason)
+        except Exception as error:
+            entry["unavailable"] = f"{type(error).__name__}: {str(error)[:200]}"
+        row["rivals"].append(entry)
+
+
+def _hardware() -> dict[str, str]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return {}
+    if torch.cuda.is_available():
+        return {"gpu": torch.cuda.get_device_name(), "threads": str(torch.get_num_threads())}
+    return {"threads": str(torch.get_num_threads())}
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
