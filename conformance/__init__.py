@@ -1,8 +1,10 @@
 """The conformance suite: certify anyone's attention kernel against the reference.
 
-from attnspec.conformance import Kernel, certify
-report = certify(Kernel("mine", operation="attention.attend", call=f, array="torch"))
-assert report.passed, report.failures[0]
+On the command line it is ``attnspec conform``; in Python::
+
+    from attnspec.conformance import Kernel, certify
+    report = certify(Kernel("mine", operation="attention.attend", call=f, array="torch"))
+    assert report.passed, report.failures[0]
 """
 
 from attnspec.conformance.case import Case, SavedCase

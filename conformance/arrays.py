@@ -21,7 +21,7 @@ class ArrayKind:
         raise NotImplementedError
 
     def get(self, x: Any) -> np.ndarray:
-        """An output as a NumPy array (floats as float64, without loss)."""
+        """An output as a NumPy array (floats as float64, without loss), a list as a ragged one."""
         raise NotImplementedError
 
     def describe(self, x: Any) -> tuple[str, str]:
@@ -53,6 +53,8 @@ class NumpyArrays(ArrayKind):
         )
 
     def get(self, x: Any) -> np.ndarray:
+        if isinstance(x, list):
+            return ragged([self.get(row) for row in x])
         x = np.asarray(x)
         return x.astype(np.float64) if x.dtype.kind == "f" else x
 
@@ -94,6 +96,8 @@ class TorchArrays(ArrayKind):
     def get(self, x: Any) -> np.ndarray:
         import torch
 
+        if isinstance(x, list):
+            return ragged([self.get(row) for row in x])
         if not isinstance(x, torch.Tensor):
             return np.asarray(x)
         x = x.detach()
@@ -136,6 +140,15 @@ def _patched(owner: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(owner, name, value)
+
+
+def ragged(rows: list[np.ndarray]) -> np.ndarray:
+    """Integer rows of different lengths as one array, filled up with the least integer there is."""
+    longest = max((len(row) for row in rows), default=0)
+    padded = np.full((len(rows), longest), np.iinfo(np.int64).min)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
 
 
 def array_kind(array: str, device: str) -> ArrayKind:

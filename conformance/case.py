@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,10 +40,12 @@ class Case:
         return self.sizes.get("kv_heads", 1) * self.sizes.get("group", 1)
 
     def shape(self, axes: str) -> tuple[int, ...]:
-        """The shape of an array with the named axes; a digit is a literal length."""
+        """The shape of an array with the named axes; "4" is a literal length, "2*d" a product."""
         return tuple(self.size(axis) for axis in axes.split())
 
     def size(self, axis: str) -> int:
+        if "*" in axis:
+            return math.prod(self.size(factor) for factor in axis.split("*"))
         if axis == "heads":
             return self.heads
         return int(axis) if axis.isdigit() else self.sizes[axis]

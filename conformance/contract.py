@@ -31,7 +31,8 @@ class Array:
 
     `axes` names its axes ("batch heads queries d"); `role` tells the data generator what it is.
     `make` builds special data (masks, lengths, offsets, states) instead. An `optional` array may be
-    absent. `optional` arrays listed in a case's options are present.
+    absent: those listed in a case's options are present. Where the operation gives such an argument
+    no default, absent means None.
     """
 
     name: str
@@ -56,31 +57,47 @@ class Output:
     """One returned value, judged by its `kind`.
 
     "value": floats, against the budget of the rounded run, row by row (the last axis is a row
-    unless `row_axes` is 0). "exact": equal, whatever the dtype. "selection": indices (or a mask)
-    judged by the scores of `Contract.ranking`. `dtype` is "input" or a fixed dtype.
+    unless `row_axes` is 0). "exact": equal, whatever the dtype. "copy": entries of the inputs, bit
+    for bit, NaN included. "selection": indices (or a mask) judged by the scores of
+    `Contract.ranking`. `dtype` is "input" or a fixed dtype.
+
+    A `plain` output is a Python number, not an array. `nan` says that the truth may be NaN, and
+    that the answer must be NaN there. A selection hidden in a larger output (the positions of a
+    cache's slots) is found by ``chosen(output, arguments)``; the output itself must then equal
+    `Contract.follow`. `by_query` is False if the rows are not those of queries (a state).
+    `cancels` says that it is a small difference of large terms, whose zeros may be rounding noise.
     """
 
     name: str
     kind: str = "value"
     dtype: str = "input"
     row_axes: int = 1
+    plain: bool = False
+    nan: bool = False
+    chosen: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray] | None = None
+    by_query: bool = True
+    cancels: bool = False
 
 
 @dataclass(frozen=True)
 class Ranking:
     """What a selection must achieve: the best `k` of `scores` (..., n).
 
-    `allowed` and `forced` are bool, shaped as the scores: entries that may, and that must, be
-    chosen. `k` counts the forced ones. `exact` says when the scores carry no rounding error, so
+    With a `threshold`, all scores strictly above it instead. `allowed`, `forced` and `extra` are
+    bool, shaped as the scores: entries that may, and that must, be chosen. `k` counts the forced
+    ones; the extra ones are added after the choice, so that `k` counts those of them that are
+    among the best. `exact` says when the scores carry no rounding error, so
     that equal scores are real ties: "always" (they are an argument), "integers" (sums of products
     of inputs, exact on small integers) or "never".
     """
 
     scores: np.ndarray
-    k: int
+    k: int = 0
     exact: str = "never"
     allowed: np.ndarray | None = None
     forced: np.ndarray | None = None
+    extra: np.ndarray | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,8 @@ class Stream:
 
     `start(arguments)` gives the state before the first token from whole-sequence arguments,
     `feed(arguments, state, first, last)` the step's arguments for tokens [first, last),
-    `whole(arguments)` the outputs that the concatenated step outputs must equal.
+    `whole(arguments)` the outputs that the concatenated step outputs must equal. `hidden` is that
+    of `Contract`, for the whole sequence.
     """
 
     arrays: tuple[Array, ...]
@@ -98,6 +116,7 @@ class Stream:
     whole: Callable[[Mapping[str, Any]], np.ndarray]
     tokens: str = "tokens"
     chunked: bool = True
+    hidden: Callable[[Mapping[str, Any]], Ranking] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,8 @@ class Contract:
 
     sizes: inclusive range of every axis in ordinary cases; `least` what a token axis can shrink to
         (0 unless given).
-    linear_in: arguments in which the outputs named "value" are linear.
+    fix: moves drawn sizes to ones the operation accepts (an even width), never upwards.
+    linear_in: arguments in which the first output is linear; "v S0" is linear in both together.
     key_arrays: arguments whose `keys` axis may be permuted together without changing the outputs,
         when `permutable(case)` says so (no causal order, no positions).
     poison: given the arguments, overwrites entries that the operation must not read (K11).
@@ -117,6 +137,9 @@ class Contract:
         message must name, and the wrong value made from good arguments.
     ranking: the reference scores that the "selection" output is judged by, with the count wanted.
     follow: the truth of all outputs, given the kernel's own selection.
+    cancelling: gradients ("ds") that are small differences of large terms, as `Output.cancels`.
+    hidden: a selection that no output shows, its scores (..., n) having the rows (...) of the first
+        output. Rows on which rounding may change the choice are not judged.
     """
 
     operation: str
@@ -127,6 +150,7 @@ class Contract:
     queries: str = "queries"
     keys: str = "keys"
     least: Mapping[str, int] = field(default_factory=dict)
+    fix: Callable[[dict[str, int]], dict[str, int]] = lambda sizes: sizes
     values: tuple[str, ...] = ("normal", "peaky", "flat", "structured", "one-hot", "real")
     linear_in: tuple[str, ...] = ()
     key_arrays: tuple[str, ...] = ()
@@ -140,6 +164,8 @@ class Contract:
     bad_inputs: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = ()
     ranking: Callable[[Mapping[str, Any]], Ranking] | None = None
     follow: Callable[[Mapping[str, Any], np.ndarray], Any] | None = None
+    cancelling: tuple[str, ...] = ()
+    hidden: Callable[[Mapping[str, Any]], Ranking] | None = None
 
     @property
     def spec(self) -> Operation:
@@ -167,12 +193,17 @@ class Contract:
 
     def has_cross(self) -> bool:
         """Whether queries and keys have separate lengths."""
-        return self.queries in self.sizes and self.keys in self.sizes
+        both = self.queries in self.sizes and self.keys in self.sizes
+        return both and self.queries != self.keys
 
     def arguments(self, case: Case) -> dict[str, Any]:
         """The operation's arguments for `case`: float64 arrays and plain parameters."""
-        present = [a for a in self.arrays if not a.optional or a.name in case.options]
-        arrays = {array.name: array.data(case) for array in present}
+        arrays: dict[str, Any] = {}
+        for array in self.arrays:
+            if not array.optional or array.name in case.options:
+                arrays[array.name] = array.data(case)
+            elif self.spec.signature.parameters[array.name].default is inspect.Parameter.empty:
+                arrays[array.name] = None
         return {**arrays, **case.parameters}
 
     def call(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -197,13 +228,34 @@ class Contract:
         return function(*positional, **keywords)
 
     def outputs_of(self, result: Any) -> dict[str, Any]:
-        """The operation's result as a dict by output name."""
+        """The operation's result as a dict by output name.
+
+        An output called ``state.k`` is the attribute k of the returned item in the place of
+        `state`, so that a kernel's own state object may hold more than the reference's.
+        """
         if len(self.outputs) == 1:
             return {self.outputs[0].name: result}
+        names = [output.name for output in self.outputs]
+        if any("." in name for name in names):
+            items = list(dict.fromkeys(name.partition(".")[0] for name in names))
+            if not isinstance(result, tuple) or len(result) != len(items):
+                raise TypeError(f"returned {type(result).__name__}, expected ({', '.join(items)})")
+            by_item = dict(zip(items, result, strict=True))
+            return {name: _attribute(by_item, name) for name in names}
         flat = flatten(result)
-        if len(flat) != len(self.outputs):
-            raise TypeError(f"returned {len(flat)} values, expected {len(self.outputs)}")
-        return dict(zip((output.name for output in self.outputs), flat, strict=True))
+        if len(flat) != len(names):
+            raise TypeError(f"returned {len(flat)} values, expected {len(names)}")
+        return dict(zip(names, flat, strict=True))
+
+
+def _attribute(items: Mapping[str, Any], name: str) -> Any:
+    item, *attributes = name.split(".")
+    value = items[item]
+    for attribute in attributes:
+        if not hasattr(value, attribute):
+            raise TypeError(f"returned {type(value).__name__}, expected a {attribute!r} in it")
+        value = getattr(value, attribute)
+    return value
 
 
 def flatten(result: Any) -> list[Any]:

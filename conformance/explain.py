@@ -17,11 +17,12 @@ def conditions(contract: Contract, case: Case, fails: Callable[[Case], bool]) ->
     needed = []
     for axis, length in case.sizes.items():
         simplest = min(contract.sizes[axis][0], 1) if axis in contract.sizes else 1
-        if length > simplest and not fails(case.with_(sizes={axis: max(simplest, length - 1)})):
+        fewer = contract.fix({**case.sizes, axis: max(simplest, length - 1)})
+        if length > simplest and not fails(case.with_(sizes=fewer)):
             needed.append(f"{axis} >= {length}" if length > 2 else f"{axis} > {length - 1}")
     for option in case.options:
-        fewer = tuple(o for o in case.options if o != option)
-        if not fails(case.with_(options=fewer)):
+        others = tuple(o for o in case.options if o != option)
+        if not fails(case.with_(options=others)):
             needed.append(f"{option} is given")
     for name, value in case.parameters.items():
         default = contract.spec.signature.parameters[name].default

@@ -36,6 +36,8 @@ class Kernel:
         reference's; a torch kernel with ``gradient=True`` is differentiated by autograd.
     limits: axis, parameter, option or cell -> the values it supports (anything with ``in``).
         A case outside must raise TypeError or ValueError; inside, everything must pass.
+    draws: axis -> the sizes cases are drawn from, where every new size costs a compilation. No
+        limit: other sizes are claimed, only not tried.
     blocks: the kernel's tile sizes; ragged lengths are drawn around them.
     configs: name -> context manager that forces one tuning configuration; each is tested alone.
     ties: "lowest" claims rule K6 exactly, "any" lets equal scores fall either way.
@@ -53,6 +55,7 @@ class Kernel:
     gradient: bool = False
     backward: Callable[..., Any] | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
+    draws: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     blocks: tuple[int, ...] = (16, 64)
     configs: Mapping[str, Callable[[], AbstractContextManager[Any]]] = field(default_factory=dict)
     ties: str = "lowest"

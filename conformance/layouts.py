@@ -25,8 +25,8 @@ def place(x: np.ndarray, layout: str) -> Placement:
 
     "transposed" stores heads inside tokens, "fused" leaves room for two neighbours in each row, as
     a slice of a fused projection does, "padded" pads the rows, "offset" starts at an odd element,
-    "strided" takes every second channel, "expanded" shares one copy along the first axis (its
-    entries must be equal).
+    "strided" takes every second channel, "expanded" shares one copy along the first axis if its
+    entries are equal.
     """
     order = list(range(x.ndim))
     room = list(x.shape)
@@ -44,14 +44,15 @@ def place(x: np.ndarray, layout: str) -> Placement:
         room[-1] *= 2
         step = 2
     elif layout == "expanded" and x.ndim >= 2 and x.shape[0] > 1:
-        shared = True
+        shared = bool(np.all(x == x[:1]))
 
     strides = [0] * x.ndim
     length = 1
     for axis in reversed(order):
         strides[axis] = length
         length *= room[axis]
-    strides[-1] *= step
+    if strides:
+        strides[-1] *= step
     if shared:
         strides[0] = 0
     buffer = _fence(length + 2 * FENCE + offset, x.dtype)

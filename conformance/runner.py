@@ -80,7 +80,8 @@ def run_task(
 ) -> Result:
     """Replay the saved cases of a task, then search; the smallest counterexample comes back."""
     started = time.perf_counter()
-    count, used = 0, {}
+    count = 0
+    used: dict[str, float] = {}
 
     def check(case: Case) -> None:
         nonlocal count

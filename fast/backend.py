@@ -20,6 +20,11 @@ def count_launch() -> None:
     launches += 1
 
 
+def launch_count() -> int:
+    """How many kernels have been launched so far."""
+    return launches
+
+
 def interpreting() -> bool:
     """True if Triton kernels run in its interpreter, where CPU tensors are their natural input."""
     from triton import knobs
@@ -84,11 +89,13 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
+def check_attention_inputs(
+    q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype] = DTYPES
+) -> None:
     """q, k and v fit one another: (batch, heads, tokens, d), kv heads dividing the heads."""
-    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"))
-    check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"))
-    check_tensor("v", v, ("batch", "kv_heads", "k_tokens", "dv"))
+    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)
+    check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"), dtypes)
+    check_tensor("v", v, ("batch", "kv_heads", "k_tokens", "dv"), dtypes)
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
     check_size("k", k.shape[0], q.shape[0], "batch, as in q")

@@ -20,7 +20,8 @@ HALF = ("float16", "bfloat16")
 
 def kernels() -> Iterable[Kernel]:
     """A kernel for each operation, backend and device; what a module says in `CLAIMS` is added."""
-    from attnspec.conformance import Kernel, contracts
+    from attnspec.conformance import Kernel
+    from attnspec.conformance.contract import contracts
 
     known = contracts()
     for slug, path in mechanism_modules().items():
@@ -44,7 +45,9 @@ def kernels() -> Iterable[Kernel]:
 
 def _claims(module: Any, name: str, kind: str) -> dict[str, Any]:
     """Defaults, overridden by the module's ``CLAIMS[name]`` and then its ``CLAIMS[name][kind]``."""
-    claims: dict[str, Any] = {"dtypes": ("float32", *HALF)}
+    claims: dict[str, Any] = {"dtypes": ("float32", *HALF), "launches": backend.launch_count}
+    if kind == "triton":
+        claims["draws"] = {"d": (16, 64, 80), "dv": (16, 64, 96), "group": (1, 2, 3, 8)}
     own = dict(getattr(module, "CLAIMS", {}).get(name, {}))
     special = {other: own.pop(other, {}) for other in backend.BACKENDS}
     return {**claims, **own, **special[kind]}

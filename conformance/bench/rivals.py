@@ -8,14 +8,16 @@ from typing import Any
 from attnspec.conformance.bench.model import Rival, Unavailable
 
 
-def sdpa(backend: str, backward: bool = False) -> Rival:
+def sdpa(
+    backend: str, backward: bool = False, causal: bool | None = None, lengths: bool = False
+) -> Rival:
     """torch's scaled_dot_product_attention on one backend: "flash", "cudnn", "efficient", "math".
 
-    Takes q, k, v and causal from the arguments; causal needs equal lengths.
+    Takes q, k, v and causal from the arguments (`causal` here overrides them); with `lengths` a
+    mask hides the keys beyond each batch entry's length.
     """
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         choices = {
@@ -24,21 +26,46 @@ def sdpa(backend: str, backward: bool = False) -> Rival:
             "efficient": SDPBackend.EFFICIENT_ATTENTION,
             "math": SDPBackend.MATH,
         }
-        q, k, v = (arguments[name] for name in ("q", "k", "v"))
-        causal = bool(arguments.get("causal")) and q.shape[-2] > 1
-        if causal and q.shape[-2] != k.shape[-2]:
-            raise Unavailable("is_causal is aligned at the top left for unequal lengths")
-        grouped = q.shape[1] != k.shape[1]
+        call = _sdpa_call(arguments, causal, lengths)
 
         def forward() -> Any:
             with sdpa_kernel(choices[backend]):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, enable_gqa=grouped
-                )
+                return call()
 
-        return with_backward(forward, (q, k, v)) if backward else forward
+        return with_backward(forward, _inputs(arguments)) if backward else forward
 
     return Rival(f"sdpa-{backend}", prepare)
+
+
+def torch_sdpa(causal: bool | None = None) -> Rival:
+    """torch's scaled_dot_product_attention on the backend it chooses itself."""
+    return Rival("torch-sdpa", lambda arguments: _sdpa_call(arguments, causal, False))
+
+
+def _inputs(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(arguments[name] for name in ("q", "k", "v"))
+
+
+def _sdpa_call(
+    arguments: Mapping[str, Any], causal: bool | None, lengths: bool
+) -> Callable[[], Any]:
+    import torch
+
+    q, k, v = _inputs(arguments)
+    ordered = bool(arguments.get("causal")) if causal is None else causal
+    if ordered and q.shape[-2] != k.shape[-2]:
+        raise Unavailable("is_causal is aligned at the top left for unequal lengths")
+    mask = None
+    if lengths:
+        keys = torch.arange(k.shape[-2], device=k.device)
+        mask = (keys < arguments["lengths"][:, None])[:, None, None]
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None:
+        # The backends that take a mask do not group heads.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=ordered, enable_gqa=grouped and mask is None
+    )
 
 
 def with_backward(forward: Callable[[], Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
@@ -59,8 +86,15 @@ def with_backward(forward: Callable[[], Any], inputs: tuple[Any, ...]) -> Callab
     return call
 
 
-def flex(mask: Callable[[Mapping[str, Any]], Callable[..., Any]], backward: bool = False) -> Rival:
-    """FlexAttention, compiled, with the mask function that `mask` makes from the arguments."""
+def flex(
+    mask: Callable[[Mapping[str, Any]], Callable[..., Any]],
+    backward: bool = False,
+    per_head: bool = False,
+) -> Rival:
+    """FlexAttention, compiled, with the mask function that `mask` makes from the arguments.
+
+    `per_head` says that the mask differs from head to head.
+    """
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         import torch
@@ -68,7 +102,13 @@ def flex(mask: Callable[[Mapping[str, Any]], Callable[..., Any]], backward: bool
 
         q, k, v = (arguments[name] for name in ("q", "k", "v"))
         block_mask = create_block_mask(
-            mask(arguments), None, None, q.shape[-2], k.shape[-2], device=q.device, _compile=True
+            mask(arguments),
+            q.shape[0] if per_head else None,
+            q.shape[1] if per_head else None,
+            q.shape[-2],
+            k.shape[-2],
+            device=q.device,
+            _compile=True,
         )
         compiled = torch.compile(flex_attention, dynamic=False)
         grouped = q.shape[1] != k.shape[1]

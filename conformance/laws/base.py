@@ -65,6 +65,7 @@ def draw_case(
         sizes[axis] = draw(_within(kernel, axis, (axes or {}).get(axis), low, high))
     if contract.has_cross() and not cross:
         sizes[contract.keys] = sizes[contract.queries]
+    sizes = contract.fix(sizes)
     chosen: dict[str, Any] = {}
     for name, strategy in contract.parameters(sizes).items():
         allowed = kernel.limits.get(name)
@@ -93,6 +94,8 @@ def _within(
     kernel: Kernel, axis: str, strategy: st.SearchStrategy[int] | None, low: int, high: int
 ) -> st.SearchStrategy[int]:
     allowed = kernel.limits.get(axis)
+    if axis in kernel.draws:
+        return st.sampled_from([n for n in kernel.draws[axis] if allowed is None or n in allowed])
     if allowed is None:
         return st.integers(low, high) if strategy is None else strategy
     if strategy is not None:
@@ -107,12 +110,12 @@ def _filtered(strategy: st.SearchStrategy[Any], allowed: Any) -> st.SearchStrate
     return strategy.filter(lambda value: value in allowed)
 
 
-def near_blocks(kernel: Kernel) -> st.SearchStrategy[int]:
-    """Lengths around multiples of the kernel's own tile sizes."""
-    lengths = {1}
+def near_blocks(kernel: Kernel, least: int = 1) -> st.SearchStrategy[int]:
+    """Lengths around multiples of the kernel's own tile sizes, none below `least`."""
+    lengths = {max(1, least)}
     for block in kernel.blocks:
         lengths |= {block // 2, block - 1, block, block + 1, 2 * block - 1, 2 * block + 1}
-    return st.sampled_from(sorted(n for n in lengths if 1 <= n <= kernel.largest))
+    return st.sampled_from(sorted(n for n in lengths if max(1, least) <= n <= kernel.largest))
 
 
 ALL_LAYOUTS = LAYOUTS

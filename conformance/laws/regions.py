@@ -27,7 +27,7 @@ def comfortable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def ragged(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    axes = {axis: near_blocks(kernel) for axis in token_axes(contract)}
+    axes = {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
     axes |= {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
     return draw_case(contract, kernel, dtype, axes=axes)
 
@@ -123,6 +123,7 @@ LAWS = (
         ("K1", "K12"),
         layouts,
         check_agreement,
+        applies=lambda contract, kernel: bool(contract.arrays),
         examples=0.5,
     ),
     Law(

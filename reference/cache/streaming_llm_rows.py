@@ -145,9 +145,9 @@ def check_rotary(name: str, x: np.ndarray, base_name: str, base: Any) -> None:
     Traceback (most recent call last):
     ValueError: q: got d = 3, expected an even d for rotary positions
     """
-    if x.shape[-1] % 2:
-        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
     if isinstance(base, bool) or not isinstance(base, (int, float, np.number)):
         raise TypeError(f"{base_name}: got {base!r}, expected a number > 0")
     if not base > 0:
         raise ValueError(f"{base_name}: got {base!r}, expected a number > 0")
+    if x.shape[-1] % 2:
+        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")

@@ -43,7 +43,13 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import combine, score, sum_groups, visible
+from attnspec.reference.dense.attention import (
+    combine,
+    score,
+    score_gradient,
+    sum_groups,
+    visible,
+)
 from attnspec.reference.primitives.softmax import softmax_backward, softmax_lse
 
 
@@ -153,12 +159,8 @@ def attend_with_sink_logit_backward(
     keys = np.where(unread, np.zeros_like(keys), keys)
     values = np.where(unread, np.zeros_like(values), values)
 
-    dweights = dout @ np.swapaxes(values, -1, -2)
-    dscores = softmax_backward(weights, dweights)
-    dsink = -sink * np.sum(weights * dweights, axis=-1)
-    if dlse is not None:
-        dscores = dscores + weights * dlse[..., None]
-        dsink = dsink + sink * dlse
+    dscores, row_term = score_gradient(weights, values, dout, dlse)
+    dsink = -sink * row_term if dlse is None else sink * (dlse - row_term)
     dq = scale * (dscores @ keys)
     dk = scale * (np.swapaxes(dscores, -1, -2) @ q)
     dv = np.swapaxes(weights, -1, -2) @ dout

@@ -48,7 +48,7 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.primitives.softmax import softmax_backward, softmax_lse
+from attnspec.reference.primitives.softmax import softmax_lse
 from attnspec.reference.spec import (
     HEADS,
     PADDINGS,
@@ -166,13 +166,27 @@ def attend_backward(
     keys = np.where(unread, 0, repeat_heads(k, heads)).astype(k.dtype)
     values = np.where(unread, 0, repeat_heads(v, heads)).astype(v.dtype)
 
-    dscores = softmax_backward(weights, dout @ np.swapaxes(values, -1, -2))
-    if dlse is not None:
-        dscores = dscores + weights * dlse[..., None]
+    dscores, _ = score_gradient(weights, values, dout, dlse)
     dq = scale * (dscores @ keys)
     dk = scale * (np.swapaxes(dscores, -1, -2) @ q)
     dv = np.swapaxes(weights, -1, -2) @ dout
     return dq, sum_groups(dk, k.shape[-3]), sum_groups(dv, v.shape[-3])
+
+
+def score_gradient(
+    weights: np.ndarray, values: np.ndarray, dout: np.ndarray, dlse: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """S5: ds (..., heads, q_tokens, k_tokens) and its row term do . o (..., heads, q_tokens).
+
+    `values` (..., heads, k_tokens, dv) are one for each query head. Weights that sum to less than
+    one, because a sink takes the rest, follow the same formula.
+
+    >>> score_gradient(np.array([[0.5, 0.5]]), np.eye(2), np.array([[1.0, 0.0]]))[0]
+    array([[ 0.25, -0.25]])
+    """
+    row_term = np.einsum("...d,...d->...", dout, weights @ values)
+    lse_term = 0 if dlse is None else dlse[..., None]
+    return weights * (dout @ np.swapaxes(values, -1, -2) - row_term[..., None] + lse_term), row_term
 
 
 def sum_groups(x: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -182,7 +196,8 @@ def sum_groups(x: np.ndarray, kv_heads: int) -> np.ndarray:
     array([3., 7.])
     """
     *leading, heads, tokens, d = x.shape
-    return x.reshape(*leading, kv_heads, heads // kv_heads, tokens, d).sum(axis=-3)
+    grouped = x.reshape(*leading, kv_heads, heads // kv_heads, tokens, d)
+    return np.einsum("...kgtd->...ktd", grouped)
 
 
 def attend_packed(

@@ -202,6 +202,7 @@ def check_log_decays(k: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
     Traceback (most recent call last):
     ValueError: g: got log decays up to 1.0, expected finite values <= 0
     """
+    check_array("k", k, ("kv_heads", "T", "d"))
     check_attention_inputs(k, k, v)
     check_array("g", g, ("heads", "tokens"))
     if g.shape[:-2] != k.shape[:-3] or g.shape[-1] != k.shape[-2]:

@@ -98,7 +98,7 @@ def grid_size(n: np.ndarray, slots: int, rule: str = "authors") -> int:
     >>> grid_size(np.array([6, 6]), 8), grid_size(np.array([100, 100]), 8)
     (6, 8)
     """
-    check_array("n", n, ("outputs",), dtype="int")
+    _check_tiles(n)
     check_integer("slots", slots, least=1)
     check_choice("rule", rule, RULES)
     W = int(np.sum(n))
@@ -115,7 +115,7 @@ def lean_schedule(n: np.ndarray, G: int) -> tuple[np.ndarray, np.ndarray]:
     >>> lean_schedule(np.array([4, 3]), 3)
     (array([0, 3, 5]), array([3, 5, 7]))
     """
-    check_array("n", n, ("outputs",), dtype="int")
+    _check_tiles(n)
     check_integer("G", G, least=1)
     W = int(np.sum(n))
     if W == 0:
@@ -199,8 +199,20 @@ def _keys_seen(length: int, Tq: int, M: int, i: int, causal: bool) -> int:
     return min(max(min((i + 1) * M, Tq) + length - Tq, 0), length)
 
 
-def _check_schedule(n: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
+def _check_tiles(n: np.ndarray) -> None:
     check_array("n", n, ("outputs",), dtype="int")
+    if np.any(n < 0):
+        raise ValueError(f"n: got {n.tolist()}, expected numbers of tiles >= 0")
+
+
+def _check_schedule(n: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
+    _check_tiles(n)
     check_array("start", start, ("workers",), dtype="int")
     check_array("end", end, ("workers",), dtype="int")
     check_size("end", len(end), len(start), "workers, as in start")
+    W = int(np.sum(n))
+    if not np.array_equal(np.append(start, W), np.insert(end, 0, 0)):
+        raise ValueError(
+            f"end: got {end.tolist()} for starts {start.tolist()}, "
+            f"expected stretches that join and share out the {W} tiles of n"
+        )

@@ -65,7 +65,7 @@ def softmax_backward(weights: np.ndarray, dweights: np.ndarray) -> np.ndarray:
     >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    inner = np.sum(weights * dweights, axis=-1, keepdims=True)
+    inner = np.einsum("...j,...j->...", weights, dweights)[..., None]
     return weights * (dweights - inner)
 
 

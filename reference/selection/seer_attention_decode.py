@@ -177,6 +177,7 @@ def decode_attend(
     >>> decode_attend(np.zeros((1, 1, 2)), k, v, np.array([[False, True]]), 2)[0]
     array([[[9.]]])
     """
+    check_array("q_t", q_t, ("heads", "1", "d"))
     check_attention_inputs(q_t, k, v)
     check_size("q_t", q_t.shape[-2], 1, "one token")
     check_array("M", M, ("kv_heads", "nb"), dtype="bool")
@@ -233,11 +234,17 @@ def step(
     >>> step(init_state(x, x, eye), x, x, x, None, eye, mode="Qavg", kinds=("avg",))[0]
     array([[1., 1.]])
     """
-    pos = state.k.shape[-2]
+    check_array("q_t", q_t, ("heads", "d"))
+    check_array("v_t", v_t, ("kv_heads", "dv"))
+    pos, token = state.k.shape[-2], v_t[..., None, :]
+    if token.shape != (*state.v.shape[:-2], 1, state.v.shape[-1]):
+        expected = (*state.v.shape[:-2], state.v.shape[-1])
+        raise ValueError(f"v_t: got shape {v_t.shape}, expected {expected}, as in the state")
+    check_size("q_t", q_t.shape[-1], state.k.shape[-1], "d, as in the state")
     cache = compress_step(state.cache, k_t, Wk, b, kinds, base, k_norm)
     at = np.array([pos])
     k = np.concatenate([state.k, rope(k_t[..., None, :], at, base)], axis=-2)
-    v = np.concatenate([state.v, v_t[..., None, :]], axis=-2)
+    v = np.concatenate([state.v, token], axis=-2)
     scores = decode_gate(q_t, cache, pos, Wq, mode, base, q_norm)
     M = decode_select(scores, b, tau=tau, budget=budget)
     out, _ = decode_attend(rope(q_t[..., None, :], at, base), k, v, M, b, scale=scale)

@@ -16,7 +16,6 @@ from attnspec.reference.conventions import (
     check_array,
     check_integer,
     check_size,
-    group_size,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import sum_groups
@@ -67,6 +66,9 @@ def gate_rope(nb: int, b: int, dg: int, base: float = 10000.0) -> tuple[np.ndarr
     """
     check_integer("nb", nb, least=0)
     check_integer("b", b, least=1)
+    check_integer("dg", dg, least=2)
+    if dg % 2:
+        raise ValueError(f"dg: got {dg}, expected an even width for rotary positions")
     angles = rope_angles(b * np.arange(nb), dg, base)
     return np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)
 
@@ -127,7 +129,7 @@ def gate_scores_backward(
     return np.sum(np.swapaxes(pq, -1, -2) @ dgq, axis=batch), np.sum(dWk, axis=batch)
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
+def check_kinds(kinds: Sequence[str], name: str = "kinds") -> None:
     """S1, K14: `kinds` is a choice of different poolings, at least one.
 
     >>> check_kinds(("avg", "avg"))
@@ -136,7 +138,7 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(pooling.REDUCTIONS):
         known = ", ".join(map(repr, pooling.REDUCTIONS))
-        raise ValueError(f"kinds: got {kinds!r}, expected different ones of {known}")
+        raise ValueError(f"{name}: got {kinds!r}, expected different ones of {known}")
 
 
 def _gate_features(
@@ -152,7 +154,8 @@ def _gate_features(
     check_array("pk", pk, ("kv_heads", "nb", "nk * d"))
     check_array("Wk", Wk, ("heads", "nk * d", "dg"))
     heads, kv_heads, nb, dg = pq.shape[-3], pk.shape[-3], pq.shape[-2], Wk.shape[-1]
-    group_size(heads, kv_heads)
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"pk: got {kv_heads} kv heads, expected a divisor of {heads} (heads)")
     check_size("pk", pk.shape[-2], nb, "nb, as in pq")
     check_size("Wk", Wk.shape[-2], pk.shape[-1], "channels, as in pk")
     for name, table in (("cos", cos), ("sin", sin)):

@@ -14,7 +14,12 @@ import numpy as np
 from attnspec.reference.conventions import check_array, check_integer, check_size
 from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.primitives.top_k import top_k_mask
-from attnspec.reference.selection.seer_attention_gate import gate_rope, gate_scores, pool_blocks
+from attnspec.reference.selection.seer_attention_gate import (
+    check_kinds,
+    gate_rope,
+    gate_scores,
+    pool_blocks,
+)
 
 
 def select_threshold(
@@ -93,6 +98,8 @@ def select_blocks(
     check_array("k", k, ("kv_heads", "T", "d"))
     check_size("k", k.shape[-2], q.shape[-2], "tokens, as in q")
     check_array("Wk", Wk, ("heads", "nk * d", "dg"))
+    check_kinds(q_kinds, "q_kinds")
+    check_kinds(k_kinds, "k_kinds")
     if tau is not None and rho is not None:
         raise ValueError(f"tau: got {tau} beside rho {rho}, expected one of the two")
     pq, pk = pool_blocks(q, b, q_kinds), pool_blocks(k, b, k_kinds)

@@ -388,7 +388,7 @@ weights = np.zeros((4, 2, 2))
         (lambda: pool_blocks(q, 4, ()), ValueError, "kinds"),
         (lambda: pool_blocks(q, 4, ("avg", "avg")), ValueError, "kinds"),
         (lambda: pool_blocks(q, 4, ("median",)), ValueError, "kinds"),
-        (lambda: gate_rope(2, 4, 5), ValueError, "d"),
+        (lambda: gate_rope(2, 4, 5), ValueError, "dg"),
         (lambda: gate_rope(2, 0, 4), ValueError, "b"),
         (lambda: gate_scores(pq, pk[:, :, 1:], Wq, Wk, *tables), ValueError, "pk"),
         (lambda: gate_scores(pq, pk, Wq[1:], Wk, *tables), ValueError, "Wq"),

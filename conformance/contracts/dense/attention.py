@@ -25,18 +25,21 @@ SIZES = {
 
 
 def make_mask(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Three of four pairs visible; one row in five sees nothing."""
+    """Three of four pairs visible; one row in five sees nothing.
+
+    With "left" or "right" among the case's options, padding on that side instead.
+    """
     shape = case.shape("batch 1 queries keys")
-    return (rng.random(shape) < 0.75) & (rng.random((*shape[:-1], 1)) < 0.8)
+    if {"left", "right"} & set(case.options):
+        keys = case.sizes["keys"]
+        real = np.arange(keys) >= rng.integers(0, keys, (shape[0], 1, 1, 1))
+        return np.broadcast_to(real if "left" in case.options else real[..., ::-1], shape).copy()
+    return np.logical_and(rng.random(shape) < 0.75, rng.random((*shape[:-1], 1)) < 0.8)
 
 
 def padding_mask(side: str) -> Any:
-    """A case whose mask hides up to half of the keys on one side."""
-
-    def move(case: Case) -> Case:
-        return case.with_(options=("mask",), parameters={"causal": False}, values="normal")
-
-    return move
+    """A case whose mask hides some of the keys on one side."""
+    return lambda case: case.with_(options=("mask", side))
 
 
 def parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
@@ -46,12 +49,14 @@ def parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
 def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     """NaN in the keys and values that no query of the batch entry may read."""
     shape = (*case.shape("batch"), 1, *case.shape("queries keys"))
-    allowed = np.broadcast_to(arguments.get("mask", True), shape)
+    allowed: np.ndarray = np.ones(shape, bool)
+    if "mask" in arguments:
+        allowed &= arguments["mask"]
     if arguments["causal"]:
-        allowed = allowed & causal_mask(*shape[-2:])
+        allowed &= causal_mask(*shape[-2:])
     unread = ~allowed.any(axis=(1, 2))  # (batch, keys)
     for name in ("k", "v"):
-        x = arguments[name].copy()
+        x: np.ndarray = arguments[name].copy()
         x[np.broadcast_to(unread[:, None], x.shape[:-1])] = np.nan
         arguments[name] = x
     return arguments

@@ -163,8 +163,9 @@ def future_maximum(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) 
     return out, ((lse - top) + top).astype(lse.dtype)
 
 
-def forget_delta(weights: np.ndarray, dweights: np.ndarray) -> np.ndarray:
-    return weights * dweights
+def forget_row_term(weights: Any, values: Any, dout: Any, dlse: Any = None) -> Any:
+    ds, row_term = attention.score_gradient(weights, values, dout, dlse)
+    return ds + weights * row_term[..., None], row_term
 
 
 def first_of_group(x: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -234,12 +235,14 @@ MUTANTS = (
     mutant("racing", "repeatable", "the last row depends on who finishes first", Racing()),
     mutant("second-config", "configurations", "one tuning configuration skips the last key",
            tuned, settings={"configs": {"first": tuned.second}}),
+    mutant("fallback", "launched", "another implementation answers, the kernel is never launched",
+           ATTEND, settings={"launches": lambda: 0}),
     mutant("crop", "refusal", "keys and values of different lengths are cropped to fit",
            crop_to_fit),
     mutant("future-maximum", "prefix", "the rounding of a row depends on later keys",
            future_maximum),
     mutant("no-delta", "gradient", "the softmax gradient lacks its row term", ATTEND,
-           backward=replacing(BACKWARD, softmax_backward=forget_delta)),
+           backward=replacing(BACKWARD, score_gradient=forget_row_term)),
     mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
            ATTEND, backward=replacing(BACKWARD, sum_groups=first_of_group)),
     mutant("unit-upstream", "gradient", "the upstream gradient is taken to be 1", ATTEND,

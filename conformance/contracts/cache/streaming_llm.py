@@ -1,0 +1,296 @@
+"""Contracts of StreamingLLM: the cache's rows, their positions, and attention over them.
+
+The sinks of trained models are in `streaming_llm_sinks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from attnspec.conformance.case import Case
+from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.trial import Trial
+from attnspec.conformance.violation import Violation
+from attnspec.reference.cache.streaming_llm import State, init_state, streaming_attend
+from attnspec.reference.cache.streaming_llm_rows import call_sizes, evict_rows
+
+SIZES = {
+    "batch": (1, 2),
+    "kv_heads": (1, 2),
+    "group": (1, 3),
+    "d": (1, 24),
+    "dv": (1, 24),
+}
+Drawn = dict[str, st.SearchStrategy[Any]]
+
+
+def window(sizes: Mapping[str, int]) -> Drawn:
+    """Few sinks and a short window, so that a short stream already evicts."""
+    base = [None, 10000.0, 30.0] if sizes["d"] % 2 == 0 else [None]
+    return {
+        "S": st.integers(0, 4),
+        "R": st.integers(0, 8),
+        "rope_base": st.sampled_from(base),
+    }
+
+
+@st.composite
+def calls(draw: st.DrawFn, tokens: int) -> int | list[int]:
+    """So many tokens a call; a prompt, then one by one; or a ragged list."""
+    kind = draw(st.sampled_from(("constant", "prompt", "ragged")))
+    if kind == "constant":
+        return draw(st.integers(1, 6))
+    prompt = draw(st.integers(1, max(1, tokens)))
+    if kind == "prompt" and tokens:
+        return [prompt] + [1] * (tokens - prompt)
+    return call_sizes(tokens, draw(st.integers(2, 7)))[::-1]
+
+
+def slopes(rng: np.random.Generator, case: Case) -> np.ndarray | None:
+    """A slope for each head, if the case asks for ALiBi and has no rotary positions."""
+    if "alibi_slopes" not in case.options or case.parameters.get("rope_base") is not None:
+        return None
+    return 2.0 ** -rng.uniform(0, 4, case.heads)
+
+
+def make_state(rng: np.random.Generator, case: Case) -> State:
+    """What a stream of `past` tokens leaves behind."""
+    past = case.sizes["past"]
+    pos = evict_rows(past, case.parameters["S"], case.parameters["R"])
+    shape = (*case.shape("batch kv_heads"), len(pos))
+    k, v = (rng.standard_normal((*shape, case.sizes[axis])) for axis in ("d", "dv"))
+    return State(k, v, pos, past)
+
+
+def feed(whole: Mapping[str, Any], state: State, first: int, last: int) -> dict[str, Any]:
+    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
+    return {**whole, **tokens, "state": state}
+
+
+def heads(kv_heads: int, group: int) -> Any:
+    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
+
+
+def positions(axis: str, name: str) -> Array:
+    """Integers that are neither sorted nor dense: a position is not a place in the array."""
+    return Array(name, axis, make=lambda rng, case: rng.integers(0, 48, case.shape(axis)))
+
+
+def longer(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, x[..., -1:, :]], axis=-2)
+
+
+def integers(**ranges: tuple[int, int]) -> Any:
+    return lambda sizes: {name: st.integers(*ends) for name, ends in ranges.items()}
+
+
+def wrong_integers(*names: str) -> tuple[tuple[str, str, Any], ...]:
+    """A negative, fractional and missing value for each integer argument."""
+    return tuple(
+        (f"{name} = {value}", name, lambda a, value=value: value)
+        for name in names
+        for value in (-1, 2.5, None, True)
+    )
+
+
+Q = Array("q", "batch heads tokens d", role="query")
+K = Array("k", "batch kv_heads tokens d", role="key")
+V = Array("v", "batch kv_heads tokens dv", role="value")
+SLOPES = Array("alibi_slopes", "heads", make=slopes, optional=True)
+CELLS = {
+    "causal self": lambda case: case,
+    "MHA": heads(2, 1),
+    "GQA": heads(2, 3),
+    "MQA": heads(1, 4),
+}
+BAD_CALLS = (
+    ("more queries than keys", "q", lambda a: longer(a["q"])),
+    ("more keys than queries", "k", lambda a: longer(a["k"])),
+    ("more values than keys", "v", lambda a: longer(a["v"])),
+    ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
+    ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
+    ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
+    ("a base of 0", "rope_base", lambda a: 0.0 if a["q"].shape[-1] % 2 == 0 else "a"),
+    ("slopes of another number", "alibi_slopes", lambda a: np.ones(a["q"].shape[-3] + 1)),
+    ("a slope of 0", "alibi_slopes", lambda a: np.zeros(a["q"].shape[-3])),
+    *wrong_integers("S", "R"),
+)
+
+CONTRACTS = (
+    Contract(
+        operation="streaming_llm.evict_rows",
+        sizes={},
+        arrays=(),
+        outputs=(Output("rows", "exact"),),
+        parameters=integers(T=(0, 40), S=(0, 6), R=(0, 12)),
+        bad_inputs=wrong_integers("T", "S", "R"),
+    ),
+    Contract(
+        operation="streaming_llm.evict_rows_for_space",
+        sizes={},
+        arrays=(),
+        outputs=(Output("rows", "exact"),),
+        parameters=integers(T=(0, 40), m=(0, 16), S=(0, 6), R=(0, 12)),
+        bad_inputs=wrong_integers("T", "m", "S", "R"),
+    ),
+    Contract(
+        operation="streaming_llm.evict_rows_range",
+        sizes={"before": (0, 9), "gap": (0, 9), "after": (0, 9)},
+        arrays=(),
+        outputs=(Output("rows", "exact"),),
+        parameters=lambda sizes: {
+            "T": st.just(sum(sizes.values())),
+            "a": st.just(sizes["before"]),
+            "b": st.just(sizes["before"] + sizes["gap"]),
+        },
+        bad_inputs=(
+            ("a range beyond the rows", "b", lambda a: a["T"] + 1),
+            ("a range that starts behind its end", "a", lambda a: a["b"] + 1),
+            *wrong_integers("T", "a", "b"),
+        ),
+    ),
+    Contract(
+        operation="streaming_llm.cache_positions",
+        sizes={},
+        arrays=(),
+        outputs=(Output("p_q", "exact"), Output("p_k", "exact")),
+        parameters=integers(n=(0, 40), w=(0, 12)),
+        bad_inputs=wrong_integers("n", "w"),
+    ),
+    Contract(
+        operation="streaming_llm.rope",
+        sizes={"batch": (1, 2), "kv_heads": (1, 3), "tokens": (1, 24), "pairs": (1, 12)},
+        arrays=(
+            Array("x", "batch kv_heads tokens 2*pairs", role="query"),
+            positions("tokens", "pos"),
+        ),
+        outputs=(Output("out"),),
+        parameters=lambda sizes: {"base": st.sampled_from([10000.0, 500000.0, 30.0])},
+        linear_in=("x",),
+        bad_inputs=(
+            ("an odd head size", "x", lambda a: a["x"][..., 1:]),
+            ("positions of another number", "pos", lambda a: np.append(a["pos"], 0)),
+            ("fractional positions", "pos", lambda a: a["pos"] + 0.5),
+            ("a base of 0", "base", lambda a: 0.0),
+            ("a negative base", "base", lambda a: -2.0),
+        ),
+    ),
+    Contract(
+        operation="streaming_llm.alibi_bias",
+        sizes={"kv_heads": (1, 2), "group": (1, 3), "queries": (1, 24), "keys": (1, 24)},
+        arrays=(
+            Array("alibi_slopes", "heads", make=lambda rng, case: rng.uniform(0.01, 1, case.heads)),
+            positions("queries", "p_q"),
+            positions("keys", "p_k"),
+        ),
+        outputs=(Output("out"),),
+        linear_in=("alibi_slopes",),
+        bad_inputs=(
+            ("a slope of 0", "alibi_slopes", lambda a: 0 * a["alibi_slopes"]),
+            ("integer slopes", "alibi_slopes", lambda a: np.ones(1, np.int64)),
+            ("fractional positions", "p_q", lambda a: a["p_q"] + 0.5),
+            ("fractional positions", "p_k", lambda a: a["p_k"] + 0.5),
+        ),
+    ),
+    Contract(
+        operation="streaming_llm.sink_window_mask",
+        sizes={},
+        arrays=(),
+        outputs=(Output("mask", "exact"),),
+        parameters=integers(T=(0, 24), S=(0, 6), R=(0, 12)),
+        bad_inputs=wrong_integers("T", "S", "R"),
+    ),
+    Contract(
+        operation="streaming_llm.sink_window_distances",
+        sizes={},
+        arrays=(),
+        outputs=(Output("distances", "exact"),),
+        parameters=integers(T=(0, 24), S=(0, 6), R=(0, 12)),
+        bad_inputs=wrong_integers("T", "S", "R"),
+    ),
+    Contract(
+        operation="streaming_llm.step",
+        sizes={**SIZES, "past": (0, 24), "tokens": (1, 4)},
+        least={"tokens": 1},
+        arrays=(Array("state", make=make_state), Q, K, V, SLOPES),
+        outputs=(
+            Output("out"),
+            Output("state.k", "copy"),
+            Output("state.v", "copy"),
+            Output("state.pos", "exact"),
+            Output("state.seen", "exact", plain=True),
+        ),
+        parameters=window,
+        cells=CELLS,
+        bad_inputs=(
+            *BAD_CALLS,
+            ("keys of another width than the state's", "v", lambda a: a["v"].repeat(2, axis=-1)),
+        ),
+        stream=Stream(
+            arrays=(Q, K, V, SLOPES),
+            start=lambda whole: init_state(whole["k"], whole["v"]),
+            feed=feed,
+            whole=lambda whole: streaming_attend(**whole, chunk=1)[0],
+            chunked=False,
+        ),
+    ),
+    Contract(
+        operation="streaming_llm.streaming_attend",
+        sizes={**SIZES, "tokens": (1, 24)},
+        queries="tokens",
+        keys="tokens",
+        arrays=(Q, K, V, SLOPES),
+        outputs=(Output("out"), Output("trace", "exact")),
+        parameters=lambda sizes: {**window(sizes), "chunk": calls(sizes["tokens"])},
+        linear_in=("v",),
+        causal=lambda case: True,
+        cells=CELLS,
+        bad_inputs=(
+            *BAD_CALLS,
+            ("calls that leave out tokens", "chunk", lambda a: [a["q"].shape[-2] + 1]),
+            ("a call of no tokens", "chunk", lambda a: [0, a["q"].shape[-2]]),
+            *wrong_integers("chunk"),
+        ),
+    ),
+)
+
+
+def streams(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, axes={"tokens": st.integers(2, 32)})
+
+
+def check_evicted(trial: Trial) -> None:
+    """NaN in the place of an evicted token reaches no call after the one that evicted it."""
+    arguments, tokens = trial.arguments(), trial.case.sizes["tokens"]
+    before = trial.run(arguments)["out"]
+    ends = np.cumsum(call_sizes(tokens, arguments["chunk"]))
+    _, trace = streaming_attend(**arguments)
+    for end, kept in zip(ends, trace, strict=True):
+        gone = np.setdiff1d(np.arange(end), kept)
+        if len(gone) == 0 or end == tokens:
+            continue
+        changed = {name: arguments[name].copy() for name in ("k", "v")}
+        for x in changed.values():
+            x[..., gone, :] = np.nan
+        after = trial.run({**arguments, **changed})["out"]
+        if not np.array_equal(before[..., end:, :], after[..., end:, :]):
+            raise Violation("out", f"a call after token {end} reads one of {gone.tolist()}")
+
+
+LAWS = (
+    Law(
+        "evicted",
+        "An evicted token is gone: nothing that comes later depends on it.",
+        ("K11",),
+        streams,
+        check_evicted,
+        applies=lambda contract, kernel: contract.operation == "streaming_llm.streaming_attend",
+        examples=0.3,
+    ),
+)

@@ -1,0 +1,261 @@
+"""Wrong kernels of StreamingLLM: caches that keep, number or rotate the wrong rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.conformance.mutants.dense.attention import (
+    eleven_bits,
+    read_as_contiguous,
+    top_left,
+    wrap_32_bits,
+)
+from attnspec.reference.cache import streaming_llm, streaming_llm_rows
+from attnspec.reference.cache.streaming_llm import State
+from attnspec.reference.conventions import repeat_heads
+from attnspec.reference.primitives.rope import rope_angles
+
+EVICT = right("streaming_llm.evict_rows")
+SPACE = right("streaming_llm.evict_rows_for_space")
+RANGE = right("streaming_llm.evict_rows_range")
+POSITIONS = right("streaming_llm.cache_positions")
+ROPE = right("streaming_llm.rope")
+ALIBI = right("streaming_llm.alibi_bias")
+MASK = right("streaming_llm.sink_window_mask")
+DISTANCES = right("streaming_llm.sink_window_distances")
+STEP = right("streaming_llm.step")
+STREAM = right("streaming_llm.streaming_attend")
+
+
+def window_over_sinks(T: int, S: int = 4, R: int = 512) -> np.ndarray:
+    EVICT(T, S, R)
+    rows = np.arange(T)
+    return np.concatenate([rows[:S], rows[max(T - R, 0) :]]) if T > R else rows
+
+
+def whole_window(T: int, m: int, S: int = 4, R: int = 512) -> np.ndarray:
+    return SPACE(T, m, S, R) if T + m <= S + R else EVICT(T, S, R)
+
+
+def no_sinks(T: int, S: int = 4, R: int = 512) -> np.ndarray:
+    return EVICT(T, 0, S + R)
+
+
+def last_in_ring(T: int, S: int = 4, R: int = 512) -> np.ndarray:
+    """Rows in the order of their slots: the newest has overwritten the oldest of the window."""
+    rows = EVICT(T, S, R)
+    if len(rows) == T or R == 0:
+        return rows
+    window = np.arange(T - R, T)
+    return np.concatenate([rows[:S], np.roll(window, (T - S) % R)])
+
+
+def range_with_its_end(arguments: dict[str, Any]) -> None:
+    arguments["b"] = min(arguments["b"] + 1, arguments["T"]) if arguments["b"] else 0
+
+
+def one_less(arguments: dict[str, Any]) -> None:
+    if arguments["R"] > 0:
+        arguments["R"] -= 1
+
+
+def after_the_rows(n: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    p_q, p_k = POSITIONS(n, w)
+    return p_q - n, p_k
+
+
+def neighbouring_pairs(x: np.ndarray, pos: np.ndarray, base: float = 10000.0) -> np.ndarray:
+    ROPE(x, pos, base)
+    angles = rope_angles(pos, x.shape[-1], base)
+    cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
+    out = np.empty_like(x)
+    out[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin
+    out[..., 1::2] = x[..., 1::2] * cos + x[..., ::2] * sin
+    return out
+
+
+def row_numbers(arguments: dict[str, Any]) -> None:
+    if np.asarray(arguments["pos"]).shape == arguments["x"].shape[-2:-1]:
+        arguments["pos"] = np.arange(arguments["x"].shape[-2])
+
+
+def distances_of_the_text(distances: np.ndarray) -> np.ndarray:
+    t, j = np.indices(distances.shape)
+    return np.where(distances < 0, distances, t - j)
+
+
+def evict_first(
+    state: State, q: np.ndarray, k: np.ndarray, v: np.ndarray, S: int = 4, R: int = 512, **rest: Any
+) -> Any:
+    w, n = q.shape[-2], len(state.pos)
+    if w == 1 and n + w > S + R > 0:
+        state = streaming_llm.keep_rows(state, SPACE(n, w, S, R))
+    return STEP(state, q, k, v, S, R, **rest)
+
+
+def text_positions(state: State, *args: Any, **rest: Any) -> Any:
+    """Rotates to the tokens' places in the text: sinks move away for ever."""
+
+    def places(n: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+        new = state.seen + np.arange(w)
+        return new, np.concatenate([state.pos, new])
+
+    return replacing(STEP, cache_positions=places)(state, *args, **rest)
+
+
+def rotated_twice(state: State, *args: Any, **rest: Any) -> Any:
+    out, after = STEP(state, *args, **rest)
+    base = rest.get("rope_base")
+    if base is not None:
+        rows = np.arange(len(after.pos))
+        after = after._replace(k=streaming_llm_rows.rope(after.k, rows, base))
+    return out, after
+
+
+def rows_as_tokens(result: Any) -> Any:
+    out, state = result
+    return out, state._replace(seen=len(state.pos))
+
+
+def interleaved(q: np.ndarray, k: np.ndarray, v: np.ndarray, *args: Any, **rest: Any) -> Any:
+    """Query head h reads kv head h % kv_heads."""
+    if not all(isinstance(x, np.ndarray) and x.ndim > 2 for x in (q, k)):
+        return STREAM(q, k, v, *args, **rest)
+    heads, kv_heads = q.shape[-3], k.shape[-3]
+    order = np.argsort(np.arange(heads) % kv_heads, kind="stable")
+    out, trace = STREAM(q[..., order, :, :], k, v, *args, **rest)
+    return out[..., np.argsort(order), :, :], trace
+
+
+def token_by_token(arguments: dict[str, Any]) -> None:
+    if not isinstance(arguments["chunk"], int):
+        arguments["chunk"] = 1
+
+
+def reads_evicted(q: Any, k: Any, v: Any, *args: Any, **rest: Any) -> Any:
+    """Weighs every token that ever came, the evicted ones by 0."""
+    out, trace = STREAM(q, k, v, *args, **rest)
+    return out + 0 * repeat_heads(np.cumsum(v, axis=-2), q.shape[-3]), trace
+
+
+def maximum_of_all(q: Any, k: Any, v: Any, *args: Any, **rest: Any) -> Any:
+    """Rescales by a maximum over later tokens too: right up to rounding."""
+    out, trace = STREAM(q, k, v, *args, **rest)
+    top = np.max(np.abs(k), initial=0.0)
+    return (out - top) + top, trace
+
+
+def saturated(arguments: dict[str, Any]) -> None:
+    arguments["v"] = np.clip(arguments["v"], -3, 3)
+
+
+def no_multi_query(q: Any, k: Any, v: Any, *args: Any, **rest: Any) -> Any:
+    result = STREAM(q, k, v, *args, **rest)
+    if q.shape[-3] > k.shape[-3] == 1:
+        raise ValueError("k: got 1 kv head, expected at least 2")
+    return result
+
+
+def crop_to_fit(q: Any, k: Any, v: Any, *args: Any, **rest: Any) -> Any:
+    if not all(isinstance(x, np.ndarray) and x.ndim > 2 for x in (q, k, v)):
+        return STREAM(q, k, v, *args, **rest)
+    tokens = min(x.shape[-2] for x in (q, k, v))
+    return STREAM(*(x[..., :tokens, :] for x in (q, k, v)), *args, **rest)
+
+
+def first_entry(arguments: dict[str, Any]) -> None:
+    k = arguments["k"]
+    if isinstance(k, np.ndarray) and k.ndim == 4 and np.shape(arguments["q"])[:1] == k.shape[:1]:
+        arguments["k"] = np.repeat(k[:1], k.shape[0], axis=0)
+
+
+def last_call_lost(result: Any) -> Any:
+    out, trace = result
+    written = out.shape[-2] // 8 * 8 or out.shape[-2]
+    unwritten = np.empty_like(out)
+    unwritten[..., :written, :] = out[..., :written, :]
+    return unwritten, trace
+
+
+class KeepsTheFirstKeys:
+    """Reads the keys of the first call of each shape again, as a buffer that is never refilled."""
+
+    def __init__(self) -> None:
+        self.keys: dict[Any, np.ndarray] = {}
+
+    def __call__(self, q: Any, k: Any, v: Any, *args: Any, **rest: Any) -> Any:
+        result = STREAM(q, k, v, *args, **rest)
+        old = self.keys.get(k.shape, k)
+        self.keys[k.shape] = k.copy()
+        return result if np.array_equal(old, k) else STREAM(q, old, v, *args, **rest)
+
+
+def mutant(operation: str, name: str, law: str, bug: str, call: Any) -> Mutant:
+    return Mutant(f"streaming_llm.{name}", f"streaming_llm.{operation}", law, bug, call)
+
+
+MUTANTS = (
+    mutant("evict_rows", "short-window", "agreement", "the window keeps R - 1 rows",
+           altering(EVICT, one_less)),
+    mutant("evict_rows", "overlap", "agreement", "sinks come twice while T < S + R",
+           window_over_sinks),
+    mutant("evict_rows_for_space", "no-space", "agreement",
+           "the window is not shortened for the tokens to come", whole_window),
+    mutant("evict_rows_range", "closed-range", "agreement", "row b is dropped too",
+           altering(RANGE, range_with_its_end)),
+    mutant("cache_positions", "from-zero", "agreement", "queries stand at 0 and not behind n rows",
+           after_the_rows),
+    mutant("rope", "interleaved-pairs", "agreement", "neighbouring channels are rotated together",
+           neighbouring_pairs),
+    mutant("rope", "row-number", "agreement", "rows are rotated to their number, not position",
+           altering(ROPE, row_numbers)),
+    mutant("alibi_bias", "absolute", "lengths", "the bias grows with |p_k - p_q|",
+           spoiling(ALIBI, lambda bias: -np.abs(bias))),
+    mutant("sink_window_mask", "window-r", "agreement", "a token sees R - 1 tokens before it",
+           altering(MASK, one_less)),
+    mutant("sink_window_distances", "unbounded", "agreement", "distances to sinks never stop",
+           spoiling(DISTANCES, distances_of_the_text)),
+    mutant("step", "evict-first", "stream", "a decoded token sees S + R rows, not one more",
+           evict_first),
+    mutant("step", "text-positions", "stream", "positions count tokens of the text",
+           text_positions),
+    mutant("step", "rotated-cache", "stream", "keys are cached rotated and rotated again",
+           rotated_twice),
+    mutant("step", "top-left", "agreement", "a call of several tokens is masked as if n were 0",
+           replacing(STEP, causal_mask=lambda w, rows: top_left(w, rows))),
+    mutant("step", "sinks-fall-out", "stream", "a plain window of S + R rows is kept",
+           replacing(STEP, evict_rows=no_sinks)),
+    mutant("step", "ring-order", "stream", "rows are numbered by their slot in a ring",
+           replacing(STEP, evict_rows=last_in_ring)),
+    mutant("step", "seen-rows", "agreement", "tokens are counted by the rows that are left",
+           spoiling(STEP, rows_as_tokens)),
+    mutant("streaming_attend", "interleaved-heads", "heads",
+           "query head h reads kv head h % kv_heads", interleaved),
+    mutant("streaming_attend", "streamed-prompt", "agreement",
+           "a long prompt is cut while it is read", altering(STREAM, token_by_token)),
+    mutant("streaming_attend", "reads-evicted", "evicted", "evicted values are weighed by 0",
+           reads_evicted),
+    mutant("streaming_attend", "maximum-of-all", "prefix", "rounding depends on later tokens",
+           maximum_of_all),
+    mutant("streaming_attend", "saturated", "linearity", "large values are clipped",
+           altering(STREAM, saturated)),
+    mutant("streaming_attend", "no-mqa", "cells", "one kv head for all is refused",
+           no_multi_query),
+    mutant("streaming_attend", "crop", "refusal", "q, k and v are cropped to the shortest",
+           crop_to_fit),
+    mutant("streaming_attend", "first-entry", "batch", "every sequence reads the first one's keys",
+           altering(STREAM, first_entry)),
+    mutant("streaming_attend", "ragged-end", "ragged", "the last rows are never written",
+           spoiling(STREAM, last_call_lost)),
+    mutant("streaming_attend", "old-keys", "stateless", "keys of the call before are read",
+           KeepsTheFirstKeys()),
+    mutant("streaming_attend", "contiguous", "layout", "strides are made up from the shape",
+           altering(STREAM, read_as_contiguous)),
+    mutant("streaming_attend", "tf32", "precision", "float32 operands are rounded to TF32",
+           altering(STREAM, eleven_bits)),
+    mutant("streaming_attend", "wrap-32", "far", "offsets are computed in 32 bits",
+           altering(STREAM, wrap_32_bits)),
+)  # fmt: skip

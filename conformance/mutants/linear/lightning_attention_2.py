@@ -1,0 +1,318 @@
+"""Wrong kernels of Lightning Attention-2: decays off by one step, states lost on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.dtypes import round_to
+from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.conventions import repeat_heads
+from attnspec.reference.linear import lightning_attention_2 as lightning
+from attnspec.reference.linear import lightning_attention_2_chunks as chunks
+
+ATTEND = right("lightning_attention_2.attend")
+BACKWARD = lightning.attend_backward
+LEFT = right("lightning_attention_2.attend_left")
+RECURRENT = right("lightning_attention_2.attend_recurrent")
+STEP = right("lightning_attention_2.decode_step")
+MASK = right("lightning_attention_2.decay_mask")
+decays = chunks._decays
+
+
+def in_blocks(**steps: Any) -> Any:
+    """`attend` whose blocks are computed with wrong steps, states and outputs alike."""
+    return replacing(
+        ATTEND,
+        chunk_states=replacing(chunks.chunk_states, **steps),
+        chunk_output=replacing(chunks.chunk_output, **steps),
+    )
+
+
+def backward_blocks(**steps: Any) -> Any:
+    return replacing(BACKWARD, backward_chunk=replacing(chunks.backward_chunk, **steps))
+
+
+def one_step_less(g: np.ndarray, dtype: Any) -> Any:
+    """The query of row r is decayed r - 1 times, the state is not decayed beforehand."""
+    start = np.exp(np.cumsum(g, axis=-1) - g[..., :1])
+    return decays(g, dtype)._replace(from_start=start[..., None].astype(dtype))
+
+
+def own_token_decays(g: np.ndarray, dtype: Any) -> Any:
+    """A token's key and value enter the state already decayed once."""
+    right_ones = decays(g, dtype)
+    once = np.exp(g)[..., None].astype(dtype)
+    return right_ones._replace(to_end=right_ones.to_end * once)
+
+
+def whole_block(block: int) -> Any:
+    """The state always decays by as many rows as a full block has."""
+
+    def wrong(g: np.ndarray, dtype: Any) -> Any:
+        missing = max(block - g.shape[-1], 0)
+        lost = np.exp(missing * g[..., :1])[..., None].astype(dtype)
+        factors = decays(g, dtype)
+        return factors._replace(through=factors.through * lost, to_end=factors.to_end * lost)
+
+    return wrong
+
+
+def two_exponentials(g: np.ndarray, dtype: Any) -> Any:
+    """e^G_r times e^-G_j: the second overflows where the decay is strong."""
+    G = np.cumsum(g, axis=-1).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.exp(G)[..., :, None] * np.exp(-G)[..., None, :]
+    within = np.where(np.tri(G.shape[-1], dtype=bool), product, 0.0)
+    return decays(g, dtype)._replace(within=within.astype(dtype))
+
+
+def masked_too_late(g: np.ndarray, dtype: Any) -> Any:
+    """The exponential above the diagonal is infinite, and then multiplied by the mask."""
+    G = np.cumsum(g, axis=-1).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        within = np.exp(G[..., :, None] - G[..., None, :]) * np.tri(G.shape[-1])
+    return decays(g, dtype)._replace(within=within.astype(dtype))
+
+
+def next_token_too(g: np.ndarray, dtype: Any) -> Any:
+    """The mask lets a query see the token behind it."""
+    factors = decays(g, dtype)
+    above = np.eye(g.shape[-1], k=1, dtype=dtype)
+    return factors._replace(within=factors.within + above)
+
+
+def state_kept(g: np.ndarray, dtype: Any) -> Any:
+    factors = decays(g, dtype)
+    return factors._replace(through=np.ones_like(factors.through))
+
+
+def narrow_states(result: Any) -> Any:
+    S_entering, S = result
+    return round_to(S_entering, "bfloat16").astype(S_entering.dtype), S
+
+
+def one_block_late(k: np.ndarray, v: np.ndarray, g: np.ndarray, block: int, S0: Any = None) -> Any:
+    """The states read are those behind a block, its own tokens included."""
+    S_entering, S = chunks.chunk_states(k, v, g, block, S0)
+    return np.concatenate([S_entering, S[..., None, :, :]], axis=-3)[..., 1:, :, :], S
+
+
+def hidden_scale(arguments: dict[str, Any]) -> None:
+    q = arguments["q"]
+    if isinstance(q, np.ndarray) and q.ndim and q.dtype.kind == "f":
+        arguments["q"] = q * q.dtype.type(q.shape[-1] ** -0.5)
+
+
+def slope_of_kv_head(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, *rest: Any,
+                     **options: Any) -> Any:  # fmt: skip
+    if isinstance(s, np.ndarray) and s.ndim == 1 and s.dtype.kind == "f":
+        s = np.where(np.isfinite(s) & (s >= 0), s[np.arange(len(s)) // 2], s)
+    return ATTEND(q, k, v, s, *rest, **options)
+
+
+def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
+    return x[..., np.arange(heads) % x.shape[-3], :, :]
+
+
+def aligned_in_front(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The zeros that make up for missing rows come behind."""
+    T = max(x.shape[-2] for x in arrays)
+    padding = [(0, 0)] * (arrays[0].ndim - 2)
+    return tuple(np.pad(x, [*padding, (0, T - x.shape[-2]), (0, 0)]) for x in arrays)
+
+
+def state_of_first_entry(arguments: dict[str, Any]) -> None:
+    S0 = arguments["S0"]
+    if isinstance(S0, np.ndarray) and S0.ndim == 4:
+        arguments["S0"] = np.repeat(S0[:1], len(S0), axis=0)
+
+
+def first_token_is_written(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
+                           S0: Any = None, **options: Any) -> Any:  # fmt: skip
+    """With a state given, the first token is believed to be in it."""
+    if S0 is not None and isinstance(k, np.ndarray) and k.ndim == 4 and k.dtype.kind == "f":
+        k = np.concatenate([0 * k[..., :1, :], k[..., 1:, :]], axis=-2)
+    return ATTEND(q, k, v, s, S0, **options)
+
+
+def guarded_scores(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Values are clipped at 3, to be safe."""
+    if isinstance(v, np.ndarray) and v.dtype.kind == "f":
+        v = np.clip(v, -3, 3)
+    return LEFT(q, k, v, s)
+
+
+def since_the_start(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, S0: Any = None,
+                    **options: Any) -> Any:  # fmt: skip
+    """Decays are counted from position 0 with an exponent that is kept from overflowing at 60."""
+    o, S = ATTEND(q, k, v, s, S0, **options)
+    T = max(q.shape[-2], k.shape[-2])
+    far = np.exp(-np.maximum(s * np.float32(T) - 60, 0) * (s < 1)).astype(o.dtype)
+    return o * far[:, None, None], S
+
+
+class Resuming:
+    """Without a state it goes on from the last one of the same shape."""
+
+    def __init__(self) -> None:
+        self.states: dict[Any, np.ndarray] = {}
+
+    def __call__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
+                 S0: Any = None, **options: Any) -> Any:  # fmt: skip
+        key = (np.shape(q), np.shape(k), np.shape(v), S0 is None)
+        first = self.states.get(key) if S0 is None else S0
+        if isinstance(first, np.ndarray) and S0 is None and first.dtype != q.dtype:
+            first = None
+        o, S = ATTEND(q, k, v, s, first, **options)
+        self.states[key] = S
+        return o, S
+
+
+def reads_before_writing(S: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray,
+                         s: np.ndarray) -> Any:  # fmt: skip
+    _, new = STEP(S, q, k, v, s)
+    return (np.exp(-s).astype(q.dtype)[:, None, None] * (q @ S)).astype(q.dtype), new
+
+
+def decays_after_writing(result: Any, s: np.ndarray) -> Any:
+    o, S = result
+    return o, np.exp(-s).astype(S.dtype)[:, None, None] * S
+
+
+def step_then_decay(S: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray,
+                    s: np.ndarray) -> Any:  # fmt: skip
+    return decays_after_writing(STEP(S, q, k, v, s), s)
+
+
+def sixteen_bit_state(result: Any) -> Any:
+    o, S = result
+    return o, round_to(S, "float16").astype(S.dtype)
+
+
+def from_zero(n_heads: int) -> np.ndarray:
+    s = lightning.slopes(n_heads)
+    return np.concatenate([[0.0], s[:-1]])
+
+
+def one_layer_more(n_heads: int, layer: int, n_layers: int) -> np.ndarray:
+    lightning.layer_slopes(n_heads, layer, n_layers)
+    return lightning.slopes(n_heads) * (1 - layer / n_layers + 1e-5)
+
+
+def next_power(n_heads: int) -> np.ndarray:
+    lightning.slopes(n_heads)
+    power = 1 << (n_heads - 1).bit_length()
+    return 2.0 ** (-8.0 * np.arange(1, power + 1) / power)[:n_heads]
+
+
+def strict_mask(result: np.ndarray) -> np.ndarray:
+    return result * (1 - np.eye(result.shape[-1], dtype=result.dtype))
+
+
+def no_final_gradient(arguments: dict[str, Any]) -> None:
+    arguments["dS"] = None
+
+
+def no_initial_state(arguments: dict[str, Any]) -> None:
+    S0 = arguments["S0"]
+    arguments["S0"] = None if S0 is None else 0 * S0
+
+
+def no_gradient_of_the_state(result: Any) -> Any:
+    *others, dS0 = result
+    return (*others, 0 * dS0)
+
+
+def slopes_are_fixed(result: Any) -> Any:
+    dq, dk, dv, ds, dS0 = result
+    return dq, dk, dv, 0 * ds, dS0
+
+
+def first_of_group(x: np.ndarray, kv_heads: int) -> np.ndarray:
+    return x[..., :: x.shape[-3] // kv_heads, :, :]
+
+
+def not_masked(T: int, s: np.ndarray) -> np.ndarray:
+    """The gradient's mask is symmetric, as that of no causal order."""
+    M = lightning.decay_mask(T, s)
+    return np.maximum(M, np.swapaxes(M, -1, -2))
+
+
+def mutant(name: str, law: str, bug: str, call: Any, operation: str = "attend", **rest: Any) -> Any:
+    return Mutant(
+        f"lightning_attention_2.{name}", f"lightning_attention_2.{operation}", law, bug, call,
+        **rest,
+    )  # fmt: skip
+
+
+MUTANTS = (
+    mutant("one-step-less", "agreement", "the carried state is decayed once too little",
+           in_blocks(_decays=one_step_less)),
+    mutant("own-decay", "agreement", "a token is decayed before the read of the next block",
+           in_blocks(_decays=own_token_decays)),
+    mutant("full-last-block", "agreement", "the last state decays by a whole block's rows",
+           in_blocks(_decays=whole_block(64))),
+    mutant("full-last-block-16", "block-size", "only blocks of 16 rows may be short",
+           in_blocks(_decays=whole_block(16))),
+    mutant("two-exponentials", "agreement", "strong decay overflows in one of two factors",
+           in_blocks(_decays=two_exponentials)),
+    mutant("masked-late", "agreement", "infinity above the diagonal is multiplied by 0",
+           in_blocks(_decays=masked_too_late)),
+    mutant("next-token", "prefix", "the mask lets a query see one token ahead",
+           in_blocks(_decays=next_token_too)),
+    mutant("kept-state", "ragged", "the state is not decayed from block to block",
+           in_blocks(_decays=state_kept)),
+    mutant("narrow-states", "precision", "the states between blocks are stored in bfloat16",
+           replacing(ATTEND, chunk_states=spoiling(chunks.chunk_states, narrow_states))),
+    mutant("late-states", "ragged", "a block reads the state that has its own tokens already",
+           replacing(ATTEND, chunk_states=one_block_late)),
+    mutant("hidden-scale", "agreement", "queries are scaled by 1/sqrt(d)",
+           altering(ATTEND, hidden_scale)),
+    mutant("slope-of-kv-head", "heads", "slopes are indexed by kv head", slope_of_kv_head),
+    mutant("interleaved-heads", "heads", "query head h reads kv head h % kv_heads",
+           in_blocks(repeat_heads=interleaved)),
+    mutant("front", "lengths", "queries and keys are aligned at the first token",
+           replacing(ATTEND, _align=aligned_in_front)),
+    mutant("first-state", "batch", "every entry of the batch starts from the first one's state",
+           altering(ATTEND, state_of_first_entry)),
+    mutant("written-twice", "neutral", "with a state, the first token is taken as written",
+           first_token_is_written),
+    mutant("lost-state", "stream", "the state given is forgotten",
+           altering(ATTEND, no_initial_state)),
+    mutant("resuming", "stateless", "a call without a state goes on from the call before",
+           Resuming()),
+    mutant("absolute", "shift", "decays are exponentials of absolute positions",
+           since_the_start),
+    mutant("late-gradient", "gradient", "the backward pass reads states one block late", ATTEND,
+           backward=backward_blocks(chunk_states=one_block_late)),
+    mutant("kept-gradient", "gradient", "the gradient of the state is not decayed from block to "
+           "block", ATTEND, backward=backward_blocks(_decays=state_kept)),
+    mutant("no-dS", "gradient", "the gradient of the last state is dropped", ATTEND,
+           backward=altering(BACKWARD, no_final_gradient)),
+    mutant("no-S0", "gradient", "the backward pass forgets the first state", ATTEND,
+           backward=altering(BACKWARD, no_initial_state)),
+    mutant("no-dS0", "gradient", "the first state gets no gradient", ATTEND,
+           backward=spoiling(BACKWARD, no_gradient_of_the_state)),
+    mutant("no-ds", "gradient", "the slopes get no gradient", ATTEND,
+           backward=spoiling(BACKWARD, slopes_are_fixed)),
+    mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
+           ATTEND, backward=backward_blocks(sum_groups=first_of_group)),
+    mutant("symmetric-gradient", "gradient", "the gradient's mask is not causal", LEFT,
+           "attend_left", backward=replacing(lightning.backward_left, decay_mask=not_masked)),
+    mutant("clipped", "linearity", "values are clipped", guarded_scores, "attend_left"),
+    mutant("no-diagonal", "agreement", "a token does not see itself",
+           spoiling(MASK, strict_mask), "decay_mask"),
+    mutant("read-first", "agreement", "a step reads the state before it writes",
+           reads_before_writing, "decode_step"),
+    mutant("decay-last", "stream", "a step decays the state behind the write", step_then_decay,
+           "decode_step"),
+    mutant("16-bit-state", "stream", "the state is kept in 16 bits",
+           spoiling(STEP, sixteen_bit_state), "decode_step"),
+    mutant("slopes-from-0", "agreement", "the first head does not decay", from_zero, "slopes"),
+    mutant("next-power", "agreement", "slopes of 12 heads are the first of those of 16",
+           next_power, "slopes"),
+    mutant("one-layer-more", "agreement", "the layer factor divides by L", one_layer_more,
+           "layer_slopes"),
+)  # fmt: skip

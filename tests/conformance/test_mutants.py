@@ -1,0 +1,33 @@
+"""Every mutant is killed by the law that claims it; every law is needed by some mutant."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnspec.conformance.killing import kill
+from attnspec.conformance.laws import laws
+from attnspec.conformance.mutants import mutants
+from attnspec.reference import mechanisms
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.name)
+def test_the_claiming_law_kills(mutant):
+    outcome = kill(mutant)
+    assert outcome.tried, f"law {mutant.law!r} does not apply to {mutant.operation}"
+    assert not outcome.survived, f"{mutant.name} survives {mutant.law!r}: {mutant.bug}"
+
+
+def test_every_law_is_needed():
+    # Compilation and graph capture need torch kernels; limits and cells need claims of a kernel.
+    needed = {mutant.law for mutant in mutants()}
+    assert set(laws()) - needed <= {"compiled", "graph"}
+
+
+@pytest.mark.parametrize("slug", list(mechanisms()))
+def test_every_mechanism_has_mutants(slug):
+    assert sum(mutant.operation.startswith(f"{slug}.") for mutant in mutants()) >= 4
+
+
+def test_names_are_unique():
+    names = [mutant.name for mutant in mutants()]
+    assert len(set(names)) == len(names)

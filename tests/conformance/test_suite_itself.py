@@ -1,0 +1,187 @@
+"""The suite is tested too: its arithmetic, its isolation, its ledger, its counterexamples."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from attnspec.conformance import Kernel, Known, SavedCase, certify
+from attnspec.conformance.dtypes import EPS, round_to
+from attnspec.conformance.choices import judge_selection
+from attnspec.conformance.judge import expect
+from attnspec.conformance.contract import Output, Ranking
+from attnspec.conformance.layouts import LAYOUTS, place
+from attnspec.conformance.rounding import Rounded, rounded_arithmetic
+from attnspec.conformance.runner import Profile, replay
+from attnspec.reference.dense.attention import attend
+
+QUICK = Profile("quick", examples=8)
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+def test_rounding_is_nearest_even(dtype):
+    x = np.linspace(-3, 3, 1001)
+    rounded = round_to(x, dtype).astype(np.float64)
+    assert np.all(np.abs(rounded - x) <= EPS[dtype] / 2 * np.abs(x))
+    assert np.array_equal(round_to(rounded, dtype), round_to(x, dtype))
+
+
+def test_bfloat16_matches_torch():
+    import torch
+
+    x = np.random.default_rng(0).standard_normal(2000).astype(np.float32) * 1e3
+    x[:4] = np.inf, -np.inf, np.nan, 0.0
+    expected = torch.from_numpy(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(round_to(x, "bfloat16"), expected)
+
+
+def test_a_rounded_run_is_wrong_by_about_one_ulp():
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 40, 40))
+    with rounded_arithmetic("bfloat16", 0):
+        got = np.asarray(Rounded.wrap(a) @ Rounded.wrap(b)).view(np.ndarray)
+    error = np.abs(got - a @ b).max()
+    assert EPS["bfloat16"] / 100 < error < 40 * EPS["bfloat16"]
+
+
+def test_a_rounded_run_keeps_float32_where_nothing_is_contracted():
+    x = np.linspace(1, 2, 100)
+    with rounded_arithmetic("float16", 0):
+        got = np.asarray(np.exp(Rounded.wrap(x) * 2)).view(np.ndarray)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.exp(2 * x), rtol=5e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_holds_the_same_numbers(layout):
+    x = np.arange(24.0).reshape(2, 3, 2, 2)
+    if layout == "expanded":
+        x = np.repeat(x[:1], 2, axis=0)
+    placed = place(x, layout)
+    strides = [s * placed.buffer.itemsize for s in placed.strides]
+    view = np.lib.stride_tricks.as_strided(placed.buffer[placed.start :], placed.shape, strides)
+    assert np.array_equal(view, x)
+    assert np.isnan(placed.buffer).sum() >= 128
+
+
+def test_budgets_shrink_with_the_dtype():
+    rng = np.random.default_rng(2)
+    arguments = {"q": rng.standard_normal((1, 4, 8)), "k": rng.standard_normal((1, 9, 8))}
+    arguments["v"] = rng.standard_normal((1, 9, 3))
+    outputs = (Output("out"), Output("lse", dtype="float32", row_axes=0))
+    sizes = [
+        expect(attend, arguments, outputs, dtype).spread["out"][0].max()
+        for dtype in ("bfloat16", "float16", "float32", "float64")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 1e-14 < sizes[2] < 1e-5 < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("got", "message"),
+    [
+        ([0, 1], None),
+        ([0, 2], None),
+        ([1, 0], "sorted"),
+        ([1, 1], "twice"),
+        ([0, 4], "range"),
+        ([0, 3], "beats"),
+    ],
+)
+def test_selections_are_judged_by_score(got, message):
+    ranking = Ranking(np.array([3.0, 2.0, 2.0, 1.0]), k=2)
+    violation = judge_selection("idx", np.array(got), ranking, tau=1e-6, strict=False)
+    assert (violation is None) if message is None else (message in violation.message)
+
+
+def test_strict_ties_go_to_the_lower_index():
+    ranking = Ranking(np.array([3.0, 2.0, 2.0, 1.0]), k=2)
+    assert judge_selection("idx", np.array([0, 1]), ranking, 0.0, strict=True) is None
+    assert judge_selection("idx", np.array([0, 2]), ranking, 0.0, strict=True) is not None
+
+
+def test_nothing_run_is_not_a_pass():
+    report = certify(Kernel("k", "attention.attend", attend), laws=["no such law"])
+    assert not report.passed
+
+
+def crash(q, k, v, **options):
+    os.abort()
+
+
+def hang(q, k, v, **options):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("call", "reason"), [(crash, "killed"), (hang, "within")])
+def test_a_crash_or_hang_is_a_result(call, reason, tmp_path):
+    kernel = Kernel("bad", "attention.attend", call)
+    report = certify(kernel, profile=QUICK, laws=["agreement"], isolate=True, timeout=8,
+                     cases=tmp_path)  # fmt: skip
+    assert not report.passed
+    assert report.results[0].verdict == "crash"
+    assert reason in report.results[0].note
+    assert list(tmp_path.glob("*.json")), "the case it died on is kept"
+
+
+def test_an_isolated_run_passes_a_right_kernel():
+    report = certify(Kernel("k", "attention.attend", attend), profile=QUICK,
+                     laws=["agreement"], isolate=True)  # fmt: skip
+    assert report.passed
+
+
+def grouped_wrong(q, k, v, **options):
+    return attend(q, np.roll(k, 1, axis=1), v, **options)
+
+
+def test_a_failure_says_when_and_replays(tmp_path):
+    kernel = Kernel("rolled", "attention.attend", grouped_wrong)
+    report = certify(kernel, profile="smoke", laws=["heads"], cases=tmp_path)
+    failure = report.failures[0]
+    assert "kv_heads > 1" in failure.when
+    saved = SavedCase.load(next(tmp_path.glob("*.json")))
+    assert saved.case == failure.case
+    assert replay(kernel, saved) is not None
+    assert replay(Kernel("rolled", "attention.attend", attend), saved) is None
+    again = certify(kernel, profile="smoke", laws=["heads"], cases=tmp_path)
+    assert again.results[0].cases < 20, "the saved case is run first"
+
+
+def test_known_failures_are_tolerated_until_they_pass(tmp_path):
+    wrong = Kernel("rolled", "attention.attend", grouped_wrong)
+    certify(wrong, profile="smoke", laws=["heads"], cases=tmp_path)
+    witness = str(next(tmp_path.glob("*.json")))
+    known = (Known("heads", "#1", lambda case: case.sizes["kv_heads"] > 1, witness),)
+    tolerated = Kernel("rolled", "attention.attend", grouped_wrong, known=known)
+    assert certify(tolerated, profile="smoke", laws=["heads"]).passed
+    mended = Kernel("rolled", "attention.attend", attend, known=known)
+    report = certify(mended, profile="smoke", laws=["heads"])
+    assert [result.verdict for result in report] == ["pass", "unexpected pass"]
+    assert not report.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "name"),
+    [
+        ({"call": 3}, TypeError, "call"),
+        ({"array": "jax"}, ValueError, "array"),
+        ({"device": "tpu"}, ValueError, "device"),
+        ({"dtypes": ("int8",)}, ValueError, "dtypes"),
+        ({"dtypes": ("bfloat16",)}, ValueError, "dtypes"),
+        ({"operation": "attention.nothing"}, ValueError, "operation"),
+        ({"operation": "nothing"}, ValueError, "operation"),
+        ({"ties": "random"}, ValueError, "ties"),
+    ],
+)
+def test_kernels_are_validated(changes, error, name):
+    fields = {"name": "k", "operation": "attention.attend", "call": attend, **changes}
+    with pytest.raises(error, match=name):
+        Kernel(**fields)
+
+
+def test_unknown_profile_is_refused():
+    with pytest.raises(ValueError, match="profile"):
+        certify(Kernel("k", "attention.attend", attend), profile="slow")
