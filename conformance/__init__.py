@@ -14,7 +14,6 @@ from attnspec.conformance.contract import (
     Output,
     Ranking,
     Stream,
-    contracts,
     find_contract,
 )
 from attnspec.conformance.kernel import Kernel, Known
@@ -39,6 +38,5 @@ __all__ = [
     "Stream",
     "Violation",
     "certify",
-    "contracts",
     "find_contract",
 ]

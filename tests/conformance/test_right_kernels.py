@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from attnspec.conformance import Kernel, certify
+from attnspec.conformance.contract import contracts
 from attnspec.reference import mechanisms
 from attnspec.reference.conventions import check_attention_inputs
 
@@ -123,8 +124,6 @@ def test_flex_attention_passes():
 
 @pytest.mark.parametrize("slug", list(mechanisms()))
 def test_the_reference_passes_its_own_suite(slug):
-    from attnspec.conformance import contracts
-
     kernels = [
         Kernel("reference", name, contract.spec.function, backward=contract.spec.gradient,
                dtypes=("float32", "float64"))

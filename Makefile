@@ -1,0 +1,77 @@
+# Everything runs in a virtual environment this file makes: a machine needs Python >= 3.11 and git.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+
+# Cases are small: one thread inside NumPy and torch, two where Numba's own parallelism is tested.
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export NUMBA_NUM_THREADS ?= 2
+export MPLBACKEND := Agg
+
+.PHONY: help conform test lint types unit interpret mutants docs format clean
+
+help:
+	@echo "make conform    certify the fast kernels on this CPU; table, JSON, JUnit and HTML in build/"
+	@echo "make test       everything that runs before a merge:"
+	@echo "  make lint       ruff check, ruff format --check"
+	@echo "  make types      mypy on the package as it is installed"
+	@echo "  make unit       the tests and doctests, with coverage"
+	@echo "  make interpret  the Triton kernels in Triton's interpreter"
+	@echo "  make mutants    the suite must catch every wrong kernel"
+	@echo "  make docs       the documentation, warnings are errors; build/docs/index.html"
+	@echo "make format     ruff format, and the fixes ruff is sure of"
+	@echo "make clean      remove $(VENV), build and caches"
+
+conform: $(READY)
+	$(BIN)/attnspec conform --device cpu --profile ci --json build/conformance.json \
+	    --junit build/conformance.xml --html build/conformance.html
+
+test: lint types unit interpret mutants docs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# An editable install is opaque to mypy, and a stale build/lib would keep deleted modules alive.
+types: $(READY)
+	rm -rf build/lib build/installed
+	$(PIP) --no-deps --no-build-isolation --target build/installed .
+	rm -rf build/lib build/bdist.*
+	MYPYPATH=build/installed $(BIN)/mypy -p attnspec
+
+unit: $(READY)
+	$(BIN)/python -m pytest --ignore tests/interpret --junit-xml build/unit.xml \
+	    --cov reference --cov fast --cov conformance \
+	    --cov-report term:skip-covered --cov-report html:build/coverage
+
+# The interpreter is chosen when Triton is imported, so these tests need a process of their own.
+interpret: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret --junit-xml build/interpret.xml
+
+mutants: $(READY)
+	$(BIN)/attnspec mutants --json build/mutants.json
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build docs/chapters .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "attnspec needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	        "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) pip setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
