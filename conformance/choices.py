@@ -34,7 +34,7 @@ def judge_selection(
     if np.any((forced | extra) & ~chosen):
         return _at(name, "left out a forced entry", (forced | extra) & ~chosen)
     if ranking.threshold is not None:
-        return _judge_threshold(name, chosen, ranking, tau)
+        return _judge_threshold(name, chosen, ranking, tau, ranking.threshold)
     among = chosen & ~extra
     missing = _wanted(ranking) - among.sum(axis=-1)
     wrong = (missing < 0) | (missing > extra.sum(axis=-1))
@@ -81,12 +81,12 @@ def close_calls(ranking: Ranking, tau: np.ndarray | float) -> np.ndarray:
 
 
 def _judge_threshold(
-    name: str, chosen: np.ndarray, ranking: Ranking, tau: np.ndarray | float
+    name: str, chosen: np.ndarray, ranking: Ranking, tau: np.ndarray | float, threshold: float
 ) -> Violation | None:
     allowed, forced, extra = _masks(ranking)
     free = allowed & ~forced & ~extra
-    above = free & (ranking.scores - tau > ranking.threshold)
-    below = free & (ranking.scores + tau <= ranking.threshold)
+    above = free & (ranking.scores - tau > threshold)
+    below = free & (ranking.scores + tau <= threshold)
     if np.any(above & ~chosen):
         return _at(name, "left out an entry above the threshold", above & ~chosen)
     if np.any(below & chosen):

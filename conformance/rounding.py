@@ -10,6 +10,7 @@ The spread of a few such runs around the truth is what an honest kernel may be o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -111,7 +112,11 @@ class Rounded(np.ndarray):
 
 
 def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[str, Any]) -> Any:
-    """A contraction on rounded operands, exact but for one unit of accumulation error."""
+    """A contraction on rounded operands, exact but for its accumulation error.
+
+    That is one unit, or, where a kernel may add many terms one after the other, the standard
+    deviation of as many roundings: each is uniform within half a unit of the sum so far.
+    """
     model = _model.get()
     exact_operands = [
         round_to(x, model.dtype).astype(np.float64) if _is_float(x) else x for x in operands
@@ -119,7 +124,10 @@ def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[st
     with np.errstate(invalid="ignore", over="ignore"):
         exact = function(*exact_operands, **kwargs)
         size = function(*[np.abs(x) if _is_float(x) else x for x in exact_operands], **kwargs)
-        return Rounded.wrap(model.disturb(exact, size)) if _is_float(exact) else exact
+    if not _is_float(exact):
+        return exact
+    terms = operands[0].shape[-1] if function is np.matmul else 1
+    return Rounded.wrap(model.disturb(exact, max(1.0, math.sqrt(terms / 12)) * size))
 
 
 def _no_out(kwargs: dict[str, Any]) -> dict[str, Any]:

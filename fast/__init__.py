@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
+from typing import Any
+
+FUNCTIONS = {"scaled_dot_product_attention": f"{__name__}.sdpa"}
+"""Functions that belong to no mechanism, and the modules that hold them."""
 
 
 def mechanism_modules() -> dict[str, str]:
@@ -22,7 +25,9 @@ def mechanism_modules() -> dict[str, str]:
     return found
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in FUNCTIONS:
+        return getattr(importlib.import_module(FUNCTIONS[name]), name)
     path = mechanism_modules().get(name)
     if path is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -30,4 +35,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *mechanism_modules()])
+    return sorted([*globals(), *FUNCTIONS, *mechanism_modules()])

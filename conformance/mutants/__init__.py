@@ -51,7 +51,7 @@ def right(operation: str) -> Callable[..., Any]:
     return find_operation(operation).function
 
 
-def replacing(function: Callable[..., Any], **steps: Callable[..., Any]) -> Callable[..., Any]:
+def replacing(function: Callable[..., Any], **steps: Any) -> Callable[..., Any]:
     """`function` with names of its module replaced while it runs: a wrong step inside."""
     module = importlib.import_module(function.__module__)
 

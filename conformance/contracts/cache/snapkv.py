@@ -71,9 +71,9 @@ def prompt_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[A
     return {
         "w": st.just(sizes["window"]),
         "C": capacities(sizes),
-        "p": st.sampled_from([1, 3, 5, 7]),
-        "pool": st.sampled_from(POOLS),
-        "gqa": st.sampled_from(REDUCTIONS),
+        "p": st.sampled_from([3, 5, 7, 1]),
+        "pool": st.sampled_from(("max", *POOLS)),
+        "gqa": st.sampled_from(("group_mean", *REDUCTIONS)),
     }
 
 

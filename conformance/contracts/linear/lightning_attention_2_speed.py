@@ -30,7 +30,7 @@ def fla(backward: bool = False) -> Rival:
         import torch
 
         try:
-            from fla.ops.simple_gla import chunk_simple_gla  # type: ignore[import-not-found]
+            from fla.ops.simple_gla import chunk_simple_gla
         except ImportError:
             raise Unavailable("flash-linear-attention is not installed") from None
         q, k, v = (arguments[name].transpose(1, 2).contiguous() for name in ("q", "k", "v"))

@@ -19,7 +19,7 @@ Drawn = dict[str, st.SearchStrategy[Any]]
 def make_tiles(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Tiles of each output: few or many, one in five has none, sometimes none has any."""
     rng = case.generator("tiles")
-    n = rng.integers(0, rng.choice([2, 5, 40]), case.sizes["outputs"])
+    n = rng.integers(0, rng.choice([2, 5, 40, 400, 400]), case.sizes["outputs"])
     return np.where(rng.random(n.shape) < 0.2, 0, n).astype(np.int64)
 
 
@@ -54,6 +54,8 @@ def _tiles_parameters(sizes: Mapping[str, int]) -> Drawn:
 TILES = Array("n", make=make_tiles)
 SCHEDULE = (TILES, Array("start", make=make_edges(0)), Array("end", make=make_edges(1)))
 WORKERS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 33, 132])
+WIDTHS = st.sampled_from([1, 16, 63, 64, 65, 80, 127, 128, 129, 192, 256, 320])
+SLOTS = st.sampled_from([33, 66, 132, 1, 5, 16])
 RULES = st.sampled_from(["authors", "port"])
 BAD_TILES = (
     ("tiles as floats", "n", lambda a: a["n"] + 0.5),
@@ -73,7 +75,7 @@ CONTRACTS = (
         sizes={},
         arrays=(),
         outputs=(Output("N", kind="exact", plain=True),),
-        parameters=lambda sizes: {"d": st.integers(1, 320), "rule": RULES},
+        parameters=lambda sizes: {"d": WIDTHS, "rule": RULES},
         bad_inputs=(("another rule", "rule", lambda a: "paper"), *wrong_integers("d")),
     ),
     Contract(
@@ -113,7 +115,7 @@ CONTRACTS = (
         sizes={"outputs": (1, 6)},
         arrays=(TILES,),
         outputs=(Output("G", kind="exact", plain=True),),
-        parameters=lambda sizes: {"slots": WORKERS, "rule": RULES},
+        parameters=lambda sizes: {"slots": SLOTS, "rule": RULES},
         bad_inputs=(
             ("another rule", "rule", lambda a: "paper"),
             *BAD_TILES,

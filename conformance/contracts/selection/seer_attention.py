@@ -48,13 +48,14 @@ def visible(arguments: Mapping[str, Any]) -> np.ndarray:
     """bool (batch, heads, tokens, tokens): what each query may look at."""
     T, b, M = arguments["q"].shape[-2], arguments["b"], arguments["M"]
     tokens = M.repeat(b, axis=-2).repeat(b, axis=-1)[..., :T, :T]
-    return tokens & np.tri(T, dtype=bool)
+    return np.asarray(tokens & np.tri(T, dtype=bool))
 
 
 def poison_unread(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     """NaN in the keys and values that no query of any head of the group may look at."""
     batch, kv_heads, tokens = case.shape("batch kv_heads tokens")
-    read = visible(arguments).any(axis=-2).reshape(batch, kv_heads, -1, tokens).any(axis=-2)
+    by_head = np.any(visible(arguments), axis=-2).reshape(batch, kv_heads, -1, tokens)
+    read = np.asarray(np.any(by_head, axis=-2))
     for name in ("k", "v"):
         arguments[name] = np.where(read[..., None], arguments[name], np.nan)
     return arguments
@@ -146,7 +147,7 @@ CONTRACTS = (
     ),
     Contract(
         operation="seer_attention.attend",
-        sizes={**SIZES, "half_gate": (1, 12)},
+        sizes={**SIZES, "tokens": (1, 48), "half_gate": (1, 12)},
         fix=even,
         queries="tokens",
         keys="tokens",
@@ -154,7 +155,7 @@ CONTRACTS = (
             Q,
             K,
             V,
-            Array("Wq", make=make_Wq, optional=True),
+            Array("Wq", make=make_Wq),
             Array("Wk", make=make_Wk),
         ),
         outputs=(*RESULT, Output("M", kind="selection")),

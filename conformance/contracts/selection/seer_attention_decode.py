@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -68,12 +69,13 @@ def make_blocks(rng: np.random.Generator, case: Case) -> np.ndarray:
 
 def rules(*sizes: int) -> Drawn:
     """Blocks of so many tokens with a threshold, a budget, or neither."""
+    triples: list[tuple[int, float | None, int | None]]
     triples = [(b, tau, None) for b in sizes for tau in (0.05, 0.2, 0.4, -1.0)]
     triples += [(b, None, b * n) for b in sizes for n in (1, 2, 3, 20)]
     triples += [(b, None, None) for b in sizes]
     drawn = st.shared(st.sampled_from(triples), key="rule")
     names = ("b", "tau", "budget")
-    return {name: drawn.map(lambda triple, i=i: triple[i]) for i, name in enumerate(names)}
+    return {name: drawn.map(itemgetter(i)) for i, name in enumerate(names)}
 
 
 def rank(scores: np.ndarray, b: int, tau: float | None, budget: int | None) -> Ranking:

@@ -12,16 +12,20 @@ from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.selection.seer_attention_selection import (
     KINDS,
     even,
-    gate_width,
 )
 from attnspec.reference.selection.seer_attention_gate import gate_rope
+
+
+def _width(case: Case) -> int:
+    """dg: free with a projection of the queries, else the width of the heads."""
+    return 2 * case.sizes["half_gate"] if "Wq" in case.options else case.sizes["d"]
 
 
 def _table(which: int) -> Any:
     """The cosines (0) or sines (1) of blocks of three tokens."""
 
     def make(rng: np.random.Generator, case: Case) -> np.ndarray:
-        return gate_rope(case.sizes["blocks"], 3, gate_width(case), 100.0)[which]
+        return gate_rope(case.sizes["blocks"], 3, _width(case), 100.0)[which]
 
     return make
 
@@ -29,7 +33,7 @@ def _table(which: int) -> Any:
 def _make_Wk(rng: np.random.Generator, case: Case) -> np.ndarray:  # noqa: N802
     heads = case.sizes["kv_heads"] if "Wq" in case.options else case.heads
     channels = 3 * case.sizes["d"]
-    return rng.standard_normal((heads, channels, gate_width(case))) / channels**0.5
+    return rng.standard_normal((heads, channels, _width(case))) / channels**0.5
 
 
 CONTRACTS = (

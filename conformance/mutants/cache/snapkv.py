@@ -201,9 +201,7 @@ def numbered_by_slots(result: Any) -> Any:
 def drops_the_oldest(result: Any) -> Any:
     out, state = result
     if state.pos.shape[-1] > 6:
-        state = State(
-            state.k[..., 1:, :], state.v[..., 1:, :], state.pos[..., 1:], state.seen
-        )
+        state = State(state.k[..., 1:, :], state.v[..., 1:, :], state.pos[..., 1:], state.seen)
     return out, state
 
 
@@ -233,9 +231,9 @@ MUTANTS = (
     prefill("votes-for-padding", "agreement", "the window's queries see padding",
             replacing(PREFILL, window_attention=without_padding)),
     prefill("pooled-window", "agreement", "the pool reaches into the window", pools_the_window),
-    prefill("early-reduction", "heads", "heads are reduced before a max pool",
+    prefill("early-reduction", "agreement", "heads are reduced before a max pool",
             reduced_before_pooling),
-    prefill("no-group-max", "agreement", "group_max takes the mean",
+    prefill("no-group-max", "heads", "group_max takes the mean",
             replacing(PREFILL, reduce_groups=mean_instead_of_max)),
     prefill("padding-competes", "agreement", "padding is selected before real keys",
             replacing(PREFILL, select=padding_competes)),

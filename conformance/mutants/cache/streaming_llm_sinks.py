@@ -107,9 +107,7 @@ def negated_sink(gradients: Any) -> Any:
 
 def sink_of_last_entry(arguments: dict[str, Any]) -> None:
     """The sum over the batch keeps its last term only; q, k and v are left alone."""
-    arguments["dout"] = np.concatenate(
-        [0 * arguments["dout"][:-1], arguments["dout"][-1:]], axis=0
-    )
+    arguments["dout"] = np.concatenate([0 * arguments["dout"][:-1], arguments["dout"][-1:]], axis=0)
 
 
 def sink_gradient_unsummed(*args: Any, **rest: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What a decoder keeps of its keys and values."""

@@ -1,0 +1,132 @@
+"""StreamingLLM, the rows of the cache: which stay, and where attention sees them.
+
+Rows and positions are int64 tensors on the CPU; nothing here reads a query or a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import check_integer, check_size, check_tensor
+from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
+from attnspec.fast.growing import checkable
+
+
+def evict_rows(T: int, S: int = 4, R: int = 512, *, backend: str | None = None) -> Tensor:
+    """int64 (kept), the rows that stay of `T`, ascending."""
+    return evict_rows_for_space(T, 0, S, R)
+
+
+def evict_rows_for_space(
+    T: int, m: int, S: int = 4, R: int = 512, *, backend: str | None = None
+) -> Tensor:
+    """int64 (kept), the rows that stay of `T` before `m` tokens come, ascending."""
+    for name, value in (("T", T), ("m", m), ("S", S), ("R", R)):
+        check_integer(name, value, least=0)
+    rows = torch.arange(T)
+    if T + m <= S + R:
+        return rows
+    return torch.cat([rows[:S], rows[T - R + m :]])
+
+
+def evict_rows_range(T: int, a: int, b: int, *, backend: str | None = None) -> Tensor:
+    """int64 (kept), the rows of `T` outside [a, b), ascending. ValueError unless a <= b <= T."""
+    for name, value in (("T", T), ("a", a), ("b", b)):
+        check_integer(name, value, least=0)
+    if not a <= b <= T:
+        raise ValueError(f"b: got {b}, expected a <= b <= T with a = {a} and T = {T}")
+    rows = torch.arange(T)
+    return torch.cat([rows[:a], rows[b:]])
+
+
+def cache_positions(n: int, w: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Cache-relative positions, int64 (w) of the new queries and int64 (n + w) of all rows."""
+    check_integer("n", n, least=0)
+    check_integer("w", w, least=0)
+    return torch.arange(n, n + w), torch.arange(n + w)
+
+
+def rope(x: Tensor, pos: Tensor, base: float = 10000.0, *, backend: str | None = None) -> Tensor:
+    """`x` (..., T, d), d even, rotated to the positions `pos` int (T).
+
+    Angles are float64, the rotation is float32 (float64 for float64), the result has x's dtype.
+    """
+    _check_rows("x", x, "T")
+    check_tensor("pos", pos, ("T",), INTEGERS)
+    check_size("pos", pos.shape[0], x.shape[-2], "T, as in x")
+    check_rotary("x", x, "base", base)
+    half = x.shape[-1] // 2
+    powers = torch.arange(half, dtype=torch.float64, device=x.device) / -half
+    angles = pos.to(x.device)[:, None] * base**powers
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    first, second = x[..., :half], x[..., half:]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def alibi_bias(
+    alibi_slopes: Tensor, p_q: Tensor, p_k: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """The bias (heads, queries, rows) added to scores, for slopes (heads) above 0."""
+    check_slopes(alibi_slopes)
+    check_tensor("p_q", p_q, ("queries",), INTEGERS)
+    check_tensor("p_k", p_k, ("rows",), INTEGERS)
+    return alibi_slopes[:, None, None] * (p_k[None, :] - p_q[:, None])
+
+
+def sink_window_mask(T: int, S: int = 4, R: int = 512, *, backend: str | None = None) -> Tensor:
+    """bool (T, T), True where token t sees token j when a stream comes token by token."""
+    for name, value in (("T", T), ("S", S), ("R", R)):
+        check_integer(name, value, least=0)
+    t, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    return (j <= t) & ((j < S) | (t - j <= R))
+
+
+def sink_window_distances(
+    T: int, S: int = 4, R: int = 512, *, backend: str | None = None
+) -> Tensor:
+    """int64 (T, T), the distance at which token t sees token j, -1 where it does not."""
+    mask = sink_window_mask(T, S, R)
+    t, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    row = torch.where(j < S, j, j - (t - (S + R)).clamp(min=0))
+    return torch.where(mask, t.clamp(max=S + R) - row, -1)
+
+
+def call_sizes(T: int, chunk: int | Sequence[int]) -> list[int]:
+    """How many of `T` tokens come in each call: `chunk` at a time, or as the list says."""
+    check_integer("T", T, least=0)
+    if not isinstance(chunk, Sequence):
+        check_integer("chunk", chunk, least=1)
+        return [min(chunk, T - start) for start in range(0, T, chunk)]
+    for size in chunk:
+        check_integer("chunk", size, least=1)
+    check_size("chunk", sum(chunk), T, "the sum of the sizes is the number of tokens")
+    return list(chunk)
+
+
+def check_rotary(name: str, x: Tensor, base_name: str, base: Any) -> None:
+    """`x` has an even head size and `base` is a positive number."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
+    if isinstance(base, bool) or not isinstance(base, (int, float)):
+        raise TypeError(f"{base_name}: got {base!r}, expected a number > 0")
+    if not base > 0:
+        raise ValueError(f"{base_name}: got {base!r}, expected a number > 0")
+
+
+def check_slopes(alibi_slopes: Any) -> None:
+    """One slope above 0 a head; their signs are looked at on the CPU only."""
+    check_tensor("alibi_slopes", alibi_slopes, ("heads",), FLOATS)
+    if checkable(alibi_slopes) and not bool((alibi_slopes > 0).all()):
+        raise ValueError("alibi_slopes: got a slope that is not positive, expected all > 0")
+
+
+def _check_rows(name: str, x: Any, tokens: str) -> None:
+    """`x` is a floating-point tensor (..., tokens, d)."""
+    leading = ("...",) * max(0, x.dim() - 2) if isinstance(x, Tensor) else ("...",)
+    check_tensor(name, x, (*leading, tokens, "d"), FLOATS)

@@ -1,0 +1,1 @@
+"""Dense attention: the mechanism that the others depart from."""

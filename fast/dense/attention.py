@@ -1,0 +1,136 @@
+"""Dense softmax attention on the flash and decode engines: exact, memory linear in the context."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    check_attention_inputs,
+    check_same,
+    check_size,
+    check_tensor,
+)
+from attnspec.fast.engines.decode import decode
+from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.growing import Room, append
+
+MOST_DECODED = 16
+"""The longest step that the decode engine serves; longer ones fill the flash engine's tiles."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, q_tokens, dv) and lse (batch, heads, q_tokens), float32.
+
+    q (batch, heads, q_tokens, d), k (batch, kv_heads, k_tokens, d), v (batch, kv_heads, k_tokens,
+    dv); `causal` is aligned at the bottom right (K3), `mask` bool and broadcastable to the scores,
+    True = visible. A padding mask (batch, 1, 1, k_tokens) costs about as little as none. Rows that
+    see nothing have output 0 and lse -inf (K4). Differentiable.
+    """
+    return flash(q, k, v, causal=causal, scale=scale, backend=backend, **mask_options(k, mask))
+
+
+def mask_options(k: Any, mask: Any) -> dict[str, Any]:
+    """How the flash engine takes `mask`: one that only hides keys (batch, 1, 1, k_tokens) costs
+    less as a key mask.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
+        whole = isinstance(k, Tensor) and k.dim() == 4 and mask.shape[3] == k.shape[2]
+        if whole and mask.shape[0] in (1, k.shape[0]):
+            return {"key_mask": mask[:, 0, 0].expand(k.shape[0], -1)}
+    return {"mask": mask}
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention inside each of the sequences laid end to end.
+
+    q (heads, q_total, d), k (kv_heads, k_total, d), v (kv_heads, k_total, dv); offsets int
+    (sequences + 1), increasing from 0 to the total, which is checked on CPU tensors only: a check
+    on a CUDA device would wait for it. Returns out (heads, q_total, dv) and lse (heads, q_total).
+    """
+    for name, x, axes in (
+        ("q", q, ("heads", "q_total", "d")),
+        ("k", k, ("kv_heads", "k_total", "d")),
+        ("v", v, ("kv_heads", "k_total", "dv")),
+    ):
+        check_tensor(name, x, axes, FLOATS)
+    out, lse = flash(
+        q[None],
+        k[None],
+        v[None],
+        causal=causal,
+        offsets=(q_offsets, k_offsets),
+        scale=scale,
+        backend=backend,
+    )
+    return out[0], lse[0]
+
+
+class State(NamedTuple):
+    """The keys (batch, kv_heads, tokens, d) and values (batch, kv_heads, tokens, dv) so far.
+
+    A step writes its tokens **in place** into the spare `room` behind them and returns a new state;
+    the old one still sees its own tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    room: Room | None = None
+
+
+def init_state(k: Tensor, v: Tensor, *, backend: str | None = None) -> State:
+    """An empty state for tokens shaped as `k` and `v`."""
+    check_tensor("k", k, ("batch", "kv_heads", "tokens", "d"), FLOATS)
+    check_tensor("v", v, ("batch", "kv_heads", "tokens", "dv"), FLOATS)
+    return State(k[:, :, :0], v[:, :, :0])
+
+
+def step(
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State]:
+    """Outputs of one or more new tokens, and the state that includes them (see `State`).
+
+    q (batch, heads, tokens, d), k (batch, kv_heads, tokens, d), v (batch, kv_heads, tokens, dv).
+    For inference: there is no gradient.
+    """
+    check_attention_inputs(q, k, v, FLOATS)
+    check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
+    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
+        check_same(name, new, f"state.{name}", cached)
+        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
+            raise ValueError(
+                f"{name}: got shape {tuple(new.shape)}, "
+                f"expected the state's {tuple(cached.shape)} but for tokens"
+            )
+    room = getattr(state, "room", None)
+    (keys, values), room = append(room, (state.k, state.v), (k.detach(), v.detach()))
+    attention = decode if q.shape[2] <= MOST_DECODED else flash
+    out, _ = attention(q.detach(), keys, values, causal=True, scale=scale, backend=backend)
+    return out, State(keys, values, room)

@@ -1,0 +1,1 @@
+"""The few kernels that do the work; a mechanism is a plan for one of them."""

@@ -1,0 +1,82 @@
+"""Launch configurations of the decode kernel: a checked-in table, tuned by an explicit command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """`tile`: keys a tile; `rows`: packed query rows a block; `workers`: workers a multiprocessor;
+    `warps` and `stages` as Triton counts them."""
+
+    tile: int
+    rows: int
+    workers: int
+    warps: int
+    stages: int
+
+
+CANDIDATES = (
+    DecodeConfig(tile=64, rows=64, workers=2, warps=4, stages=3),
+    DecodeConfig(tile=64, rows=64, workers=2, warps=4, stages=4),
+    DecodeConfig(tile=64, rows=64, workers=2, warps=4, stages=2),
+    DecodeConfig(tile=64, rows=64, workers=1, warps=4, stages=6),
+    DecodeConfig(tile=64, rows=64, workers=2, warps=8, stages=4),
+    DecodeConfig(tile=32, rows=64, workers=3, warps=4, stages=3),
+    DecodeConfig(tile=32, rows=64, workers=3, warps=4, stages=5),
+    DecodeConfig(tile=32, rows=64, workers=4, warps=2, stages=4),
+    DecodeConfig(tile=128, rows=64, workers=1, warps=8, stages=3),
+    DecodeConfig(tile=128, rows=64, workers=1, warps=4, stages=3),
+    DecodeConfig(tile=64, rows=64, workers=1, warps=8, stages=3),
+    DecodeConfig(tile=64, rows=128, workers=1, warps=8, stages=3),
+)
+"""Worth trying for 16-bit heads of 128 on Hopper; an index or a table wants more stages."""
+
+SHARED_BYTES = {80: 160000, 90: 220000, 100: 220000, 103: 220000}
+"""Shared memory of a multiprocessor by architecture, less a margin."""
+TILE_BYTES = 32768
+"""The most a tile of keys or of queries takes."""
+LARGEST_BLOCK = 128
+
+_forced: list[DecodeConfig] = []
+
+
+def config(
+    arch: int, element_size: int, d: int, packed: int, indirect: bool, rows: int = 0, tile: int = 0
+) -> DecodeConfig:
+    """The configuration in force, cut to what fits on chip.
+
+    `arch` is 90 for Hopper, `d` the larger head size as a power of two, `packed` the query rows of
+    a kv head; `indirect`: keys are found through an index or a block table, whose loads take stages
+    too; `rows` and `tile`, unless 0, are the caller's own.
+    """
+    if _forced:
+        chosen = _forced[-1]
+    elif element_size >= 4:
+        chosen = DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=2)
+    else:
+        stages, tile_of = 5 if indirect else 3, {256: 32, 128: 64}.get(d, 128)
+        if packed > 32:
+            chosen = DecodeConfig(min(tile_of, 64), rows=64, workers=1, warps=8, stages=stages)
+        else:
+            chosen = DecodeConfig(tile_of, rows=32, workers=2, warps=4, stages=stages)
+    largest = max(16, TILE_BYTES // (d * element_size))
+    tile = min(tile or chosen.tile, largest)
+    rows = min(rows or chosen.rows, largest, LARGEST_BLOCK)
+    room = SHARED_BYTES.get(arch, 98304) - rows * d * element_size
+    buffers = max(1, room // (2 * tile * d * element_size))
+    stages = min(chosen.stages, (2 * buffers if indirect else buffers) + 1)
+    return replace(chosen, tile=tile, rows=rows, stages=max(stages, 2))
+
+
+@contextmanager
+def use_config(forced: DecodeConfig) -> Iterator[None]:
+    """Run every decode call inside the block with `forced`."""
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced.pop()

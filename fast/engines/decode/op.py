@@ -1,0 +1,210 @@
+"""The decode engine's operation: argument checks, the custom op and its refusal of gradients."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    DTYPES,
+    check_choice,
+    check_integer,
+    check_same,
+    check_size,
+    check_tensor,
+    choose_backend,
+)
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
+LARGEST_HEAD = 256
+
+
+def _kernels(backend: str) -> ModuleType:
+    """The implementation on `backend`, imported on first use."""
+    try:
+        return importlib.import_module(f"attnspec.fast.engines.decode.{MODULES[backend]}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
+
+
+@torch.library.custom_op("attnspec::decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    block_table: Tensor | None,
+    bias: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
+    causal: bool,
+    page: int,
+    rows: int,
+    tile: int,
+    workers: int,
+    paired: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).forward(
+        q, k, v, lengths, index, block_table, bias, sink_logit, scale, causal, page, rows, tile,
+        workers, paired,
+    )  # fmt: skip
+
+
+@_decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "decode has no gradient: it is for inference. Use attnspec.fast.attention to train."
+    )
+
+
+_decode.register_autograd(_refuse_gradient)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    index: Tensor | None = None,
+    page: int = 1,
+    block_table: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_logit: Tensor | None = None,
+    rows: int | None = None,
+    tile: int | None = None,
+    workers: int | None = None,
+    order: str = "natural",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a few queries to a long cache: out (B, H, Tq, dv) and lse (B, H, Tq) float32.
+
+    q (B, H, Tq, d); any strides everywhere. The cache is one of
+
+    - contiguous: k (B, Hk, Tk, d), v (B, Hk, Tk, dv);
+    - paged: `block_table` int (B, max_pages) names the pages of each sequence in k
+      (pages, Hk, page size, d) and v likewise; a (pages, page size, Hk, d) pool is passed as
+      ``pool.transpose(1, 2)``. Entries beyond the length are not read.
+
+    `lengths` int (B,) or (B, Hk): keys in the cache, the newest query's own included; all it can
+    hold if None. It stays on the device: a captured graph serves any lengths. Larger lengths are
+    cut to what the cache holds. Causal (K3): query i sees token j iff j <= i + length - Tq.
+
+    `index` int (B, Hk, n) restricts the reading to chosen tokens, or with `page` > 1 to chosen runs
+    of `page` tokens aligned to it, in any order; -1 chooses nothing, tokens beyond the length are
+    skipped, and a token listed twice counts twice.
+
+    `bias` (B, Hk, slots), floating, is added to the scores of all heads of the group; a slot is
+    a token of the cache, or with `index` a place in the list (n * page slots); -inf hides the key.
+    `sink_logit` (H,) adds exp(sink_logit) to the softmax denominator.
+
+    Rows that see nothing have output 0 and lse -inf (K4). Hidden keys are never read (K11).
+
+    How the work is split: query heads of a group and tokens are packed as at most `rows` rows; at
+    most `tile` keys, for Triton a power of two from 16 on, are one step; `workers` share all tiles
+    evenly; `order` "paired" alternates early and late query blocks. None takes the tuned choice.
+    None of them changes the result beyond rounding. Two launches, no host synchronisation. Numba
+    also takes float64, with lse in float64. For inference: there is no gradient.
+    """
+    backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
+    kv_heads, slots = _check_cache(q, k, v, block_table, backend)
+    check_integer("page", page, least=1)
+    batch, heads = q.shape[0], q.shape[1]
+    for name, size, value in (("d", q.shape[3], "q"), ("dv", v.shape[3], "v")):
+        if not 1 <= size <= LARGEST_HEAD:
+            raise ValueError(f"{value}: got {name} {size}, expected 1..{LARGEST_HEAD}")
+    if lengths is not None:
+        shapes = ((batch,), (batch, kv_heads))
+        _check_integers("lengths", lengths, q)
+        if tuple(lengths.shape) not in shapes:
+            raise ValueError(
+                f"lengths: got shape {tuple(lengths.shape)}, expected {shapes[0]} or {shapes[1]}"
+            )
+    if index is not None:
+        _check_integers("index", index, q)
+        check_tensor("index", index, ("batch", "kv_heads", "entries"), INDEX_DTYPES)
+        check_size("index", index.shape[0], batch, "batch, as in q")
+        check_size("index", index.shape[1], kv_heads, "kv_heads, as in k")
+        slots = index.shape[2] * page
+    if bias is not None:
+        check_tensor("bias", bias, ("batch", "kv_heads", "slots"), (*DTYPES, torch.float64))
+        _check_device("bias", bias, q)
+        for got, expected, what in zip(
+            bias.shape, (batch, kv_heads, slots), ("batch", "kv_heads", "slots"), strict=True
+        ):
+            check_size("bias", got, expected, what)
+    if sink_logit is not None:
+        check_tensor("sink_logit", sink_logit, ("heads",), (*DTYPES, torch.float64))
+        check_size("sink_logit", sink_logit.shape[0], heads, "heads, as in q")
+        _check_device("sink_logit", sink_logit, q)
+    for name, count in (("rows", rows), ("tile", tile), ("workers", workers)):
+        if count is not None:
+            check_integer(name, count, least=1)
+    if tile is not None and backend == "triton" and (tile < 16 or tile & (tile - 1)):
+        raise ValueError(f"tile: got {tile}, expected a power of two >= 16")
+    check_choice("order", order, ("natural", "paired"))
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
+    return _decode(
+        q, k, v, lengths, index, block_table, bias, sink_logit, float(scale), causal,
+        page, rows or 0, tile or 0, workers or 0, order == "paired", backend,
+    )  # fmt: skip
+
+
+def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tuple[int, int]:
+    """kv heads and tokens of a cache that fits q; TypeError or ValueError otherwise."""
+    dtypes = (*DTYPES, torch.float64) if backend == "numba" else DTYPES
+    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)
+    if block_table is None:
+        check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"), dtypes)
+        check_tensor("v", v, ("batch", "kv_heads", "k_tokens", "dv"), dtypes)
+        check_size("k", k.shape[0], q.shape[0], "batch, as in q")
+    else:
+        check_tensor("k", k, ("pages", "kv_heads", "page_tokens", "d"), dtypes)
+        check_tensor("v", v, ("pages", "kv_heads", "page_tokens", "dv"), dtypes)
+        _check_integers("block_table", block_table, q)
+        check_tensor("block_table", block_table, ("batch", "max_pages"), INDEX_DTYPES)
+        check_size("block_table", block_table.shape[0], q.shape[0], "batch, as in q")
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    check_size("k", k.shape[3], q.shape[3], "d, as in q")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"k: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
+        )
+    for axis, what in enumerate(("first axis", "kv_heads", "tokens")):
+        check_size("v", v.shape[axis], k.shape[axis], f"{what}, as in k")
+    pages = 1 if block_table is None else block_table.shape[1]
+    return kv_heads, pages * k.shape[2]
+
+
+def _check_integers(name: str, x: Any, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
+    if x.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
+    _check_device(name, x, q)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")

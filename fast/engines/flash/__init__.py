@@ -1,0 +1,6 @@
+"""Tiled exact attention over a plan of visible keys, with its lse, forward and backward."""
+
+from attnspec.fast.engines.flash.blocks import BlockLists
+from attnspec.fast.engines.flash.op import flash
+
+__all__ = ["BlockLists", "flash"]

@@ -1,0 +1,138 @@
+"""The flash engine's argument checks (K14): all of them run before any kernel is launched."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    DTYPES,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    check_tensor,
+)
+from attnspec.fast.engines.flash.blocks import BlockLists
+
+INTEGERS = (torch.int32, torch.int64)
+FLOATS = (*DTYPES, torch.float64)
+LARGEST_HEAD = 256
+
+
+def check_inputs(q: Any, k: Any, v: Any, backend: str) -> None:
+    """q, k and v fit one another, and the backend serves their dtype and head sizes."""
+    check_attention_inputs(q, k, v, FLOATS if backend == "numba" else DTYPES)
+    for name, what, size in (("q", "d", q.shape[3]), ("v", "dv", v.shape[3])):
+        if not 1 <= size <= LARGEST_HEAD:
+            raise ValueError(f"{name}: got {what} {size}, expected 1..{LARGEST_HEAD}")
+
+
+def check_ranges(q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any) -> None:
+    """The options that give each query a range of keys."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    if window is not None:
+        check_integer("window", window, least=1)
+        if not causal:
+            raise ValueError(f"window: got {window} without causal=True, expected both or neither")
+    check_integer("sinks", sinks, least=0)
+    if row_start is not None:
+        check_tensor("row_start", row_start, ("q_tokens",), INTEGERS)
+        check_size("row_start", row_start.shape[0], q.shape[2], "q_tokens, as in q")
+        check_device("row_start", row_start, q)
+
+
+def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None:
+    """The bool masks; returns `mask` with every axis of the scores, as a view."""
+    batch, heads, q_tokens, k_tokens = *q.shape[:3], k.shape[2]
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, ("batch", "k_tokens"), (torch.bool,))
+        check_size("key_mask", key_mask.shape[0], batch, "batch, as in q")
+        check_size("key_mask", key_mask.shape[1], k_tokens, "k_tokens, as in k")
+        check_device("key_mask", key_mask, q)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
+    check_device("mask", mask, q)
+    shape = (batch, heads, q_tokens, k_tokens)
+    padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(padded) > 4 or any(
+        have not in (1, want) for have, want in zip(padded, shape, strict=True)
+    ):
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {shape}"
+        )
+    return mask.expand(shape)
+
+
+def check_blocks(q: Tensor, k: Tensor, blocks: Any) -> None:
+    """The lists have a row for every query block; their entries are not looked at."""
+    if not isinstance(blocks, BlockLists):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected BlockLists")
+    check_integer("blocks.q_block", blocks.q_block, least=1)
+    check_integer("blocks.k_block", blocks.k_block, least=1)
+    axes = ("batch", "heads", "q_blocks", "most")
+    check_tensor("blocks.index", blocks.index, axes, (torch.int32,))
+    check_tensor("blocks.count", blocks.count, axes[:3], (torch.int32,))
+    rows = (q.shape[0], q.shape[1], -(-q.shape[2] // blocks.q_block))
+    for name, x in (("blocks.index", blocks.index), ("blocks.count", blocks.count)):
+        check_device(name, x, q)
+        if tuple(x.shape[:3]) != rows:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {rows} first")
+
+
+def check_offsets(q: Tensor, k: Tensor, offsets: Any) -> tuple[Tensor, Tensor]:
+    """The offsets of packed sequences as int64, cut to what there is.
+
+    On a CUDA device their values are not looked at, because that would wait for the device.
+    """
+    if not isinstance(offsets, tuple) or len(offsets) != 2:
+        raise TypeError("offsets: got something else, expected a pair (q_offsets, k_offsets)")
+    check_size("q", q.shape[0], 1, "batch of packed sequences")
+    checked = []
+    for name, x, total in (
+        ("q_offsets", offsets[0], q.shape[2]),
+        ("k_offsets", offsets[1], k.shape[2]),
+    ):
+        check_tensor(name, x, ("sequences + 1",), INTEGERS)
+        check_device(name, x, q)
+        if x.shape[0] < 2:
+            raise ValueError(f"{name}: got {x.shape[0]} entries, expected at least 2")
+        if not x.is_cuda and not torch.compiler.is_compiling():
+            ends = x.tolist()
+            rising = all(a <= b for a, b in pairwise(ends))
+            if ends[0] != 0 or ends[-1] != total or not rising:
+                raise ValueError(
+                    f"{name}: got {ends}, expected offsets that increase from 0 to {total}"
+                )
+        checked.append(x.to(torch.int64).clamp(0, total))
+    check_size("k_offsets", checked[1].shape[0], checked[0].shape[0], "as many as q_offsets")
+    return checked[0], checked[1]
+
+
+def check_heads(q: Tensor, name: str, x: Any) -> None:
+    """One floating-point number for each query head."""
+    check_tensor(name, x, ("heads",), FLOATS)
+    check_size(name, x.shape[0], q.shape[1], "heads, as in q")
+    check_device(name, x, q)
+
+
+def check_slope_positions(q: Tensor, slopes: Any, slope_positions: Any) -> None:
+    """One integer for each query, which only slopes use."""
+    if slopes is None:
+        raise ValueError("slope_positions: got positions without slopes, expected both or neither")
+    check_tensor("slope_positions", slope_positions, ("q_tokens",), INTEGERS)
+    check_size("slope_positions", slope_positions.shape[0], q.shape[2], "q_tokens, as in q")
+    check_device("slope_positions", slope_positions, q)
+
+
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    """`x` lies where q does."""
+    if x.device != q.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")

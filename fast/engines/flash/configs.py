@@ -1,0 +1,152 @@
+"""Launch configurations of the flash kernels: a checked-in table, tuned by an explicit command.
+
+The first candidate of an entry is the one in force; `use_config` forces any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+KINDS = ("forward", "dq", "dkdv")
+L2_BYTES = 24 << 20
+"""Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """`rows` queries and `keys` keys a tile; `warps` and `stages` as Triton counts them.
+
+    `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
+    registers.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    early: bool = False
+
+
+CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
+    ("forward", "dense", 64): (
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(128, 128, 4, 3),
+        FlashConfig(64, 128, 4, 3),
+        FlashConfig(128, 64, 8, 4),
+    ),
+    ("forward", "dense", 128): (
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 64, 8, 4),
+        FlashConfig(128, 128, 8, 2),
+        FlashConfig(64, 128, 4, 2),
+        FlashConfig(64, 64, 4, 3),
+        FlashConfig(128, 64, 4, 2),
+    ),
+    ("forward", "dense", 256): (
+        FlashConfig(128, 64, 8, 2),
+        FlashConfig(128, 32, 8, 3),
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(64, 32, 4, 2),
+    ),
+    ("forward", "ranged", 128): (
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(64, 64, 4, 3),
+        FlashConfig(64, 128, 4, 2),
+        FlashConfig(128, 64, 8, 2),
+        FlashConfig(128, 128, 8, 2),
+    ),
+    ("dq", "dense", 64): (
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(64, 64, 4, 3),
+        FlashConfig(128, 64, 4, 2),
+    ),
+    ("dq", "dense", 128): (
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 128, 8, 2),
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(64, 128, 4, 1),
+        FlashConfig(128, 64, 8, 2),
+    ),
+    ("dq", "dense", 256): (
+        FlashConfig(64, 32, 4, 2),
+        FlashConfig(64, 64, 8, 2),
+        FlashConfig(64, 64, 4, 1),
+    ),
+    ("dkdv", "dense", 64): (
+        FlashConfig(64, 128, 8, 3),
+        FlashConfig(128, 128, 8, 2),
+        FlashConfig(64, 128, 8, 3, early=True),
+        FlashConfig(64, 128, 4, 2),
+        FlashConfig(64, 64, 4, 3),
+    ),
+    ("dkdv", "dense", 128): (
+        FlashConfig(64, 128, 8, 2),
+        FlashConfig(64, 128, 8, 2, early=True),
+        FlashConfig(64, 128, 8, 3),
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(64, 64, 4, 2, early=True),
+        FlashConfig(32, 128, 8, 3),
+        FlashConfig(32, 64, 4, 3),
+    ),
+    ("dkdv", "dense", 256): (
+        FlashConfig(32, 64, 8, 2),
+        FlashConfig(64, 64, 8, 2),
+        FlashConfig(32, 64, 8, 3),
+    ),
+}
+"""By kernel, pattern and padded head size, for 16-bit inputs on Hopper. "ranged" (windows and row
+starts) and "listed" (block lists) fall back to "dense"."""
+
+SMALL_MEMORY = {
+    "forward": FlashConfig(64, 32, 4, 2),
+    "dq": FlashConfig(32, 32, 4, 2),
+    "dkdv": FlashConfig(32, 32, 4, 2),
+}
+"""16-bit inputs on architectures without Hopper's shared memory."""
+SINGLE = FlashConfig(32, 32, 8, 2)
+"""float32 inputs, which the matrix units do not serve."""
+
+_forced: list[Mapping[str, FlashConfig]] = []
+
+
+def config(
+    kind: str, pattern: str, arch: int, element_size: int, width: int, q_tokens: int
+) -> FlashConfig:
+    """The configuration in force for a kernel ("forward", "dq", "dkdv"), a pattern ("dense",
+    "ranged", "listed"), an architecture (90 is Hopper), bytes an element, the larger head size
+    padded to a power of two, and the number of queries.
+    """
+    if _forced and kind in _forced[-1]:
+        return _forced[-1][kind]
+    if element_size == 4:
+        chosen = replace(SINGLE, rows=16) if width > 128 else SINGLE
+    elif arch not in (90, 100, 103):
+        chosen = replace(SMALL_MEMORY[kind], stages=1) if width > 128 else SMALL_MEMORY[kind]
+    else:
+        width = max(width, 64)
+        known = CANDIDATES.get((kind, pattern, width), CANDIDATES[kind, "dense", width])
+        chosen = known[0]
+    if kind != "dkdv" and q_tokens <= chosen.rows // 2:
+        rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
+        chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
+    return chosen
+
+
+@contextmanager
+def use_config(**forced: FlashConfig) -> Iterator[None]:
+    """Run every flash call inside the block with the given configurations, by kernel name:
+    ``use_config(forward=..., dq=..., dkdv=...)``.
+    """
+    unknown = set(forced) - set(KINDS)
+    if unknown:
+        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced.pop()

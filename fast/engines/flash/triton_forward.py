@@ -1,0 +1,212 @@
+"""The flash engine's forward kernel: one program owns a tile of rows of one query head."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnspec.fast.engines.flash import triton_launch as host
+from attnspec.fast.engines.flash.triton_tiles import (
+    VARYING,
+    key_tile,
+    load_rows,
+    plan_rows,
+    store_rows,
+)
+from attnspec.fast.engines.flash.triton_visible import (
+    LOG2E,
+    add_bias,
+    finite_rows,
+    has_nan,
+    lowest_key,
+    positions,
+    visible,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def online_softmax(scores, top, total, factor):
+    """One more tile of base-2 logits ``scores * factor``: weights, new maximum, sum and rescale."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    # A row that has seen nothing keeps -inf; subtracting 0 there gives weights 0, not NaN.
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores * factor - safe[:, None])
+    rescale = tl.exp2(top - safe)
+    return weights, new_top, total * rescale + tl.sum(weights, axis=1), rescale
+
+
+@triton.jit
+def finish(sums, sink_logit, h):
+    """lse and output of the rows from their maxima, denominators and values."""
+    top, total, mixed = sums
+    if sink_logit is not None:
+        sink = tl.load(sink_logit + h).to(tl.float32) * LOG2E
+        new_top = tl.maximum(top, sink)
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - safe)
+        total = total * rescale + tl.exp2(sink - safe)
+        mixed = mixed * rescale[:, None]
+        top = new_top
+    empty = total == 0.0
+    filled = tl.where(empty, 1.0, total)
+    log_total = tl.where(empty, -float("inf"), (top + tl.log2(filled)) * LN2)
+    return log_total, mixed / filled[:, None]
+
+
+@triton.jit
+def attend_tiles(
+    count, sums, q_tile, k_source, v_source, walk, who, factor, tainted,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, RANGED: tl.constexpr,
+    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The first `count` key tiles of a pass, added to sums = (maxima, denominators, values).
+
+    CAREFUL leaves out values that are not finite, and adds the rows that see one to `tainted`.
+    """
+    top, total, mixed = sums
+    row, low, position, b, h, stop, shift, sinks, slopes, masks = who
+    for i in range(count):
+        at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
+        key = at + tl.arange(0, KEYS)
+        k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
+        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        scores, factor_now = add_bias(scores, factor, key[None, :], position[:, None], h, slopes)
+        if PASS > 0:
+            seen = visible(
+                row[:, None], key[None, :], low[:, None], b, h, stop, key_stop, shift, sinks,
+                masks, CAUSAL, RANGED,
+            )  # fmt: skip
+            scores = tl.where(seen, scores, -float("inf"))
+        weights, top, total, rescale = online_softmax(scores, top, total, factor_now)
+        v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
+        if CAREFUL:
+            v_tile, finite = finite_rows(v_tile)
+            tainted |= tl.max((seen & (finite == 0)[None, :]).to(tl.int32), axis=1) > 0
+        weights = weights.to(v_tile.dtype)
+        mixed = tl.dot(weights, v_tile, mixed * rescale[:, None], input_precision=PRECISION)
+    return (top, total, mixed), tainted
+
+
+@triton.jit(do_not_specialize=VARYING)
+def flash_forward_kernel(
+    q, k, v, out, lse,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
+    mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    block_index, block_count,
+    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+    table, q_offsets, k_offsets, row_start, sink_logit, slopes, slope_positions,
+    q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    RANGED: tl.constexpr = window is not None or row_start is not None
+    all_rows = q_tokens
+    place, walk, lengths = plan_rows(
+        tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
+        window, sinks, row_start, key_bounds, block_index, block_count,
+        index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+        HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, ALL_EDGE,
+    )  # fmt: skip
+    b, h, q_begin, k_begin, k_tokens, first, stop, shift = place
+    masks = (
+        key_mask, key_mask_stride_b, key_mask_stride_k,
+        mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    )  # fmt: skip
+    k_end = k_begin + k_tokens
+    q_source = (
+        q, b, h, q_begin, q_begin + stop, q_stride_b, q_stride_h, q_stride_t, q_stride_d
+    )  # fmt: skip
+    k_source = (
+        k, b, h // GROUP, k_begin, k_end, k_stride_b, k_stride_h, k_stride_t, k_stride_d
+    )  # fmt: skip
+    v_source = (
+        v, b, h // GROUP, k_begin, k_end, v_stride_b, v_stride_h, v_stride_t, v_stride_d
+    )  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    low = lowest_key(row, q_begin, stop, shift, window, row_start)
+    position = positions(row, q_begin, stop, shift, slope_positions)
+    q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
+    who = (row, low, position, b, h, stop, shift, sinks, slopes, masks)
+    factor = scale * LOG2E
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
+    tainted = row >= stop
+    for PASS in tl.static_range(ALL_EDGE, 2):
+        sums, tainted = attend_tiles(
+            lengths[PASS], sums, q_tile, k_source, v_source, walk, who, factor, tainted,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, PASS, False,
+        )  # fmt: skip
+    log_total, mixed = finish(sums, sink_logit, h)
+    at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
+    tl.store(lse + at_row, log_total, mask=row < stop)
+    store_rows(out, mixed, at_row, row < stop, WIDTH_V, DV)
+    if has_nan(mixed):
+        # The product spreads 0 * NaN to rows that do not see the NaN's key: these are done again.
+        sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
+        sums, tainted = attend_tiles(
+            lengths[0] + lengths[1], sums, q_tile, k_source, v_source, walk, who, factor, tainted,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
+        )  # fmt: skip
+        log_total, mixed = finish(sums, sink_logit, h)
+        store_rows(out, mixed, at_row, tainted == 0, WIDTH_V, DV)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    row_start: Tensor | None,
+    key_mask: Tensor | None,
+    mask: Tensor | None,
+    block_index: Tensor | None,
+    block_count: Tensor | None,
+    q_block: int,
+    k_block: int,
+    q_offsets: Tensor | None,
+    k_offsets: Tensor | None,
+    sink_logit: Tensor | None,
+    slopes: Tensor | None = None,
+    slope_positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, q_tokens, dv) in q's dtype and lse (batch, heads, q_tokens) in float32."""
+    rules = host.Rules(
+        scale, causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block,
+        k_block, q_offsets, k_offsets, slopes, slope_positions,
+    )  # fmt: skip
+    batch, heads, q_tokens, _ = q.shape
+    out = q.new_empty(batch, heads, q_tokens, v.shape[3])
+    lse = q.new_empty(batch, heads, q_tokens, dtype=torch.float32)
+    chosen = host.choose_config("forward", q, v, rules)
+    how = host.access(q, k, v)
+    place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
+    arguments = {
+        **host.operand("q", q, chosen.rows, how),
+        **host.operand("k", k, chosen.keys, how),
+        **host.operand("v", v, chosen.keys, how),
+        **host.rule_arguments(rules),
+        **host.list_arguments(block_index, block_count),
+        **place,
+        "out": out,
+        "lse": lse,
+        "sink_logit": sink_logit,
+        "key_bounds": None if key_mask is None else host.key_bounds(key_mask),
+        **host.shape_arguments(q, k, v, chosen),
+        "ACCESS": how,
+        "ALL_EDGE": host.all_key_edges(rules, chosen),
+    }
+    host.launch(flash_forward_kernel, place["tiles"] * batch * heads, chosen, arguments)
+    return out, lse

@@ -1,0 +1,272 @@
+"""The flash engine's backward kernels: row sums first, then dq by rows, then dk and dv by keys.
+
+Every output element is written by one program, so the gradients are the same on every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnspec.fast.engines.flash.triton_tiles import (
+    VARYING,
+    extent,
+    key_tile,
+    load_rows,
+    owned_tile,
+    plan_columns,
+    plan_rows,
+    row_tile,
+    row_tiles,
+    store_rows,
+)
+from attnspec.fast.engines.flash.triton_visible import (
+    LOG2E,
+    add_bias,
+    finite_rows,
+    has_nan,
+    lowest_key,
+    positions,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "q_tokens", "dout_stride_b", "dout_stride_h"])
+def flash_rows_kernel(
+    dout, out, lse, dlse, lse2, delta,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d, rows, q_tokens,
+    HEADS: tl.constexpr, DV: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Per row: lse in base 2, and dout . out - dlse. An empty row gets lse +inf, so weights 0."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH_V)
+    inside = (row < rows)[:, None] & (channel < DV)[None, :]
+    head = row // q_tokens
+    at = head // HEADS * dout_stride_b + head % HEADS * dout_stride_h
+    at = (at + row % q_tokens * dout_stride_t)[:, None] + channel[None, :] * dout_stride_d
+    upstream = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+    output = tl.load(out + row[:, None] * DV + channel[None, :], mask=inside, other=0.0)
+    log_total = tl.load(lse + row, mask=row < rows, other=-float("inf"))
+    inner = tl.sum(upstream * output.to(tl.float32), axis=1)
+    inner -= tl.load(dlse + row, mask=row < rows, other=0.0)
+    empty = log_total == -float("inf")
+    tl.store(delta + row, tl.where(empty, 0.0, inner), mask=row < rows)
+    tl.store(lse2 + row, tl.where(empty, float("inf"), log_total * LOG2E), mask=row < rows)
+
+
+@triton.jit
+def differentiate_tiles(
+    count, dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source, walk, who, scale,
+    tainted,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, RANGED: tl.constexpr,
+    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The first `count` key tiles of a pass, added to dq / scale.
+
+    CAREFUL leaves out keys that are not finite, and adds the rows that see one to `tainted`.
+    """
+    row, low, position, b, h, stop, shift, sinks, slopes, masks = who
+    for i in range(count):
+        at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
+        key = at + tl.arange(0, KEYS)
+        k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
+        v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
+        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
+        scores, factor = add_bias(
+            scores, scale * LOG2E, key[None, :], position[:, None], h, slopes
+        )
+        weights = tl.exp2(scores * factor - row_lse2[:, None])
+        dscores = weights * (dweights - row_delta[:, None])
+        if PASS > 0:
+            seen = visible(
+                row[:, None], key[None, :], low[:, None], b, h, stop, key_stop, shift, sinks,
+                masks, CAUSAL, RANGED,
+            )  # fmt: skip
+            dscores = tl.where(seen, dscores, 0.0)
+        if CAREFUL:
+            k_tile, finite = finite_rows(k_tile)
+            tainted |= tl.max((seen & (finite == 0)[None, :]).to(tl.int32), axis=1) > 0
+        dscores = dscores.to(k_tile.dtype)
+        dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision=PRECISION)
+    return dq_tile, tainted
+
+
+@triton.jit(do_not_specialize=VARYING)
+def flash_dq_kernel(
+    q, k, v, dout, lse2, delta, dq,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+    key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
+    mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    block_index, block_count,
+    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+    table, q_offsets, k_offsets, row_start, slopes, slope_positions,
+    q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of rows: ds = p (dout . v - delta), dq = scale * ds k."""
+    RANGED: tl.constexpr = window is not None or row_start is not None
+    all_rows = q_tokens
+    place, walk, lengths = plan_rows(
+        tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
+        window, sinks, row_start, key_bounds, block_index, block_count,
+        index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+        HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, ALL_EDGE,
+    )  # fmt: skip
+    b, h, q_begin, k_begin, k_tokens, first, stop, shift = place
+    masks = (
+        key_mask, key_mask_stride_b, key_mask_stride_k,
+        mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    )  # fmt: skip
+    q_end, k_end = q_begin + stop, k_begin + k_tokens
+    q_source = (q, b, h, q_begin, q_end, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
+    dout_source = (
+        dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
+    )  # fmt: skip
+    k_source = (
+        k, b, h // GROUP, k_begin, k_end, k_stride_b, k_stride_h, k_stride_t, k_stride_d
+    )  # fmt: skip
+    v_source = (
+        v, b, h // GROUP, k_begin, k_end, v_stride_b, v_stride_h, v_stride_t, v_stride_d
+    )  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    low = lowest_key(row, q_begin, stop, shift, window, row_start)
+    position = positions(row, q_begin, stop, shift, slope_positions)
+    q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
+    dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
+    at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
+    row_lse2 = tl.load(lse2 + at_row, mask=row < stop, other=float("inf"))
+    row_delta = tl.load(delta + at_row, mask=row < stop, other=0.0)
+    who = (row, low, position, b, h, stop, shift, sinks, slopes, masks)
+    dq_tile = tl.zeros([ROWS, WIDTH], tl.float32)
+    tainted = row >= stop
+    for PASS in tl.static_range(ALL_EDGE, 2):
+        dq_tile, tainted = differentiate_tiles(
+            lengths[PASS], dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source,
+            walk, who, scale, tainted,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, PASS, False,
+        )  # fmt: skip
+    store_rows(dq, dq_tile * scale, at_row, row < stop, WIDTH, D)
+    if has_nan(dq_tile):
+        # As in the forward kernel: rows that do not see the NaN's key are done again.
+        dq_tile, tainted = differentiate_tiles(
+            lengths[0] + lengths[1], tl.zeros([ROWS, WIDTH], tl.float32), q_tile, dout_tile,
+            row_lse2, row_delta, k_source, v_source, walk, who, scale, tainted,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
+        )  # fmt: skip
+        store_rows(dq, dq_tile * scale, at_row, tainted == 0, WIDTH, D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def flash_dkdv_kernel(
+    q, k, v, dout, lse2, delta, dk, dv,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+    key_mask, key_mask_stride_b, key_mask_stride_k,
+    mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    block_index, block_count,
+    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+    table, q_offsets, k_offsets, row_start, row_end, slopes, slope_positions,
+    q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, summed over SHARE query heads: dv = p' dout, dk = scale ds' q.
+
+    Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands.
+    """
+    RANGED: tl.constexpr = window is not None or row_start is not None
+    EMPTY_ROWS: tl.constexpr = key_mask is not None or mask is not None or table is not None
+    tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
+    b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
+    h_kv = owner * SHARE // GROUP
+    all_rows, all_keys = q_tokens, k_tokens
+    k_begin, k_tokens, q_begin, q_tokens, first, stop, own_block = extent(
+        tile, table, k_offsets, q_offsets, k_tokens, q_tokens, K_BLOCK, KEYS
+    )
+    shift = k_tokens - q_tokens
+    span = row_tiles(
+        first, stop, k_begin, q_begin, shift, q_tokens, sinks, window, row_end,
+        ROWS, CAUSAL, ALL_EDGE,
+    )  # fmt: skip
+    # The key mask is left to the end: a hidden key changes nothing but its own gradient.
+    masks = (None, 0, 0, mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k)
+    q_end, k_end = q_begin + q_tokens, k_begin + stop
+    k_source = (k, b, h_kv, k_begin, k_end, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
+    v_source = (v, b, h_kv, k_begin, k_end, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
+    key = first + tl.arange(0, KEYS)
+    k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
+    v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
+    dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
+    for member in range(SHARE):
+        h = owner * SHARE + member
+        at_head = (b * HEADS + h).to(tl.int64) * all_rows + q_begin
+        q_source = (q, b, h, q_begin, q_end, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
+        dout_source = (
+            dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
+        )  # fmt: skip
+        walk, lengths = plan_columns(
+            span, block_index, block_count, index_stride_b, index_stride_h, index_stride_q,
+            count_stride_b, count_stride_h, b, h, own_block, q_tokens, Q_BLOCK, ROWS, ALL_EDGE,
+        )  # fmt: skip
+        for PASS in tl.static_range(ALL_EDGE, 2):
+            for i in range(lengths[PASS]):
+                at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
+                row = at + tl.arange(0, ROWS)
+                q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
+                dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
+                row_lse2 = tl.load(lse2 + at_head + row, mask=row < row_stop, other=float("inf"))
+                if PASS == 1 and EMPTY_ROWS:
+                    # Rows that see nothing, or belong to others, may hold NaN: 0 * NaN is NaN.
+                    live = (row_lse2 < float("inf"))[:, None]
+                    q_tile = tl.where(live, q_tile, 0.0)
+                    dout_tile = tl.where(live, dout_tile, 0.0)
+                scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                if EARLY:
+                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+                position = positions(row, q_begin, row_stop, shift, slope_positions)
+                scores, factor = add_bias(
+                    scores, scale * LOG2E, key[:, None], position[None, :], h, slopes
+                )
+                weights = tl.exp2(scores * factor - row_lse2[None, :])
+                if PASS == 1:
+                    low = lowest_key(row, q_begin, row_stop, shift, window, row_start)
+                    seen = visible(
+                        row[None, :], key[:, None], low[None, :], b, h, row_stop, stop,
+                        shift, sinks, masks, CAUSAL, RANGED,
+                    )  # fmt: skip
+                    weights = tl.where(seen, weights, 0.0)
+                dv_tile = tl.dot(
+                    weights.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION
+                )
+                row_delta = tl.load(delta + at_head + row, mask=row < row_stop, other=0.0)
+                if not EARLY:
+                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+                dscores = weights * (dweights - row_delta[None, :])
+                if PASS == 1:
+                    dscores = tl.where(seen, dscores, 0.0)
+                dscores = dscores.to(q_tile.dtype)
+                dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
+
+    kept = key < stop
+    if key_mask is not None:
+        at = key_mask + b.to(tl.int64) * key_mask_stride_b + key.to(tl.int64) * key_mask_stride_k
+        kept &= tl.load(at, mask=kept, other=0) != 0
+    at_key = (b * (HEADS // SHARE) + owner).to(tl.int64) * all_keys + k_begin + key
+    dk_tile = tl.where(kept[:, None], dk_tile * scale, 0.0)
+    dv_tile = tl.where(kept[:, None], dv_tile, 0.0)
+    store_rows(dk, dk_tile, at_key, key < stop, WIDTH, D)
+    store_rows(dv, dv_tile, at_key, key < stop, WIDTH_V, DV)

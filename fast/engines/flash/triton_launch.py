@@ -1,0 +1,274 @@
+"""The flash engine on the host side of Triton: operands, tile tables, grids and launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who sees whom, as `flash` takes it; absent options are None, absent block sizes 0."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    sinks: int
+    row_start: Tensor | None
+    key_mask: Tensor | None
+    mask: Tensor | None
+    block_index: Tensor | None
+    block_count: Tensor | None
+    q_block: int
+    k_block: int
+    q_offsets: Tensor | None
+    k_offsets: Tensor | None
+    slopes: Tensor | None
+    slope_positions: Tensor | None
+
+    @property
+    def ranged(self) -> bool:
+        return self.window is not None or self.row_start is not None
+
+    @property
+    def kept_sinks(self) -> int | None:
+        """How many sinks there are that a range would hide."""
+        return self.sinks if self.sinks and self.ranged else None
+
+    @property
+    def pattern(self) -> str:
+        return "listed" if self.k_block else "ranged" if self.ranged else "dense"
+
+
+def arch(x: Tensor) -> int:
+    """The architecture of a tensor's device; the interpreter is treated as Hopper."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def padded(size: int) -> int:
+    """The power of two that a head size is padded to, at least the 16 of a matrix product."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
+    """The configuration of a call, with tiles cut to fit its blocks."""
+    width = padded(max(q.shape[3], v.shape[3]))
+    chosen = config(kind, rules.pattern, arch(q), q.element_size(), width, q.shape[2])
+    return replace(
+        chosen, rows=fit(chosen.rows, rules.q_block), keys=fit(chosen.keys, rules.k_block)
+    )
+
+
+def fit(tile: int, block: int) -> int:
+    """The largest tile up to `tile` that divides `block`, at least 16; any fits no block at all."""
+    while tile > 16 and block % tile:
+        tile //= 2
+    return tile
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether the rows of `x` start at multiples of 16 bytes and are contiguous."""
+    unit = 16 // x.element_size()
+    rows_apart = all(
+        stride > 0 and stride % unit == 0
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        if size > 1
+    )
+    return rows_apart and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+
+
+def access(*operands: Tensor) -> int:
+    """How the kernels read `operands`: 2 tensor descriptors, 1 aligned rows, 0 any strides."""
+    if not all(aligned(x) for x in operands):
+        return 0
+    return 2 if arch(operands[0]) >= 90 else 1
+
+
+def operand(name: str, x: Tensor, rows: int, how: int) -> dict[str, Any]:
+    """The kernel arguments of one operand that is read `rows` rows at a time."""
+    unit = 16 // x.element_size()
+    # The stride of an axis of size 1 is never used, but a descriptor wants a valid one.
+    strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
+    strides.append(x.stride(3))
+    if how == 2:
+        block = [1, 1, rows, padded(x.shape[3])]
+        described = TensorDescriptor(x, list(x.shape), strides, block)
+        return {name: described, **{f"{name}_stride_{axis}": 1 for axis in "bhtd"}}
+    if how == 1:
+        strides = [*(stride // unit for stride in strides[:3]), strides[3]]
+    return {name: x, **{f"{name}_stride_{a}": s for a, s in zip("bhtd", strides, strict=True)}}
+
+
+def tile_table(offsets: Tensor, walked: Tensor, tokens: int, tile: int, falling: bool) -> Tensor:
+    """int32 (tiles, 2): sequence and number of each tile of packed sequences, the longest first.
+
+    `tokens` bounds the number of tiles without asking the device, so some tiles may lie beyond the
+    end of the last sequence: they are empty. The work of a tile is the keys up to its end, or with
+    `falling` the rows from its beginning.
+    """
+    lengths, walked_lengths = offsets.diff(), walked.diff()
+    ends = torch.cumsum(torch.div(lengths + (tile - 1), tile, rounding_mode="floor"), 0)
+    most = tokens // tile + lengths.shape[0]
+    number = torch.arange(most, device=offsets.device)
+    sequence = torch.searchsorted(ends, number, right=True).clamp_(max=lengths.shape[0] - 1)
+    before = torch.where(sequence > 0, ends[sequence - 1], 0)
+    inside = number - before
+    shift = (walked_lengths - lengths)[sequence]
+    work = walked_lengths[sequence] - inside * tile - shift if falling else inside * tile + shift
+    order = torch.argsort(work, descending=True, stable=True)
+    return torch.stack([sequence, inside], dim=1)[order].to(torch.int32)
+
+
+def grid_arguments(
+    kind: str, chosen: FlashConfig, q: Tensor, k: Tensor, v: Tensor, rules: Rules, heads: int
+) -> dict[str, Any]:
+    """Tiles, their order, and the arguments that place a tile, for a program a tile and head."""
+    batch, q_tokens, k_tokens = q.shape[0], q.shape[2], k.shape[2]
+    by_keys = kind == "dkdv"
+    tile, tokens = (chosen.keys, k_tokens) if by_keys else (chosen.rows, q_tokens)
+    block = rules.k_block if by_keys else rules.q_block
+    table = None
+    if rules.q_offsets is not None and rules.k_offsets is not None:
+        own, other = rules.q_offsets, rules.k_offsets
+        own, other = (other, own) if by_keys else (own, other)
+        table = tile_table(own, other, tokens, tile, falling=by_keys)
+        tiles = table.shape[0]
+    elif block:
+        tiles = math.ceil(tokens / block) * math.ceil(block / tile)
+    else:
+        tiles = math.ceil(tokens / tile)
+    group = q.shape[1] // k.shape[1]
+    walked = q_tokens if by_keys else k_tokens
+    head_bytes = max(1, walked * (q.shape[3] + v.shape[3]) * q.element_size())
+    sharing = 1 if by_keys else group
+    lead = 0
+    if by_keys and rules.kept_sinks is not None and table is None:
+        lead = min(tiles, math.ceil(rules.kept_sinks / tile))
+    return {
+        "table": table,
+        "q_offsets": rules.q_offsets,
+        "k_offsets": rules.k_offsets,
+        "q_tokens": q_tokens,
+        "k_tokens": k_tokens,
+        "tiles": tiles,
+        "sequences": batch * heads,
+        "section": min(batch * heads, max(1, L2_BYTES // head_bytes) * sharing),
+        "lead": lead,
+    }
+
+
+def rule_arguments(rules: Rules) -> dict[str, Any]:
+    """The arguments every kernel takes for the element rules, but for lists and bounds."""
+    mask_strides = (0, 0, 0, 0) if rules.mask is None else rules.mask.stride()
+    key_strides = (0, 0) if rules.key_mask is None else rules.key_mask.stride()
+    return {
+        "mask": rules.mask,
+        **{f"mask_stride_{a}": s for a, s in zip("bhqk", mask_strides, strict=True)},
+        "key_mask": rules.key_mask,
+        **{f"key_mask_stride_{a}": s for a, s in zip("bk", key_strides, strict=True)},
+        "row_start": rules.row_start,
+        "slopes": rules.slopes,
+        "slope_positions": rules.slope_positions,
+        "window": rules.window,
+        "sinks": rules.kept_sinks,
+        "scale": rules.scale,
+        "CAUSAL": rules.causal,
+        "Q_BLOCK": rules.q_block,
+        "K_BLOCK": rules.k_block,
+    }
+
+
+def list_arguments(index: Tensor | None, count: Tensor | None) -> dict[str, Any]:
+    """The arguments of block lists; only their last axis must be contiguous."""
+    if index is None or count is None:
+        strides: tuple[int, ...] = (0, 0, 0, 0, 0)
+    else:
+        index = index if index.stride(3) == 1 else index.contiguous()
+        count = count if count.stride(2) == 1 else count.contiguous()
+        strides = (*index.stride()[:3], *count.stride()[:2])
+    names = ("index_stride_b", "index_stride_h", "index_stride_q", "count_stride_b",
+             "count_stride_h")  # fmt: skip
+    return {
+        "block_index": index,
+        "block_count": count,
+        **dict(zip(names, strides, strict=True)),
+    }
+
+
+def key_bounds(key_mask: Tensor) -> Tensor:
+    """int32 (batch, 3): the first kept key, the end of the kept keys, and whether all between are
+    kept, as with padding on one side.
+    """
+    tokens = key_mask.shape[1]
+    kept = key_mask.to(torch.int32)
+    any_kept = kept.amax(dim=1)
+    first = kept.argmax(dim=1) * any_kept
+    end = (tokens - kept.flip(1).argmax(dim=1)) * any_kept
+    return torch.stack([first, end, kept.sum(dim=1) == end - first], dim=1).to(torch.int32)
+
+
+def all_key_edges(rules: Rules, chosen: FlashConfig) -> bool:
+    """Whether every key tile must be looked at element by element."""
+    listed_in_part = bool(rules.k_block) and (
+        rules.ranged or rules.key_mask is not None or rules.k_block % chosen.keys > 0
+    )
+    return rules.mask is not None or listed_in_part
+
+
+def all_row_edges(rules: Rules, chosen: FlashConfig) -> bool:
+    """Whether every row tile must be looked at element by element."""
+    listed_in_part = bool(rules.q_block) and (rules.ranged or rules.q_block % chosen.rows > 0)
+    return rules.mask is not None or listed_in_part
+
+
+def row_ends(rules: Rules, k_tokens: int) -> Tensor | None:
+    """int32 (k_tokens): how many rows' ranges start at or before each key, all sequences counted.
+
+    Packed rows count from the first key of their own sequence, which keeps the starts ascending.
+    """
+    if rules.row_start is None:
+        return None
+    starts = rules.row_start
+    if rules.q_offsets is not None and rules.k_offsets is not None:
+        rows = torch.arange(starts.shape[0], device=starts.device)
+        sequence = torch.searchsorted(rules.q_offsets, rows, right=True) - 1
+        lengths = rules.k_offsets.diff()
+        starts = torch.minimum(starts, lengths[sequence]) + rules.k_offsets[sequence]
+    keys = torch.arange(k_tokens, device=starts.device, dtype=starts.dtype)
+    return torch.searchsorted(starts, keys, right=True).to(torch.int32)
+
+
+def shape_arguments(q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig) -> dict[str, Any]:
+    """The sizes a compilation depends on."""
+    return {
+        "HEADS": q.shape[1],
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "WIDTH": padded(q.shape[3]),
+        "WIDTH_V": padded(v.shape[3]),
+        "ROWS": chosen.rows,
+        "KEYS": chosen.keys,
+        # float32 means IEEE float32 (K10); products of 16-bit numbers are exact in either mode.
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def launch(kernel: Any, programs: int, chosen: FlashConfig, arguments: dict[str, Any]) -> None:
+    """Start `programs` programs, unless there are none."""
+    if programs == 0:
+        return
+    count_launch()
+    kernel[(programs,)](**arguments, num_warps=chosen.warps, num_stages=chosen.stages)

@@ -1,0 +1,88 @@
+"""The element rules of the flash kernels: who sees whom, and what is added to a score.
+
+A *row* is a query's index inside its sequence, a *key* a key's; the query of row i stands at
+position i + shift with shift = k_tokens - q_tokens (K3). Rows and keys come with axes that
+broadcast, so the same rule serves a tile of rows by keys and a tile of keys by rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def lowest_key(row, begin, q_tokens, shift, window, row_start):
+    """The first key that the range rule leaves to each of `row`; sinks are exempt from it."""
+    low = row * 0
+    if window is not None:
+        low = tl.maximum(low, row + (shift - window + 1))
+    if row_start is not None:
+        at = row_start + begin + row
+        low = tl.maximum(low, tl.load(at, mask=row < q_tokens, other=2147483647).to(tl.int32))
+    return low
+
+
+@triton.jit
+def visible(
+    row, key, low, b, h, row_stop, key_stop, shift, sinks, masks,
+    CAUSAL: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """Who sees whom, bool. `low` holds the lowest key of each of `row`; `masks` are the key mask
+    with its strides, then the mask with its strides.
+    """
+    key_mask, key_stride_b, key_stride_k, mask, stride_b, stride_h, stride_q, stride_k = masks
+    seen = (row < row_stop) & (key < key_stop)
+    if CAUSAL:
+        seen &= key <= row + shift
+    if RANGED:
+        in_range = key >= low
+        if sinks is not None:
+            in_range |= key < sinks
+        seen &= in_range
+    if key_mask is not None:
+        at = key_mask + b.to(tl.int64) * key_stride_b + key.to(tl.int64) * key_stride_k
+        seen &= tl.load(at, mask=key < key_stop, other=0) != 0
+    if mask is not None:
+        at = mask + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        at += row.to(tl.int64) * stride_q + key.to(tl.int64) * stride_k
+        seen &= tl.load(at, mask=(row < row_stop) & (key < key_stop), other=0) != 0
+    return seen
+
+
+@triton.jit
+def positions(row, begin, row_stop, shift, slope_positions):
+    """Where each of `row` stands for a bias that depends on the distance."""
+    position = row + shift
+    if slope_positions is not None:
+        at = slope_positions + begin + row
+        position = tl.load(at, mask=row < row_stop, other=0).to(tl.int32)
+    return position
+
+
+@triton.jit
+def add_bias(scores, factor, key, position, h, slopes):
+    """Base-2 logits are the returned scores times the returned factor: S = factor * scores + bias.
+
+    `key` and `position` broadcast against each other to the shape of `scores`.
+    """
+    if slopes is not None:
+        slope = tl.load(slopes + h).to(tl.float32) * LOG2E
+        scores = scores * factor + slope * (key - position).to(tl.float32)
+        factor = 1.0
+    return scores, factor
+
+
+@triton.jit
+def has_nan(x):
+    """Whether a tile holds a NaN."""
+    return tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def finite_rows(x):
+    """`x` with zeros for what is not finite, and which of its rows are finite throughout."""
+    finite = tl.abs(x) < float("inf")
+    return tl.where(finite, x, 0.0), tl.min(finite.to(tl.int32), axis=1) > 0

@@ -1,0 +1,153 @@
+"""The scan engine's custom ops: schemas, shapes without data, gradients."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _kernels(backend: str) -> ModuleType:
+    """The implementation on `backend`, imported on first use."""
+    module = "numba_cpu" if backend == "numba" else "triton_host"
+    try:
+        return importlib.import_module(f"attnspec.fast.engines.scan.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """States are float32, or float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("attnspec::scan", mutates_args=())
+def scan_op(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _kernels(backend).forward(q, k, v, slopes, log_decay, state, offsets, scale, block)
+
+
+@scan_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, heads, tokens, d = q.shape
+    sequences = batch if offsets is None else offsets.shape[0] - 1
+    return (
+        q.new_empty(batch, heads, tokens, v.shape[3]),
+        q.new_empty(sequences, heads, d, v.shape[3], dtype=state_dtype(q)),
+    )
+
+
+@torch.library.custom_op("attnspec::scan_backward", mutates_args=())
+def scan_backward_op(
+    do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
+    scale: float, block: int, decay_gradient: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _kernels(backend).backward(
+        do, dfinal, q, k, v, slopes, log_decay, state, offsets, final, scale, block, decay_gradient
+    )
+
+
+@scan_backward_op.register_fake
+def _(
+    do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
+    scale: float, block: int, decay_gradient: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = slopes if slopes is not None else log_decay
+    ddecay = q.new_empty(0)
+    if decay_gradient and given is not None:
+        ddecay = given.new_empty(given.shape)
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ddecay,
+        final.new_empty(final.shape),
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.block, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradient(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, slopes, log_decay, state, offsets, final = ctx.saved_tensors
+    decay_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    dq, dk, dv, ddecay, dstate = scan_backward_op(
+        do.to(q.dtype), dfinal, q, k, v, slopes, log_decay, state, offsets, final, ctx.scale,
+        ctx.block, decay_gradient, ctx.backend,
+    )  # fmt: skip
+    return (
+        dq, dk, dv,
+        ddecay if ctx.needs_input_grad[3] else None,
+        ddecay if ctx.needs_input_grad[4] else None,
+        dstate if ctx.needs_input_grad[5] else None,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+scan_op.register_autograd(_gradient, setup_context=_setup)
+
+
+@torch.library.custom_op("attnspec::scan_states", mutates_args=())
+def states_op(
+    k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None, state: Tensor | None,
+    heads: int, segment: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _kernels(backend).segment_states(k, v, slopes, log_decay, state, heads, segment)
+
+
+@states_op.register_fake
+def _(
+    k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None, state: Tensor | None,
+    heads: int, segment: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, _, tokens, d = k.shape
+    many, dtype = (tokens + segment - 1) // segment, state_dtype(k)
+    return (
+        k.new_empty(batch, heads, many, d, v.shape[3], dtype=dtype),
+        k.new_empty(batch, heads, d, v.shape[3], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("attnspec::scan_outputs", mutates_args=())
+def outputs_op(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    entering: Tensor, scale: float, segment: int, backend: str,
+) -> Tensor:  # fmt: skip
+    return _kernels(backend).segment_outputs(
+        q, k, v, slopes, log_decay, entering, scale, segment
+    )
+
+
+@outputs_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    entering: Tensor, scale: float, segment: int, backend: str,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("attnspec::scan_step", mutates_args=())
+def step_op(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _kernels(backend).step(state, q, k, v, slopes, log_decay, scale)
+
+
+@step_op.register_fake
+def _(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape)

@@ -1,0 +1,156 @@
+"""What the Triton kernels of the scan share: where a segment lies, tiles, and decays of a block.
+
+A sequence is cut in segments, a segment in blocks of C rows. Packed sequences describe their
+segments in a table (see `segments.py`); otherwise every sequence has `segments` segments of
+`length` rows. A decay is none, constant for a head, one number a token, or one a token and channel;
+its logarithm g is <= 0, and every exponent formed here is <= 0 too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NONE = tl.constexpr(0)
+CONSTANT = tl.constexpr(1)
+SCALAR = tl.constexpr(2)
+VECTOR = tl.constexpr(3)
+
+LOWEST = tl.constexpr(-120.0)
+"""A log decay below this is taken as this: its float32 exponential is 0 either way, and sums of
+log decays stay finite and precise behind a reset of -inf."""
+VANISHED = tl.constexpr(-88.0)
+"""Tokens behind a log decay below this carry the weight 0 in float32 and need not be read."""
+
+
+@triton.jit
+def locate(table, segment, segments, length, tokens, PACKED: tl.constexpr):
+    """Sequence, batch, first row, rows of a segment; whether it starts and ends its sequence."""
+    if PACKED:
+        row = table + segment.to(tl.int64) * 5
+        sequence = tl.load(row)
+        batch = sequence * 0
+        start = tl.load(row + 1)
+        count = tl.load(row + 2).to(tl.int32)
+        first = tl.load(row + 3) != 0
+        last = tl.load(row + 4) != 0
+    else:
+        sequence = (segment // segments).to(tl.int64)
+        batch = sequence
+        part = segment % segments
+        start = part.to(tl.int64) * length
+        count = tl.minimum(tokens - start, length).to(tl.int32)
+        first = part == 0
+        last = part == segments - 1
+    return sequence, batch, start, count, first, last
+
+
+@triton.jit
+def offset(batch, stride_b, head, stride_h, start, stride_t, ALIGNED: tl.constexpr):
+    """Elements before a row of a head; a multiple of 16 if ALIGNED, as the host found out."""
+    elements = batch * stride_b + head * stride_h + start * stride_t
+    if ALIGNED:
+        elements = tl.multiple_of(elements, 16)
+    return elements
+
+
+@triton.jit
+def tile_mask(left, width, C: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr):
+    """Which of (C, W) elements are among `left` rows and, if RAGGED, `width` channels."""
+    inside = (tl.arange(0, C) < left)[:, None]
+    if RAGGED:
+        inside = inside & (tl.arange(0, W) < width)[None, :]
+    return inside
+
+
+@triton.jit
+def load_tile(
+    base, stride_t, stride_d, left, width, C: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr,
+    WIDE: tl.constexpr = False,
+):  # fmt: skip
+    """Tile (C, W) of the first `left` rows and `width` channels, zeros beyond; WIDE if the span of
+    a tile does not fit 32 bits.
+    """
+    rows, channels = tl.arange(0, C)[:, None], tl.arange(0, W)[None, :]
+    if WIDE:
+        at = rows.to(tl.int64) * stride_t + channels.to(tl.int64) * stride_d
+    else:
+        at = rows * stride_t + channels * stride_d
+    return tl.load(base + at, mask=tile_mask(left, width, C, W, RAGGED), other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, stride_t, x, left, width, C: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr
+):
+    """Store the first `left` rows and `width` channels of x (C, W)."""
+    rows, channels = tl.arange(0, C)[:, None], tl.arange(0, W)[None, :]
+    at = rows * stride_t + channels
+    mask = tile_mask(left, width, C, W, RAGGED)
+    tl.store(base + at, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def open_rows(
+    base, count, width, stride_t, C: tl.constexpr, W: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """A segment's rows for `read_rows`: a tensor descriptor if DESCRIPTORS, else the pointer."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(base, [count, width.to(tl.int32)], [stride_t, 1], [C, W])
+    else:
+        return base
+
+
+@triton.jit
+def read_rows(
+    opened, i, stride_t, stride_d, left, width, C: tl.constexpr, W: tl.constexpr,
+    RAGGED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Block `i` (C, W) of a segment opened by `open_rows`, zeros beyond its rows and channels."""
+    if DESCRIPTORS:
+        return opened.load([i * C, 0])
+    else:
+        base = opened + tl.cast(i, tl.int64) * C * stride_t
+        return load_tile(base, stride_t, stride_d, left, width, C, W, RAGGED, WIDE)
+
+
+@triton.jit
+def load_decay(gates, stride_t, left, C: tl.constexpr):
+    """Log decays (C,) of rows 0 .. left - 1, zeros beyond; NaN stays NaN."""
+    rows = tl.arange(0, C)
+    g = tl.load(gates + rows.to(tl.int64) * stride_t, mask=rows < left, other=0.0).to(tl.float32)
+    return tl.where(g < LOWEST, LOWEST, g)
+
+
+@triton.jit
+def block_decay(gates, stride_t, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
+    """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total.
+
+    Zeros for a decay per channel, which is already in the rows, and for none.
+    """
+    if DECAY == CONSTANT:
+        rows = tl.minimum(left, C)
+        sums = -slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
+        total = -slope * rows.to(tl.float32)
+    elif DECAY == SCALAR:
+        g = load_decay(gates, stride_t, left, C)
+        sums = tl.cumsum(g, 0)
+        total = tl.sum(g, 0)
+    else:
+        sums = tl.zeros((C,), tl.float32)
+        total = tl.sum(sums, 0)
+    return sums, total
+
+
+@triton.jit
+def pair_decay(sums, C: tl.constexpr, BACKWARD: tl.constexpr):
+    """The decay (C, C) between a row that reads (down) and a row that is read (across): 0 unless
+    the latter is not later, or not earlier if BACKWARD.
+    """
+    down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    gap = sums[:, None] - sums[None, :]
+    if BACKWARD:
+        decay = tl.exp(tl.where(down <= across, -gap, float("-inf")))
+    else:
+        decay = tl.exp(tl.where(down >= across, gap, float("-inf")))
+    return decay

@@ -1,0 +1,203 @@
+"""The scan on Triton: forward, backward, the states and outputs of segments, and one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.scan.triton_gates import scalar_gates_kernel, vector_gates_kernel
+from attnspec.fast.engines.scan.triton_plan import (
+    CONSTANT,
+    NONE,
+    SCALAR,
+    VECTOR,
+    Call,
+    chain,
+    enter,
+    power,
+    sum_segments,
+    walk,
+    weigh,
+)
+from attnspec.fast.engines.scan.triton_step import step_kernel
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    state: Tensor | None, offsets: Tensor | None, scale: float, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (batch, heads, tokens, dv) and the last states (sequences, heads, d, dv)."""
+    call = Call.plan(q, v, q.shape[1], slopes, log_decay, offsets, scale, block)
+    state = None if state is None else state.contiguous()
+    final = call.last_states(state, offsets)
+    if call.nothing:
+        return call.rows(call.dv, call.dtype), final
+    weighted = weigh(call, q, k) if call.decay == VECTOR else None
+    totals = None if weighted is None else weighted.totals
+    q, k = (q, k) if weighted is None else (weighted.q, weighted.k)
+    entering = enter(call, k, v, state, totals)
+    out, _ = walk(call, q, k, v, entering, call.dtype, final=final, weighted=weighted, pairs=True)
+    return out, final
+
+
+def segment_states(
+    k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None, state: Tensor | None,
+    heads: int, segment: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The states (batch, heads, segments, d, dv) entering segments, and the last."""
+    call = Call.plan(k, v, heads, slopes, log_decay, None, 1.0, 0, segment=segment)
+    state = None if state is None else state.contiguous()
+    final = call.last_states(state, None)
+    shape = (call.batch, call.segments.each, heads, call.d, call.dv)
+    if call.nothing:
+        return call.empty(*shape).transpose(1, 2).contiguous(), final
+    totals = None
+    if call.decay == VECTOR:
+        weighted = weigh(call, k, k)
+        k, totals = weighted.k, weighted.totals
+    states, decays = sum_segments(call, k, v, totals, backward=False, every=True)
+    chain(call, states, decays, state, backward=False, final=final)
+    return states.view(shape).transpose(1, 2).contiguous(), final
+
+
+def segment_outputs(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
+    entering: Tensor, scale: float, segment: int,
+) -> Tensor:  # fmt: skip
+    """o (batch, heads, tokens, dv) from the states entering segments."""
+    call = Call.plan(q, v, q.shape[1], slopes, log_decay, None, scale, 0, segment=segment)
+    if call.nothing:
+        return call.rows(call.dv, call.dtype)
+    weighted = weigh(call, q, k) if call.decay == VECTOR else None
+    q, k = (q, k) if weighted is None else (weighted.q, weighted.k)
+    entering = entering.transpose(1, 2).contiguous()
+    return walk(call, q, k, v, entering, call.dtype, weighted=weighted, pairs=True)[0]
+
+
+def backward(
+    do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
+    scale: float, block: int, decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
+    call = Call.plan(
+        q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient
+    )
+    dfinal = dfinal.contiguous()
+    dstate = call.last_states(dfinal, offsets)
+    given = slopes if slopes is not None else log_decay
+    if call.nothing:
+        ddecay = q.new_empty(0) if given is None or not decay_gradient else torch.zeros_like(given)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ddecay, dstate
+    state = None if state is None else state.contiguous()
+    weighted = weigh(call, q, k) if call.decay == VECTOR else None
+    totals = None if weighted is None else weighted.totals
+    Q, K = (q, k) if weighted is None else (weighted.q, weighted.k)
+    entering, leaving = enter(call, K, v, state, totals), dfinal
+    if call.segments.chained:
+        leaving, decays = sum_segments(call, Q, do, totals, backward=True)
+        chain(call, leaving, decays, dfinal, backward=True)
+
+    inner = call.dtype if call.decay != VECTOR else torch.float32
+    grouped = torch.float32 if k.shape[1] != call.heads else call.dtype
+    products = decay_gradient and call.decay != VECTOR
+    dq, q_products = walk(
+        call, do, v, K, entering, inner, weighted=weighted, transposed=True,
+        product=q if products else None,
+    )  # fmt: skip
+    dk, k_products = walk(
+        call, v, do, Q, leaving, grouped if call.decay != VECTOR else inner, weighted=weighted,
+        backward=True, transposed=True, product=k if products else None,
+    )  # fmt: skip
+    dv, _ = walk(
+        call, K, Q, do, leaving, grouped, final=dstate, weighted=weighted, pairs=True,
+        backward=True,
+    )  # fmt: skip
+    ddecay = q.new_empty(0)
+    states = (final if entering is None else entering, final, leaving)
+    if call.decay == VECTOR:
+        dq, dk, dg = _vector_gates(call, q, k, v, do, dq, dk, states, grouped, decay_gradient)
+        if decay_gradient and given is not None:
+            ddecay = dg.to(given.dtype)
+    elif products and given is not None:
+        dg = _scalar_gates(call, q_products.sum(0) - k_products.sum(0), states)
+        ddecay = (-dg.sum((0, 2)) if call.decay == CONSTANT else dg).to(given.dtype)
+    return dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dstate
+
+
+def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
+    """x (batch, heads, tokens, width) summed over the query heads of each head of `like`."""
+    if x.shape[1] != like.shape[1]:
+        x = x.unflatten(1, (like.shape[1], -1)).sum(2)
+    return x.to(like.dtype)
+
+
+def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """dg (batch, heads, tokens) from q . dq - k . dk."""
+    dg = call.empty(call.batch, call.heads, call.tokens)
+    count_launch()
+    scalar_gates_kernel[(call.segments.total * call.heads,)](
+        products, *states, dg, call.table(products), *call.place(),
+        D=call.d, DV=call.dv, BD=power(call.d), ROWS=256,
+        PACKED=call.segments.table is not None, num_warps=4,
+    )  # fmt: skip
+    return dg
+
+
+def _vector_gates(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq_weighted: Tensor,
+    dk_weighted: Tensor, states: tuple[Tensor, Tensor, Tensor], dk_dtype: torch.dtype,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk of every query head and, if wanted, dg (batch, heads, tokens, d)."""
+    gates = call.gates
+    assert gates is not None
+    dq, dk = call.rows(call.d, call.dtype), call.rows(call.d, dk_dtype)
+    dg = call.rows(call.d, torch.float32) if decay_gradient else call.empty(0)
+    channels = min(call.cfg.gates_tile, power(call.d))
+    count_launch()
+    vector_gates_kernel[(call.segments.total * call.heads * -(-call.d // channels),)](
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), gates, *gates.stride(),
+        dq_weighted, dk_weighted, *states, dq, dk, dg, call.table(q), call.scale, *call.place(),
+        call.heads // k.shape[1], call.heads // v.shape[1],
+        D=call.d, DV=call.dv, BC=channels, BV=min(64, power(call.dv)), C=call.block,
+        LEVELS=call.block.bit_length() - 1, PACKED=call.segments.table is not None,
+        **call.layout(q, k, v, do, gates), DGATES=decay_gradient,
+        num_warps=call.cfg.gates_warps, num_stages=1,
+    )  # fmt: skip
+    return dq, dk, dg
+
+
+def step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
+    log_decay: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (batch, heads, 1, dv) of one token and the state with it."""
+    batch, heads, d, dv = state.shape
+    out = torch.empty(batch, heads, 1, dv, dtype=q.dtype, device=q.device)
+    new = torch.empty(batch, heads, d, dv, dtype=state.dtype, device=q.device)
+    gates, strides, decay = q, (0, 0, 0), NONE
+    if slopes is not None:
+        gates, decay = slopes.to(torch.float32).contiguous(), CONSTANT
+    elif log_decay is not None:
+        decay = SCALAR if log_decay.dim() == 3 else VECTOR
+        gates = log_decay.unsqueeze(-1) if decay == SCALAR else log_decay
+        strides = (gates.stride(0), gates.stride(1), gates.stride(3))
+    tile = min(32, power(dv))
+    programs = batch * heads * -(-dv // tile)
+    if programs:
+        count_launch()
+        step_kernel[(programs,)](
+            state, *state.stride(), *_token(q), *_token(k), *_token(v), gates, *strides, out, new,
+            scale, heads, heads // k.shape[1],
+            D=d, DV=dv, BD=power(d), BV=tile, DECAY=decay, num_warps=4,
+        )  # fmt: skip
+    return out, new
+
+
+def _token(x: Tensor) -> tuple[Any, ...]:
+    """A (batch, heads, 1, width) tensor and its strides without the token's."""
+    return x, x.stride(0), x.stride(1), x.stride(3)

@@ -1,0 +1,266 @@
+"""How one call of the scan is laid out for the Triton kernels: sizes, segments and launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.scan.configs import ScanConfig, config
+from attnspec.fast.engines.scan.segments import Segments, cut
+from attnspec.fast.engines.scan.triton_pairs import pairs_kernel
+from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
+from attnspec.fast.engines.scan.triton_walk import walk_kernel
+
+NONE, CONSTANT, SCALAR, VECTOR = range(4)
+
+
+@cache
+def _device(index: int | None) -> tuple[int, bool]:
+    """Multiprocessors of a CUDA device, and whether it has Hopper's shared memory or more."""
+    if index is None:
+        return 1, False
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def power(n: int) -> int:
+    """The width of a tile that holds `n` channels."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@dataclass
+class Weighted:
+    """Under a decay per channel: weighted q and k, block totals and products inside the blocks."""
+
+    q: Tensor
+    k: Tensor
+    totals: Tensor
+    pairs: Tensor
+
+
+@dataclass
+class Call:
+    """One call: sizes, decay, configuration, and the segments its sequences are cut in."""
+
+    batch: int
+    heads: int
+    tokens: int
+    d: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    decay: int
+    gates: Tensor | None
+    scale: float
+    cfg: ScanConfig
+    block: int
+    segments: Segments
+
+    @classmethod
+    def plan(
+        cls, q: Tensor, v: Tensor, heads: int, slopes: Tensor | None, log_decay: Tensor | None,
+        offsets: Tensor | None, scale: float, block: int, *, segment: int | None = None,
+        gradient: bool = False,
+    ) -> Call:  # fmt: skip
+        """`segment` fixes the rows of a segment; `gradient` if a decay's gradient is wanted."""
+        batch, _, tokens, d = q.shape
+        decay, gates = NONE, None
+        if slopes is not None:
+            decay, gates = CONSTANT, slopes.to(torch.float32).contiguous()
+        elif log_decay is not None:
+            decay, gates = (SCALAR if log_decay.dim() == 3 else VECTOR), log_decay
+        processors, hopper = _device(q.device.index if q.is_cuda else None)
+        cfg = config(q.element_size(), d, hopper)
+        rows = min(128, power(block)) if block else cfg.block
+        call = cls(
+            batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg, rows,
+            Segments(batch, batch, 1, max(tokens, 1)),
+        )  # fmt: skip
+        length = segment or cfg.segment
+        if length is None:
+            tile = call.tile(cfg.walk_items, d, call.dv)
+            many = max(1, int(cfg.programs * processors) // (batch * heads * -(-call.dv // tile)))
+            length = max(-(-tokens // many), cfg.least_segment)
+            if gradient:
+                length = min(length, cfg.gate_segment)
+        if segment is None:
+            length = -(-length // rows) * rows
+        call.segments = cut(batch, tokens, length, offsets)
+        return call
+
+    @staticmethod
+    def tile(items: int, rows: int, columns: int) -> int:
+        """State columns a program owns, so that it holds at most `items` numbers."""
+        return max(16, min(128, power(columns), items // power(rows)))
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is no token to compute."""
+        return not (self.batch and self.heads and self.tokens)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def rows(self, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised (batch, heads, tokens, width)."""
+        return self.empty(self.batch, self.heads, self.tokens, width, dtype=dtype)
+
+    def last_states(self, state: Tensor | None, offsets: Tensor | None) -> Tensor:
+        """Room for the last states; a sequence without tokens keeps its initial one."""
+        shape = (self.segments.sequences, self.heads, self.d, self.dv)
+        if offsets is None and not self.nothing:
+            return self.empty(*shape)
+        if state is not None:
+            return state.clone()
+        return torch.zeros(shape, device=self.device)
+
+    def place(self) -> tuple[int, int, int, int]:
+        """The integers every kernel over segments takes."""
+        return self.segments.each, self.segments.length, self.tokens, self.heads
+
+    def table(self, like: Tensor) -> Tensor:
+        """The table of packed segments; `like` stands in for none."""
+        return like if self.segments.table is None else self.segments.table
+
+    def gate_arguments(self, like: Tensor) -> tuple[Any, ...]:
+        """Log decays (slopes, if constant) and their strides; `like` stands in for none."""
+        if self.gates is None:
+            return like, 0, 0, 0
+        if self.decay in (CONSTANT, VECTOR):
+            return self.gates, 0, 0, 0
+        return self.gates, *self.gates.stride()
+
+    def layout(self, *tensors: Tensor) -> dict[str, bool]:
+        """What the kernels need to know of strides: whether those of batches, heads and tokens are
+        multiples of 16 elements, and whether the span of a tile exceeds 32 bits.
+        """
+        aligned = all(stride % 16 == 0 for x in tensors for stride in x.stride()[:3])
+        span = max(self.block * x.stride(2) + 256 * x.stride(3) for x in tensors)
+        return {"ALIGNED": aligned, "WIDE": span >= 2**31}
+
+    def describe(self, layout: dict[str, bool], *tensors: Tensor) -> dict[str, bool]:
+        """`layout`, and whether tensor descriptors can load the tiles."""
+        fits = layout["ALIGNED"] and all(
+            x.stride(3) == 1 and x.stride(2) > 0 and x.data_ptr() % 16 == 0
+            and x.shape[3] * x.element_size() % 16 == 0
+            for x in tensors
+        )  # fmt: skip
+        used = self.cfg.descriptors and fits
+        if used:
+            triton.set_allocator(_scratch)
+        return {**layout, "DESCRIPTORS": used}
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for tensor descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def weigh(call: Call, q: Tensor, k: Tensor) -> Weighted:
+    """Weighted rows and the products inside the blocks under a decay per channel."""
+    assert call.gates is not None
+    blocks = call.segments.total * -(-call.segments.length // call.block)
+    made = Weighted(
+        call.rows(call.d, q.dtype),
+        call.rows(call.d, q.dtype),
+        call.empty(blocks, call.heads, call.d),
+        call.rows(call.block, q.dtype),
+    )
+    count_launch()
+    pairs_kernel[(blocks * call.heads,)](
+        q, *q.stride(), k, *k.stride(), call.gates, *call.gates.stride(),
+        made.pairs, made.q, made.k, made.totals, call.table(q), call.scale, *call.place(),
+        call.heads // q.shape[1], call.heads // k.shape[1],
+        D=call.d, BC=min(call.cfg.pairs_tile, power(call.d)), C=call.block,
+        LEVELS=call.block.bit_length() - 1, PACKED=call.segments.table is not None,
+        **call.layout(q, k, call.gates), num_warps=call.cfg.pairs_warps,
+    )  # fmt: skip
+    return made
+
+
+def sum_segments(
+    call: Call, a: Tensor, b: Tensor, totals: Tensor | None, *, backward: bool, every: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Every segment's own contribution to the state, and its log decay."""
+    cfg = call.cfg
+    states = call.empty(call.segments.total, call.heads, call.d, call.dv)
+    width = call.d if call.decay == VECTOR else 1
+    decays = call.empty(call.segments.total, call.heads, width)
+    tile = call.tile(cfg.states_items, call.d, call.dv)
+    count_launch()
+    states_kernel[(call.segments.total * call.heads * -(-call.dv // tile),)](
+        a, *a.stride(), b, *b.stride(), *call.gate_arguments(a), a if totals is None else totals,
+        states, decays, call.table(a), call.scale, *call.place(),
+        call.heads // a.shape[1], call.heads // b.shape[1],
+        D=call.d, DV=call.dv, BD=power(call.d), BV=tile, C=call.block, DECAY=call.decay,
+        PACKED=call.segments.table is not None, BACKWARD=backward, EVERY=every,
+        **call.describe(call.layout(a, b), a, b),
+        num_warps=cfg.states_warps, num_stages=cfg.states_stages,
+    )  # fmt: skip
+    return states, decays
+
+
+def chain(
+    call: Call, states: Tensor, decays: Tensor, initial: Tensor | None, *, backward: bool,
+    final: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Turn the segments' sums into the states between them, in place."""
+    segments, items = call.segments, min(1024, triton.next_power_of_2(call.d * call.dv))
+    parts = -(-call.d * call.dv // items)
+    count_launch()
+    chain_kernel[(segments.sequences * call.heads * parts,)](
+        states, decays, states if initial is None else initial, states if final is None else final,
+        decays if segments.bounds is None else segments.bounds, segments.each, call.heads,
+        D=call.d, DV=call.dv, ITEMS=items, PACKED=segments.table is not None, DECAY=call.decay,
+        INITIAL=initial is not None, BACKWARD=backward, FINAL=final is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def enter(
+    call: Call, k: Tensor, v: Tensor, state: Tensor | None, totals: Tensor | None
+) -> Tensor | None:
+    """The state entering each segment; None for zeros."""
+    if not call.segments.chained:
+        return state
+    states, decays = sum_segments(call, k, v, totals, backward=False)
+    chain(call, states, decays, state, backward=False)
+    return states
+
+
+def walk(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, entering: Tensor | None, dtype: torch.dtype, *,
+    final: Tensor | None = None, weighted: Weighted | None = None, pairs: bool = False,
+    backward: bool = False, transposed: bool = False, product: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, and by token the
+    products (tiles, batch, heads, tokens) of the result with `product`, if given.
+    """
+    cfg = call.cfg
+    rows, columns = q.shape[3], v.shape[3]
+    tile = call.tile(cfg.walk_items, rows, columns)
+    tiles = -(-columns // tile)
+    out = call.rows(columns, dtype)
+    products = out
+    if product is not None:
+        products = call.empty(tiles, call.batch, call.heads, call.tokens)
+    w = q if product is None else product
+    count_launch()
+    walk_kernel[(call.segments.total * call.heads * tiles,)](
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), w, *w.stride(), *call.gate_arguments(q),
+        q if weighted is None else weighted.pairs, q if weighted is None else weighted.totals,
+        q if entering is None else entering, out, products, q if final is None else final,
+        call.table(q), call.scale, *call.place(), call.batch,
+        *(call.heads // x.shape[1] for x in (q, k, v, w)),
+        R=rows, V=columns, BR=power(rows), BV=tile, C=call.block, DECAY=call.decay,
+        PACKED=call.segments.table is not None, BACKWARD=backward, TRANSPOSED=transposed,
+        ENTERING=entering is not None, FINAL=final is not None, PAIRS=pairs,
+        PRODUCTS=product is not None, **call.describe(call.layout(q, k, v, w), q, k, v),
+        num_warps=cfg.walk_warps, num_stages=cfg.walk_stages,
+    )  # fmt: skip
+    return out, products

@@ -1,0 +1,158 @@
+"""The Triton kernel that does the work: each program walks one segment, its state in registers.
+
+It computes out_t = sum_j decay(j, t) (q_t . k_j) v_j over j <= t, or over j >= t if BACKWARD. With
+other tensors in these roles that is every quantity of the scan: o is walk(q, k, v), dq is
+walk(do, v, k), dk is walk(v, do, q) and dv is walk(k, q, do), the last two BACKWARD. A block of C
+rows reads the state, adds the masked products inside the block and moves the state on, so every row
+is touched once and no state of a block is ever written. A program owns a tile of v's channels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnspec.fast.engines.scan.triton_common import (
+    CONSTANT,
+    NONE,
+    SCALAR,
+    VECTOR,
+    block_decay,
+    load_tile,
+    locate,
+    offset,
+    open_rows,
+    pair_decay,
+    read_rows,
+    store_tile,
+)
+
+
+@triton.jit
+def state_offsets(
+    tile, R: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Offsets (BR, BV) of a tile of a contiguous state (R, V), stored as (V, R) if TRANSPOSED, and
+    which of them exist.
+    """
+    rows, columns = tl.arange(0, BR)[:, None], tile * BV + tl.arange(0, BV)[None, :]
+    inside = (rows < R) & (columns < V)
+    if TRANSPOSED:
+        return columns * R + rows, inside
+    else:
+        return rows * V + columns, inside
+
+
+@triton.jit(
+    do_not_specialize=[
+        "segments", "length", "tokens", "batches", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h",
+        "w_b", "w_h",
+    ]
+)  # fmt: skip
+def walk_kernel(
+    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, w, w_b, w_h, w_t, w_d,
+    gates, g_b, g_h, g_t, pairs, totals, entering, out, products, final, table, scale, segments,
+    length, tokens, heads, batches, q_group, k_group, v_group, w_group,
+    R: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ENTERING: tl.constexpr, FINAL: tl.constexpr, PAIRS: tl.constexpr, PRODUCTS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """out (batches, heads, tokens, V) of one segment and BV channels, from the state `entering` it.
+
+    q and k have R channels; a state is stored as (R, V), or as (V, R) if TRANSPOSED. FINAL keeps
+    the state at the end of the sequence (at its start if BACKWARD), PRODUCTS the sums over the tile
+    of w * out by token. Under a decay per channel the rows come weighted, along R, or along V if
+    TRANSPOSED, and the products inside a block are given as `pairs` if PAIRS, else left out.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    rag_r: tl.constexpr = R < BR
+    rag_v: tl.constexpr = V % BV != 0
+    program = tl.program_id(0)
+    tile = (program % tiles).to(tl.int64)
+    head = ((program // tiles) % heads).to(tl.int64)
+    segment = (program // tiles) // heads
+    sequence, batch, start, count, first, last = locate(
+        table, segment, segments, length, tokens, PACKED
+    )
+    if count == 0:
+        return
+    width = V - tile * BV
+    q += offset(batch, q_b, head // q_group, q_h, start, q_t, ALIGNED)
+    k += offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
+    v += offset(batch, v_b, head // v_group, v_h, start, v_t, ALIGNED) + tile * BV * v_d
+    Q_rows = open_rows(q, count, tl.full((), R, tl.int32), q_t, C, BR, DESCRIPTORS)
+    K_rows = open_rows(k, count, tl.full((), R, tl.int32), k_t, C, BR, DESCRIPTORS)
+    V_rows = open_rows(v, count, width, v_t, C, BV, DESCRIPTORS)
+    if PRODUCTS:
+        w += offset(batch, w_b, head // w_group, w_h, start, w_t, ALIGNED) + tile * BV * w_d
+    row = (batch * heads + head) * tokens + start
+    out += row * V + tile * BV
+    products += tile * batches * heads * tokens + row
+    slope = 0.0
+    if DECAY == CONSTANT:
+        slope = tl.load(gates + head)
+    if DECAY == SCALAR:
+        gates += batch * g_b + head * g_h + start * g_t
+    state = segment.to(tl.int64) * heads + head
+    places, inside = state_offsets(tile, R, V, BR, BV, TRANSPOSED)
+    S = tl.zeros((BR, BV), tl.float32)
+    if ENTERING:
+        S = tl.load(entering + state * R * V + places, mask=inside, other=0.0)
+    blocks = tl.cdiv(count, C)
+    for n in range(0, blocks):
+        i = n
+        if BACKWARD:
+            i = blocks - 1 - n
+        at = tl.cast(i, tl.int64) * C
+        left = count - i * C
+        Q = read_rows(Q_rows, i, q_t, q_d, left, R, C, BR, rag_r, WIDE, DESCRIPTORS)
+        K = read_rows(K_rows, i, k_t, k_d, left, R, C, BR, rag_r, WIDE, DESCRIPTORS)
+        X = read_rows(V_rows, i, v_t, v_d, left, width, C, BV, rag_v, WIDE, DESCRIPTORS)
+        O = tl.dot(Q, S.to(Q.dtype), input_precision="ieee")
+        if DECAY == VECTOR:
+            if PAIRS:
+                P = load_tile(pairs + (row + at) * C, C, 1, left, C, C, C, False)
+                if BACKWARD:
+                    P = tl.trans(P)
+                O = tl.dot(P, X, O, input_precision="ieee")
+            block = (state // heads * tl.cdiv(length, C) + i) * heads + head
+            if TRANSPOSED:
+                channels = tile * BV + tl.arange(0, BV)
+                total = tl.load(totals + block * V + channels, mask=channels < V, other=0.0)
+                S *= tl.exp(total)[None, :]
+            else:
+                channels = tl.arange(0, BR)
+                total = tl.load(totals + block * R + channels, mask=channels < R, other=0.0)
+                S *= tl.exp(total)[:, None]
+        else:
+            sums, total = block_decay(gates + at * g_t, g_t, slope, left, C, DECAY)
+            reading, writing = sums, total - sums
+            if BACKWARD:
+                reading, writing = writing, sums
+            P = tl.dot(Q, tl.trans(K), input_precision="ieee")
+            P *= pair_decay(sums, C, BACKWARD) * scale
+            if BACKWARD:
+                O *= tl.exp(reading)[:, None]
+            else:
+                O *= (tl.exp(reading) * scale)[:, None]
+            O = tl.dot(P.to(X.dtype), X, O, input_precision="ieee")
+            if BACKWARD:
+                X = (X * (tl.exp(writing) * scale)[:, None]).to(X.dtype)
+            elif DECAY != NONE:
+                X = (X * tl.exp(writing)[:, None]).to(X.dtype)
+            if DECAY != NONE:
+                S *= tl.exp(total)
+        store_tile(out + at * V, V, O, left, width, C, BV, rag_v)
+        if PRODUCTS:
+            W = load_tile(w + at * w_t, w_t, w_d, left, width, C, BV, rag_v, WIDE)
+            rows = tl.arange(0, C)
+            tl.store(products + at + rows, tl.sum(W * O, 1), mask=rows < left)
+        S = tl.dot(tl.trans(K), X, S, input_precision="ieee")
+    if FINAL:
+        edge = last
+        if BACKWARD:
+            edge = first
+        if edge:
+            tl.store(final + (sequence * heads + head) * R * V + places, S, mask=inside)

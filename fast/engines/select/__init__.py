@@ -1,0 +1,12 @@
+"""Choosing keys: block pooling, block scores, exact top-k, and the lists the flash engine reads."""
+
+from attnspec.fast.engines.select.op import (
+    block_scores,
+    mask_lists,
+    pool_blocks,
+    top_k,
+    top_k_lists,
+    top_k_mask,
+)
+
+__all__ = ["block_scores", "mask_lists", "pool_blocks", "top_k", "top_k_lists", "top_k_mask"]

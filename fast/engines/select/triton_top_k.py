@@ -1,0 +1,164 @@
+"""Exact top-k in Triton: radix selection of the k-th score, then one ordered pass.
+
+A score becomes an unsigned key of the same order, so the k-th largest key is found digit by digit
+and ties are broken by counting: nothing is sorted and no buffer of ties can overflow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.select.configs import config
+
+LENGTHS = ["heads", "rows", "n", "k", "length"]
+
+
+@triton.jit
+def _ordered(x):
+    """float32 bits as an unsigned key of the same order: NaN lowest, -0 equal to +0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    signed = tl.where(x != x, -2147483648, signed)
+    return signed.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _keys(scores, start, n, stride_n, N: tl.constexpr):
+    """Keys of the entries from `start`, and which of them exist."""
+    entry = start + tl.arange(0, N)
+    real = entry < n
+    x = tl.load(scores + entry.to(tl.int64) * stride_n, mask=real, other=0.0)
+    return entry, _ordered(x.to(tl.float32)), real
+
+
+@triton.jit
+def _emit(out, entry, chosen, real, found, MASK: tl.constexpr):
+    """Write the chosen entries of one chunk; `found` were written before it."""
+    if MASK:
+        tl.store(out + entry, chosen, mask=real)
+    else:
+        place = found + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(out + place, entry.to(out.dtype.element_ty), mask=chosen)
+
+
+@triton.jit
+def _row(scores, out, stride_b, stride_h, stride_r, heads, rows, length):
+    line = tl.program_id(0).to(tl.int64)
+    b, h, r = line // rows // heads, line // rows % heads, line % rows
+    return scores + b * stride_b + h * stride_h + r * stride_r, out + line * length
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _short(
+    scores, out, stride_b, stride_h, stride_r, stride_n, heads, rows, n, k, length,
+    MASK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A row that fits in registers: the k-th key, bit by bit."""
+    scores, out = _row(scores, out, stride_b, stride_h, stride_r, heads, rows, length)
+    entry, key, real = _keys(scores, 0, n, stride_n, N)
+    threshold = tl.full([], 0, tl.uint32)
+    for step in tl.static_range(32):
+        candidate = threshold | (1 << (31 - step))
+        enough = tl.sum((real & (key >= candidate)).to(tl.int32), axis=0) >= k
+        threshold = tl.where(enough, candidate, threshold)
+    above = real & (key > threshold)
+    tied = real & (key == threshold)
+    wanted = k - tl.sum(above.to(tl.int32), axis=0)
+    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= wanted))
+    _emit(out, entry, chosen, real, 0, MASK)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _long(
+    scores, out, stride_b, stride_h, stride_r, stride_n, heads, rows, n, k, length,
+    MASK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A row read in chunks: the k-th key, a byte at a time from histograms."""
+    scores, out = _row(scores, out, stride_b, stride_h, stride_r, heads, rows, length)
+    bins = tl.arange(0, 256)
+    prefix = tl.full([], 0, tl.uint32)
+    wanted = k
+    for digit in tl.static_range(4):
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, n, N):
+            _, key, real = _keys(scores, start, n, stride_n, N)
+            value = (key >> (24 - 8 * digit)) & 255
+            if digit > 0:
+                real = real & ((key >> (32 - 8 * digit)) == prefix)
+            # Other entries go to bin 0, which is the choice only if no bin above it is.
+            counts += tl.histogram(tl.where(real, value.to(tl.int32), 0), 256)
+        at_least = tl.cumsum(counts, axis=0, reverse=True)
+        best = tl.max(tl.where(at_least >= wanted, bins, 0), axis=0)
+        wanted -= tl.sum(tl.where(bins > best, counts, 0), axis=0)
+        prefix = (prefix << 8) | best.to(tl.uint32)
+    found = 0
+    for start in range(0, n, N):
+        entry, key, real = _keys(scores, start, n, stride_n, N)
+        tied = (real & (key == prefix)).to(tl.int32)
+        chosen = real & ((key > prefix) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= wanted)))
+        _emit(out, entry, chosen, real, found, MASK)
+        found += tl.sum(chosen.to(tl.int32), axis=0)
+        wanted -= tl.sum(tied, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _mask_lists(
+    mask, index, count, stride_b, stride_h, stride_r, stride_n, heads, rows, n, N: tl.constexpr
+):
+    line = tl.program_id(0).to(tl.int64)
+    mask, index = _row(mask, index, stride_b, stride_h, stride_r, heads, rows, n)
+    found = 0
+    for start in range(0, n, N):
+        entry = start + tl.arange(0, N)
+        chosen = tl.load(mask + entry.to(tl.int64) * stride_n, mask=entry < n, other=0) != 0
+        _emit(index, entry, chosen, chosen, found, False)
+        found += tl.sum(chosen.to(tl.int32), axis=0)
+    for start in range(0, n, N):
+        entry = start + tl.arange(0, N)
+        tl.store(index + entry, 0, mask=(entry >= found) & (entry < n))
+    tl.store(count + line, found)
+
+
+def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
+    batch, heads, rows, n = scores.shape
+    lines = batch * heads * rows
+    if not lines or not k:
+        return
+    plan = config()
+    fits = n <= plan.row_items
+    size = max(32, triton.next_power_of_2(n)) if fits else plan.chunk_items
+    warps = min(8, max(1, size // 1024)) if fits else plan.chunk_warps
+    count_launch()
+    (_short if fits else _long)[(lines,)](
+        scores, out, *scores.stride(), heads, rows, n, k, out.shape[3],
+        MASK=mask, N=size, num_warps=warps,
+    )  # fmt: skip
+
+
+def top_k(scores: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    index = torch.empty(*scores.shape[:3], k, dtype=dtype, device=scores.device)
+    _select(scores, k, index, mask=False)
+    return index
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    _select(scores, k, mask, mask=True)
+    return mask
+
+
+def mask_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, n = mask.shape
+    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    count = torch.zeros(mask.shape[:3], dtype=torch.int32, device=mask.device)
+    if mask.numel():
+        count_launch()
+        _mask_lists[(batch * heads * rows,)](
+            mask.view(torch.uint8), index, count, *mask.stride(), heads, rows, n,
+            N=min(1024, max(32, triton.next_power_of_2(n))), num_warps=2,
+        )  # fmt: skip
+    return index, count

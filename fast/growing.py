@@ -1,0 +1,53 @@
+"""Caches that grow by a token a step without being copied each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOKENS = 2
+"""The axis of (batch, heads, tokens, ...) that grows."""
+
+
+@dataclass
+class Room:
+    """Buffers with spare room behind the first `used` tokens. Updated in place by `append`."""
+
+    buffers: tuple[Tensor, ...]
+    used: int
+
+
+def append(
+    room: Room | None, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Room]:
+    """The tensors `old` with the tokens of `new` behind them, and the room they live in.
+
+    Each is (batch, heads, tokens, ...). If `old` ends where `room` is used up to, the new tokens
+    are written IN PLACE behind it; `old` itself, a view of what is before, keeps its values. Else
+    (no room, too little of it, or another continuation of `old` has taken it) everything moves to
+    new buffers, an eighth larger than needed, so that a copy is paid for by many steps.
+    """
+    tokens, added = old[0].shape[TOKENS], new[0].shape[TOKENS]
+    total = tokens + added
+    if room is None or room.used != tokens or room.buffers[0].shape[TOKENS] < total:
+        capacity = total + max(64, total // 8)
+        buffers = []
+        for x in old:
+            buffer = x.new_empty(*x.shape[:TOKENS], capacity, *x.shape[TOKENS + 1 :])
+            buffer[:, :, :tokens] = x
+            buffers.append(buffer)
+        room = Room(tuple(buffers), tokens)
+    for buffer, x in zip(room.buffers, new, strict=True):
+        buffer[:, :, tokens:total] = x
+    room.used = total
+    return tuple(buffer[:, :, :total] for buffer in room.buffers), room
+
+
+def checkable(x: Tensor) -> bool:
+    """True if reading `x` costs nothing: a CPU tensor outside of torch.compile.
+
+    Checks of what a tensor holds run only then; on a GPU they would stall it.
+    """
+    return not x.is_cuda and not torch.compiler.is_compiling()

@@ -1,0 +1,1 @@
+"""Linear attention on the scan engine: running states instead of caches."""

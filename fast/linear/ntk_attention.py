@@ -1,0 +1,211 @@
+"""NTK-Attention on the flash and decode engines: the prefix is merged in by the lse.
+
+The softmax part is any attention that returns its lse; the prefix costs one small product a query,
+whatever its length, and is never seen by the attention kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    DTYPES,
+    check_choice,
+    check_same,
+    check_size,
+    check_tensor,
+)
+from attnspec.fast.dense.attention import MOST_DECODED, State
+from attnspec.fast.engines.decode import decode
+from attnspec.fast.engines.flash import flash
+from attnspec.fast.growing import append
+
+FLOATS = (*DTYPES, torch.float64)
+POSITIVITY = ("abs", "softplus")
+CLAIMS = {
+    "ntk_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},
+    **{
+        name: {"launches": None} for name in ("phi", "prefix_state", "prefix_terms", "merge_prefix")
+    },
+}
+"""The prefix alone is a few products and launches no kernel of ours."""
+
+
+def phi(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """Positive features elu(x / d^(1/4)) + 1 of x (..., d), in its dtype."""
+    if isinstance(x, Tensor) and x.dim() == 0:
+        raise ValueError("x: got shape (), expected (..., d)")
+    check_tensor("x", x, ("...",) * x.dim() if isinstance(x, Tensor) else (), FLOATS)
+    return _features(x).to(x.dtype)
+
+
+def prefix_state(K_P: Tensor, V_P: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Z (heads, d, dv) and k (heads, d), float32, of K_P (heads, m, d) and V_P (heads, m, dv).
+
+    The states of prefixes laid end to end add. Differentiable.
+    """
+    check_tensor("K_P", K_P, ("heads", "m", "d"), FLOATS)
+    check_tensor("V_P", V_P, ("heads", "m", "dv"), FLOATS)
+    check_same("V_P", V_P, "K_P", K_P)
+    check_size("V_P", V_P.shape[0], K_P.shape[0], "heads, as in K_P")
+    check_size("V_P", V_P.shape[1], K_P.shape[1], "m, as in K_P")
+    features = _features(K_P)
+    return features.transpose(1, 2) @ _wide(V_P), features.sum(1)
+
+
+def prefix_terms(
+    q: Tensor, Z: Tensor, k: Tensor, *, positivity: str = "abs", backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """num (batch, heads, q_tokens, dv) and den (batch, heads, q_tokens), float32.
+
+    q (batch, heads, q_tokens, d), Z (heads, d, dv), k (heads, d); Z and k may be float32 beside a
+    q of half precision. Differentiable.
+    """
+    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), FLOATS)
+    _check_prefix(q, Z, k, positivity)
+    features, wide = _features(q), _wide(k)
+    kappa = wide.abs() if positivity == "abs" else torch.nn.functional.softplus(wide)
+    return features @ _wide(Z), (features @ kappa[..., None])[..., 0]
+
+
+def ntk_attend(
+    q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    Z: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    positivity: str = "abs",
+    backend: str | None = None,
+) -> Tensor:
+    """Outputs (batch, heads, q_tokens, dv) of softmax attention with a learned prefix.
+
+    q (batch, heads, q_tokens, d), K (batch, kv_heads, k_tokens, d), V (batch, kv_heads, k_tokens,
+    dv), Z (heads, d, dv), k (heads, d), both one for each *query* head; `key_mask` bool (batch,
+    k_tokens), True = a real key. A row that sees no key answers with the prefix alone. d and dv up
+    to 256. Differentiable in all five.
+    """
+    _check_inputs(q, K, V, Z)
+    _check_prefix(q, Z, k, positivity)
+    soft, lse = flash(q, K, V, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
+    return merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
+
+
+def merge_prefix(
+    softmax_out: Tensor, lse: Tensor, num: Tensor, den: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Outputs (..., q_tokens, dv) from those of softmax attention and the prefix terms.
+
+    softmax_out and num (..., q_tokens, dv), lse and den (..., q_tokens), lse natural and -inf where
+    no key is visible. Computed in float32 at least; the result has softmax_out's dtype.
+    Differentiable in all four.
+    """
+    axes = ("batch", "heads", "q_tokens", "dv")
+    check_tensor("softmax_out", softmax_out, axes, FLOATS)
+    for name, x, shape in (
+        ("lse", lse, softmax_out.shape[:3]),
+        ("num", num, softmax_out.shape),
+        ("den", den, softmax_out.shape[:3]),
+    ):
+        check_tensor(name, x, axes[: len(shape)], FLOATS)
+        if x.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
+    soft, lse, num, den = _wide(softmax_out), _wide(lse), _wide(num), _wide(den)
+    held = (den != 0) | (num != 0).any(-1)
+    top = torch.where(held, lse.clamp(min=0), lse).detach()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    # Only a row without a prefix has top < 0. Kept finite there, the factor times 0 is 0.
+    unit = torch.exp((-top).clamp(max=math.log(torch.finfo(top.dtype).max) - 1))
+    mass = torch.exp(lse - top)
+    total = mass + unit * den
+    empty = total == 0
+    share = torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, total))
+    out = (mass * share)[..., None] * soft + (unit * share)[..., None] * num
+    return out.to(softmax_out.dtype)
+
+
+def step(
+    state: State,
+    q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    Z: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    positivity: str = "abs",
+    backend: str | None = None,
+) -> tuple[Tensor, State]:
+    """Outputs of one or more new tokens, and the state that includes them.
+
+    The state is dense attention's and grows **in place**; the first one is `attention.init_state`.
+    q (batch, heads, tokens, d), K (batch, kv_heads, tokens, d), V (batch, kv_heads, tokens, dv).
+    For inference: there is no gradient.
+    """
+    _check_inputs(q, K, V, Z)
+    _check_prefix(q, Z, k, positivity)
+    check_size("K", K.shape[2], q.shape[2], "tokens, as in q")
+    for name, cached, new in (("state.k", state.k, K), ("state.v", state.v, V)):
+        check_same(name, cached, "q", q)
+        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
+            raise ValueError(
+                f"{name}: got shape {tuple(cached.shape)}, expected that of {tuple(new.shape)}"
+            )
+    (keys, values), room = append(
+        getattr(state, "room", None), (state.k, state.v), (K.detach(), V.detach())
+    )
+    q, Z, k = q.detach(), Z.detach(), k.detach()
+    attention = decode if q.shape[2] <= MOST_DECODED else flash
+    soft, lse = attention(q, keys, values, causal=True, scale=scale, backend=backend)
+    out = merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
+    return out, State(keys, values, room)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _features(x: Tensor) -> Tensor:
+    """`phi` in float32 at least. exp, not elu + 1: far below 0 the features stay positive."""
+    y = _wide(x) / x.shape[-1] ** 0.25
+    return torch.where(y >= 0, 1 + y, torch.exp(y.clamp(max=0)))
+
+
+def _check_inputs(q: Any, K: Any, V: Any, Z: Any) -> None:
+    check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), FLOATS)
+    check_tensor("K", K, ("batch", "kv_heads", "k_tokens", "d"), FLOATS)
+    check_tensor("V", V, ("batch", "kv_heads", "k_tokens", "dv"), FLOATS)
+    check_same("K", K, "q", q)
+    check_same("V", V, "q", q)
+    check_size("K", K.shape[0], q.shape[0], "batch, as in q")
+    check_size("K", K.shape[3], q.shape[3], "d, as in q")
+    for axis, what in enumerate(("batch", "kv_heads", "k_tokens")):
+        check_size("V", V.shape[axis], K.shape[axis], f"{what}, as in K")
+    if K.shape[1] < 1 or q.shape[1] % K.shape[1]:
+        raise ValueError(
+            f"K: got {K.shape[1]} kv heads for {q.shape[1]} query heads, "
+            f"expected a divisor of {q.shape[1]}"
+        )
+    check_tensor("Z", Z, ("heads", "d", "dv"), FLOATS)
+    check_size("Z", Z.shape[2], V.shape[3], "dv, as in V")
+
+
+def _check_prefix(q: Tensor, Z: Any, k: Any, positivity: Any) -> None:
+    check_tensor("Z", Z, ("heads", "d", "dv"), FLOATS)
+    check_tensor("k", k, ("heads", "d"), FLOATS)
+    for name, x in (("Z", Z), ("k", k)):
+        if x.dtype != torch.float32 or q.dtype == torch.float64:
+            check_same(name, x, "q", q)
+        check_size(name, x.shape[0], q.shape[1], "heads, as in q")
+        check_size(name, x.shape[1], q.shape[3], "d, as in q")
+        if x.device != q.device:
+            raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")
+    check_choice("positivity", positivity, POSITIVITY)

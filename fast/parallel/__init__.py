@@ -1,0 +1,1 @@
+"""One attention on many workers."""

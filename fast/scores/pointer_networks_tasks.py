@@ -1,0 +1,227 @@
+"""The pointer network's tasks at scale: exact targets and metrics over a batch of point sets.
+
+`points` is (n, 2) or (batch, n, 2). One set gives what the chapter gives; a batch gives rows padded
+with -1 where lengths differ. Solvers and polygon tests run on the CPU, one set a thread; tensors
+elsewhere raise. Lengths, permutations and triangles are plain tensor operations on any device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import check_integer, check_size, choose_backend, count_launch
+from attnspec.fast.growing import checkable
+
+FLOATS = (torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+EXACT_LIMIT = 20
+
+
+class HullMetrics(NamedTuple):
+    """One answer, or tensors (batch). `coverage` is NaN for an invalid one."""
+
+    valid: Any
+    accuracy: Any
+    coverage: Any
+
+
+def hull_target(points: Tensor, *, backend: str | None = None) -> Tensor:
+    """int64 (vertices): the hull, counter-clockwise from the lowest index; (batch, n) of a batch.
+
+    ValueError for fewer than 3 points, for equal points or if all lie on one line.
+    """
+    _check_points(points, 3, backend)
+    hull = _hulls(_batched(points, 3))
+    return hull if points.dim() == 3 else hull[0, : int((hull[0] >= 0).sum())]
+
+
+def tsp_target(points: Tensor, *, backend: str | None = None) -> Tensor:
+    """int64 (..., n): the shortest closed tours, from index 0, its second index below its last.
+
+    Held and Karp's recursion over sets, n <= 20. ValueError for more points or equal points.
+    """
+    _check_points(points, 1, backend)
+    n = points.shape[-2]
+    if n > EXACT_LIMIT:
+        raise ValueError(f"points: got n = {n}, expected at most {EXACT_LIMIT}")
+    sets = _batched(points, 3)
+    _check_distinct(sets)
+    tour = torch.arange(n).repeat(len(sets), 1)
+    if n >= 4 and len(sets):
+        count_launch()
+        _kernels().tours(sets.numpy(), tour.numpy())
+    return tour.view(points.shape[:-1])
+
+
+def hull_metrics(
+    points: Tensor, pred_indices: Tensor, *, backend: str | None = None
+) -> HullMetrics:
+    """The answers `pred_indices` int (vertices), or (batch, most) padded with -1.
+
+    ValueError for an index outside the points.
+    """
+    _check_points(points, 3, backend)
+    _check_indices("pred_indices", pred_indices, points)
+    sets, answers = _batched(points, 3), _batched(pred_indices, 2).long().contiguous()
+    hull = _hulls(sets)
+    valid = torch.empty(len(sets), dtype=torch.bool)
+    accuracy, coverage = (torch.empty(len(sets), dtype=torch.float64) for _ in range(2))
+    if len(sets):
+        arrays = (x.numpy() for x in (sets, hull, answers, valid, accuracy, coverage))
+        count_launch()
+        _kernels().score_hulls(*arrays)
+    if points.dim() == 3:
+        return HullMetrics(valid, accuracy, coverage)
+    return HullMetrics(bool(valid[0]), float(accuracy[0]), float(coverage[0]))
+
+
+def polygon_area(polygon: Tensor, *, backend: str | None = None) -> Tensor:
+    """Signed areas (...) of polygons (..., vertices, 2), > 0 if counter-clockwise."""
+    _check_coordinates("polygon", polygon, 0)
+    rays = polygon - polygon[..., :1, :]
+    ahead = rays.roll(-1, dims=-2)
+    return (rays[..., 0] * ahead[..., 1] - rays[..., 1] * ahead[..., 0]).sum(-1) / 2
+
+
+def incenter(tri: Tensor, *, backend: str | None = None) -> Tensor:
+    """Incenters (..., 2) of triangles `tri` (..., 3, 2)."""
+    _check_coordinates("tri", tri, 3)
+    check_size("tri", tri.shape[-2], 3, "corners")
+    opposite = tri.roll(-1, dims=-2) - tri.roll(-2, dims=-2)
+    sides = opposite.square().sum(-1, keepdim=True).sqrt()
+    return (sides * tri).sum(-2) / sides.sum(-2)
+
+
+def is_permutation(seq: Tensor, n: int, *, backend: str | None = None) -> Tensor:
+    """bool (...), whether each of `seq` int (..., m) holds 0..n-1 once each."""
+    _check_integers("seq", seq)
+    check_integer("n", n, least=1)
+    if seq.shape[-1] != n:
+        return torch.zeros(seq.shape[:-1], dtype=torch.bool, device=seq.device)
+    return (seq.sort(-1).values == torch.arange(n, device=seq.device)).all(-1)
+
+
+def tour_length(points: Tensor, tour: Tensor, *, backend: str | None = None) -> Tensor:
+    """Lengths (...) of the closed tours int (..., m) through `points` (..., n, 2)."""
+    _check_coordinates("points", points, 1)
+    _check_integers("tour", tour)
+    if tour.shape[:-1] != points.shape[:-2]:
+        raise ValueError(
+            f"tour: got leading axes {tuple(tour.shape[:-1])}, expected {tuple(points.shape[:-2])}"
+        )
+    _check_range("tour", tour, 0, points.shape[-2])
+    visited = points.gather(-2, tour.long()[..., None].expand(*tour.shape, 2))
+    legs = visited.roll(-1, dims=-2) - visited
+    return legs.square().sum(-1).sqrt().sum(-1)
+
+
+def triangle_coverage(pred: Tensor, true: Tensor, *, backend: str | None = None) -> Any:
+    """The share of the triangles `true` int (m, 3) that are among `pred` int (l, 3).
+
+    A float, or a tensor (batch) of batches whose missing triangles are padded with -1. Neither the
+    order of the triangles nor that of a triangle's indices counts. ValueError if `true` is empty.
+    """
+    for name, x in (("pred", pred), ("true", true)):
+        _check_integers(name, x)
+        if x.dim() not in (2, 3) or x.shape[-1] != 3:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (triangles, 3)")
+    wanted, found = (_batched(x, 3).sort(-1).values for x in (true, pred))
+    real = (wanted >= 0).all(-1)
+    if checkable(real) and not bool(real.any(-1).all()):
+        raise ValueError("true: got no triangle, expected at least one")
+    same = (wanted[:, :, None] == found[:, None]).all(-1).any(-1) & real
+    earlier = (wanted[:, :, None] == wanted[:, None]).all(-1).tril(-1).any(-1)
+    once = real & ~earlier
+    share = (same & once).sum(-1) / once.sum(-1).double()
+    return share if true.dim() == 3 else float(share[0])
+
+
+def _kernels() -> ModuleType:
+    try:
+        return importlib.import_module("attnspec.fast.engines.geometry.numba_cpu")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
+
+
+def _batched(x: Tensor, dims: int) -> Tensor:
+    return x if x.dim() == dims else x[None]
+
+
+def _hulls(sets: Tensor) -> Tensor:
+    """int64 (batch, n), padded with -1."""
+    hull = torch.full(sets.shape[:2], -1)
+    count = torch.empty(len(sets), dtype=torch.int64)
+    if len(sets):
+        count_launch()
+        _kernels().hulls(sets.numpy(), hull.numpy(), count.numpy())
+    if bool((count == 0).any()):
+        raise ValueError("points: got the same point twice, expected distinct points")
+    if bool((count < 3).any()):
+        raise ValueError("points: got points on one line, expected a hull of at least 3 vertices")
+    return hull
+
+
+def _check_coordinates(name: str, x: Any, least: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32 or float64")
+    if x.dim() < 2 or x.shape[-1] != 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (..., n, 2)")
+    if x.shape[-2] < least:
+        raise ValueError(f"{name}: got n = {x.shape[-2]}, expected at least {least}")
+    if checkable(x) and not bool(x.isfinite().all()):
+        raise ValueError(f"{name}: got NaN or Inf, expected finite coordinates")
+
+
+def _check_points(points: Any, least: int, backend: str | None) -> None:
+    _check_coordinates("points", points, least)
+    if points.dim() > 3:
+        raise ValueError(
+            f"points: got shape {tuple(points.shape)}, expected (n, 2) or (batch, n, 2)"
+        )
+    if choose_backend(backend, points) != "numba":
+        raise ValueError(f"backend: got 'triton' on {points.device}, expected CPU tensors")
+
+
+def _check_distinct(sets: Tensor) -> None:
+    order = sets[..., 1].sort(dim=-1, stable=True).indices
+    order = order.gather(-1, sets[..., 0].gather(-1, order).sort(dim=-1, stable=True).indices)
+    ordered = sets.gather(1, order[..., None].expand(sets.shape))
+    if bool((ordered[:, 1:] == ordered[:, :-1]).all(-1).any()):
+        raise ValueError("points: got the same point twice, expected distinct points")
+
+
+def _check_integers(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: got shape (), expected (..., m)")
+
+
+def _check_indices(name: str, x: Any, points: Tensor) -> None:
+    _check_integers(name, x)
+    if x.dim() != points.dim() - 1 or x.shape[:-1] != points.shape[:-2]:
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected one row for each set of points"
+        )
+    # Only the rows of a batch need padding.
+    _check_range(name, x, 0 if points.dim() == 2 else -1, points.shape[-2])
+
+
+def _check_range(name: str, x: Tensor, low: int, high: int) -> None:
+    if checkable(x):
+        outside = x[(x < low) | (x >= high)]
+        if outside.numel():
+            raise ValueError(
+                f"{name}: got {int(outside[0])}, expected an index from 0 to {high - 1}"
+            )

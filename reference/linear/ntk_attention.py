@@ -1,0 +1,298 @@
+r"""NTK-Attention: a prefix of any length, learned as a state of d dv + d numbers.
+
+Prefix tuning puts m trainable keys and values before the tokens; a longer prefix learns more and
+costs more. A query feels the prefix through two sums only, so if :math:`e^{q \cdot k}` is replaced
+by :math:`\phi(q) \cdot \phi(k)` these become products with a matrix Z and a vector k, whose size
+does not depend on m. Z and k are trained directly, while the tokens keep their exact softmax.
+
+Definition
+----------
+S1. **Score.** :math:`s_{ij} = q_i \cdot K_j / \sqrt{d}` (K2, K7). A key is visible if the causal
+rule (K3) and the padding `key_mask` both allow it.
+
+S2. **Feature map.** :math:`\phi(x) = \mathrm{elu}(x / d^{1/4}) + 1` elementwise, d the width of x:
+with :math:`y = x\, d^{-1/4}` it is :math:`1 + y` for :math:`y \ge 0` and :math:`e^y` below 0.
+
+S3. **Prefix terms.** :math:`num_i = \phi(q_i) Z` and :math:`den_i = \phi(q_i) \cdot \kappa` with
+:math:`\kappa = |k|`, or softplus(k) as an option. Z (heads, d, dv) and k (heads, d) belong to a
+*query* head and serve the whole batch. No mask hides the prefix.
+
+S4. **Attend.** :math:`D_i = \sum_j e^{s_{ij}} + den_i` and :math:`out_i = (\sum_j e^{s_{ij}} V_j +
+num_i) / D_i` over the visible keys j. A row that sees no key is :math:`num_i / den_i`, not 0 (K4);
+if :math:`D_i` is 0, the output is 0.
+
+S5. **Stable form.** Both sums are multiplied by :math:`e^{-m_i}`, where :math:`m_i = \max(0, \max_j
+s_{ij})` over the *visible* keys; no exponential exceeds 1. Where num and den are all 0 the 0 is
+left out of the maximum, which makes the row plain softmax attention however low its scores are.
+
+S6. **Merge form.** Equal to S4, from any softmax attention with its lse :math:`\ell_i`: with
+:math:`p_i = \max(0, \ell_i)`, :math:`out_i = (e^{\ell_i - p_i} o_i + e^{-p_i} num_i) / (e^{\ell_i -
+p_i} + e^{-p_i} den_i)`.
+
+S7. **Prefix to state.** A given prefix :math:`(K_P, V_P)` has :math:`Z = \phi(K_P)^T V_P` and
+:math:`k = \phi(K_P)^T 1`; prefixes laid end to end add their states.
+
+S8. **Gradient.** With :math:`P_{ij} = e^{s_{ij}} / D_i`, :math:`G = dout`, :math:`g_i = G_i \cdot
+out_i`: :math:`dV_j = \sum_i P_{ij} G_i`, :math:`ds_{ij} = P_{ij} (G_i \cdot V_j - g_i)`,
+:math:`dK_j = \sum_i ds_{ij} q_i / \sqrt d`, :math:`dZ = \sum_i \phi(q_i)^T G_i / D_i`,
+:math:`d\kappa = -\sum_i \phi(q_i) g_i / D_i`, :math:`dk = \mathrm{sign}(k)\, d\kappa` and
+:math:`dq_i = \sum_j ds_{ij} K_j / \sqrt d + \phi'(q_i) (Z G_i - \kappa g_i) / D_i`. dZ and dk are
+summed over the batch, dK and dV over each group. Softplus has :math:`dk = \sigma(k)\, d\kappa`.
+
+S9. **Decode.** The state is an ordinary cache of keys and values; Z and k stay as they are.
+
+Complexity
+----------
+The softmax's :math:`O(q\_tokens \cdot k\_tokens \cdot d)` a head, and :math:`O(q\_tokens \cdot d
+\cdot dv)` for the prefix, whatever its length.
+
+Paper and code
+--------------
+- The paper is unmasked; the authors' code masks, but stabilises by the maximum over *all* scores,
+  which lets later tokens in through rounding and underflow. S5 takes visible ones (our choice).
+- The paper has k non-negative, the code takes the absolute value of a free k, as here; softplus is
+  ours. A k of zeros has gradient 0 under the absolute value and never learns: the vision code
+  starts from Z = 0 and k = 0, the chat-model code from random numbers. We advise Z = 0 and a small
+  positive k such as 1e-3.
+- The theory has a polynomial map of any width r. Such maps, and a Z kept as a product of two thin
+  factors, need no operation of their own: S6 takes their num and den. With the map S2, S7 is exact
+  for a prefix weighted by :math:`\phi(q) \cdot \phi(k)`, not close to one weighted by exp.
+- With rotary positions q is rotated before it comes here: the prefix sees rotated queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnspec.reference.conventions import (
+    check_array,
+    check_size,
+    default_scale,
+    repeat_heads,
+)
+from attnspec.reference.dense.attention import (
+    State,
+    combine,
+    score,
+    sum_groups,
+    visible,
+)
+from attnspec.reference.linear.ntk_attention_prefix import (
+    merge_prefix,
+    phi,
+    phi_slope,
+    positive,
+    positive_slope,
+    prefix_state,
+    prefix_terms,
+    shares,
+)
+from attnspec.reference.spec import (
+    HEADS,
+    PATTERNS,
+    PHASES,
+    Coverage,
+    Mechanism,
+    Operation,
+    Paper,
+)
+
+
+def ntk_attend(
+    q: np.ndarray,
+    K: np.ndarray,
+    V: np.ndarray,
+    Z: np.ndarray,
+    k: np.ndarray,
+    *,
+    causal: bool = False,
+    key_mask: np.ndarray | None = None,
+    scale: float | None = None,
+    positivity: str = "abs",
+) -> np.ndarray:
+    """S1-S5: outputs (..., heads, q_tokens, dv).
+
+    q (..., heads, q_tokens, d), K (..., kv_heads, k_tokens, d), V (..., kv_heads, k_tokens, dv),
+    Z (heads, d, dv), k (heads, d); `key_mask` bool (..., k_tokens), True = a real key. `scale` is
+    that of the scores alone. TypeError or ValueError if they do not fit one another (K14).
+
+    >>> x, one = np.zeros((1, 1, 1)), np.ones((1, 1, 1))
+    >>> ntk_attend(x, x, 5 * one, Z=one, k=one[0])
+    array([[[3.]]])
+    """
+    check_inputs(q, K, V, Z)
+    num, den = prefix_terms(q, Z, k, positivity=positivity)
+    weights, share = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    return combine(weights, V) + share[..., None] * num
+
+
+def ntk_backward(
+    q: np.ndarray,
+    K: np.ndarray,
+    V: np.ndarray,
+    Z: np.ndarray,
+    k: np.ndarray,
+    dout: np.ndarray,
+    *,
+    causal: bool = False,
+    key_mask: np.ndarray | None = None,
+    scale: float | None = None,
+    positivity: str = "abs",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S8: gradients dq, dK, dV, dZ, dk of `ntk_attend`, shaped as q, K, V, Z, k.
+
+    >>> x, one = np.zeros((1, 1, 1)), np.ones((1, 1, 1))
+    >>> [float(g.squeeze()) for g in ntk_backward(x, x, 5 * one, one, one[0], one)]
+    [-1.0, 0.0, 0.5, 0.5, -1.5]
+    """
+    check_inputs(q, K, V, Z)
+    num, den = prefix_terms(q, Z, k, positivity=positivity)
+    check_array("dout", dout, ("heads", "q_tokens", "dv"))
+    if dout.shape != num.shape:
+        raise ValueError(f"dout: got shape {dout.shape}, expected {num.shape}, as the output")
+    factor = default_scale(q.shape[-1]) if scale is None else scale
+    weights, share = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    unread = np.all(weights == 0, axis=-2)[..., None]
+    keys, values = (
+        np.where(unread, np.zeros_like(x), x)
+        for x in (repeat_heads(y, q.shape[-3]) for y in (K, V))
+    )
+    out = weights @ values + share[..., None] * num
+    row_term = np.einsum("...d,...d->...", dout, out)
+    dscores = weights * (dout @ np.swapaxes(values, -1, -2) - row_term[..., None])
+    dK = factor * (np.swapaxes(dscores, -1, -2) @ q)
+    dV = np.swapaxes(weights, -1, -2) @ dout
+
+    dnum, dden = share[..., None] * dout, -share * row_term
+    features, kappa = phi(q), positive(k, positivity)
+    dZ = np.einsum("...htd,...hte->...hde", features, dnum)
+    dkappa = np.einsum("...htd,...ht->...hd", features, dden)
+    dfeatures = dnum @ np.swapaxes(Z, -1, -2) + dden[..., None] * kappa[..., None, :]
+    dq = factor * (dscores @ keys) + phi_slope(q) * dfeatures
+    batch = tuple(range(q.ndim - 3))
+    return (
+        dq,
+        sum_groups(dK, K.shape[-3]),
+        sum_groups(dV, V.shape[-3]),
+        np.sum(dZ, axis=batch),
+        positive_slope(k, positivity) * np.sum(dkappa, axis=batch),
+    )
+
+
+def step(
+    state: State,
+    q: np.ndarray,
+    K: np.ndarray,
+    V: np.ndarray,
+    Z: np.ndarray,
+    k: np.ndarray,
+    *,
+    scale: float | None = None,
+    positivity: str = "abs",
+) -> tuple[np.ndarray, State]:
+    """S9: outputs (..., heads, tokens, dv) of new tokens, and the state that includes them.
+
+    The first state is dense attention's `init_state`.
+
+    >>> x, one = np.zeros((1, 1, 1)), np.ones((1, 1, 1))
+    >>> empty = State(x[:, :0], x[:, :0])
+    >>> out, state = step(empty, x, x, 5 * one, one, one[0])
+    >>> out, state.k.shape
+    (array([[[3.]]]), (1, 1, 1))
+    """
+    check_inputs(q, K, V, Z)
+    check_size("K", K.shape[-2], q.shape[-2], "tokens, as in q")
+    for name, old, new in (("state.k", state.k, K), ("state.v", state.v, V)):
+        if (*old.shape[:-2], old.shape[-1]) != (*new.shape[:-2], new.shape[-1]):
+            raise ValueError(f"{name}: got shape {old.shape}, expected that of {new.shape}")
+    keys = np.concatenate([state.k, K], axis=-2)
+    values = np.concatenate([state.v, V], axis=-2)
+    out = ntk_attend(q, keys, values, Z, k, causal=True, scale=scale, positivity=positivity)
+    return out, State(keys, values)
+
+
+def visible_scores(
+    q: np.ndarray,
+    K: np.ndarray,
+    causal: bool,
+    key_mask: np.ndarray | None,
+    scale: float | None,
+) -> np.ndarray:
+    """S1: scores (..., heads, q_tokens, k_tokens), -inf where a key is hidden.
+
+    >>> visible_scores(np.ones((1, 1, 4)), np.ones((1, 2, 4)), False, np.array([True, False]), None)
+    array([[[  2., -inf]]])
+    """
+    if key_mask is not None:
+        check_array("key_mask", key_mask, ("k_tokens",), dtype="bool")
+        if key_mask.shape != (*K.shape[:-3], K.shape[-2]):
+            raise ValueError(
+                f"key_mask: got shape {key_mask.shape}, expected {(*K.shape[:-3], K.shape[-2])}"
+            )
+        key_mask = key_mask[..., None, None, :]
+    allowed = visible(q.shape[-2], K.shape[-2], causal=causal, mask=key_mask)
+    return np.where(allowed, score(q, K, scale=scale), -np.inf)
+
+
+def check_inputs(q: Any, K: Any, V: Any, Z: Any) -> None:
+    """K1, K7, K14: q, K and V fit one another, and Z is as wide as V.
+
+    >>> check_inputs(*(np.ones((1, 2, d)) for d in (3, 4, 5, 5)))
+    Traceback (most recent call last):
+    ValueError: K: got 4, expected 3 (d, as in q)
+    """
+    check_array("q", q, ("heads", "q_tokens", "d"))
+    check_array("K", K, ("kv_heads", "k_tokens", "d"))
+    check_array("V", V, ("kv_heads", "k_tokens", "dv"))
+    for name, x in (("K", K), ("V", V)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected {q.dtype}, as q")
+        if x.shape[:-3] != q.shape[:-3]:
+            raise ValueError(f"{name}: got leading axes {x.shape[:-3]}, expected {q.shape[:-3]}")
+    check_size("K", K.shape[-1], q.shape[-1], "d, as in q")
+    check_size("V", V.shape[-3], K.shape[-3], "kv_heads, as in K")
+    check_size("V", V.shape[-2], K.shape[-2], "k_tokens, as in K")
+    check_array("Z", Z, ("heads", "d", "dv"))
+    check_size("Z", Z.shape[-1], V.shape[-1], "dv, as in V")
+    heads, kv_heads = q.shape[-3], K.shape[-3]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"K: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
+        )
+
+
+MECHANISM = Mechanism(
+    title="NTK-Attention",
+    idea="A learned prefix of any length, kept as a small linear-attention state beside softmax.",
+    paper=Paper(
+        title="Towards Infinite-Long Prefix in Transformer",
+        authors=("Yingyu Liang", "Zhenmei Shi", "Zhao Song", "Chiwun Yang"),
+        year=2024,
+        arxiv="2406.14036",
+        venue="EMNLP 2025",
+        code="ChristianYang37/chiwun",
+    ),
+    operations=(
+        Operation(phi, clauses=("S2",)),
+        Operation(prefix_state, clauses=("S2", "S7")),
+        Operation(prefix_terms, clauses=("S2", "S3")),
+        Operation(
+            ntk_attend,
+            clauses=("S1", "S3", "S4", "S5"),
+            gradient=ntk_backward,
+            differentiable=("q", "K", "V", "Z", "k"),
+        ),
+        Operation(merge_prefix, clauses=("S5", "S6")),
+        Operation(step, clauses=("S9",)),
+    ),
+    headline="ntk_attend",
+    coverage=Coverage(
+        patterns=PATTERNS,
+        phases=PHASES,
+        paddings=("none", "left", "right"),
+        heads=HEADS,
+        gradient=True,
+    ),
+)
