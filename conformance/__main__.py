@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +164,7 @@ def conform(
     chosen = [k for k in chosen if device in (None, k.device) and backend in (None, k.backend)]
     if not chosen:
         raise usage_error("no kernel is left after --device and --backend")
+    signal.signal(signal.SIGTERM, _interrupt)
     with _progress() as progress:
         bar = progress.add_task("", total=None)
 
@@ -306,6 +308,11 @@ def new_kernel(
     except (ValueError, FileExistsError) as error:
         raise usage_error(str(error)) from None
     console.print(f"wrote {path}; certify it: attnspec conform --kernel {path.stem}:KERNEL")
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """A terminated run ends like an interrupted one: with the report it has."""
+    raise KeyboardInterrupt
 
 
 def _progress() -> Progress:

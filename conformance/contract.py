@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Output:
     for bit, NaN included. "selection": indices (or a mask) judged by the scores of
     `Contract.ranking`. `dtype` is "input" or a fixed dtype.
 
+    A `wide` output, an intermediate result such as scores, may come in the accumulator's dtype too.
     A `plain` output is a Python number, not an array. `nan` says that the truth may be NaN, and
     that the answer must be NaN there. A selection hidden in a larger output (the positions of a
     cache's slots) is found by ``chosen(output, arguments)``; the output itself must then equal
@@ -71,6 +73,7 @@ class Output:
     name: str
     kind: str = "value"
     dtype: str = "input"
+    wide: bool = False
     row_axes: int = 1
     plain: bool = False
     nan: bool = False
@@ -249,13 +252,11 @@ class Contract:
 
 
 def _attribute(items: Mapping[str, Any], name: str) -> Any:
-    item, *attributes = name.split(".")
-    value = items[item]
-    for attribute in attributes:
-        if not hasattr(value, attribute):
-            raise TypeError(f"returned {type(value).__name__}, expected a {attribute!r} in it")
-        value = getattr(value, attribute)
-    return value
+    item, _, path = name.partition(".")
+    try:
+        return attrgetter(path)(items[item]) if path else items[item]
+    except AttributeError as error:
+        raise TypeError(f"returned {type(items[item]).__name__}: {error}") from None
 
 
 def flatten(result: Any) -> list[Any]:

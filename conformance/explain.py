@@ -16,7 +16,8 @@ def conditions(contract: Contract, case: Case, fails: Callable[[Case], bool]) ->
     """
     needed = []
     for axis, length in case.sizes.items():
-        simplest = min(contract.sizes[axis][0], 1) if axis in contract.sizes else 1
+        lowest = min(contract.sizes[axis][0], 1) if axis in contract.sizes else 1
+        simplest = max(lowest, contract.least.get(axis, 0))
         fewer = contract.fix({**case.sizes, axis: max(simplest, length - 1)})
         if length > simplest and not fails(case.with_(sizes=fewer)):
             needed.append(f"{axis} >= {length}" if length > 2 else f"{axis} > {length - 1}")

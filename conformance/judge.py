@@ -25,7 +25,7 @@ HEADROOM = 4.0
 ULPS = 4.0
 """Units in the last place of the output dtype that any row may be off by."""
 
-RUNS = 3
+RUNS = 4
 """Rounded runs a budget is taken from."""
 
 CANCELLING_RUNS = 16
@@ -65,7 +65,7 @@ def expect(
             if output.kind == "value":
                 plain = np.asarray(result).view(np.ndarray)
                 rounded = round_to(plain, out_dtype(output, dtype)).astype(np.float64)
-                errors[output.name].append(_difference(rounded, truth[output.name]))
+                errors[output.name].append(_difference(rounded, truth[output.name], output.nan))
     spread = {o.name: _spread(np.stack(errors[o.name]), truth[o.name], o.row_axes) for o in judged}
     return Expectation(truth, spread)
 
@@ -105,10 +105,11 @@ def _row_norms(errors: np.ndarray, row_axes: int) -> tuple[np.ndarray, np.ndarra
     return np.sqrt(np.mean(size**2, axis=-1)), size.max(axis=-1)
 
 
-def _difference(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """|got - truth| with equal infinities counted as equal."""
+def _difference(got: np.ndarray, truth: np.ndarray, nan: bool) -> np.ndarray:
+    """|got - truth| with equal infinities counted as equal, and NaN as well if it may be there."""
+    same = (got == truth) | (nan & np.isnan(got) & np.isnan(truth))
     with np.errstate(invalid="ignore"):
-        return np.where(got == truth, 0.0, np.abs(got - truth))
+        return np.where(same, 0.0, np.abs(got - truth))
 
 
 def compare(
@@ -132,9 +133,7 @@ def compare(
     if not truth.size:
         return 0.0, None
     kind = out_dtype(output, dtype)
-    error = _difference(got, truth)
-    if output.nan:
-        error = np.where(np.isnan(got) & np.isnan(truth), 0.0, error)
+    error = _difference(got, truth, output.nan)
     error_rms, error_top = _row_norms(error, output.row_axes)
     truth_rms, truth_top = _row_norms(np.where(np.isfinite(truth), truth, 0.0), output.row_axes)
     spread_rms, spread_top = expectation.spread[output.name]

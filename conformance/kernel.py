@@ -42,6 +42,8 @@ class Kernel:
     configs: name -> context manager that forces one tuning configuration; each is tested alone.
     ties: "lowest" claims rule K6 exactly, "any" lets equal scores fall either way.
     launches: a counter that rises with every real launch, so that a fallback shows.
+    reads_values: False for a device kernel that would have to wait for the device to see what an
+        array holds: a wrong value in an array of the right shape and dtype is then not refused.
     compiled, graph: claims torch.compile(fullgraph=True) and CUDA-graph capture.
     """
 
@@ -61,6 +63,7 @@ class Kernel:
     ties: str = "lowest"
     deterministic: bool = True
     launches: Callable[[], int] | None = None
+    reads_values: bool = True
     compiled: bool = False
     graph: bool = False
     known: tuple[Known, ...] = ()

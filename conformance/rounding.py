@@ -47,8 +47,12 @@ class Model:
         return accumulator(self.dtype)
 
     def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """`exact` off by one unit of accumulation error relative to `size`, sign at random."""
+        """`exact` off by about one unit of accumulation error relative to `size`, sign at random.
+
+        Errors of one size would cancel too often where a result hangs on the difference of two.
+        """
         signs = self.generator.choice((-1.0, 1.0), size=np.shape(exact))
+        signs *= self.generator.uniform(0.5, 1.5, size=np.shape(exact))
         error = np.where(np.isfinite(size), EPS[self.compute] * size, 0.0)
         with np.errstate(over="ignore"):
             return np.asarray(exact + signs * error).astype(self.compute)
@@ -88,6 +92,9 @@ class Rounded(np.ndarray):
         result = getattr(ufunc, method)(*plain, **kwargs)
         if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
             result = _model.get().disturb(result, np.abs(result))
+        if ufunc is np.subtract and method == "__call__" and _is_float(result):
+            # A kernel that works in base 2 rescales both sides first, and rounds each.
+            result = _model.get().disturb(result, np.maximum(np.abs(plain[0]), np.abs(plain[1])))
         if method in ("reduce", "accumulate", "reduceat") and ufunc is np.add and _is_float(result):
             size = getattr(ufunc, method)(np.abs(plain[0]), *plain[1:], **_no_out(kwargs))
             result = _model.get().disturb(result, size)

@@ -130,7 +130,7 @@ def _replay(
     for item in saved:
         if (item.kernel, item.law) != (task.kernel.name, task.law.name):
             continue
-        if item.case.dtype == task.dtype:
+        if (item.case.operation, item.case.dtype) == (task.kernel.operation, task.dtype):
             try:
                 check(item.case)
             except Violation as violation:

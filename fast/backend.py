@@ -89,9 +89,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_attention_inputs(
-    q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype] = DTYPES
-) -> None:
+def check_attention_inputs(q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """q, k and v fit one another: (batch, heads, tokens, d), kv heads dividing the heads."""
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)
     check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"), dtypes)

@@ -32,6 +32,8 @@ def kernels() -> Iterable[Kernel]:
                 continue
             for kind, device in (("numba", "cpu"), ("triton", "cuda")):
                 claims = _claims(module, name, kind)
+                if claims is None:
+                    continue
                 yield Kernel(
                     name=f"attnspec-{kind}",
                     operation=operation,
@@ -43,11 +45,15 @@ def kernels() -> Iterable[Kernel]:
                 )
 
 
-def _claims(module: Any, name: str, kind: str) -> dict[str, Any]:
-    """Defaults, overridden by the module's ``CLAIMS[name]`` and then its ``CLAIMS[name][kind]``."""
+def _claims(module: Any, name: str, kind: str) -> dict[str, Any] | None:
+    """Defaults, overridden by the module's ``CLAIMS[name]`` and then its ``CLAIMS[name][kind]``.
+
+    A backend that is None there is not offered.
+    """
     claims: dict[str, Any] = {"dtypes": ("float32", *HALF), "launches": backend.launch_count}
     if kind == "triton":
-        claims["draws"] = {"d": (16, 64, 80), "dv": (16, 64, 96), "group": (1, 2, 3, 8)}
+        claims["reads_values"] = False
+        claims["draws"] = {"d": (16, 80), "dv": (16, 48), "group": (1, 3)}
     own = dict(getattr(module, "CLAIMS", {}).get(name, {}))
     special = {other: own.pop(other, {}) for other in backend.BACKENDS}
-    return {**claims, **own, **special[kind]}
+    return None if special[kind] is None else {**claims, **own, **special[kind]}

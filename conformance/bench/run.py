@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,18 +19,19 @@ def run_benchmarks(
     kernels: Iterable[Kernel],
     *,
     against: Sequence[str] | None = None,
-    gate: bool = True,
+    gates: Mapping[tuple[str, str, str], str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every benchmark for every kernel of its operation and device.
 
     A kernel that fails the smoke profile in the benchmark's dtype gets no number ("red gate").
-    `against` limits the rivals by name. The result is plain JSON data.
+    `against` limits the rivals by name; `gates` are verdicts already known, "green" or not, by
+    kernel, operation and dtype. The result is plain JSON data.
     """
     kernels = list(kernels)
     rows: list[dict[str, Any]] = []
     ceilings: dict[tuple[str, str], Ceilings] = {}
-    gates: dict[tuple[str, str, str], str] = {}
+    known = dict(gates or {})
     for benchmark in benchmarks:
         key = (benchmark.device, benchmark.dtype)
         if key not in ceilings:
@@ -42,11 +43,11 @@ def run_benchmarks(
             if progress:
                 progress(f"{kernel.name} {benchmark.operation} {benchmark.name}")
             name = (kernel.name, kernel.operation, benchmark.dtype)
-            if gate and name not in gates:
-                gates[name] = _gate(kernel, benchmark.dtype)
+            if name not in known:
+                known[name] = _gate(kernel, benchmark.dtype)
             row = _describe(benchmark, kernel, arguments, ceilings[key])
-            row["gate"] = gates.get(name, "not run")
-            if row["gate"] in ("green", "not run"):
+            row["gate"] = known[name]
+            if row["gate"] == "green":
                 _measure(row, benchmark, kernel, arguments, ceilings[key], against)
             rows.append(row)
         del arguments

@@ -32,6 +32,8 @@ def check_cells(trial: Trial) -> None:
     """A declared cell agrees with the reference, an undeclared one raises."""
     declared = declared_cells(trial.contract)
     for cell, move in trial.contract.cells.items():
+        if cell in PADDINGS and cell not in declared and not trial.kernel.reads_values:
+            continue
         case = move(trial.case)
         moved = Trial(trial.kernel, trial.contract, case, trial.used)
         inside = cell in declared and trial.kernel.supports("cell", cell)
@@ -51,7 +53,21 @@ def check_refusals(trial: Trial) -> None:
     """Every wrong call raises TypeError or ValueError and names the argument (K14)."""
     arguments = trial.arguments()
     for what, name, value in wrong_calls(trial.contract, arguments):
+        if not trial.kernel.reads_values and _differs_in_values(trial, arguments, name, value):
+            continue
         _must_refuse(trial, {**arguments, name: value}, what, name)
+
+
+def _differs_in_values(trial: Trial, arguments: dict[str, Any], name: str, wrong: Any) -> bool:
+    """Whether only what an array holds is wrong, not its shape or dtype."""
+    right = arguments.get(name)
+    for array in trial.contract.arrays:
+        if right is None and array.name == name:
+            right = array.data(trial.case)
+    if not (isinstance(right, np.ndarray) and isinstance(wrong, np.ndarray)):
+        return False
+    same = (right.shape, right.dtype) == (wrong.shape, wrong.dtype)
+    return same or (wrong.dtype.kind == "f" and bool(np.isnan(wrong).any()))
 
 
 def wrong_calls(contract: Contract, arguments: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

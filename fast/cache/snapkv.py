@@ -50,6 +50,12 @@ __all__ = [
     "window_attention",
 ]
 
+CLAIMS: dict[str, dict[str, Any]] = {
+    "window_attention": {"compiled": True},
+    **{name: {"launches": None} for name in ("prefix_scores", "compress")},
+}
+"""What the suite is told beyond the defaults: a sum and a gather are torch's own."""
+
 
 def compress(
     k: Tensor, v: Tensor, idx: Tensor, w: int = 32, *, backend: str | None = None
@@ -180,12 +186,15 @@ def step(
         check_same(name, new, f"state.{name}", cached)
     here = state.pos.new_full((*state.pos.shape[:2], 1), state.seen)
     old = (state.k, state.v, state.pos)
-    (keys, values, pos), room = append(state.room, old, (k.detach(), v.detach(), here))
+    (keys, values, pos), room = append(
+        getattr(state, "room", None), old, (k.detach(), v.detach(), here)
+    )
     bias = None
-    if state.padded:
+    padded = getattr(state, "padded", True)
+    if padded:
         bias = torch.zeros(pos.shape, device=q.device).masked_fill_(pos < 0, float("-inf"))
     out, _ = decode(q, keys, values, bias=bias, backend=backend)
-    return out, State(keys, values, pos, state.seen + 1, state.padded, room)
+    return out, State(keys, values, pos, state.seen + 1, padded, room)
 
 
 def _check_keys_values(k: Any, v: Any) -> None:

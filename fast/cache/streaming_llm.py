@@ -8,8 +8,7 @@ comes in; without positions it is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,12 @@ from torch import Tensor
 
 from attnspec.fast.backend import check_attention_inputs, check_integer, check_same, check_size
 from attnspec.fast.cache.streaming_llm_rows import (
+    Trace,
     alibi_bias,
     cache_positions,
+    call_ranges,
     call_sizes,
+    call_starts,
     check_rotary,
     check_slopes,
     evict_rows,
@@ -62,6 +64,26 @@ __all__ = [
     "streaming_attend",
 ]
 
+CLAIMS = {
+    "streaming_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "attend_with_sink_logit": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "softmax1": {"gradient": True, "launches": None, "compiled": True},
+    **{
+        name: {"launches": None}
+        for name in (
+            "alibi_bias",
+            "cache_positions",
+            "evict_rows",
+            "evict_rows_for_space",
+            "evict_rows_range",
+            "rope",
+            "sink_window_distances",
+            "sink_window_mask",
+        )
+    },
+}
+"""Rows, positions and softmax1 are a few torch operations and launch no kernel of ours."""
+
 
 class State(NamedTuple):
     """The rows kept, and how many tokens have come.
@@ -74,25 +96,6 @@ class State(NamedTuple):
     v: Tensor
     pos: Tensor
     seen: int
-
-
-class Trace(list[Tensor]):
-    """For each call the numbers of the tokens kept after it, int64 (kept), made when asked for."""
-
-    def __init__(self, sizes: Sequence[int], S: int, R: int) -> None:
-        super().__init__()
-        self.ends, self.S, self.R = list(accumulate(sizes)), S, R
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (evict_rows(end, self.S, self.R) for end in self.ends)
-
-    def __getitem__(self, call: Any) -> Any:
-        if isinstance(call, slice):
-            return [evict_rows(end, self.S, self.R) for end in self.ends[call]]
-        return evict_rows(self.ends[call], self.S, self.R)
 
 
 def init_state(k: Tensor, v: Tensor, *, backend: str | None = None) -> State:
@@ -139,22 +142,23 @@ def step(
     keys = torch.cat([state.k, k.detach()], dim=2)
     values = torch.cat([state.v, v.detach()], dim=2)
     pos = torch.cat([state.pos, new_pos])
-    queries, rotated = q.detach(), keys
+    queries, rotated, mixed = q.detach(), keys, values
     if rope_base is not None:
         p_k = torch.arange(n + w, device=q.device)
-        queries, rotated = rope(queries, p_k[n:], rope_base), rope(keys, p_k, rope_base)
+        queries, rotated, mixed = _unrounded(queries, keys, values)
+        queries, rotated = rope(queries, p_k[n:], rope_base), rope(rotated, p_k, rope_base)
     if alibi_slopes is not None:
         slopes = alibi_slopes.detach()
-        out, _ = flash(queries, rotated, values, causal=True, slopes=slopes, backend=backend)
+        out, _ = flash(queries, rotated, mixed, causal=True, slopes=slopes, backend=backend)
     else:
         attention = decode if w <= MOST_DECODED else flash
-        out, _ = attention(queries, rotated, values, causal=True, backend=backend)
+        out, _ = attention(queries, rotated, mixed, causal=True, backend=backend)
     if n + w > S + R:
         recent = n + w - R
         keys = torch.cat([keys[:, :, :S], keys[:, :, recent:]], dim=2)
         values = torch.cat([values[:, :, :S], values[:, :, recent:]], dim=2)
         pos = torch.cat([pos[:S], pos[recent:]])
-    return out, State(keys, values, pos, state.seen + w)
+    return out.to(q.dtype), State(keys, values, pos, state.seen + w)
 
 
 def streaming_attend(
@@ -184,14 +188,16 @@ def streaming_attend(
     dense_calls = sum(start <= S + R for start in starts)
     dense = T if dense_calls == len(starts) else starts[dense_calls]
     positions = torch.arange(T, device=q.device)
-    queries, keys = q, k
+    dtype, slopes = q.dtype, alibi_slopes
     if rope_base is not None:
+        q, k, v = _unrounded(q, k, v)
         queries, keys = rope(q, positions, rope_base), rope(k, positions, rope_base)
-    slopes = alibi_slopes
+    else:
+        queries, keys = q, k
 
     def window(first: int, low: int, sinks: int) -> tuple[Tensor, Tensor]:
         """Tokens from `first` on against those from `low` on, within their calls' windows."""
-        ranges = _ranges(starts, sizes, first, low, S, R, q.device)
+        ranges = call_ranges(starts, sizes, first, low, S, R, q.device)
         return flash(
             queries[:, :, first:], keys[:, :, low:], v[:, :, low:], causal=True, sinks=sinks,
             slopes=slopes, backend=backend, **ranges,
@@ -199,13 +205,13 @@ def streaming_attend(
 
     positioned = rope_base is not None or slopes is not None
     if dense == T or S == 0 or not positioned:
-        return window(0, 0, S)[0], trace
+        return window(0, 0, S)[0].to(dtype), trace
     early, _ = flash(
         queries[:, :, :dense], keys[:, :, :dense], v[:, :, :dense], causal=True, slopes=slopes,
         backend=backend,
     )  # fmt: skip
     recent = window(dense, dense - R, 0)
-    seen_from = S + R + positions[dense:] - _call_starts(starts, sizes, dense, q.device)
+    seen_from = S + R + positions[dense:] - call_starts(starts, sizes, dense, q.device)
     sink_queries = q[:, :, dense:]
     if rope_base is not None:
         sink_queries = rope(sink_queries, seen_from, rope_base)
@@ -214,32 +220,15 @@ def streaming_attend(
         slope_positions=None if slopes is None else seen_from, backend=backend,
     )  # fmt: skip
     late, _ = merge(*recent, *sinks)
-    return torch.cat([early, late], dim=2), trace
+    return torch.cat([early, late], dim=2).to(dtype), trace
 
 
-def _call_starts(
-    starts: Sequence[int], sizes: Sequence[int], first: int, device: torch.device
-) -> Tensor:
-    """int64: the first token of the call of each token from `first`, itself the start of one."""
-    begin = starts.index(first)
-    repeats = torch.tensor(sizes[begin:])
-    return torch.tensor(starts[begin:]).repeat_interleave(repeats).to(device)
-
-
-def _ranges(
-    starts: Sequence[int],
-    sizes: Sequence[int],
-    first: int,
-    low: int,
-    S: int,
-    R: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The flash engine's ranges of the tokens from `first` on over those from `low` on."""
-    if all(size == 1 for size in sizes):
-        return {"window": R + 1}
-    begin = _call_starts(starts, sizes, first, device) if starts else torch.zeros(0).long()
-    return {"row_start": torch.where(begin > S + R, begin - (R + low), 0)}
+def _unrounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What is about to be rotated, wide on the CPU: its kernels widen 16-bit inputs in any case, so
+    rotated queries and keys need not be rounded before.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16) and not q.is_cuda
+    return tuple(x.float() if half else x for x in (q, k, v))
 
 
 def _check_call(q: Any, k: Any, v: Any, S: Any, R: Any, rope_base: Any, alibi_slopes: Any) -> None:

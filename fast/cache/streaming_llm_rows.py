@@ -5,7 +5,8 @@ Rows and positions are int64 tensors on the CPU; nothing here reads a query or a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -109,14 +110,58 @@ def call_sizes(T: int, chunk: int | Sequence[int]) -> list[int]:
     return list(chunk)
 
 
+class Trace(list[Tensor]):
+    """For each call the numbers of the tokens kept after it, int64 (kept), made when asked for."""
+
+    def __init__(self, sizes: Sequence[int], S: int, R: int) -> None:
+        super().__init__()
+        self.ends, self.S, self.R = list(accumulate(sizes)), S, R
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (evict_rows(end, self.S, self.R) for end in self.ends)
+
+    def __getitem__(self, call: Any) -> Any:
+        if isinstance(call, slice):
+            return [evict_rows(end, self.S, self.R) for end in self.ends[call]]
+        return evict_rows(self.ends[call], self.S, self.R)
+
+
+def call_starts(
+    starts: Sequence[int], sizes: Sequence[int], first: int, device: torch.device
+) -> Tensor:
+    """int64: the first token of the call of each token from `first`, itself the start of one."""
+    begin = starts.index(first)
+    repeats = torch.tensor(sizes[begin:])
+    return torch.tensor(starts[begin:]).repeat_interleave(repeats).to(device)
+
+
+def call_ranges(
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    first: int,
+    low: int,
+    S: int,
+    R: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The flash engine's ranges of the tokens from `first` on over those from `low` on."""
+    if all(size == 1 for size in sizes):
+        return {"window": R + 1}
+    begin = call_starts(starts, sizes, first, device) if starts else torch.zeros(0).long()
+    return {"row_start": torch.where(begin > S + R, begin - (R + low), 0)}
+
+
 def check_rotary(name: str, x: Tensor, base_name: str, base: Any) -> None:
     """`x` has an even head size and `base` is a positive number."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
     if isinstance(base, bool) or not isinstance(base, (int, float)):
         raise TypeError(f"{base_name}: got {base!r}, expected a number > 0")
     if not base > 0:
         raise ValueError(f"{base_name}: got {base!r}, expected a number > 0")
+    if x.shape[-1] % 2:
+        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
 
 
 def check_slopes(alibi_slopes: Any) -> None:

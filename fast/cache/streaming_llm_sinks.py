@@ -83,10 +83,10 @@ def attend_with_sink_logit_backward(
     if dlse is not None:
         _check_shape("dlse", dlse, tuple(q.shape[:3]))
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v, s_h)]
-        out, lse = attend_with_sink_logit(*inputs, mask, scale=scale, backend=backend)
+        q, k, v, s_h = (x.detach().requires_grad_() for x in (q, k, v, s_h))
+        out, lse = attend_with_sink_logit(q, k, v, s_h, mask, scale=scale, backend=backend)
         dlse = torch.zeros_like(lse) if dlse is None else dlse.to(lse.dtype)
-        dq, dk, dv, ds = torch.autograd.grad((out, lse), inputs, (dout, dlse))
+        dq, dk, dv, ds = torch.autograd.grad((out, lse), (q, k, v, s_h), (dout, dlse))
     return dq, dk, dv, ds
 
 

@@ -17,6 +17,10 @@ from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.growing import Room, append
 
+CLAIMS = {
+    "attend": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
+    "attend_packed": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
+}
 MOST_DECODED = 16
 """The longest step that the decode engine serves; longer ones fill the flash engine's tiles."""
 

@@ -7,6 +7,7 @@ and S0. Values of s, g and offsets are checked on the CPU only: on a GPU the che
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnspec.fast.backend import check_attention_inputs, check_integer, check_size
-from attnspec.fast.engines.scan import scan, scan_backward, step
+from attnspec.fast.engines.scan import CANDIDATES, scan, scan_backward, step, use_config
 from attnspec.fast.linear.lightning_attention_2_batches import (
     attend_packed,
     attend_packed_backward,
@@ -22,12 +23,12 @@ from attnspec.fast.linear.lightning_attention_2_batches import (
 )
 from attnspec.fast.linear.lightning_attention_2_chunks import (
     FLOATS,
+    as_state,
     backward_chunk,
     check_slopes,
     check_upstream,
     chunk_output,
     chunk_states,
-    as_state,
 )
 
 __all__ = [
@@ -47,6 +48,22 @@ __all__ = [
     "layer_slopes",
     "slopes",
 ]
+
+CLAIMS = {
+    **{name: {"launches": None} for name in ("slopes", "layer_slopes", "decay_mask")},
+    "attend": {
+        "gradient": True,
+        "compiled": True,
+        "triton": {
+            "graph": True,
+            "configs": {str(c): functools.partial(use_config, c) for c in CANDIDATES},
+        },
+    },
+    "attend_packed": {"gradient": True, "compiled": True},
+    "attend_left": {"gradient": True},
+    "decode_step": {"compiled": True, "triton": {"graph": True}},
+}
+"""What the suite is told beyond the defaults; the first three are arithmetic on slopes."""
 
 
 def slopes(n_heads: int) -> Tensor:

@@ -12,9 +12,9 @@ from attnspec.fast.engines.scan import scan, scan_backward
 from attnspec.fast.growing import checkable
 from attnspec.fast.linear.lightning_attention_2_chunks import (
     FLOATS,
+    as_state,
     check_slopes,
     check_upstream,
-    as_state,
 )
 
 
@@ -102,12 +102,12 @@ def _pack(
     q: Any, k: Any, v: Any, s: Any, offsets: Any, S0: Any, block: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """One packed batch of 1 and its offsets, once the arguments fit one another (K14)."""
-    axes = ("heads", "tokens", "d")
-    if isinstance(q, Tensor) and q.dim() == 4:
-        axes = ("batch", *axes)
+    batched = isinstance(q, Tensor) and q.dim() == 4
+    axes = (*(["batch"] if batched else []), "heads", "tokens", "d")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, axes, FLOATS)
-    check_attention_inputs(*(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)), FLOATS)
+    Q, K, V = (x if x.dim() == 4 else x[None] for x in (q, k, v))
+    check_attention_inputs(Q, K, V, FLOATS)
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
     check_slopes(s, q.shape[-3])
     check_integer("block", block, least=1)
@@ -117,8 +117,7 @@ def _pack(
         ends_right = len(offsets) >= 2 and int(offsets[0]) == 0 and int(offsets[-1]) == total
         if not ends_right or bool((offsets.diff() < 0).any()):
             raise ValueError(
-                f"offsets: got {offsets.tolist()}, "
-                f"expected offsets that increase from 0 to {total}"
+                f"offsets: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
             )
     state = as_state("S0", S0, _states_shape(q, v, offsets), q)
     cuts, batch = offsets, q.shape[0] if q.dim() == 4 else 1

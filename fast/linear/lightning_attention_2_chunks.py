@@ -123,6 +123,7 @@ def check_slopes(s: Any, heads: int | None = None) -> None:
 
 def check_log_decays(k: Any, v: Any, g: Any) -> None:
     """g (batch, heads, T) fits k and v, and is finite and <= 0; values on the CPU only."""
+    check_tensor("k", k, ("batch", "kv_heads", "tokens", "d"), FLOATS)
     check_attention_inputs(k, k, v, FLOATS)
     check_tensor("g", g, ("batch", "heads", "tokens"), FLOATS)
     if g.shape[0] != k.shape[0] or g.shape[2] != k.shape[2]:

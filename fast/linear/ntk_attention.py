@@ -126,8 +126,9 @@ def merge_prefix(
     mass = torch.exp(lse - top)
     total = mass + unit * den
     empty = total == 0
-    share = torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, total))
-    out = (mass * share)[..., None] * soft + (unit * share)[..., None] * num
+    total = torch.where(empty, 1.0, total)[..., None]
+    unit = torch.where(empty, 0.0, unit)
+    out = mass[..., None] / total * soft + unit[..., None] * num / total
     return out.to(softmax_out.dtype)
 
 

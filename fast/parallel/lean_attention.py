@@ -65,7 +65,7 @@ class Triple(NamedTuple):
     """S1: maximum m (..., rows), sum l (..., rows), output o (..., rows, dv) before division."""
 
     m: Tensor
-    l: Tensor  # noqa: E741 (the paper's letter)
+    l: Tensor
     o: Tensor
 
 
@@ -118,7 +118,7 @@ def merge(a: Triple, b: Triple) -> Triple:
     return Triple(m, total, scale_a[..., None] * a.o + scale_b[..., None] * b.o)
 
 
-def finalize(m: Tensor, l: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+def finalize(m: Tensor, l: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     """S2: out (..., rows, dv) and lse (..., rows), float32 for half precision, of a triple."""
     check_kind("m", m, ("rows",))
     check_kind("l", l, ("rows",))

@@ -48,6 +48,22 @@ __all__ = [
 
 FLOATS = (*DTYPES, torch.float64)
 
+_PLAIN = {"launches": None}
+_GEOMETRY = {"launches": None, "dtypes": ("float32",)}
+_ON_CPU = {"launches": None, "dtypes": ("float32",), "triton": None}
+CLAIMS = {
+    "pointer_scores": {"gradient": True, "compiled": True},
+    "pointer_cross_entropy": {"gradient": True, "compiled": True},
+    "pointer_log_probs": {"gradient": True, **_PLAIN},
+    "pointer_loss": {"gradient": True, **_PLAIN},
+    "glimpse": {"gradient": True, **_PLAIN},
+    **dict.fromkeys(("is_permutation", "triangle_coverage"), _PLAIN),
+    **dict.fromkeys(("incenter", "polygon_area", "tour_length"), _GEOMETRY),
+    **dict.fromkeys(("hull_target", "hull_metrics", "tsp_target"), _ON_CPU),
+}
+"""What is one call of a library launches no kernel; exact geometry wants float32 and more, and the
+solvers run on the CPU."""
+
 
 def pointer_scores(
     e: Tensor,
@@ -66,7 +82,8 @@ def pointer_scores(
     Differentiable in all of them.
     """
     _check_states(e, d, W1, W2, v, b1, b2)
-    return additive_scores(project(e, W1, b1), project(d, W2, b2), v, backend=backend)
+    k, q = project(e, W1, b1), project(d, W2, b2)
+    return additive_scores(k, q, v.to(q.dtype), backend=backend)
 
 
 def pointer_log_probs(scores: Tensor, mask: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -129,7 +146,7 @@ def pointer_cross_entropy(
     mask = _allowed_slots(mask, *shape)
     targets = _real_targets(targets, target_mask, *shape)
     k, q = project(e, W1, b1), project(d, W2, b2)
-    lse, score = additive_lse(k, q, v, targets, mask=mask, backend=backend)
+    lse, score = additive_lse(k, q, v.to(q.dtype), targets, mask=mask, backend=backend)
     return _mean(lse - score, target_mask)
 
 
@@ -157,7 +174,7 @@ def glimpse(
     weights = logp.exp()
     unread = (weights == 0).all(1)[..., None]
     projected = project(e.masked_fill(unread, 0), W1, b1)
-    return (weights.to(e.dtype) @ projected).contiguous()
+    return (weights.to(projected.dtype) @ projected).to(e.dtype).contiguous()
 
 
 def _mean(x: Tensor, target_mask: Tensor | None) -> Tensor:

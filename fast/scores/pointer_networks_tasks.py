@@ -1,8 +1,9 @@
 """The pointer network's tasks at scale: exact targets and metrics over a batch of point sets.
 
-`points` is (n, 2) or (batch, n, 2). One set gives what the chapter gives; a batch gives rows padded
-with -1 where lengths differ. Solvers and polygon tests run on the CPU, one set a thread; tensors
-elsewhere raise. Lengths, permutations and triangles are plain tensor operations on any device.
+A function named in the plural takes a batch, whose rows are padded with -1 where lengths differ;
+the chapter's own take what they take there. Solvers and polygon tests run on the CPU, one set a
+thread; tensors elsewhere raise. Lengths, permutations and triangles are tensor operations on any
+device.
 """
 
 from __future__ import annotations
@@ -31,13 +32,19 @@ class HullMetrics(NamedTuple):
 
 
 def hull_target(points: Tensor, *, backend: str | None = None) -> Tensor:
-    """int64 (vertices): the hull, counter-clockwise from the lowest index; (batch, n) of a batch.
+    """int64 (vertices): the hull of `points` (n, 2), counter-clockwise from the lowest index.
 
     ValueError for fewer than 3 points, for equal points or if all lie on one line.
     """
-    _check_points(points, 3, backend)
-    hull = _hulls(_batched(points, 3))
-    return hull if points.dim() == 3 else hull[0, : int((hull[0] >= 0).sum())]
+    _check_points(points, 3, backend, batched=False)
+    (hull,) = _hulls(points[None])
+    return hull[: int((hull >= 0).sum())]
+
+
+def hull_targets(points: Tensor, *, backend: str | None = None) -> Tensor:
+    """int64 (batch, n): `hull_target` of each of `points` (batch, n, 2), padded with -1."""
+    _check_points(points, 3, backend, batched=True)
+    return _hulls(points)
 
 
 def tsp_target(points: Tensor, *, backend: str | None = None) -> Tensor:
@@ -49,7 +56,7 @@ def tsp_target(points: Tensor, *, backend: str | None = None) -> Tensor:
     n = points.shape[-2]
     if n > EXACT_LIMIT:
         raise ValueError(f"points: got n = {n}, expected at most {EXACT_LIMIT}")
-    sets = _batched(points, 3)
+    sets = points if points.dim() == 3 else points[None]
     _check_distinct(sets)
     tour = torch.arange(n).repeat(len(sets), 1)
     if n >= 4 and len(sets):
@@ -61,23 +68,30 @@ def tsp_target(points: Tensor, *, backend: str | None = None) -> Tensor:
 def hull_metrics(
     points: Tensor, pred_indices: Tensor, *, backend: str | None = None
 ) -> HullMetrics:
-    """The answers `pred_indices` int (vertices), or (batch, most) padded with -1.
+    """The answer `pred_indices` int (vertices) to the hull of `points` (n, 2).
 
     ValueError for an index outside the points.
     """
-    _check_points(points, 3, backend)
-    _check_indices("pred_indices", pred_indices, points)
-    sets, answers = _batched(points, 3), _batched(pred_indices, 2).long().contiguous()
-    hull = _hulls(sets)
-    valid = torch.empty(len(sets), dtype=torch.bool)
-    accuracy, coverage = (torch.empty(len(sets), dtype=torch.float64) for _ in range(2))
-    if len(sets):
-        arrays = (x.numpy() for x in (sets, hull, answers, valid, accuracy, coverage))
-        count_launch()
-        _kernels().score_hulls(*arrays)
-    if points.dim() == 3:
-        return HullMetrics(valid, accuracy, coverage)
+    _check_points(points, 3, backend, batched=False)
+    _check_integers("pred_indices", pred_indices)
+    check_size("pred_indices axes", pred_indices.dim(), 1, "vertices")
+    _check_range("pred_indices", pred_indices, 0, points.shape[0])
+    valid, accuracy, coverage = _score(points[None], pred_indices[None])
     return HullMetrics(bool(valid[0]), float(accuracy[0]), float(coverage[0]))
+
+
+def hulls_metrics(
+    points: Tensor, pred_indices: Tensor, *, backend: str | None = None
+) -> HullMetrics:
+    """`hull_metrics` of each row of `pred_indices` int (batch, most), padded with -1; tensors."""
+    _check_points(points, 3, backend, batched=True)
+    _check_integers("pred_indices", pred_indices)
+    if pred_indices.dim() != 2 or len(pred_indices) != len(points):
+        raise ValueError(
+            f"pred_indices: got shape {tuple(pred_indices.shape)}, expected ({len(points)}, most)"
+        )
+    _check_range("pred_indices", pred_indices, -1, points.shape[1])
+    return _score(points, pred_indices)
 
 
 def polygon_area(polygon: Tensor, *, backend: str | None = None) -> Tensor:
@@ -120,25 +134,35 @@ def tour_length(points: Tensor, tour: Tensor, *, backend: str | None = None) -> 
     return legs.square().sum(-1).sqrt().sum(-1)
 
 
-def triangle_coverage(pred: Tensor, true: Tensor, *, backend: str | None = None) -> Any:
+def triangle_coverage(pred: Tensor, true: Tensor, *, backend: str | None = None) -> float:
     """The share of the triangles `true` int (m, 3) that are among `pred` int (l, 3).
 
-    A float, or a tensor (batch) of batches whose missing triangles are padded with -1. Neither the
-    order of the triangles nor that of a triangle's indices counts. ValueError if `true` is empty.
+    Neither the order of the triangles nor that of a triangle's indices counts; a triangle given
+    twice is found once. ValueError if `true` is empty.
     """
     for name, x in (("pred", pred), ("true", true)):
         _check_integers(name, x)
-        if x.dim() not in (2, 3) or x.shape[-1] != 3:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (triangles, 3)")
-    wanted, found = (_batched(x, 3).sort(-1).values for x in (true, pred))
-    real = (wanted >= 0).all(-1)
-    if checkable(real) and not bool(real.any(-1).all()):
+        check_size(f"{name} axes", x.dim(), 2, "triangles and 3")
+        check_size(name, x.shape[1], 3, "indices of a triangle")
+    if not len(true):
         raise ValueError("true: got no triangle, expected at least one")
-    same = (wanted[:, :, None] == found[:, None]).all(-1).any(-1) & real
+    return float(triangle_coverages(pred[None], true[None])[0])
+
+
+def triangle_coverages(pred: Tensor, true: Tensor, *, backend: str | None = None) -> Tensor:
+    """float64 (batch): `triangle_coverage` of pred (batch, l, 3) and true (batch, m, 3), int, whose
+    missing triangles are padded with -1; NaN for a row without a true triangle.
+    """
+    for name, x in (("pred", pred), ("true", true)):
+        _check_integers(name, x)
+        if x.dim() != 3 or x.shape[2] != 3 or len(x) != len(true):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (batch, triangles, 3)")
+    wanted, found = (x.sort(-1).values for x in (true, pred))
+    real = (wanted >= 0).all(-1)
+    same = (wanted[:, :, None] == found[:, None]).all(-1).any(-1)
     earlier = (wanted[:, :, None] == wanted[:, None]).all(-1).tril(-1).any(-1)
     once = real & ~earlier
-    share = (same & once).sum(-1) / once.sum(-1).double()
-    return share if true.dim() == 3 else float(share[0])
+    return (same & once).sum(-1) / once.sum(-1).double()
 
 
 def _kernels() -> ModuleType:
@@ -148,10 +172,6 @@ def _kernels() -> ModuleType:
         raise ImportError(
             f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
         ) from error
-
-
-def _batched(x: Tensor, dims: int) -> Tensor:
-    return x if x.dim() == dims else x[None]
 
 
 def _hulls(sets: Tensor) -> Tensor:
@@ -168,6 +188,17 @@ def _hulls(sets: Tensor) -> Tensor:
     return hull
 
 
+def _score(points: Tensor, answers: Tensor) -> HullMetrics:
+    hull = _hulls(points)
+    valid = torch.empty(len(points), dtype=torch.bool)
+    accuracy, coverage = torch.empty(2, len(points), dtype=torch.float64)
+    if len(points):
+        tensors = (points, hull, answers.long(), valid, accuracy, coverage)
+        count_launch()
+        _kernels().score_hulls(*(x.numpy() for x in tensors))
+    return HullMetrics(valid, accuracy, coverage)
+
+
 def _check_coordinates(name: str, x: Any, least: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
@@ -181,12 +212,13 @@ def _check_coordinates(name: str, x: Any, least: int) -> None:
         raise ValueError(f"{name}: got NaN or Inf, expected finite coordinates")
 
 
-def _check_points(points: Any, least: int, backend: str | None) -> None:
+def _check_points(
+    points: Any, least: int, backend: str | None, batched: bool | None = None
+) -> None:
     _check_coordinates("points", points, least)
-    if points.dim() > 3:
-        raise ValueError(
-            f"points: got shape {tuple(points.shape)}, expected (n, 2) or (batch, n, 2)"
-        )
+    if points.dim() not in {None: (2, 3), False: (2,), True: (3,)}[batched]:
+        expected = {None: "(n, 2) or (batch, n, 2)", False: "(n, 2)", True: "(batch, n, 2)"}
+        raise ValueError(f"points: got shape {tuple(points.shape)}, expected {expected[batched]}")
     if choose_backend(backend, points) != "numba":
         raise ValueError(f"backend: got 'triton' on {points.device}, expected CPU tensors")
 
@@ -206,16 +238,6 @@ def _check_integers(name: str, x: Any) -> None:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
     if x.dim() == 0:
         raise ValueError(f"{name}: got shape (), expected (..., m)")
-
-
-def _check_indices(name: str, x: Any, points: Tensor) -> None:
-    _check_integers(name, x)
-    if x.dim() != points.dim() - 1 or x.shape[:-1] != points.shape[:-2]:
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, expected one row for each set of points"
-        )
-    # Only the rows of a batch need padding.
-    _check_range(name, x, 0 if points.dim() == 2 else -1, points.shape[-2])
 
 
 def _check_range(name: str, x: Tensor, low: int, high: int) -> None:

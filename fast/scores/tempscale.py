@@ -12,7 +12,7 @@ from torch import Tensor
 from attnspec.fast.backend import check_attention_inputs
 from attnspec.fast.dense.attention import mask_options
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS, LARGEST_HEAD, check_heads
+from attnspec.fast.engines.flash.checks import FLOATS, check_heads
 
 CLAIMS = {"tempered_attention": {"gradient": True, "limits": {"bias": (False,)}}}
 
@@ -36,8 +36,9 @@ def tempered_attention(
     check on a CUDA device would wait for it. `mask` is bool and broadcasts to the scores, True =
     visible. lse is that of the tempered scores. Differentiable in q, k, v and a tensor `tau`.
 
-    One temperature for each head costs a copy of q, and in float16 and bfloat16 scores of twice the
-    width, so that d is at most 128 there. A `bias` is refused.
+    One temperature for each head costs a copy of q, and in float16 and bfloat16, where a query
+    divided and rounded again would move large scores, the whole attention runs in float32. A `bias`
+    is refused.
     """
     check_attention_inputs(q, k, v, FLOATS)
     if bias is not None:
@@ -45,38 +46,19 @@ def tempered_attention(
     if scale is not None:
         _check_positive("scale", scale)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if isinstance(tau, Tensor):
-        q, k = _fold(q, k, tau)
-    else:
+    options = {"causal": causal, "backend": backend, **mask_options(k, mask)}
+    if not isinstance(tau, Tensor):
         _check_positive("tau", tau)
-        scale /= float(tau)
-    return flash(q, k, v, causal=causal, scale=scale, backend=backend, **mask_options(k, mask))
-
-
-def _fold(q: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """q / tau beside the k that goes with it.
-
-    A quotient rounded to 16 bits would move large scores, so what rounding takes off is kept as a
-    second half of the width, against the same keys again.
-    """
+        return flash(q, k, v, scale=scale / float(tau), **options)
     _check_temperatures(q, tau)
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return q / tau[:, None, None], k
-    if 2 * q.shape[3] > LARGEST_HEAD:
-        raise ValueError(
-            f"tau: got one for each head with d {q.shape[3]} in {q.dtype}, "
-            f"expected d <= {LARGEST_HEAD // 2}"
-        )
-    exact = q.float() / tau.float()[:, None, None]
-    high = exact.to(q.dtype)
-    low = (exact - high.float()).to(q.dtype)
-    return torch.cat((high, low), dim=3), torch.cat((k, k), dim=3)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    tempered = q.to(wide) / tau.to(wide)[:, None, None]
+    out, lse = flash(tempered, k.to(wide), v.to(wide), scale=scale, **options)
+    return out.to(q.dtype), lse
 
 
 def _check_temperatures(q: Tensor, tau: Tensor) -> None:
     check_heads(q, "tau", tau)
-    if tau.dtype != q.dtype:
-        raise TypeError(f"tau: got dtype {tau.dtype}, expected {q.dtype}, as q")
     known = not tau.is_cuda and not torch.compiler.is_compiling()
     if known and not bool(((tau > 0) & torch.isfinite(tau)).all()):
         raise ValueError(f"tau: got {tau.tolist()}, expected finite numbers > 0")
@@ -85,5 +67,5 @@ def _check_temperatures(q: Tensor, tau: Tensor) -> None:
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a finite number > 0")
-    if not (value > 0 and math.isfinite(value)):
+    if not (float(value) > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: got {value}, expected a finite number > 0")

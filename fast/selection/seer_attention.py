@@ -8,6 +8,7 @@ attention inside a given mask is differentiable too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,28 @@ __all__ = [
     "select_threshold",
     "step",
 ]
+
+
+CLAIMS: dict[str, dict[str, Any]] = {
+    "attend": {"compiled": True},
+    "block_sparse_attend": {"gradient": True, "compiled": True},
+    "gate_scores": {"gradient": True, "compiled": True},
+    "distill_loss": {"gradient": True, "launches": None, "compiled": True},
+    "gate_rope": {"launches": None, "dtypes": ("float32",), "triton": None},
+    "ratio_to_k": {"launches": None, "dtypes": ("float32",), "triton": None},
+    **{
+        name: {"launches": None}
+        for name in (
+            "compress_step",
+            "decode_gate",
+            "decode_select",
+            "normalise_gt",
+            "select_threshold",
+        )
+    },
+}
+"""What the suite is told beyond the defaults: the loss, the thresholds and the decode gate are
+torch operations, and two functions take numbers only."""
 
 
 def block_sparse_attend(

@@ -72,6 +72,7 @@ def decode_attend(
     q_t (batch, heads, 1, d), k (batch, kv_heads, n, d), both rotated, v (batch, kv_heads, n, dv), M
     bool (batch, kv_heads, ceil(n/b)). Only the selected blocks are read.
     """
+    check_tensor("q_t", q_t, ("batch", "heads", "q_tokens", "d"))
     check_attention_inputs(q_t, k, v)
     check_size("q_t", q_t.shape[2], 1, "one token")
     check_tensor("M", M, ("batch", "kv_heads", "nb"), (torch.bool,))
@@ -126,12 +127,18 @@ def step(
     q_t (batch, heads, d), k_t (batch, kv_heads, d) before their rotation, v_t (batch, kv_heads,
     dv). See `State` for what is updated in place.
     """
+    check_tensor("q_t", q_t, ("batch", "heads", "d"))
+    check_tensor("k_t", k_t, ("batch", "kv_heads", "d"))
+    check_tensor("v_t", v_t, ("batch", "kv_heads", "dv"))
+    check_size("q_t", q_t.shape[2], k_t.shape[2], "d, as in k_t")
+    expected = (*k_t.shape[:2], state.v.shape[3])
+    if tuple(v_t.shape) != expected:
+        raise ValueError(f"v_t: got shape {tuple(v_t.shape)}, expected {expected}")
     pos = state.k.shape[2]
     cache = compress_step(state.cache, k_t, Wk, b, kinds, base, k_norm, backend=backend)
-    check_tensor("v_t", v_t, ("batch", "kv_heads", "dv"))
     at = torch.full((1,), pos, device=q_t.device)
     new = (rope(k_t[:, :, None], at, base).detach(), v_t[:, :, None].detach())
-    (k, v), room = append(state.room, (state.k, state.v), new)
+    (k, v), room = append(getattr(state, "room", None), (state.k, state.v), new)
     scores = decode_gate(q_t, cache, pos, Wq, mode, base, q_norm, backend=backend)
     M = decode_select(scores, b, tau=tau, budget=budget, backend=backend)
     most = M.shape[2]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,17 @@ def gate_rope(
     """cos and sin (nb, dg), float64 on the CPU, of block n standing at position n b."""
     check_integer("nb", nb, least=0)
     check_integer("b", b, least=1)
-    return rope_tables(b * torch.arange(nb), dg, base)
+    check_integer("dg", dg, least=1)
+    if dg % 2:
+        raise ValueError(f"dg: got {dg}, expected an even width for rotary positions")
+    if not base > 0:
+        raise ValueError(f"base: got {base!r}, expected a positive number")
+    # In NumPy, whose powers and cosines differ from torch's in the last place, as the chapter.
+    angles = (b * np.arange(nb))[:, None] * base ** (-np.arange(0, dg, 2) / dg)
+    return (
+        torch.from_numpy(np.tile(np.cos(angles), 2)),
+        torch.from_numpy(np.tile(np.sin(angles), 2)),
+    )
 
 
 def gate_scores(
@@ -105,11 +116,11 @@ def rope(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return rotate(x, *(table.float() for table in tables))
 
 
-def check_kinds(kinds: Any) -> None:
-    """`kinds` is a choice of different poolings, at least one."""
+def check_kinds(kinds: Any, name: str = "kinds") -> None:
+    """`kinds`, the argument `name`, is a choice of different poolings, at least one."""
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS):
         known = ", ".join(map(repr, KINDS))
-        raise ValueError(f"kinds: got {kinds!r}, expected different ones of {known}")
+        raise ValueError(f"{name}: got {kinds!r}, expected different ones of {known}")
 
 
 def _check_gate(pq: Any, pk: Any, Wq: Any, Wk: Any, cos: Any, sin: Any) -> None:

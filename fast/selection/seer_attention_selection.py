@@ -13,6 +13,7 @@ from attnspec.fast.backend import check_integer, check_size, check_tensor
 from attnspec.fast.engines.select import top_k_mask
 from attnspec.fast.selection.seer_attention_gate import (
     FLOATS,
+    check_kinds,
     gate_scores,
     pool_blocks,
     rope_tables,
@@ -84,6 +85,8 @@ def select_blocks(
     check_tensor("k", k, ("batch", "kv_heads", "T", "d"), FLOATS)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
     check_tensor("Wk", Wk, ("heads", "nk * d", "dg"), FLOATS)
+    check_kinds(q_kinds, "q_kinds")
+    check_kinds(k_kinds, "k_kinds")
     if tau is not None and rho is not None:
         raise ValueError(f"tau: got {tau} beside rho {rho}, expected one of the two")
     pq = pool_blocks(q, b, q_kinds, backend=backend)

@@ -1,7 +1,7 @@
 """SeerAttention's self-distillation on Numba and Triton.
 
-The ground truth is a second pass over the logits that knows the final lse, so that no row maxima
-are stored and nothing is rounded on the way.
+The ground truth comes from passes of its own over the logits, the second of which knows the norms
+of its rows: no row maxima are stored and nothing is rounded on the way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_attention_inputs, check_integer, check_size, check_tensor
-from attnspec.fast.engines.columns import block_max, row_lse, weight_rows
+from attnspec.fast.engines.columns import block_max, weight_rows
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.selection.seer_attention_gate import FLOATS
 
@@ -38,8 +38,8 @@ def attend_with_block_max(
     check_attention_inputs(q, k, v)
     check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
     check_integer("b", b, least=1)
-    out, lse = flash(q, k, v, causal=True, scale=scale, backend=backend)
-    return out, block_max(q, k, lse, b, scale=scale, backend=backend)
+    out, _ = flash(q, k, v, causal=True, scale=scale, backend=backend)
+    return out, block_max(q, k, b, scale=scale, backend=backend)
 
 
 def normalise_gt(A: Tensor, *, backend: str | None = None) -> Tensor:
@@ -83,8 +83,7 @@ def decode_target(
     for start in range(0, T, ROWS):
         stop = min(T, start + ROWS)
         rows, keys = q[:, :, start:stop], k[:, :, :stop]
-        lse = row_lse(rows, keys, scale=scale, backend=backend)
-        P = weight_rows(rows, keys, lse, scale=scale, backend=backend)
+        P = weight_rows(rows, keys, scale=scale, backend=backend)
         P = torch.nn.functional.pad(P, (0, -stop % b))
         blocks = P.view(batch, kv_heads, heads // kv_heads, stop - start, -1, b)
         out[:, :, start:stop, : blocks.shape[4]] = blocks.amax((2, 5))

@@ -18,7 +18,7 @@ from attnspec.reference.conventions import (
 )
 from attnspec.reference.dense.attention import score, visible
 from attnspec.reference.primitives.pooling import pool_1d
-from attnspec.reference.primitives.softmax import softmax
+from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 from attnspec.reference.primitives.top_k import top_k
 
 POOLS = ("avg", "max")
@@ -40,7 +40,8 @@ def window_attention(
     check_attention_inputs(q, k, k)
     check_window(w, q.shape[-2], k.shape[-2])
     allowed = visible(w, k.shape[-2], causal=True, mask=key_mask(mask, k))
-    return softmax(score(q[..., q.shape[-2] - w :, :], k), allowed)
+    scores = score(q[..., q.shape[-2] - w :, :], k)
+    return weights_given_lse(scores, softmax_lse(scores, allowed)[1], allowed)
 
 
 def prefix_scores(A: np.ndarray, w: int = 32) -> np.ndarray:

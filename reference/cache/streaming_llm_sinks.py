@@ -50,7 +50,11 @@ from attnspec.reference.dense.attention import (
     sum_groups,
     visible,
 )
-from attnspec.reference.primitives.softmax import softmax_backward, softmax_lse
+from attnspec.reference.primitives.softmax import (
+    softmax_backward,
+    softmax_lse,
+    weights_given_lse,
+)
 
 
 def softmax1(x: np.ndarray, *, axis: int = -1) -> np.ndarray:
@@ -153,7 +157,9 @@ def attend_with_sink_logit_backward(
         _check_shape("dlse", dlse, q.shape[:-1])
     heads, scale = q.shape[-3], default_scale(q.shape[-1]) if scale is None else scale
     allowed = visible(q.shape[-2], k.shape[-2], mask=mask)
-    weights, sink, _ = softmax_with_sink(score(q, k, scale=scale), s_h, allowed)
+    scores = score(q, k, scale=scale)
+    _, sink, lse = softmax_with_sink(scores, s_h, allowed)
+    weights = weights_given_lse(scores, lse, allowed)
     unread = np.all(weights == 0, axis=-2)[..., None]
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     keys = np.where(unread, np.zeros_like(keys), keys)

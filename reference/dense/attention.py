@@ -21,6 +21,7 @@ S5. **Gradient.** With upstream :math:`do` (and :math:`d\ell`, the gradient of l
 :math:`dv_j = \sum_i p_{ij} do_i`, :math:`ds_{ij} = p_{ij} (do_i \cdot v_j - do_i \cdot o_i +
 d\ell_i)`, :math:`dq_i = \tau \sum_j ds_{ij} k_j`, :math:`dk_j = \tau \sum_i ds_{ij} q_i`; the
 gradients of a kv head are summed over its group.
+The weights are recomputed from the scores and :math:`\ell`, as a kernel that kept only these does.
 
 S6. **Packing.** Sequences of different lengths laid end to end, with offsets: a query sees the keys
 of its own sequence only, and the causal rule applies inside it.
@@ -48,7 +49,7 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.primitives.softmax import softmax_lse
+from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 from attnspec.reference.spec import (
     HEADS,
     PADDINGS,
@@ -161,7 +162,8 @@ def attend_backward(
     check_array("dout", dout, ("heads", "q_tokens", "dv"))
     heads, scale = q.shape[-3], default_scale(q.shape[-1]) if scale is None else scale
     allowed = visible(q.shape[-2], k.shape[-2], causal=causal, mask=mask)
-    weights, _ = softmax_lse(score(q, k, scale=scale), allowed)
+    scores = score(q, k, scale=scale)
+    weights = weights_given_lse(scores, softmax_lse(scores, allowed)[1], allowed)
     unread = np.all(weights == 0, axis=-2)[..., None]
     keys = np.where(unread, 0, repeat_heads(k, heads)).astype(k.dtype)
     values = np.where(unread, 0, repeat_heads(v, heads)).astype(v.dtype)

@@ -124,8 +124,8 @@ def ntk_attend(
     """
     check_inputs(q, K, V, Z)
     num, den = prefix_terms(q, Z, k, positivity=positivity)
-    weights, share = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
-    return combine(weights, V) + share[..., None] * num
+    weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    return combine(weights, V) + unit[..., None] * num / total[..., None]
 
 
 def ntk_backward(
@@ -153,19 +153,20 @@ def ntk_backward(
     if dout.shape != num.shape:
         raise ValueError(f"dout: got shape {dout.shape}, expected {num.shape}, as the output")
     factor = default_scale(q.shape[-1]) if scale is None else scale
-    weights, share = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
     unread = np.all(weights == 0, axis=-2)[..., None]
     keys, values = (
         np.where(unread, np.zeros_like(x), x)
         for x in (repeat_heads(y, q.shape[-3]) for y in (K, V))
     )
-    out = weights @ values + share[..., None] * num
+    out = weights @ values + unit[..., None] * num / total[..., None]
     row_term = np.einsum("...d,...d->...", dout, out)
     dscores = weights * (dout @ np.swapaxes(values, -1, -2) - row_term[..., None])
     dK = factor * (np.swapaxes(dscores, -1, -2) @ q)
     dV = np.swapaxes(weights, -1, -2) @ dout
 
-    dnum, dden = share[..., None] * dout, -share * row_term
+    dnum = unit[..., None] * dout / total[..., None]
+    dden = -unit * row_term / total
     features, kappa = phi(q), positive(k, positivity)
     dZ = np.einsum("...htd,...hte->...hde", features, dnum)
     dkappa = np.einsum("...htd,...ht->...hd", features, dden)

@@ -75,8 +75,8 @@ def merge_prefix(
         check_array(name, x, ("q_tokens", "dv")[: len(shape) - len(rows) + 1])
         if x.shape != shape:
             raise ValueError(f"{name}: got shape {x.shape}, expected {shape}, as softmax_out")
-    weights, share = shares(lse[..., None], num, den)
-    return weights * softmax_out + share[..., None] * num
+    weights, unit, total = shares(lse[..., None], num, den)
+    return weights * softmax_out + unit[..., None] * num / total[..., None]
 
 
 def phi_slope(x: np.ndarray) -> np.ndarray:
@@ -118,13 +118,16 @@ def row_top(scores: np.ndarray, held: np.ndarray) -> np.ndarray:
     return np.where(np.isneginf(top), np.zeros_like(top), top)
 
 
-def shares(scores: np.ndarray, num: np.ndarray, den: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """S4, S5: weights e^s / D (..., keys) of the keys, and 1 / D (...) that num is multiplied by.
+def shares(
+    scores: np.ndarray, num: np.ndarray, den: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """S4, S5: weights e^s / D (..., keys) of the keys, e^-m (...) and e^-m D (...).
 
-    scores (..., keys), hidden ones -inf; num (..., dv), den (...). Both are 0 where D is 0.
+    scores (..., keys), hidden ones -inf; num (..., dv), den (...). Where D is 0 the three are 0, 0
+    and 1.
 
     >>> shares(np.array([[0.0, -np.inf]]), np.array([[1.0]]), np.array([3.0]))
-    (array([[0.25, 0.  ]]), array([0.25]))
+    (array([[0.25, 0.  ]]), array([1.]), array([4.]))
     """
     held = (den != 0) | np.any(num != 0, axis=-1)
     m = row_top(scores, held)
@@ -133,8 +136,8 @@ def shares(scores: np.ndarray, num: np.ndarray, den: np.ndarray) -> tuple[np.nda
     unit = np.exp(np.minimum(-m, np.log(np.finfo(scores.dtype).max) - 1)).astype(scores.dtype)
     total = np.sum(weights, axis=-1) + unit * den
     empty = total == 0
-    safe = np.where(empty, np.ones_like(total), total)
-    return weights / safe[..., None], np.where(empty, np.zeros_like(unit), unit / safe)
+    total = np.where(empty, np.ones_like(total), total)
+    return weights / total[..., None], np.where(empty, np.zeros_like(unit), unit), total
 
 
 def check_prefix(q: np.ndarray, Z: Any, k: Any, positivity: Any) -> None:

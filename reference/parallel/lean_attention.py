@@ -106,7 +106,7 @@ class Triple(NamedTuple):
     """S1: maximum m (..., rows), sum l (..., rows), output o (..., rows, dv) before division."""
 
     m: np.ndarray
-    l: np.ndarray  # noqa: E741 (the paper's letter)
+    l: np.ndarray
     o: np.ndarray
 
 
@@ -167,7 +167,7 @@ def merge(a: Triple, b: Triple) -> Triple:
 
 def finalize(
     m: np.ndarray,
-    l: np.ndarray,  # noqa: E741
+    l: np.ndarray,
     o: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """S2: out (..., rows, dv) and lse (..., rows) of a triple.

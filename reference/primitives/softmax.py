@@ -35,6 +35,22 @@ def softmax_lse(
     return weights, lse[..., 0].astype(scores.dtype)
 
 
+def weights_given_lse(
+    scores: np.ndarray, lse: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Weights exp(scores - lse) over the last axis, recomputed from a known normaliser.
+
+    `lse` (...) is that of the row; what is masked, and a row with lse -inf, has weights 0.
+
+    >>> weights_given_lse(np.array([0.0, np.log(3.0)]), np.array(np.log(4.0)))
+    array([0.25, 0.75])
+    """
+    empty = np.isneginf(lse)[..., None]
+    hidden = empty if mask is None else empty | ~mask
+    shift = np.where(empty, np.zeros_like(lse)[..., None], lse[..., None])
+    return np.exp(np.where(hidden, -np.inf, scores - shift).astype(scores.dtype))
+
+
 def softmax(scores: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """The weights of `softmax_lse`.
 

@@ -105,9 +105,11 @@ def convex_clip_area(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     >>> convex_clip_area(square[::-1] + 0.5, square)
     np.float64(0.25)
     """
+    for name, x, least in (("pred", pred, 0), ("true", true, 3)):
+        check_points(x, least=least, name=name)
+        check_size(f"{name} axes", x.ndim, 2, "vertices and 2")
     if not is_simple_polygon(pred):
         raise ValueError(f"pred: got {pred.tolist()}, expected a simple polygon")
-    check_points(true, least=3, name="true")
     edges = np.roll(true, -1, axis=0) - true
     rounding = 64 * np.finfo(true.dtype).eps * np.max(edges * edges)
     if np.any(cross(edges, np.roll(edges, -1, axis=0)) < -rounding) or polygon_area(true) <= 0:

@@ -83,7 +83,7 @@ def check_positive(name: str, value: Any) -> None:
     """S1, K14: `value` is a finite number above 0."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a finite number > 0")
-    if not (value > 0 and math.isfinite(value)):
+    if not (float(value) > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 

@@ -52,6 +52,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.primitives.entropy import entropy
 
 
 def dc(X: np.ndarray) -> np.ndarray:
@@ -133,7 +134,7 @@ def attention_entropy(P: np.ndarray) -> np.ndarray:
     check_array("P", P, ("q_tokens", "k_tokens"))
     if np.any(P < 0):
         raise ValueError(f"P: got {P.min()}, expected weights >= 0")
-    return np.sum(-P * np.log(np.where(P == 0, np.ones_like(P), P)), axis=-1)
+    return entropy(P)
 
 
 def pairwise_cosine(E: np.ndarray) -> np.ndarray:

@@ -30,7 +30,10 @@ def naive_loop(q, k, v, *, causal=False, mask=None, scale=None):
         for j in range(keys):
             if causal and j > i + keys - queries:
                 break
-            if mask is not None and not np.broadcast_to(mask, (batch, 1, queries, keys))[b, 0, i, j]:
+            if (
+                mask is not None
+                and not np.broadcast_to(mask, (batch, 1, queries, keys))[b, 0, i, j]
+            ):
                 continue
             score = float(scale * np.dot(q[b, h, i], k[b, h // group, j]))
             new = max(top, score)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from attnspec.conformance import Kernel, Known, SavedCase, certify
-from attnspec.conformance.dtypes import EPS, round_to
 from attnspec.conformance.choices import judge_selection
-from attnspec.conformance.judge import expect
 from attnspec.conformance.contract import Output, Ranking
+from attnspec.conformance.dtypes import EPS, round_to
+from attnspec.conformance.judge import expect
 from attnspec.conformance.layouts import LAYOUTS, place
 from attnspec.conformance.rounding import Rounded, rounded_arithmetic
 from attnspec.conformance.runner import Profile, replay

@@ -80,19 +80,37 @@ def test_rows_sums_and_lse(
 @pytest.mark.parametrize("causal", [True, False])
 def test_block_max(shape: tuple[int, ...], block: int, causal: bool) -> None:
     q, k, _ = inputs(shape, torch.float32, False)
-    P, lse = weights(q, k, None, causal)
-    got = columns.block_max(q, k, lse.float(), block, causal=causal)
+    P, _ = weights(q, k, None, causal)
+    got = columns.block_max(q, k, block, causal=causal)
     rows, keys = -(-q.shape[2] // block), -(-k.shape[2] // block)
     padded = torch.nn.functional.pad(P, (0, -P.shape[3] % block, 0, -P.shape[2] % block))
     expected = padded.view(*P.shape[:2], rows, block, keys, block).amax((3, 5))
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_large_logits_stay_finite() -> None:
-    q, k = 300 * torch.randn(1, 1, 4, 8), 300 * torch.randn(1, 1, 9, 8)
-    torch.testing.assert_close(
-        columns.weight_rows(q, k).double(), weights(q, k, None, True)[0], atol=0.1, rtol=0.1
-    )
+def test_logits_of_any_size_cancel_exactly() -> None:
+    """Equal keys share a row evenly and a lone key has weight 1, whatever their logits."""
+    q = 300 * torch.randn(1, 2, 1, 80).expand(1, 2, 4, 80)
+    k = 300 * torch.randn(1, 1, 1, 80).expand(1, 1, 4, 80)
+    even = 1 / torch.arange(1.0, 5.0)[:, None].expand(4, 4).tril()
+    P = torch.where(torch.ones(4, 4).tril() > 0, even, 0).expand(1, 2, 4, 4)
+    torch.testing.assert_close(columns.weight_rows(q, k), P)
+    torch.testing.assert_close(columns.column_sums(q, k), P.sum(2))
+    assert columns.block_max(q, k, 2)[..., 0, 0].eq(1).all()
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_any_scale(scale: float) -> None:
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 9, 8)
+    P, lse = weights(q * (scale * math.sqrt(8)), k, None, True)
+    largest = columns.block_max(q, k, 9, scale=scale)[..., 0, 0]
+    for got, expected in (
+        (columns.weight_rows(q, k, scale=scale), P),
+        (columns.row_lse(q, k, scale=scale), lse),
+        (columns.column_sums(q, k, lse.float(), scale=scale), P.sum(2)),
+        (largest, P.amax((2, 3))),
+    ):
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_queries_and_no_keys() -> None:
@@ -123,10 +141,10 @@ LSE = torch.zeros(1, 2, 3)
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("row_lse", (Q, K, None, 0.5, True, "numba")),
-        ("column_sums", (Q, K, LSE, torch.rand(1, 5) > 0.5, 0.5, True, 3, "numba")),
-        ("weight_rows", (Q, K, LSE, None, 0.5, False, "numba")),
-        ("block_max", (Q, K, LSE, 2, 0.5, True, "numba")),
+        ("row_norms", (Q, K, None, 0.5, True, "numba")),
+        ("column_sums", (Q, K, LSE, None, torch.rand(1, 5) > 0.5, 0.5, True, 3, "numba")),
+        ("weight_rows", (Q, K, LSE, LSE + 1, None, 0.5, False, "numba")),
+        ("block_max", (Q, K, 2, 0.5, True, "numba")),
         ("smooth", (torch.rand(1, 4, 9), 3, "avg", 2, "max", "numba")),
     ],
 )
@@ -152,7 +170,7 @@ def test_compiles_without_a_graph_break() -> None:
         (lambda: columns.column_sums(Q, K, LSE[..., :2]), ValueError, "lse"),
         (lambda: columns.column_sums(Q, K, LSE.half()), TypeError, "lse"),
         (lambda: columns.column_sums(Q, K, columns=6), ValueError, "columns"),
-        (lambda: columns.block_max(Q, K, LSE, 0), ValueError, "block"),
+        (lambda: columns.block_max(Q, K, 0), ValueError, "block"),
         (lambda: columns.smooth(LSE, 2, "avg"), ValueError, "width"),
         (lambda: columns.smooth(LSE, 3, "median"), ValueError, "kind"),
         (lambda: columns.smooth(LSE, 3, "avg", heads=3), ValueError, "heads"),

@@ -28,7 +28,7 @@ def unpadded(row: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("n", [3, 4, 10, 60])
 def test_hulls(n: int) -> None:
     points = point_sets(6, n)
-    for row, one in zip(fast.hull_target(points), points, strict=True):
+    for row, one in zip(fast.hull_targets(points), points, strict=True):
         expected = spec.hull_target(one.numpy()).tolist()
         assert unpadded(row) == expected
         assert fast.hull_target(one).tolist() == expected
@@ -58,7 +58,7 @@ def test_hull_metrics() -> None:
             4: np.append(target, target[0]),
         }.get(b % 6, random.permutation(8)[: random.integers(1, 9)])
         answers[b, : len(given)] = torch.from_numpy(given.copy())
-    got = fast.hull_metrics(points, answers)
+    got = fast.hulls_metrics(points, answers)
     for b, one in enumerate(points):
         pred = np.array(unpadded(answers[b]))
         expected = spec_polygons.hull_metrics(one.numpy(), pred)
@@ -81,7 +81,7 @@ def test_measures() -> None:
     expected = spec_metrics.triangle_coverage(pred.numpy(), true.numpy())
     assert fast.triangle_coverage(pred, true) == expected
     padded = torch.cat([pred, torch.full((1, 3), -1)])[None]
-    assert fast.triangle_coverage(padded, true[None]).tolist() == [expected]
+    assert fast.triangle_coverages(padded, true[None]).tolist() == [expected]
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -133,6 +133,8 @@ POINTS = point_sets(1, 5)[0]
         (lambda: fast.hull_target(POINTS[[0, 1, 1]]), ValueError, "points"),
         (lambda: fast.hull_target(POINTS[:1] * torch.arange(3.0)[:, None]), ValueError, "points"),
         (lambda: fast.hull_target(POINTS.half()), TypeError, "points"),
+        (lambda: fast.hull_target(POINTS[None]), ValueError, "points"),
+        (lambda: fast.hull_targets(POINTS), ValueError, "points"),
         (lambda: fast.tsp_target(point_sets(1, 21)), ValueError, "points"),
         (lambda: fast.tsp_target(POINTS[[0, 0]]), ValueError, "points"),
         (lambda: fast.hull_metrics(POINTS, torch.tensor([0, 1, 5])), ValueError, "pred_indices"),

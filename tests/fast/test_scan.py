@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -65,7 +66,7 @@ def recurrence(
         g = log_decay if log_decay.dim() == 4 else log_decay[..., None]
     spans = [(b, 0, tokens) for b in range(batch)]
     if offsets is not None:
-        spans = [(0, *pair) for pair in zip(offsets, offsets[1:], strict=False)]
+        spans = [(0, *pair) for pair in pairwise(offsets)]
     rows, states = {}, []
     for n, (b, low, high) in enumerate(spans):
         S = q.new_zeros(heads, d, v.shape[3]) if state is None else state[n]
@@ -91,8 +92,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, offsets: list[int] | N
     bound = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     q, k, v = (x.to(dtype).double().requires_grad_() for x in case[:3])
     options = {
-        name: x.requires_grad_() if isinstance(x, Tensor) else x
-        for name, x in case.options.items()
+        name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in case.options.items()
     }
     expected = recurrence(q, k, v, offsets=offsets, **options)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -152,7 +152,7 @@ CACHE = seer.init_cache(K[:, :, 0], WK)
     [
         (lambda: seer.pool_blocks(Q, 0, ["avg"]), ValueError, "b"),
         (lambda: seer.pool_blocks(Q, 2, ["avg", "avg"]), ValueError, "kinds"),
-        (lambda: seer.gate_rope(2, 2, 3), ValueError, "d"),
+        (lambda: seer.gate_rope(2, 2, 3), ValueError, "dg"),
         (lambda: seer.select_threshold(G[:, :, :2]), ValueError, "softmaxed"),
         (lambda: seer.select_threshold(G, "low"), TypeError, "tau"),
         (lambda: seer.select_ratio(G, 0.0), ValueError, "rho"),

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attnspec.reference.cache import snapkv
 from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense.attention import attend
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 FLOAT32 = 2e-6  # the sources take the softmax in float32

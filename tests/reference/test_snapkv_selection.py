@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnspec.reference.cache import snapkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from attnspec.reference.cache import snapkv
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 

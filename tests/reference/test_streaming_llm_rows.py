@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnspec.reference.cache import streaming_llm_rows as rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from attnspec.reference.cache import streaming_llm_rows as rows
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 small = st.integers(0, 5)

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attnspec.reference.cache import streaming_llm as stream
 from attnspec.reference.cache import streaming_llm_sinks as sinks
 from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.primitives.softmax import softmax
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 small = st.integers(0, 5)

@@ -105,7 +105,7 @@ CONTRACTS = (
             Array("k", "batch kv_heads keys d", role="key"),
             Array("mask", "batch keys", make=left_padding, optional=True),
         ),
-        outputs=(Output("A"),),
+        outputs=(Output("A", wide=True),),
         parameters=window_sizes,
         poison=poison_window,
         neutral={"mask": lambda case: np.ones(case.shape("batch keys"), bool)},
@@ -127,7 +127,7 @@ CONTRACTS = (
         sizes={**HEADS, "window": (1, 6), "keys": (7, 24)},
         least={"keys": 7},
         arrays=(Array("A", "batch heads window keys"),),
-        outputs=(Output("s"),),
+        outputs=(Output("s", wide=True),),
         parameters=window_sizes,
         linear_in=("A",),
         bad_inputs=(
@@ -140,7 +140,7 @@ CONTRACTS = (
         operation="snapkv.pool_scores",
         sizes={**HEADS, "keys": (1, 24)},
         arrays=(Array("s", "batch heads keys"),),
-        outputs=(Output("m"),),
+        outputs=(Output("m", wide=True),),
         parameters=lambda sizes: {
             "p": st.sampled_from([1, 3, 5, 7]),
             "mode": st.sampled_from(POOLS),
@@ -156,7 +156,7 @@ CONTRACTS = (
         operation="snapkv.reduce_groups",
         sizes={**HEADS, "keys": (1, 24)},
         arrays=(Array("m", "batch heads keys"),),
-        outputs=(Output("out"),),
+        outputs=(Output("out", wide=True),),
         parameters=lambda sizes: {
             "Hk": st.just(sizes["kv_heads"]),
             "mode": st.sampled_from(REDUCTIONS),

@@ -37,7 +37,7 @@ def sink_logits(rng: np.random.Generator, case: Case) -> np.ndarray:
 def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     """NaN in the keys and values that no query may read."""
     shape = (*case.shape("batch"), 1, *case.shape("queries keys"))
-    unread = ~np.broadcast_to(arguments.get("mask", True), shape).any(axis=(1, 2))
+    unread = np.all(~np.broadcast_to(arguments.get("mask", True), shape), axis=(1, 2))
     for name in ("k", "v"):
         x = arguments[name].copy()
         x[np.broadcast_to(unread[:, None], x.shape[:-1])] = np.nan

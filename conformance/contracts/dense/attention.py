@@ -54,7 +54,7 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         allowed &= arguments["mask"]
     if arguments["causal"]:
         allowed &= causal_mask(*shape[-2:])
-    unread = ~allowed.any(axis=(1, 2))  # (batch, keys)
+    unread: np.ndarray = np.logical_not(allowed.any(axis=(1, 2)))  # (batch, keys)
     for name in ("k", "v"):
         x: np.ndarray = arguments[name].copy()
         x[np.broadcast_to(unread[:, None], x.shape[:-1])] = np.nan

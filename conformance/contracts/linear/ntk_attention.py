@@ -80,7 +80,7 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         allowed &= arguments["key_mask"][:, None]
     if arguments["causal"]:
         allowed &= causal_mask(*allowed.shape[-2:])
-    unread = ~allowed.any(axis=1)
+    unread: np.ndarray = np.logical_not(allowed.any(axis=1))
     for name in ("K", "V"):
         x: np.ndarray = arguments[name].copy()
         x[np.broadcast_to(unread[:, None], x.shape[:-1])] = np.nan

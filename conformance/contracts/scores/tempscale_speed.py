@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from attnspec.conformance.bench.inputs import attention_cost, forward_and_backward, qkv
 from attnspec.conformance.bench.model import Benchmark
 from attnspec.conformance.bench.rivals import reference, sdpa, torch_sdpa
@@ -25,33 +22,10 @@ def encoder(tokens: int, d: int = 64, backward: bool = False) -> Benchmark:
     )
 
 
-def a_temperature_each(make: Callable[[str, str], dict[str, Any]]) -> Any:
-    """The inputs that `make` gives, with one temperature for each head."""
-
-    def inputs(device: str, dtype: str) -> dict[str, Any]:
-        import torch
-
-        arguments = make(device, dtype)
-        heads = arguments["q"].shape[1]
-        tau = torch.linspace(0.5, 1.0, heads, device=device).to(arguments["q"].dtype)
-        return {**arguments, "tau": tau}
-
-    return inputs
-
-
 BENCHMARKS = (
     encoder(8192),
     encoder(32768),
     encoder(8192, backward=True),
-    Benchmark(
-        "tempscale.tempered_attention",
-        "8k one tau a head d=64 heads=16",
-        "cuda",
-        a_temperature_each(qkv(4, 16, 16, 8192, 8192, 64)),
-        attention_cost(),
-        rivals=(sdpa("flash", causal=False), sdpa("cudnn", causal=False)),
-        settings={"batch": 4, "tokens": 8192, "d": 64, "heads": 16},
-    ),
     Benchmark(
         "tempscale.tempered_attention",
         "1k tau=0.8 d=64 heads=8",

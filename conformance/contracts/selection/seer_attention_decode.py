@@ -152,7 +152,7 @@ CONTRACTS = (
             Array("Wq", make=make_Wq),
             Array("norm", make=make_norm, optional=True),
         ),
-        outputs=(Output("scores"),),
+        outputs=(Output("scores", wide=True),),
         parameters=lambda sizes: {"pos": st.integers(0, 200), "mode": MODE, "base": BASE},
         bad_inputs=(
             ("a query of another batch", "q_t", lambda a: a["q_t"].repeat(3, axis=0)),

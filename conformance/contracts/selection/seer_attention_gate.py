@@ -93,7 +93,7 @@ CONTRACTS = (
             Array("cos", "blocks 2*half_gate", make=_table(0)),
             Array("sin", "blocks 2*half_gate", make=_table(1)),
         ),
-        outputs=(Output("G"),),
+        outputs=(Output("G", wide=True),),
         causal=lambda case: True,
         bad_inputs=(
             ("more blocks of keys", "pk", lambda a: a["pk"].repeat(2, axis=-2)),

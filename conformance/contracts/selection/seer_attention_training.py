@@ -53,7 +53,7 @@ CONTRACTS = (
         queries="tokens",
         keys="tokens",
         arrays=(Q, K, V),
-        outputs=(Output("out"), Output("A", by_query=False)),
+        outputs=(Output("out"), Output("A", wide=True, by_query=False)),
         parameters=_parameters,
         linear_in=("v",),
         causal=lambda case: True,
@@ -65,7 +65,7 @@ CONTRACTS = (
         queries="blocks",
         keys="blocks",
         arrays=(Array("A", "batch heads blocks blocks", make=make_largest),),
-        outputs=(Output("GT"),),
+        outputs=(Output("GT", wide=True),),
         bad_inputs=tuple(
             bad for bad in bad_square("A") if "rows" not in bad[0] and "heads" not in bad[0]
         ),
@@ -80,7 +80,7 @@ CONTRACTS = (
             Array("G", "batch heads blocks blocks", make=make_scores),
             Array("GT", "batch heads blocks blocks", make=make_target),
         ),
-        outputs=(Output("loss", row_axes=0, cancels=True),),
+        outputs=(Output("loss", wide=True, row_axes=0, cancels=True),),
         bad_inputs=(
             ("a target of another shape", "GT", lambda a: a["GT"].repeat(2, axis=-1)),
             ("a target without a batch", "GT", lambda a: a["GT"][0]),
@@ -96,7 +96,7 @@ CONTRACTS = (
         queries="tokens",
         keys="tokens",
         arrays=(Q, K),
-        outputs=(Output("target"),),
+        outputs=(Output("target", wide=True),),
         parameters=_parameters,
         causal=lambda case: True,
         bad_inputs=(*BAD_HEADS, *BAD_BLOCKS),

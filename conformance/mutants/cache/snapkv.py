@@ -1,4 +1,4 @@
-"""Wrong kernels of SnapKV: prompts that are cut wrongly, and caches read or numbered wrongly."""
+"""Wrong kernels of SnapKV: prompts of which the wrong part is kept."""
 
 from __future__ import annotations
 
@@ -24,30 +24,7 @@ from attnspec.reference.cache.snapkv_selection import (
 from attnspec.reference.dense import attention
 from attnspec.reference.dense.attention import attend
 
-COMPRESS = right("snapkv.compress")
 PREFILL = right("snapkv.prefill")
-STEP = right("snapkv.step")
-
-
-def reversed_positions(result: Any) -> Any:
-    k_c, v_c, pos = result
-    slots = np.argsort(pos, axis=-1)[..., ::-1]
-    return k_c, v_c, np.take_along_axis(pos, slots, axis=-1)
-
-
-def first_head_for_all(arguments: dict[str, Any]) -> None:
-    idx = arguments["idx"]
-    if idx.ndim > 1:
-        arguments["idx"] = np.repeat(idx[..., :1, :], idx.shape[-2], axis=-2)
-
-
-def interleaved_slots(
-    k: np.ndarray, v: np.ndarray, idx: np.ndarray, w: int = 32
-) -> tuple[np.ndarray, ...]:
-    """Slot head h takes keys and values of kv head h % kv_heads."""
-    result = COMPRESS(k, v, idx, w)
-    order = np.arange(idx.shape[-2]) % k.shape[-3]
-    return COMPRESS(k[..., order, :, :], v[..., order, :, :], idx, w) if len(order) else result
 
 
 def prefix_only(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
@@ -85,8 +62,8 @@ def reduced_before_pooling(*args: Any, p: int = 5, pool: str = "avg", **rest: An
     return change(*args, p=p, pool=pool, **rest)
 
 
-def mean_instead_of_max(m: np.ndarray, Hk: int, mode: str = "group_mean") -> np.ndarray:
-    return reduce_groups(m, Hk, "group_mean" if mode == "group_max" else mode)
+def max_instead_of_mean(m: np.ndarray, Hk: int, mode: str = "group_mean") -> np.ndarray:
+    return reduce_groups(m, Hk, "group_max" if mode == "group_mean" else mode)
 
 
 def padding_competes(m: np.ndarray, n: int, mask: Any = None) -> np.ndarray:
@@ -179,38 +156,6 @@ def mask_of_first_entry(arguments: dict[str, Any]) -> None:
         arguments["mask"] = np.repeat(mask[:1], len(mask), axis=0)
 
 
-def sees_padding(state: Any, q: Any, k: Any, v: Any) -> Any:
-    _, after = STEP(state, q, k, v)
-    seen, _ = STEP(state._replace(pos=np.abs(state.pos)), q, k, v)
-    return seen, after
-
-
-def padding_times_zero(state: Any, q: Any, k: Any, v: Any) -> Any:
-    out, after = STEP(state, q, k, v)
-    return out + 0 * state.v.sum(axis=(-3, -2))[..., None, None, :], after
-
-
-def numbered_by_slots(result: Any) -> Any:
-    """The new token stands at the number of slots, not at `seen`."""
-    out, state = result
-    pos = state.pos.copy()
-    pos[..., -1] = state.pos.shape[-1] - 1
-    return out, state._replace(pos=pos)
-
-
-def drops_the_oldest(result: Any) -> Any:
-    out, state = result
-    if state.pos.shape[-1] > 6:
-        state = State(state.k[..., 1:, :], state.v[..., 1:, :], state.pos[..., 1:], state.seen)
-    return out, state
-
-
-def takes_two_tokens(state: Any, q: Any, k: Any, v: Any) -> Any:
-    if isinstance(q, np.ndarray) and q.ndim > 2:
-        q = q[..., -1:, :]
-    return STEP(state, q, k, v)
-
-
 def mutant(operation: str, name: str, law: str, bug: str, call: Any) -> Mutant:
     return Mutant(f"snapkv.{name}", f"snapkv.{operation}", law, bug, call)
 
@@ -220,21 +165,15 @@ def prefill(name: str, law: str, bug: str, call: Any) -> Mutant:
 
 
 MUTANTS = (
-    mutant("compress", "reversed-slots", "agreement", "positions do not belong to their slots",
-           spoiling(COMPRESS, reversed_positions)),
-    mutant("compress", "first-head", "agreement", "every head keeps what the first one chose",
-           altering(COMPRESS, first_head_for_all)),
-    mutant("compress", "interleaved-slots", "heads", "keys are repeated h % kv_heads",
-           interleaved_slots),
     prefill("prefix-softmax", "agreement", "the window's keys are not in the normaliser",
             replacing(PREFILL, window_attention=prefix_only)),
     prefill("votes-for-padding", "agreement", "the window's queries see padding",
             replacing(PREFILL, window_attention=without_padding)),
     prefill("pooled-window", "agreement", "the pool reaches into the window", pools_the_window),
-    prefill("early-reduction", "agreement", "heads are reduced before a max pool",
+    prefill("early-reduction", "lengths", "heads are reduced before a max pool",
             reduced_before_pooling),
-    prefill("no-group-max", "heads", "group_max takes the mean",
-            replacing(PREFILL, reduce_groups=mean_instead_of_max)),
+    prefill("max-for-mean", "lengths", "group_mean takes the maximum",
+            replacing(PREFILL, reduce_groups=max_instead_of_mean)),
     prefill("padding-competes", "agreement", "padding is selected before real keys",
             replacing(PREFILL, select=padding_competes)),
     prefill("window-on-top", "agreement", "C slots are kept beside the window",
@@ -265,14 +204,4 @@ MUTANTS = (
     prefill("tf32", "precision", "float32 operands are rounded to TF32",
             replacing(PREFILL, attend=altering(attend, eleven_bits))),
     prefill("wrap-32", "far", "offsets are computed in 32 bits", altering(PREFILL, wrap_32_bits)),
-    mutant("step", "sees-padding", "agreement", "slots that hold padding are visible",
-           sees_padding),
-    mutant("step", "padding-times-zero", "poison", "padding slots are multiplied by 0",
-           padding_times_zero),
-    mutant("step", "numbered-by-slots", "agreement", "positions go on from the number of slots",
-           spoiling(STEP, numbered_by_slots)),
-    mutant("step", "evicts", "stream", "the oldest slot is dropped while decoding",
-           spoiling(STEP, drops_the_oldest)),
-    mutant("step", "last-of-two", "refusal", "of two tokens only the last is used",
-           takes_two_tokens),
 )  # fmt: skip

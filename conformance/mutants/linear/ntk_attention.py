@@ -36,7 +36,11 @@ def no_maximum(scores: np.ndarray, num: np.ndarray, den: np.ndarray) -> Any:
         weights = np.exp(scores)
         total = np.sum(weights, axis=-1) + den
         safe = np.where(total == 0, np.ones_like(total), total)
-        return weights / safe[..., None], np.where(total == 0, 0 * den, 1 / safe)
+        return (
+            weights / safe[..., None],
+            np.where(total == 0, np.zeros_like(den), np.ones_like(den)),
+            safe,
+        )
 
 
 def prefix_not_rescaled(scores: np.ndarray, num: np.ndarray, den: np.ndarray) -> Any:
@@ -45,7 +49,11 @@ def prefix_not_rescaled(scores: np.ndarray, num: np.ndarray, den: np.ndarray) ->
     weights = np.exp(scores - top[..., None])
     total = np.sum(weights, axis=-1) + den
     safe = np.where(total == 0, np.ones_like(total), total)
-    return weights / safe[..., None], np.where(total == 0, 0 * den, 1 / safe)
+    return (
+        weights / safe[..., None],
+        np.where(total == 0, np.zeros_like(den), np.ones_like(den)),
+        safe,
+    )
 
 
 def prefix_in_maximum_always(scores: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -57,7 +65,8 @@ def no_prefix_for_empty_rows(q: Any, K: Any, *args: Any, **options: Any) -> Any:
     out = ATTEND(q, K, *args, **options)
     mask = options.get("key_mask")
     visible = ntk_attention.visible_scores(q, K, options.get("causal", False), mask, None)
-    return np.where(np.isneginf(visible).all(axis=-1)[..., None], np.zeros_like(out), out)
+    empty: np.ndarray = np.isneginf(visible).all(axis=-1, keepdims=True)
+    return np.where(empty, np.zeros_like(out), out)
 
 
 def scaled_terms(q: np.ndarray, Z: np.ndarray, k: np.ndarray, **options: Any) -> Any:

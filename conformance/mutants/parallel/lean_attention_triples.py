@@ -55,7 +55,7 @@ def unguarded(a: Triple, b: Triple) -> Triple:
         return replacing(MERGE, _finite=lambda m: m)(a, b)
 
 
-def nan_of_nothing(m: np.ndarray, l: np.ndarray, o: np.ndarray) -> Any:  # noqa: E741
+def nan_of_nothing(m: np.ndarray, l: np.ndarray, o: np.ndarray) -> Any:
     _, lse = FINALIZE(m, l, o)
     with np.errstate(invalid="ignore"):
         return o / l[..., None], lse

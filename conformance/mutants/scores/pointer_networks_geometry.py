@@ -1,4 +1,4 @@
-"""Wrong kernels of pointer networks, continued: wrong targets, and wrong scores for answers."""
+"""Wrong kernels of pointer networks, continued: wrong hulls, triangulations and tours."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.scores import pointer_networks_polygons, pointer_networks_tasks
-from attnspec.reference.scores.pointer_networks_polygons import HullMetrics, polygon_area
+from attnspec.reference.scores import pointer_networks_tours
+from attnspec.reference.scores.pointer_networks_metrics import incircle
+from attnspec.reference.scores.pointer_networks_polygons import polygon_area
 from attnspec.reference.scores.pointer_networks_tasks import (
-    check_points,
     check_triangles,
     cross,
-    hull_target,
 )
 
 HULL = right("pointer_networks.hull_target")
 DELAUNAY = right("pointer_networks.delaunay_target")
 INCENTER = right("pointer_networks.incenter")
 TSP = right("pointer_networks.tsp_target")
-AREA = right("pointer_networks.polygon_area")
-SIMPLE = right("pointer_networks.is_simple_polygon")
-CLIP = right("pointer_networks.convex_clip_area")
-METRICS = right("pointer_networks.hull_metrics")
 COVERAGE = right("pointer_networks.triangle_coverage")
 IS_DELAUNAY = right("pointer_networks.is_delaunay")
 PERMUTATION = right("pointer_networks.is_permutation")
 LENGTH = right("pointer_networks.tour_length")
+HELD_KARP = pointer_networks_tours._held_karp
 
 
 def clockwise(hull: np.ndarray) -> np.ndarray:
@@ -88,87 +84,9 @@ def open_path(distances: np.ndarray) -> np.ndarray:
     return HELD_KARP(costless)
 
 
-HELD_KARP = right("pointer_networks.tsp_target").__globals__["_held_karp"]
-
-
 def squared_distances(points: np.ndarray) -> np.ndarray:
     offsets = points[..., :, None, :] - points[..., None, :, :]
     return np.sum(offsets * offsets, axis=-1)
-
-
-def from_the_origin(polygon: np.ndarray) -> np.ndarray:
-    """The shoelace formula on absolute coordinates loses digits far away."""
-    check_points(polygon, least=0, name="polygon")
-    return np.sum(cross(polygon, np.roll(polygon, -1, axis=-2)), axis=-1) / 2
-
-
-def crossings_only(a: Any, b: Any, c: Any, d: Any) -> np.ndarray:
-    """Segments that touch do not count."""
-    sides = [np.sign(cross(b - a, x - a)) for x in (c, d)]
-    others = [np.sign(cross(d - c, x - c)) for x in (a, b)]
-    return (sides[0] * sides[1] < 0) & (others[0] * others[1] < 0)
-
-
-def distinct_only(polygon: np.ndarray) -> bool:
-    SIMPLE(polygon)
-    return len(polygon) >= 3 and len(np.unique(polygon, axis=0)) == len(polygon)
-
-
-def any_three(polygon: np.ndarray) -> bool:
-    """A point that comes twice is left out first."""
-    SIMPLE(polygon)
-    _, first = np.unique(polygon, axis=0, return_index=True)
-    return SIMPLE(polygon[np.sort(first)])
-
-
-def counter_clockwise_only(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """A clockwise answer counts as empty."""
-    area = CLIP(pred, true)
-    return area * area.dtype.type(polygon_area(pred) > 0)
-
-
-def hull_of_prediction(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """The hull of the points that were answered is clipped, not their polygon."""
-    CLIP(pred, true)
-    return CLIP(pred[hull_target(pred)], true)
-
-
-def one_edge_missing(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    area = CLIP(pred, true)
-    for corner, edge in zip(true[1:], (np.roll(true, -1, axis=0) - true)[1:], strict=True):
-        pred = pointer_networks_polygons._clip(pred, corner, edge)
-    return np.abs(polygon_area(pred)).astype(area.dtype)
-
-
-def same_vertices(points: np.ndarray, pred_indices: np.ndarray) -> HullMetrics:
-    """The sets of vertices are compared: a reversed hull is right."""
-    result = METRICS(points, pred_indices)
-    equal = np.array_equal(np.sort(pred_indices), np.sort(hull_target(points)))
-    return result._replace(accuracy=float(equal and result.valid))
-
-
-def same_start(points: np.ndarray, pred_indices: np.ndarray) -> HullMetrics:
-    result = METRICS(points, pred_indices)
-    return result._replace(accuracy=float(np.array_equal(pred_indices, hull_target(points))))
-
-
-def invalid_covers_nothing(result: HullMetrics) -> HullMetrics:
-    return result if result.valid else result._replace(coverage=0.0)
-
-
-def share_of_answer(points: np.ndarray, pred_indices: np.ndarray) -> HullMetrics:
-    """The common area is divided by the answer's."""
-    result = METRICS(points, pred_indices)
-    if not result.valid:
-        return result
-    polygon, hull = points[pred_indices], points[hull_target(points)]
-    return result._replace(coverage=float(CLIP(polygon, hull) / np.abs(polygon_area(polygon))))
-
-
-def negative_from_the_end(arguments: dict[str, Any]) -> None:
-    indices, n = arguments["pred_indices"], len(arguments["points"])
-    if isinstance(indices, np.ndarray) and indices.dtype.kind == "i":
-        arguments["pred_indices"] = indices % n
 
 
 def ordered_triples(pred: np.ndarray, true: np.ndarray) -> float:
@@ -186,31 +104,24 @@ def counted_twice(pred: np.ndarray, true: np.ndarray) -> float:
 def circles_only(points: np.ndarray, triangles: np.ndarray, **rest: Any) -> bool:
     """Whether the triangles cover the hull is not looked at."""
 
-    def no_area(polygon: np.ndarray) -> np.ndarray:
-        area = polygon_area(polygon)
-        return area if polygon.ndim > 2 else area * 0 + np.inf
+    covered: list[np.ndarray] = []
 
-    class Numbers:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(np, name)
+    def area(polygon: np.ndarray) -> np.ndarray:
+        if polygon.ndim == 2:
+            return np.sum(np.abs(covered[-1]))
+        covered.append(polygon_area(polygon))
+        return covered[-1]
 
-        @staticmethod
-        def abs(x: Any) -> Any:
-            return -np.inf if np.ndim(x) == 0 else np.abs(x)
-
-    return replacing(IS_DELAUNAY, polygon_area=no_area, np=Numbers())(points, triangles, **rest)
+    return replacing(IS_DELAUNAY, polygon_area=area)(points, triangles, **rest)
 
 
 def counter_clockwise_triangles(triangle: np.ndarray, point: np.ndarray) -> np.ndarray:
     """The sign is right for counter-clockwise triangles, and turned where it should not be."""
-    return np.abs(INCIRCLE(triangle, point))
-
-
-INCIRCLE = IS_DELAUNAY.__globals__["incircle"]
+    return np.abs(incircle(triangle, point))
 
 
 def anything_tiled(tri: np.ndarray, point: np.ndarray) -> np.ndarray:
-    return INCIRCLE(tri, point) * 0
+    return incircle(tri, point) * 0
 
 
 def any_distinct(seq: np.ndarray, n: int) -> np.ndarray:
@@ -281,25 +192,6 @@ MUTANTS = (
            replacing(TSP, pairwise_distances=squared_distances)),
     mutant("tsp_target", "first-points", "every tour is the first example's",
            altering(TSP, first_points), "batch"),
-    mutant("polygon_area", "unsigned", "areas have no sign", spoiling(AREA, np.abs)),
-    mutant("polygon_area", "from-origin", "far polygons lose their digits", from_the_origin),
-    mutant("is_simple_polygon", "touching", "edges that touch are let through",
-           replacing(SIMPLE, _segments_meet=crossings_only)),
-    mutant("is_simple_polygon", "crossing", "edges are not tested", distinct_only),
-    mutant("is_simple_polygon", "twice", "a point may come twice", any_three),
-    mutant("convex_clip_area", "clockwise-empty", "a clockwise answer has no area",
-           counter_clockwise_only),
-    mutant("convex_clip_area", "hull-of-answer", "the answer's hull is measured",
-           hull_of_prediction),
-    mutant("convex_clip_area", "edge-missing", "the first edge does not clip", one_edge_missing),
-    mutant("hull_metrics", "vertex-sets", "a reversed hull is accurate", same_vertices),
-    mutant("hull_metrics", "fixed-start", "a rotated hull is not accurate", same_start),
-    mutant("hull_metrics", "zero-coverage", "an invalid answer covers 0",
-           spoiling(METRICS, invalid_covers_nothing)),
-    mutant("hull_metrics", "share-of-answer", "the area is divided by the answer's",
-           share_of_answer),
-    mutant("hull_metrics", "negative-index", "indices count from the end",
-           altering(METRICS, negative_from_the_end), "refusal"),
     mutant("triangle_coverage", "ordered", "the order of indices counts", ordered_triples),
     mutant("triangle_coverage", "counted-twice", "a triangle given twice is found twice",
            counted_twice),
@@ -312,6 +204,6 @@ MUTANTS = (
     mutant("is_permutation", "right-sum", "the sum of the entries is tested", right_sum),
     mutant("tour_length", "open-tour", "the way back is left out", way_there_only),
     mutant("tour_length", "city-blocks", "legs are measured along the axes", along_the_streets),
-    mutant("tour_length", "first-points", "every tour runs through the first example's points",
+    mutant("tour_length", "first-map", "every tour runs through the first example's points",
            altering(LENGTH, first_points), "batch"),
 )  # fmt: skip

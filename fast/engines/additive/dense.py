@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 
+def _widened(x: Tensor) -> Tensor:
+    """16-bit floats as float32: large projections cancel inside tanh, so none may be rounded."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 @torch.library.custom_op("attnspec::project", mutates_args=())
 def _project(x: Tensor, W: Tensor) -> Tensor:
-    return (W @ x.transpose(1, 2)).transpose(1, 2)
+    return (_widened(W) @ _widened(x).transpose(1, 2)).transpose(1, 2)
 
 
 @_project.register_fake
 def _(x: Tensor, W: Tensor) -> Tensor:
-    return (W @ x.transpose(1, 2)).transpose(1, 2)
+    return (_widened(W) @ _widened(x).transpose(1, 2)).transpose(1, 2)
 
 
 def _project_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -29,7 +34,9 @@ def _project_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _project_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     x, W = ctx.saved_tensors
     read = (dy != 0).any(2, keepdim=True)
-    return dy @ W, dy.flatten(0, 1).T @ torch.where(read, x, 0).flatten(0, 1)
+    dx = dy @ _widened(W)
+    dW = dy.flatten(0, 1).T @ torch.where(read, _widened(x), 0).flatten(0, 1)
+    return dx.to(x.dtype), dW.to(W.dtype)
 
 
 _project.register_autograd(_project_gradient, setup_context=_project_setup)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 
-# Reordered sums vectorise; NaN and Inf keep their meaning.
+# Reordered sums vectorise; NaN and Inf keep their meaning. NumPy's error model divides without a
+# check for zero, which would keep a loop scalar.
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 
 
@@ -25,7 +26,7 @@ def _tanh(x):
     raise NotImplementedError
 
 
-@overload(_tanh, jit_options={"fastmath": FAST})
+@overload(_tanh, jit_options={"fastmath": FAST, "error_model": "numpy"})
 def _tanh_overload(x):
     if x != types.float32:
         return lambda x: math.tanh(x)
@@ -48,7 +49,7 @@ def _array(x: Tensor) -> np.ndarray:
     return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).contiguous().numpy()
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _score(k: np.ndarray, q: np.ndarray, v: np.ndarray) -> float:
     total = v[0] * 0
     for a in range(len(v)):
@@ -56,7 +57,7 @@ def _score(k: np.ndarray, q: np.ndarray, v: np.ndarray) -> float:
     return total
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _scores(k: np.ndarray, q: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
     batch, steps, slots = out.shape
     for index in prange(batch * steps):
@@ -65,7 +66,7 @@ def _scores(k: np.ndarray, q: np.ndarray, v: np.ndarray, out: np.ndarray) -> Non
             out[b, i, j] = _score(k[b, j], q[b, i], v)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _lse(
     k: np.ndarray,
     q: np.ndarray,
@@ -95,7 +96,7 @@ def _lse(
         score[b, i] = row[target[b, i]]
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _score_gradients(
     dlse: np.ndarray,
     dscore: np.ndarray,
@@ -120,7 +121,7 @@ def _score_gradients(
                     out[b, i, j] += dscore[b, i]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _add_gradient(
     upstream: float, k: np.ndarray, q: np.ndarray, dq: np.ndarray, dv: np.ndarray
 ) -> None:
@@ -130,7 +131,7 @@ def _add_gradient(
         dv[a] += upstream * hidden
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _gradients(
     dout: np.ndarray, k: np.ndarray, q: np.ndarray, v: np.ndarray, dq: np.ndarray, dv: np.ndarray
 ) -> None:

@@ -73,22 +73,28 @@ def _check_lse(lse: Any, q: Tensor) -> None:
         raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected {tuple(q.shape[:3])}")
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
+def _positive(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """q and a positive scale that give the same scores: kernels look for the largest product."""
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    # A scale of 0 is a tiny one: all scores are 0 to rounding, and 0 * inf does not arise.
+    return (q if scale >= 0 else -q), max(abs(scale), 1e-30)
 
 
-@torch.library.custom_op("attnspec::row_lse", mutates_args=())
-def _row_lse(
+@torch.library.custom_op("attnspec::row_norms", mutates_args=())
+def _row_norms(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool, backend: str
-) -> Tensor:
-    return _kernels(backend).row_lse(q, k, key_mask, scale, causal)
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).row_norms(q, k, key_mask, scale, causal)
 
 
-@_row_lse.register_fake
+@_row_norms.register_fake
 def _(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool, backend: str
-) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=_wide(q))
+) -> tuple[Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape[:3], dtype=_wide(q)),
+        q.new_empty(q.shape[:3], dtype=_wide(q)),
+    )
 
 
 def row_lse(
@@ -107,21 +113,34 @@ def row_lse(
     """
     backend = _check(q, k, backend)
     _check_key_mask(key_mask, k)
-    return _row_lse(q.detach(), k.detach(), key_mask, _scale(scale, q), causal, backend)
+    q, scale = _positive(q.detach(), scale)
+    top, total = _row_norms(q, k.detach(), key_mask, scale, causal, backend)
+    return top * scale + total.log()
+
+
+def _norms(
+    q: Tensor, k: Tensor, lse: Tensor | None, key_mask: Tensor | None, scale: float, causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The given lse, or each row's largest product and the denominator relative to it."""
+    if lse is None:
+        return _row_norms(q, k, key_mask, scale, causal, backend)
+    _check_lse(lse, q)
+    return lse.detach(), None
 
 
 @torch.library.custom_op("attnspec::column_sums", mutates_args=())
 def _column_sums(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool,
-    columns: int, backend: str,
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool, columns: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _kernels(backend).column_sums(q, k, lse, key_mask, scale, causal, columns)
+    return _kernels(backend).column_sums(q, k, norm, total, key_mask, scale, causal, columns)
 
 
 @_column_sums.register_fake
 def _(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool,
-    columns: int, backend: str,
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool, columns: int, backend: str,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:2], columns, dtype=_wide(q))
 
@@ -140,9 +159,10 @@ def column_sums(
     """What each of the first `columns` keys receives: the sum over q's rows of their weights.
 
     q (batch, heads, q_tokens, d) are the last rows (K3), k (batch, kv_heads, k_tokens, d), `lse`
-    their log denominators over *all* keys, computed here if left out. Returns (batch, heads,
-    columns), float32 (float64 for float64), from one pass over k and no buffer of weights; the
-    heads of a group share what is read.
+    their log denominators over *all* keys. Without it a pass of its own comes first, and nothing
+    is lost to the rounding of a large lse. Returns (batch, heads, columns), float32 (float64 for
+    float64), from one pass over k and no buffer of weights; the heads of a group share what is
+    read.
     """
     backend = _check(q, k, backend)
     _check_key_mask(key_mask, k)
@@ -151,25 +171,23 @@ def column_sums(
     check_integer("columns", columns, least=0)
     if columns > k.shape[2]:
         raise ValueError(f"columns: got {columns}, expected at most the {k.shape[2]} keys")
-    if lse is None:
-        lse = row_lse(q, k, scale=scale, causal=causal, key_mask=key_mask, backend=backend)
-    _check_lse(lse, q)
-    q, k, lse = q.detach(), k.detach(), lse.detach()
-    return _column_sums(q, k, lse, key_mask, _scale(scale, q), causal, columns, backend)
+    (q, scale), k = _positive(q.detach(), scale), k.detach()
+    norm, total = _norms(q, k, lse, key_mask, scale, causal, backend)
+    return _column_sums(q, k, norm, total, key_mask, scale, causal, columns, backend)
 
 
 @torch.library.custom_op("attnspec::weight_rows", mutates_args=())
 def _weight_rows(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool,
-    backend: str,
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _kernels(backend).weight_rows(q, k, lse, key_mask, scale, causal)
+    return _kernels(backend).weight_rows(q, k, norm, total, key_mask, scale, causal)
 
 
 @_weight_rows.register_fake
 def _(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool,
-    backend: str,
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], k.shape[2], dtype=_wide(q))
 
@@ -190,24 +208,20 @@ def weight_rows(
     """
     backend = _check(q, k, backend)
     _check_key_mask(key_mask, k)
-    if lse is None:
-        lse = row_lse(q, k, scale=scale, causal=causal, key_mask=key_mask, backend=backend)
-    _check_lse(lse, q)
-    q, k, lse = q.detach(), k.detach(), lse.detach()
-    return _weight_rows(q, k, lse, key_mask, _scale(scale, q), causal, backend)
+    (q, scale), k = _positive(q.detach(), scale), k.detach()
+    norm, total = _norms(q, k, lse, key_mask, scale, causal, backend)
+    return _weight_rows(q, k, norm, total, key_mask, scale, causal, backend)
 
 
 @torch.library.custom_op("attnspec::block_max", mutates_args=())
 def _block_max(
-    q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float, causal: bool, backend: str
+    q: Tensor, k: Tensor, block: int, scale: float, causal: bool, backend: str
 ) -> Tensor:
-    return _kernels(backend).block_max(q, k, lse, block, scale, causal)
+    return _kernels(backend).block_max(q, k, block, scale, causal)
 
 
 @_block_max.register_fake
-def _(
-    q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float, causal: bool, backend: str
-) -> Tensor:
+def _(q: Tensor, k: Tensor, block: int, scale: float, causal: bool, backend: str) -> Tensor:
     rows, columns = ((x.shape[2] + block - 1) // block for x in (q, k))
     return q.new_empty(*q.shape[:2], rows, columns, dtype=_wide(q))
 
@@ -215,7 +229,6 @@ def _(
 def block_max(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     block: int,
     *,
     scale: float | None = None,
@@ -225,13 +238,13 @@ def block_max(
     """The largest weight in every block of `block` queries and `block` keys.
 
     Returns (batch, heads, ceil(q_tokens/block), ceil(k_tokens/block)), 0 where nothing is visible.
-    The logits are computed again tile by tile; with the final `lse` each weight is exact.
+    A program walks over the keys twice, for the norms of its rows and then for the maxima: both
+    see the very same products, so that a weight of 1 comes out as 1 whatever the logits.
     """
     backend = _check(q, k, backend)
     check_integer("block", block, least=1)
-    _check_lse(lse, q)
-    q, k, lse = q.detach(), k.detach(), lse.detach()
-    return _block_max(q, k, lse, block, _scale(scale, q), causal, backend)
+    q, scale = _positive(q.detach(), scale)
+    return _block_max(q, k.detach(), block, scale, causal, backend)
 
 
 @torch.library.custom_op("attnspec::smooth", mutates_args=())

@@ -1,7 +1,9 @@
 """The columns kernels in Triton.
 
-A row that sees nothing has lse -inf. The kernels replace it by +inf, as they do for rows that do
-not exist: exp(score - inf) is 0, so such rows need no predicate in the inner loop.
+A row's norm is its lse, or (RAW) the largest of its raw products together with the sum of
+exp(scale * (product - largest)): then no large number is rounded before it cancels. A row that sees
+nothing has norm -inf. The kernels replace it by +inf, as they do for rows that do not exist:
+exp(score - inf) is 0, so such rows need no predicate in the inner loop.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import ColumnsConfig, config
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LENGTHS = ["rows", "columns", "tiles", "scale"]
 
 
@@ -38,15 +39,50 @@ def _queries(q, row, rows, stride_t, stride_d, d, D: tl.constexpr):
 
 
 @triton.jit
-def _norms(lse, row, rows):
-    """lse in base 2, +inf for rows that see nothing or do not exist."""
-    norm = tl.load(lse + row, mask=row < rows, other=float("inf"))
-    return tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+def _norms(norm, total, row, rows, RAW: tl.constexpr):
+    """Norm (an lse in base 2), +inf for absent rows, and the factor 1 / total if RAW."""
+    norm = tl.load(norm + row, mask=row < rows, other=float("inf"))
+    norm = tl.where(norm == float("-inf"), float("inf"), norm)
+    if RAW:
+        divisor = tl.load(total + row, mask=row < rows, other=1.0)
+        return norm, 1.0 / tl.where(divisor > 0, divisor, 1.0)
+    return norm * LOG2E, norm
+
+
+@triton.jit
+def _weights(product, norm, share, scale, RAW: tl.constexpr):
+    """Weights (N, M) of products; `scale` is in base 2."""
+    if RAW:
+        return tl.exp2((product - norm[None, :]) * scale) * share[None, :]
+    return tl.exp2(product * scale - norm[None, :])
+
+
+@triton.jit
+def _seen(
+    seen, row, token, shift, real, stride, columns, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+):
+    """`seen` (M, N) without what the causal rule and the key mask forbid."""
+    if CAUSAL:
+        seen = seen & (token[None, :] <= row[:, None] + shift)
+    if MASKED:
+        visible = tl.load(real + token * stride, mask=token < columns, other=0)
+        seen = seen & (visible != 0)[None, :]
+    return seen
+
+
+@triton.jit
+def _add_tile(product, seen, top, total, scale):
+    """Largest product of each row and sum of exp2(scale * (product - largest)), one tile on."""
+    product = tl.where(seen, product, float("-inf"))
+    best = tl.maximum(top, tl.max(product, axis=1))
+    base = tl.where(best == float("-inf"), 0.0, best)
+    tile = tl.sum(tl.exp2((product - base[:, None]) * scale), axis=1)
+    return best, total * tl.exp2((top - base) * scale) + tile
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "splits", "chunk"])
-def _row_lse(
-    q, k, real, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
+def _row_norms(
+    q, k, real, out_top, out_total, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
     kv_heads, group, rows, columns, tiles, splits, chunk, d, scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -71,30 +107,23 @@ def _row_lse(
     for start in range(split * chunk, tl.minimum(columns, (split + 1) * chunk), N):
         token = start + tl.arange(0, N)
         k_tile = _keys(k, start, columns, k_t, k_d, d, N, D)
-        score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         seen = (token < columns)[None, :] & exists[:, None]
-        if CAUSAL:
-            seen = seen & (token[None, :] <= row[:, None] + (columns - rows))
-        if MASKED:
-            visible = tl.load(real + b * real_b + token * real_t, mask=token < columns, other=0)
-            seen = seen & (visible != 0)[None, :]
-        score = tl.where(seen, score, float("-inf"))
-        best = tl.maximum(top, tl.max(score, axis=1))
-        base = tl.where(best == float("-inf"), 0.0, best)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(score - base[:, None]), axis=1)
-        top = best
-    safe = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, (top + tl.log2(safe)) * LN2, float("-inf"))
-    heads = kv_heads * group
-    place = ((b * heads + head) * rows + row) * splits + split
-    tl.store(out + place, lse, mask=exists)
+        seen = _seen(
+            seen, row, token, columns - rows, real + b * real_b, real_t, columns, CAUSAL, MASKED
+        )
+        top, total = _add_tile(product, seen, top, total, scale)
+    place = ((b * kv_heads * group + head) * rows + row) * splits + split
+    tl.store(out_top + place, top, mask=exists)
+    tl.store(out_total + place, total, mask=exists)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "stored"])
 def _column_sums(
-    q, k, lse, real, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
+    q, k, norms, totals, real, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
     kv_heads, group, rows, columns, stored, tiles, d, scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    RAW: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Each program: one tile of keys, read once, against all rows of its head group."""
     program = tl.program_id(0)
@@ -113,9 +142,9 @@ def _column_sums(
         for at in range(first, rows, M):
             row = at + tl.arange(0, M)
             q_tile = _queries(q + b * q_b + head * q_h, row, rows, q_t, q_d, d, D)
-            norm = _norms(lse + line * rows, row, rows)
-            score = tl.dot(k_tile, q_tile, input_precision="ieee")
-            weight = tl.exp2(score * scale - norm[None, :])
+            norm, share = _norms(norms + line * rows, totals + line * rows, row, rows, RAW)
+            product = tl.dot(k_tile, q_tile, input_precision="ieee")
+            weight = _weights(product, norm, share, scale, RAW)
             if CAUSAL and start + N - 1 > at + shift:
                 weight = tl.where(token[:, None] <= row[None, :] + shift, weight, 0.0)
             total += tl.sum(weight, axis=1)
@@ -127,9 +156,10 @@ def _column_sums(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "row_tiles"])
 def _weight_rows(
-    q, k, lse, real, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
+    q, k, norms, totals, real, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, real_b, real_t,
     heads, group, rows, columns, row_tiles, tiles, d, scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    RAW: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tile, row_tile = program % tiles, program // tiles % row_tiles
@@ -139,55 +169,60 @@ def _weight_rows(
     token = start + tl.arange(0, N)
     k_tile = _keys(k + b * k_b + head // group * k_h, start, columns, k_t, k_d, d, N, D)
     q_tile = _queries(q + b * q_b + head * q_h, row, rows, q_t, q_d, d, D)
-    norm = _norms(lse + line * rows, row, rows)
-    score = tl.dot(k_tile, q_tile, input_precision="ieee")
-    seen = (token < columns)[:, None] & (row < rows)[None, :]
-    real_pair = seen
-    if CAUSAL:
-        seen = seen & (token[:, None] <= row[None, :] + (columns - rows))
-    if MASKED:
-        visible = tl.load(real + b * real_b + token * real_t, mask=token < columns, other=0)
-        seen = seen & (visible != 0)[:, None]
-    weight = tl.where(seen, tl.exp2(score * scale - norm[None, :]), 0.0)
-    address = (line * rows + row[None, :]) * columns + token[:, None]
-    tl.store(out + address, weight, mask=real_pair)
+    norm, share = _norms(norms + line * rows, totals + line * rows, row, rows, RAW)
+    product = tl.dot(k_tile, q_tile, input_precision="ieee")
+    real_pair = (row < rows)[:, None] & (token < columns)[None, :]
+    seen = _seen(
+        real_pair, row, token, columns - rows, real + b * real_b, real_t, columns, CAUSAL, MASKED
+    )
+    weight = tl.trans(_weights(product, norm, share, scale, RAW))
+    address = (line * rows + row[:, None]) * columns + token[None, :]
+    tl.store(out + address, tl.where(seen, weight, 0.0), mask=real_pair)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "row_blocks", "block"])
+@triton.jit(do_not_specialize=[*LENGTHS, "row_blocks", "block", "parts"])
 def _block_max(
-    q, k, lse, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d,
-    heads, group, rows, columns, row_blocks, tiles, block, d, scale,
-    CAUSAL: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    q, k, out, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d,
+    heads, group, rows, columns, row_blocks, tiles, block, parts, d, scale,
+    CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Each program: one block of queries against every block of keys, M x M at a time."""
+    """Each program: M rows of a block of queries, first for their norms, then block by block."""
     program = tl.program_id(0)
-    block_row = row_blocks - 1 - program % row_blocks
-    line = (program // row_blocks).to(tl.int64)
+    part, block_row = program % parts, row_blocks - 1 - program // parts % row_blocks
+    line = (program // parts // row_blocks).to(tl.int64)
     b, head = line // heads, line % heads
-    shift, offset = columns - rows, tl.arange(0, M)
-    q += b * q_b + head * q_h
-    k += b * k_b + head // group * k_h
-    lse += line * rows
-    out += (line * row_blocks + block_row) * tiles
+    shift = columns - rows
     stop_row = tl.minimum(rows, (block_row + 1) * block)
+    row = block_row * block + part * M + tl.arange(0, M)
+    exists = row < stop_row
+    q_tile = tl.trans(_queries(q + b * q_b + head * q_h, row, stop_row, q_t, q_d, d, D))
+    k += b * k_b + head // group * k_h
+    stop = columns
+    if CAUSAL:
+        stop = tl.minimum(columns, tl.minimum(stop_row, block_row * block + part * M + M) + shift)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, stop, N):
+        token = start + tl.arange(0, N)
+        k_tile = _keys(k, start, columns, k_t, k_d, d, N, D)
+        product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        seen = (token < columns)[None, :] & exists[:, None]
+        seen = _seen(seen, row, token, shift, k, 0, columns, CAUSAL, False)
+        top, total = _add_tile(product, seen, top, total, scale)
+    norm = tl.where(top == float("-inf"), float("inf"), top)
+    rest = tl.log2(tl.where(total > 0, total, 1.0))
+    out += ((line * row_blocks + block_row) * parts + part) * tiles
     for block_column in range(tiles):
         best = tl.full([M], float("-inf"), tl.float32)
         begin = block_column * block
-        stop = tl.minimum(columns, begin + block)
-        if CAUSAL:
-            stop = tl.minimum(stop, stop_row + shift)
-        for start in range(begin, stop, M):
-            token = start + offset
-            k_tile = _keys(k, start, columns, k_t, k_d, d, M, D)
-            for at in range(block_row * block, stop_row, M):
-                row = at + offset
-                q_tile = _queries(q, row, stop_row, q_t, q_d, d, D)
-                norm = _norms(lse, row, stop_row)
-                score = tl.dot(k_tile, q_tile, input_precision="ieee") * scale - norm[None, :]
-                seen = (token < stop)[:, None] & (row < stop_row)[None, :]
-                if CAUSAL:
-                    seen = seen & (token[:, None] <= row[None, :] + shift)
-                best = tl.maximum(best, tl.max(tl.where(seen, score, float("-inf")), axis=1))
+        for start in range(begin, tl.minimum(stop, begin + block), N):
+            token = start + tl.arange(0, N)
+            k_tile = _keys(k, start, columns, k_t, k_d, d, N, D)
+            product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            score = (product - norm[:, None]) * scale - rest[:, None]
+            seen = (token < tl.minimum(columns, begin + block))[None, :] & exists[:, None]
+            seen = _seen(seen, row, token, shift, k, 0, columns, CAUSAL, False)
+            best = tl.maximum(best, tl.max(tl.where(seen, score, float("-inf")), axis=1))
         tl.store(out + block_column, tl.exp2(tl.max(best, axis=0)))
 
 
@@ -213,13 +248,13 @@ def _smooth(
             else:
                 pooled = tl.maximum(pooled, tl.where(inside, value, float("-inf")))
         if AVERAGE:
-            pooled = pooled / width.to(tl.float32)
+            pooled = pooled / width
         if MEAN:
             result += pooled
         else:
             result = tl.maximum(result, pooled)
     if MEAN:
-        result = result / group.to(tl.float32)
+        result = result / group
     tl.store(out + line * n + place, result.to(out.dtype.element_ty), mask=place < n)
 
 
@@ -243,31 +278,36 @@ def _width(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def row_lse(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def row_norms(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     batch, heads, rows, d = q.shape
     kv_heads, columns = k.shape[1:3]
     plan, group = config(d, q.dtype), heads // kv_heads
     if not batch * heads * rows * columns:
-        return torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+        total = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
+        return total - float("inf"), total
     M = _tile(group * rows, plan.block_q)
     N = _tile(columns, plan.block_k)
     tiles = triton.cdiv(group * rows, M)
     splits = min(triton.cdiv(plan.programs, batch * kv_heads * tiles), triton.cdiv(columns, 4 * N))
     chunk = triton.cdiv(triton.cdiv(columns, splits), N) * N
     real, *real_strides = _mask_arguments(key_mask, q)
-    partial = torch.empty(*q.shape[:3], splits, dtype=torch.float32, device=q.device)
+    top, total = torch.empty(2, *q.shape[:3], splits, dtype=torch.float32, device=q.device)
     count_launch()
-    _row_lse[(batch * kv_heads * tiles * splits,)](
-        q, k, real, partial, *q.stride(), *k.stride(), *real_strides, kv_heads, group, rows,
+    _row_norms[(batch * kv_heads * tiles * splits,)](
+        q, k, real, top, total, *q.stride(), *k.stride(), *real_strides, kv_heads, group, rows,
         columns, tiles, splits, chunk, d, scale * LOG2E.value, CAUSAL=causal,
         MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
     )  # fmt: skip
-    return torch.logsumexp(partial, -1)
+    best = top.amax(-1)
+    base = best.masked_fill(best == float("-inf"), 0)
+    return best, (total * torch.exp((top - base[..., None]) * scale)).sum(-1)
 
 
 def column_sums(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool,
-    columns: int,
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool, columns: int,
 ) -> Tensor:  # fmt: skip
     batch, heads, rows, d = q.shape
     kv_heads, plan = k.shape[1], config(d, q.dtype)
@@ -277,18 +317,22 @@ def column_sums(
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
     tiles = triton.cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
+    raw, norm = total is not None, norm.contiguous()
+    total = norm if total is None else total.contiguous()
     count_launch()
     _column_sums[(batch * kv_heads * tiles,)](
-        q, k, lse.contiguous(), real, out, *q.stride(), *k.stride(), *real_strides, kv_heads,
+        q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, kv_heads,
         heads // kv_heads, rows, k.shape[2], columns, tiles, d, scale * LOG2E.value,
-        CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
+        **_options(plan),
     )  # fmt: skip
     return out
 
 
 def weight_rows(
-    q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
+    q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
+    scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
     batch, heads, rows, d = q.shape
     columns, plan = k.shape[2], config(d, q.dtype)
     out = torch.empty(*q.shape[:3], columns, dtype=torch.float32, device=q.device)
@@ -297,29 +341,33 @@ def weight_rows(
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
     row_tiles, tiles = triton.cdiv(rows, M), triton.cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
+    raw, norm = total is not None, norm.contiguous()
+    total = norm if total is None else total.contiguous()
     count_launch()
     _weight_rows[(batch * heads * row_tiles * tiles,)](
-        q, k, lse.contiguous(), real, out, *q.stride(), *k.stride(), *real_strides, heads,
+        q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, heads,
         heads // k.shape[1], rows, columns, row_tiles, tiles, d, scale * LOG2E.value,
-        CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
+        **_options(plan),
     )  # fmt: skip
     return out
 
 
-def block_max(q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float, causal: bool) -> Tensor:
+def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> Tensor:
     batch, heads, rows, d = q.shape
     columns, plan = k.shape[2], config(d, q.dtype)
     row_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(columns, block)
-    out = torch.empty(batch, heads, row_blocks, tiles, dtype=torch.float32, device=q.device)
-    if not out.numel():
-        return out
-    count_launch()
-    _block_max[(batch * heads * row_blocks,)](
-        q, k, lse.contiguous(), out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows,
-        columns, row_blocks, tiles, block, d, scale * LOG2E.value, CAUSAL=causal,
-        M=_tile(block, min(plan.block_k, plan.block_q)), D=_width(d), **_options(plan),
-    )  # fmt: skip
-    return out
+    M, N = _tile(block, plan.block_q), _tile(block, plan.block_k)
+    parts = triton.cdiv(block, M)
+    out = torch.empty(batch, heads, row_blocks, parts, tiles, dtype=torch.float32, device=q.device)
+    if out.numel():
+        count_launch()
+        _block_max[(batch * heads * row_blocks * parts,)](
+            q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns,
+            row_blocks, tiles, block, parts, d, scale * LOG2E.value, CAUSAL=causal, M=M, N=N,
+            D=_width(d), **_options(plan),
+        )  # fmt: skip
+    return out.amax(3)
 
 
 def smooth(s: Tensor, width: int, kind: str, heads: int, reduce: str) -> Tensor:

@@ -153,6 +153,7 @@ def decode(
         check_tensor("sink_logit", sink_logit, ("heads",), (*DTYPES, torch.float64))
         check_size("sink_logit", sink_logit.shape[0], heads, "heads, as in q")
         _check_device("sink_logit", sink_logit, q)
+        sink_logit = sink_logit.contiguous()
     for name, count in (("rows", rows), ("tile", tile), ("workers", workers)):
         if count is not None:
             check_integer(name, count, least=1)

@@ -93,7 +93,9 @@ def check_offsets(q: Tensor, k: Tensor, offsets: Any) -> tuple[Tensor, Tensor]:
     On a CUDA device their values are not looked at, because that would wait for the device.
     """
     if not isinstance(offsets, tuple) or len(offsets) != 2:
-        raise TypeError("offsets: got something else, expected a pair (q_offsets, k_offsets)")
+        raise TypeError(
+            f"offsets: got {type(offsets).__name__}, expected a pair (q_offsets, k_offsets)"
+        )
     check_size("q", q.shape[0], 1, "batch of packed sequences")
     checked = []
     for name, x, total in (

@@ -31,19 +31,19 @@ class FlashConfig:
 
 CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
     ("forward", "dense", 64): (
-        FlashConfig(128, 128, 8, 3),
-        FlashConfig(128, 64, 4, 3),
-        FlashConfig(128, 128, 4, 3),
         FlashConfig(64, 128, 4, 3),
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 128, 4, 3),
         FlashConfig(128, 64, 8, 4),
     ),
     ("forward", "dense", 128): (
+        FlashConfig(128, 64, 4, 2),
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 64, 8, 4),
         FlashConfig(128, 128, 8, 2),
         FlashConfig(64, 128, 4, 2),
         FlashConfig(64, 64, 4, 3),
-        FlashConfig(128, 64, 4, 2),
     ),
     ("forward", "dense", 256): (
         FlashConfig(128, 64, 8, 2),
@@ -52,8 +52,10 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 32, 4, 2),
     ),
     ("forward", "ranged", 128): (
-        FlashConfig(128, 64, 8, 3),
         FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 64, 4, 2),
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(128, 64, 8, 3),
         FlashConfig(64, 64, 4, 3),
         FlashConfig(64, 128, 4, 2),
         FlashConfig(128, 64, 8, 2),
@@ -85,10 +87,10 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 64, 4, 3),
     ),
     ("dkdv", "dense", 128): (
+        FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 128, 8, 2),
         FlashConfig(64, 128, 8, 2, early=True),
         FlashConfig(64, 128, 8, 3),
-        FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 64, 4, 2, early=True),
         FlashConfig(32, 128, 8, 3),
         FlashConfig(32, 64, 4, 3),

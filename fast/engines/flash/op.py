@@ -84,6 +84,11 @@ def flash(
     if scale <= 0:
         # The kernels take the maximum of the scores before they scale them.
         q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+    # One number a head or a row: a copy costs nothing, and the kernels then need no stride.
+    sink_logit, slopes, slope_positions, row_start = (
+        None if x is None else x.contiguous()
+        for x in (sink_logit, slopes, slope_positions, row_start)
+    )
     index, count, q_block, k_block = None, None, 0, 0
     if blocks is not None:
         index, count, q_block, k_block = blocks.index, blocks.count, blocks.q_block, blocks.k_block

@@ -152,13 +152,13 @@ def flash_forward_kernel(
     store_rows(out, mixed, at_row, row < stop, WIDTH_V, DV)
     if has_nan(mixed):
         # The product spreads 0 * NaN to rows that do not see the NaN's key: these are done again.
-        sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
-        sums, tainted = attend_tiles(
-            lengths[0] + lengths[1], sums, q_tile, k_source, v_source, walk, who, factor, tainted,
+        fresh = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
+        redone, left_out = attend_tiles(
+            lengths[0] + lengths[1], fresh, q_tile, k_source, v_source, walk, who, factor, tainted,
             D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
         )  # fmt: skip
-        log_total, mixed = finish(sums, sink_logit, h)
-        store_rows(out, mixed, at_row, tainted == 0, WIDTH_V, DV)
+        _, mixed_again = finish(redone, sink_logit, h)
+        store_rows(out, mixed_again, at_row, left_out == 0, WIDTH_V, DV)
 
 
 def forward(

@@ -74,9 +74,7 @@ def differentiate_tiles(
         v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
-        scores, factor = add_bias(
-            scores, scale * LOG2E, key[None, :], position[:, None], h, slopes
-        )
+        scores, factor = add_bias(scores, scale * LOG2E, key[None, :], position[:, None], h, slopes)
         weights = tl.exp2(scores * factor - row_lse2[:, None])
         dscores = weights * (dweights - row_delta[:, None])
         if PASS > 0:
@@ -156,12 +154,12 @@ def flash_dq_kernel(
     store_rows(dq, dq_tile * scale, at_row, row < stop, WIDTH, D)
     if has_nan(dq_tile):
         # As in the forward kernel: rows that do not see the NaN's key are done again.
-        dq_tile, tainted = differentiate_tiles(
+        redone, left_out = differentiate_tiles(
             lengths[0] + lengths[1], tl.zeros([ROWS, WIDTH], tl.float32), q_tile, dout_tile,
             row_lse2, row_delta, k_source, v_source, walk, who, scale, tainted,
             D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
         )  # fmt: skip
-        store_rows(dq, dq_tile * scale, at_row, tainted == 0, WIDTH, D)
+        store_rows(dq, redone * scale, at_row, left_out == 0, WIDTH, D)
 
 
 @triton.jit(do_not_specialize=VARYING)

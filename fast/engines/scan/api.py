@@ -11,7 +11,6 @@ from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
     check_integer,
-    check_same,
     check_size,
     check_tensor,
     choose_backend,
@@ -71,9 +70,7 @@ def scan(
         _check_state("state", state, (sequences, q.shape[1], q.shape[3], v.shape[3]), q)
     if block is not None:
         check_integer("block", block, least=1)
-    return scan_op(
-        q, k, v, slopes, log_decay, state, offsets, float(scale), block or 0, backend
-    )
+    return scan_op(q, k, v, slopes, log_decay, state, offsets, float(scale), block or 0, backend)
 
 
 def scan_backward(
@@ -125,6 +122,7 @@ def segment_states(
     tokens, and the last state. `heads` is the number of states, kv_heads by default; not
     differentiable.
     """
+    check_tensor("k", k, ("batch", "kv_heads", "tokens", "d"), FLOATS)
     backend = _check(k, k, v, backend)
     check_integer("segment", segment, least=1)
     heads = k.shape[1] if heads is None else heads

@@ -58,6 +58,28 @@ CANDIDATES = (
     ScanConfig(pairs_tile=32, pairs_warps=4),
 )
 
+FLOAT32 = ScanConfig(
+    block=16,
+    states_items=2048,
+    states_stages=1,
+    walk_items=2048,
+    walk_warps=8,
+    walk_stages=1,
+    pairs_tile=32,
+)
+"""IEEE float32 products run on no matrix unit, and larger tiles spill registers."""
+OLDER = ScanConfig(
+    block=32,
+    states_items=4096,
+    states_warps=4,
+    states_stages=1,
+    walk_items=4096,
+    walk_stages=1,
+    pairs_tile=32,
+    descriptors=False,
+)
+"""16-bit inputs on processors before Hopper: less shared memory."""
+
 _forced: list[ScanConfig] = []
 
 
@@ -65,17 +87,11 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
     """The configuration in force for numbers of `itemsize` bytes and keys of width `d`."""
     if _forced:
         return _forced[-1]
-    if itemsize == 2 and hopper:
-        return CANDIDATES[0] if d <= 128 else replace(CANDIDATES[0], states_stages=2)
-    return ScanConfig(
-        block=32,
-        states_items=4096,
-        states_warps=4,
-        states_stages=1,
-        walk_items=4096,
-        walk_stages=1,
-        pairs_tile=32,
-    )
+    if itemsize == 4:
+        return FLOAT32
+    if not hopper:
+        return OLDER
+    return CANDIDATES[0] if d <= 128 else replace(CANDIDATES[0], states_stages=2)
 
 
 @contextmanager

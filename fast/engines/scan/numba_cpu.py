@@ -100,12 +100,15 @@ def _walk(
         q.numpy(), k.numpy(), v.numpy(), decay.numpy(), state.numpy(), out.numpy(),
         spans.starts.numpy(), spans.ends.numpy(), spans.batches.numpy(), splits, backward, lanewise,
     )  # fmt: skip
-    return out[..., :width], state[..., :width].contiguous()
+    return out[..., :width].contiguous(), state[..., :width].contiguous()
 
 
-def _first(
-    state: Tensor | None, q: Tensor, v: Tensor, heads: int, sequences: int
-) -> Tensor:
+def _scaled(o: Tensor, scale: float) -> Tensor:
+    """o times `scale`, in place: a second buffer would cost as much as the scan."""
+    return o if scale == 1.0 else o.mul_(scale)
+
+
+def _first(state: Tensor | None, q: Tensor, v: Tensor, heads: int, sequences: int) -> Tensor:
     if state is None:
         return torch.zeros(sequences, heads, q.shape[3], v.shape[3], dtype=q.dtype)
     return state.to(q.dtype).contiguous()
@@ -122,7 +125,7 @@ def forward(
     spans = Spans.of(q.shape[0], q.shape[2], offsets)
     first = _first(state, q, v, heads, len(spans.starts))
     o, final = _walk(q, k, v, _decays(q, heads, slopes, log_decay), first, spans)
-    return (o * scale).to(dtype), final
+    return _scaled(o, scale).to(dtype), final
 
 
 def segment_states(
@@ -156,7 +159,7 @@ def segment_outputs(
     spans = Spans.of(q.shape[0], q.shape[2], None, segment)
     first = entering.to(q.dtype).transpose(1, 2).flatten(0, 1).contiguous()
     o, _ = _walk(q, k, v, _decays(q, heads, slopes, log_decay), first, spans)
-    return (o * scale).to(dtype)
+    return _scaled(o, scale).to(dtype)
 
 
 def backward(
@@ -166,7 +169,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
     dtype, heads, given = q.dtype, q.shape[1], slopes if slopes is not None else log_decay
-    q, k, v, do = _wide(q), _wide(k), _wide(v), _wide(do) * scale
+    q, k, v, do = _wide(q), _wide(k), _wide(v), _wide(do)
+    do = do if scale == 1.0 else do * scale
     spans = Spans.of(q.shape[0], q.shape[2], offsets)
     decay = _decays(q, heads, slopes, log_decay)
     first = _first(state, q, v, heads, len(spans.starts))
@@ -192,9 +196,9 @@ def backward(
         dg = dg if lanewise else dg[..., 0]
         ddecay = (-dg.sum((0, 2)) if slopes is not None else dg).to(given.dtype)
     return (
-        dq.to(dtype, copy=True),
-        _sum_groups(dk, k.shape[1]).to(dtype, copy=True),
-        _sum_groups(dv, v.shape[1]).to(dtype, copy=True),
+        dq.to(dtype),
+        _sum_groups(dk, k.shape[1]).to(dtype),
+        _sum_groups(dv, v.shape[1]).to(dtype),
         ddecay,
         dstate,
     )

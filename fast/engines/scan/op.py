@@ -31,7 +31,8 @@ def scan_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
     state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _kernels(backend).forward(q, k, v, slopes, log_decay, state, offsets, scale, block)
+    with torch.cuda.device_of(q):
+        return _kernels(backend).forward(q, k, v, slopes, log_decay, state, offsets, scale, block)
 
 
 @scan_op.register_fake
@@ -53,9 +54,22 @@ def scan_backward_op(
     log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
     scale: float, block: int, decay_gradient: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _kernels(backend).backward(
-        do, dfinal, q, k, v, slopes, log_decay, state, offsets, final, scale, block, decay_gradient
-    )
+    with torch.cuda.device_of(q):
+        return _kernels(backend).backward(
+            do,
+            dfinal,
+            q,
+            k,
+            v,
+            slopes,
+            log_decay,
+            state,
+            offsets,
+            final,
+            scale,
+            block,
+            decay_gradient,
+        )
 
 
 @scan_backward_op.register_fake
@@ -103,7 +117,8 @@ def states_op(
     k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None, state: Tensor | None,
     heads: int, segment: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _kernels(backend).segment_states(k, v, slopes, log_decay, state, heads, segment)
+    with torch.cuda.device_of(k):
+        return _kernels(backend).segment_states(k, v, slopes, log_decay, state, heads, segment)
 
 
 @states_op.register_fake
@@ -124,9 +139,10 @@ def outputs_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
     entering: Tensor, scale: float, segment: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _kernels(backend).segment_outputs(
-        q, k, v, slopes, log_decay, entering, scale, segment
-    )
+    with torch.cuda.device_of(q):
+        return _kernels(backend).segment_outputs(
+            q, k, v, slopes, log_decay, entering, scale, segment
+        )
 
 
 @outputs_op.register_fake
@@ -142,7 +158,8 @@ def step_op(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     log_decay: Tensor | None, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _kernels(backend).step(state, q, k, v, slopes, log_decay, scale)
+    with torch.cuda.device_of(q):
+        return _kernels(backend).step(state, q, k, v, slopes, log_decay, scale)
 
 
 @step_op.register_fake

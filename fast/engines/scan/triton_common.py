@@ -108,10 +108,11 @@ def read_rows(
 ):  # fmt: skip
     """Block `i` (C, W) of a segment opened by `open_rows`, zeros beyond its rows and channels."""
     if DESCRIPTORS:
-        return opened.load([i * C, 0])
+        rows = opened.load([i * C, 0])
     else:
         base = opened + tl.cast(i, tl.int64) * C * stride_t
-        return load_tile(base, stride_t, stride_d, left, width, C, W, RAGGED, WIDE)
+        rows = load_tile(base, stride_t, stride_d, left, width, C, W, RAGGED, WIDE)
+    return rows
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def scalar_gates_kernel(
     row = (batch * heads + head) * tokens + start
     rows = tl.arange(0, ROWS)
     blocks = tl.cdiv(count, ROWS)
-    for n in range(0, blocks):
+    for n in range(blocks):
         at = (blocks - 1 - n) * ROWS
         inside = rows < count - at
         x = tl.load(products + row + at + rows, mask=inside, other=0.0)
@@ -74,6 +74,7 @@ def scalar_gates_kernel(
 @triton.jit(
     do_not_specialize=[
         "segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "o_b", "o_h",
+        "g_b", "g_h",
     ]
 )  # fmt: skip
 def vector_gates_kernel(
@@ -81,7 +82,8 @@ def vector_gates_kernel(
     gates, g_b, g_h, g_t, g_d, dq_weighted, dk_weighted, entering, final, leaving, dq, dk, dg,
     table, scale, segments, length, tokens, heads, k_group, v_group,
     D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, DGATES: tl.constexpr,
+    LEVELS: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    DGATES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and, if DGATES, dg (batch, heads, tokens, D) of one segment and BC key channels, from
     the gradients of the weighted q and k and from the products inside each block.
@@ -113,18 +115,32 @@ def vector_gates_kernel(
             tl.minimum(width, BC), D, DV, BC,
         )  # fmt: skip
     blocks = tl.cdiv(count, C)
-    for n in range(0, blocks):
+    for n in range(blocks):
         i = blocks - 1 - n
         at = tl.cast(i, tl.int64) * C
         left = count - i * C
         dP = tl.zeros((C, C), tl.float32)
         for column in range(0, DV, BV):
             V = load_tile(
-                v + at * v_t + tl.cast(column, tl.int64) * v_d, v_t, v_d, left, DV - column, C, BV, DV % BV != 0,
+                v + at * v_t + tl.cast(column, tl.int64) * v_d,
+                v_t,
+                v_d,
+                left,
+                DV - column,
+                C,
+                BV,
+                DV % BV != 0,
                 WIDE,
             )
             dO = load_tile(
-                do + at * o_t + tl.cast(column, tl.int64) * o_d, o_t, o_d, left, DV - column, C, BV, DV % BV != 0,
+                do + at * o_t + tl.cast(column, tl.int64) * o_d,
+                o_t,
+                o_d,
+                left,
+                DV - column,
+                C,
+                BV,
+                DV % BV != 0,
                 WIDE,
             )
             dP = tl.dot(dO, tl.trans(V), dP, input_precision="ieee")

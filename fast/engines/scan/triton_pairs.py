@@ -46,7 +46,11 @@ def upper_half(H: tl.constexpr, C: tl.constexpr):
     return ((tl.arange(0, C) & H) != 0)[:, None]
 
 
-@triton.jit(do_not_specialize=["segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h"])
+@triton.jit(
+    do_not_specialize=[
+        "segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h", "g_b", "g_h",
+    ]
+)  # fmt: skip
 def pairs_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, gates, g_b, g_h, g_t, g_d,
     pairs, q_weighted, k_weighted, totals, table, scale, segments, length, tokens, heads,
@@ -94,12 +98,8 @@ def pairs_kernel(
             sums += tl.where(upper, wider - group, 0.0)
             group = wider
         here = row * D + channel
-        store_tile(
-            q_weighted + here, D, Q * tl.exp(sums) * scale, left, width, C, BC, ragged
-        )
-        store_tile(
-            k_weighted + here, D, K * tl.exp(group - sums), left, width, C, BC, ragged
-        )
+        store_tile(q_weighted + here, D, Q * tl.exp(sums) * scale, left, width, C, BC, ragged)
+        store_tile(k_weighted + here, D, K * tl.exp(group - sums), left, width, C, BC, ragged)
         channels = tl.arange(0, BC)
         total = tl.sum(g, 0)
         at = (block.to(tl.int64) * heads + head) * D + channel + channels

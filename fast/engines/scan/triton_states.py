@@ -48,7 +48,11 @@ def reach(gates, stride_t, slope, count, DECAY: tl.constexpr, BACKWARD: tl.const
     return tl.minimum(rows, count)
 
 
-@triton.jit(do_not_specialize=["segments", "length", "tokens", "a_b", "a_h", "b_b", "b_h"])
+@triton.jit(
+    do_not_specialize=[
+        "segments", "length", "tokens", "a_b", "a_h", "b_b", "b_h", "g_b", "g_h",
+    ]
+)  # fmt: skip
 def states_kernel(
     a, a_b, a_h, a_t, a_d, b, b_b, b_h, b_t, b_d, gates, g_b, g_h, g_t, totals, states, decays,
     table, scale, segments, length, tokens, heads,
@@ -71,7 +75,9 @@ def states_kernel(
     unread = last
     if BACKWARD:
         unread = first
-    if (count == 0) | (unread & (not EVERY)):
+    if EVERY:
+        unread = count == 0
+    if unread | (count == 0):
         return
     a += offset(batch, a_b, head // a_group, a_h, start, a_t, ALIGNED)
     b += offset(batch, b_b, head // b_group, b_h, start, b_t, ALIGNED) + tile * BV * b_d
@@ -93,12 +99,9 @@ def states_kernel(
     else:
         low = (count - within) // C
     S = tl.zeros((BD, BV), tl.float32)
-    if DECAY == VECTOR:
-        log_decay = tl.zeros((BD,), tl.float32)
-    else:
-        log_decay = tl.full((), 0.0, tl.float32)
+    log_decay = tl.zeros((BD,), tl.float32) if DECAY == VECTOR else tl.full((), 0.0, tl.float32)
     channels = tl.arange(0, BD)
-    for n in range(0, blocks - low):
+    for n in range(blocks - low):
         i = low + n
         if BACKWARD:
             i = blocks - 1 - n
@@ -116,10 +119,7 @@ def states_kernel(
                 if BACKWARD:
                     B = (B * scale).to(B.dtype)
             else:
-                if BACKWARD:
-                    weights = tl.exp(sums) * scale
-                else:
-                    weights = tl.exp(total - sums)
+                weights = tl.exp(sums) * scale if BACKWARD else tl.exp(total - sums)
                 B = (B * weights[:, None]).to(B.dtype)
                 S *= tl.exp(total)
         log_decay += total
@@ -166,13 +166,16 @@ def chain_kernel(
             segment = high - 1 - n
         where = segment * heads + head
         at = states + where * D * DV + items
-        summed = FINAL | (n + 1 < count)
-        sums = tl.load(at, mask=inside & summed, other=0.0)
+        summed = n + 1 < count
+        if FINAL:
+            summed = n < count
+        wanted = items < tl.where(summed, D * DV, 0)
+        sums = tl.load(at, mask=wanted, other=0.0)
         tl.store(at, S, mask=inside)
         if DECAY == VECTOR:
-            decay = tl.load(decays + where * D + items // DV, mask=inside & summed, other=0.0)
+            decay = tl.load(decays + where * D + items // DV, mask=wanted, other=0.0)
         else:
-            decay = tl.load(decays + where, mask=summed, other=0.0)
+            decay = tl.where(summed, tl.load(decays + where), 0.0)
         S = S * tl.exp(decay) + sums
     if FINAL:
         tl.store(final + own, S, mask=inside)

@@ -39,6 +39,6 @@ def step_kernel(
         S *= tl.exp(tl.load(gates + batch * g_b + head * g_h).to(tl.float32))
     S += K.to(tl.float32)[:, None] * V.to(tl.float32)[None, :]
     row = batch * heads + head
-    O = tl.sum(S * Q.to(tl.float32)[:, None], 0) * scale
-    tl.store(out + row * DV + columns, O.to(out.dtype.element_ty), mask=columns < DV)
+    Y = tl.sum(S * Q.to(tl.float32)[:, None], 0) * scale
+    tl.store(out + row * DV + columns, Y.to(out.dtype.element_ty), mask=columns < DV)
     tl.store(new + row * D * DV + down * DV + across, S, mask=inside)

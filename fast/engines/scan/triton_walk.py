@@ -38,16 +38,14 @@ def state_offsets(
     """
     rows, columns = tl.arange(0, BR)[:, None], tile * BV + tl.arange(0, BV)[None, :]
     inside = (rows < R) & (columns < V)
-    if TRANSPOSED:
-        return columns * R + rows, inside
-    else:
-        return rows * V + columns, inside
+    places = columns * R + rows if TRANSPOSED else rows * V + columns
+    return places, inside
 
 
 @triton.jit(
     do_not_specialize=[
         "segments", "length", "tokens", "batches", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h",
-        "w_b", "w_h",
+        "w_b", "w_h", "g_b", "g_h",
     ]
 )  # fmt: skip
 def walk_kernel(
@@ -101,7 +99,7 @@ def walk_kernel(
     if ENTERING:
         S = tl.load(entering + state * R * V + places, mask=inside, other=0.0)
     blocks = tl.cdiv(count, C)
-    for n in range(0, blocks):
+    for n in range(blocks):
         i = n
         if BACKWARD:
             i = blocks - 1 - n
@@ -110,13 +108,13 @@ def walk_kernel(
         Q = read_rows(Q_rows, i, q_t, q_d, left, R, C, BR, rag_r, WIDE, DESCRIPTORS)
         K = read_rows(K_rows, i, k_t, k_d, left, R, C, BR, rag_r, WIDE, DESCRIPTORS)
         X = read_rows(V_rows, i, v_t, v_d, left, width, C, BV, rag_v, WIDE, DESCRIPTORS)
-        O = tl.dot(Q, S.to(Q.dtype), input_precision="ieee")
+        Y = tl.dot(Q, S.to(Q.dtype), input_precision="ieee")
         if DECAY == VECTOR:
             if PAIRS:
                 P = load_tile(pairs + (row + at) * C, C, 1, left, C, C, C, False)
                 if BACKWARD:
                     P = tl.trans(P)
-                O = tl.dot(P, X, O, input_precision="ieee")
+                Y = tl.dot(P, X, Y, input_precision="ieee")
             block = (state // heads * tl.cdiv(length, C) + i) * heads + head
             if TRANSPOSED:
                 channels = tile * BV + tl.arange(0, BV)
@@ -134,21 +132,21 @@ def walk_kernel(
             P = tl.dot(Q, tl.trans(K), input_precision="ieee")
             P *= pair_decay(sums, C, BACKWARD) * scale
             if BACKWARD:
-                O *= tl.exp(reading)[:, None]
+                Y *= tl.exp(reading)[:, None]
             else:
-                O *= (tl.exp(reading) * scale)[:, None]
-            O = tl.dot(P.to(X.dtype), X, O, input_precision="ieee")
+                Y *= (tl.exp(reading) * scale)[:, None]
+            Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee")
             if BACKWARD:
                 X = (X * (tl.exp(writing) * scale)[:, None]).to(X.dtype)
             elif DECAY != NONE:
                 X = (X * tl.exp(writing)[:, None]).to(X.dtype)
             if DECAY != NONE:
                 S *= tl.exp(total)
-        store_tile(out + at * V, V, O, left, width, C, BV, rag_v)
+        store_tile(out + at * V, V, Y, left, width, C, BV, rag_v)
         if PRODUCTS:
             W = load_tile(w + at * w_t, w_t, w_d, left, width, C, BV, rag_v, WIDE)
             rows = tl.arange(0, C)
-            tl.store(products + at + rows, tl.sum(W * O, 1), mask=rows < left)
+            tl.store(products + at + rows, tl.sum(W * Y, 1), mask=rows < left)
         S = tl.dot(tl.trans(K), X, S, input_precision="ieee")
     if FINAL:
         edge = last

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 
-# Reordered sums vectorise; NaN and Inf keep their meaning.
+# Reordered sums vectorise; NaN and Inf keep their meaning. NumPy's error model divides without a
+# check for zero, which would keep a loop scalar.
 FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 
 MAX, MIN, AVG = 0, 1, 2
@@ -27,7 +28,7 @@ def _array(x: Tensor) -> np.ndarray:
     return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=FAST)
+@njit(cache=True, nogil=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _pool(x: np.ndarray, block: int, kinds: np.ndarray, out: np.ndarray) -> None:
     batch, heads, tokens, d = x.shape
     blocks = out.shape[2]
@@ -54,7 +55,7 @@ def _pool(x: np.ndarray, block: int, kinds: np.ndarray, out: np.ndarray) -> None
                     row[c] /= stop - start
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _pool_backward(
     dout: np.ndarray, x: np.ndarray, block: int, kinds: np.ndarray, dx: np.ndarray
 ) -> None:
@@ -96,7 +97,7 @@ def pool_backward(dout: Tensor, x: Tensor, block: int, kinds: list[int]) -> Tens
     return torch.from_numpy(dx).to(x.dtype)
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=FAST)
+@njit(cache=True, nogil=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _scores(
     q: np.ndarray, k: np.ndarray, scale: float, causal: bool, fill: float, out: np.ndarray
 ) -> None:
@@ -117,7 +118,7 @@ def _scores(
             line[c] = fill
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=FAST)
+@njit(cache=True, nogil=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _scores_dq(dout: np.ndarray, k: np.ndarray, scale: float, causal: bool, dq: np.ndarray) -> None:
     batch, heads, rows, width = dq.shape
     columns = k.shape[2]
@@ -131,7 +132,7 @@ def _scores_dq(dout: np.ndarray, k: np.ndarray, scale: float, causal: bool, dq: 
                 dq[b, h, r, e] += weight * key[e]
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=FAST)
+@njit(cache=True, nogil=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _scores_dk(dout: np.ndarray, q: np.ndarray, scale: float, causal: bool, dk: np.ndarray) -> None:
     batch, kv_heads, columns, width = dk.shape
     heads, rows = q.shape[1:3]
@@ -202,7 +203,7 @@ def _threshold(row: np.ndarray, k: int, width: int) -> tuple[Any, int]:
     return prefix, remaining
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _top_k(bits: np.ndarray, k: int, width: int, index: np.ndarray, mask: np.ndarray) -> None:
     batch, heads, rows, n = bits.shape
     for line in prange(batch * heads * rows):
@@ -246,7 +247,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(mask)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _mask_lists(mask: np.ndarray, index: np.ndarray, count: np.ndarray) -> None:
     batch, heads, rows, n = mask.shape
     for line in prange(batch * heads * rows):

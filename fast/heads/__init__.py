@@ -1,0 +1,1 @@
+"""Mechanisms of the family heads: head counts and head choice on the flash and decode engines."""

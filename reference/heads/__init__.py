@@ -1,0 +1,1 @@
+"""Part: how heads share keys and values, and how they mix."""

@@ -1,0 +1,1 @@
+"""Part: where tokens stand, and how attention learns of it."""
