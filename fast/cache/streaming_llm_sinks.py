@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_attention_inputs, check_same, check_size, check_tensor
-from attnspec.fast.dense.attention import mask_options
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.engines.flash.checks import FLOATS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.growing import Room, append
 
@@ -43,17 +43,6 @@ def attend(
     see nothing have output 0 and lse -inf (K4). Differentiable.
     """
     return flash(q, k, v, causal=causal, scale=scale, backend=backend, **mask_options(k, mask))
-
-
-def mask_options(k: Any, mask: Any) -> dict[str, Any]:
-    """How the flash engine takes `mask`: one that only hides keys (batch, 1, 1, k_tokens) costs
-    less as a key mask.
-    """
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
-        whole = isinstance(k, Tensor) and k.dim() == 4 and mask.shape[3] == k.shape[2]
-        if whole and mask.shape[0] in (1, k.shape[0]):
-            return {"key_mask": mask[:, 0, 0].expand(k.shape[0], -1)}
-    return {"mask": mask}
 
 
 def attend_packed(

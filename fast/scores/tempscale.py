@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_attention_inputs
-from attnspec.fast.dense.attention import mask_options
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.engines.flash.checks import FLOATS, check_heads
 
 CLAIMS = {"tempered_attention": {"gradient": True, "limits": {"bias": (False,)}}}

@@ -65,8 +65,8 @@ def no_prefix_for_empty_rows(q: Any, K: Any, *args: Any, **options: Any) -> Any:
     out = ATTEND(q, K, *args, **options)
     mask = options.get("key_mask")
     visible = ntk_attention.visible_scores(q, K, options.get("causal", False), mask, None)
-    empty: np.ndarray = np.isneginf(visible).all(axis=-1, keepdims=True)
-    return np.where(empty, np.zeros_like(out), out)
+    seen = np.isfinite(visible).sum(axis=-1, keepdims=True)
+    return np.where(seen == 0, np.zeros_like(out), out)
 
 
 def scaled_terms(q: np.ndarray, Z: np.ndarray, k: np.ndarray, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Tiled exact attention over a plan of visible keys, with its lse, forward and backward."""
 
 from attnspec.fast.engines.flash.blocks import BlockLists
+from attnspec.fast.engines.flash.masks import mask_options
 from attnspec.fast.engines.flash.op import flash
 
-__all__ = ["BlockLists", "flash"]
+__all__ = ["BlockLists", "flash", "mask_options"]
