@@ -120,7 +120,8 @@ def test_right_kernels_pass(kernel):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_passes():
     kernel = Kernel("flex", "attention.attend", flex, array="torch", limits=SIZES)
-    laws = ["agreement", "lengths", "heads", "magnitude", "permutation", "split"]
+    # Uncompiled, it needs at least one key: no law that takes keys away.
+    laws = ["agreement", "lengths", "heads", "magnitude", "permutation"]
     report = certify(kernel, profile="smoke", laws=laws)
     assert report.passed, "\n".join(str(failure) for failure in report.failures)
 
