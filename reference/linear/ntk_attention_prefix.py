@@ -90,7 +90,7 @@ def phi_slope(x: np.ndarray) -> np.ndarray:
 
 
 def positive(k: np.ndarray, positivity: str) -> np.ndarray:
-    """S3: |k| or softplus(k).
+    """S3: ``|k|`` or softplus(k).
 
     >>> positive(np.array([-2.0]), "abs"), positive(np.array([0.0]), "softplus").round(4)
     (array([2.]), array([0.6931]))
@@ -99,7 +99,7 @@ def positive(k: np.ndarray, positivity: str) -> np.ndarray:
 
 
 def positive_slope(k: np.ndarray, positivity: str) -> np.ndarray:
-    """S8: the derivative of `positive`; that of |k| at 0 is 0.
+    """S8: the derivative of `positive`; that of ``|k|`` at 0 is 0.
 
     >>> positive_slope(np.array([-2.0, 0.0]), "abs"), positive_slope(np.zeros(1), "softplus")
     (array([-1.,  0.]), array([0.5]))
