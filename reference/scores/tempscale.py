@@ -65,7 +65,7 @@ from attnspec.reference.dense.attention import (
     sum_groups,
     visible,
 )
-from attnspec.reference.primitives.softmax import softmax, softmax_lse
+from attnspec.reference.primitives.softmax import softmax, softmax_lse, weights_given_lse
 from attnspec.reference.scores.tempscale_collapse import (
     attention_entropy,
     centre_distance,
@@ -243,7 +243,8 @@ def tempered_attention_backward(
     heads, factor = q.shape[-3], default_scale(q.shape[-1]) if scale is None else float(scale)
     allowed = visible(q.shape[-2], k.shape[-2], causal=causal, mask=mask)
     z = scores(q, k, scale, bias)
-    P, _ = softmax_lse(temper(z, tau), allowed)
+    tempered = temper(z, tau)
+    P = weights_given_lse(tempered, softmax_lse(tempered, allowed)[1], allowed)
     unread = np.all(P == 0, axis=-2)[..., None]
     keys, values = (np.where(unread, 0, repeat_heads(x, heads)).astype(x.dtype) for x in (k, v))
     dz, _ = temper_backward(z, tau, score_gradient(P, values, dout, dlse)[0])
