@@ -237,6 +237,8 @@ MUTANTS = (
            tuned, settings={"configs": {"first": tuned.second}}),
     mutant("fallback", "launched", "another implementation answers, the kernel is never launched",
            ATTEND, settings={"launches": lambda: 0}),
+    mutant("beyond-limit", "limits", "a head size outside the stated limit is computed all the same",
+           ATTEND, settings={"limits": {"d": range(1, 9)}}),
     mutant("crop", "refusal", "keys and values of different lengths are cropped to fit",
            crop_to_fit),
     mutant("future-maximum", "prefix", "the rounding of a row depends on later keys",
