@@ -237,7 +237,7 @@ MUTANTS = (
            tuned, settings={"configs": {"first": tuned.second}}),
     mutant("fallback", "launched", "another implementation answers, the kernel is never launched",
            ATTEND, settings={"launches": lambda: 0}),
-    mutant("beyond-limit", "limits", "a head size outside the stated limit is computed all the same",
+    mutant("beyond-limit", "limits", "a head size outside the stated limit is computed anyway",
            ATTEND, settings={"limits": {"d": range(1, 9)}}),
     mutant("crop", "refusal", "keys and values of different lengths are cropped to fit",
            crop_to_fit),
