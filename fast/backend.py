@@ -106,3 +106,12 @@ def check_attention_inputs(q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype]
         raise ValueError(
             f"k: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
         )
+
+
+FAR = 1 << 31
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b for any strides: cuBLAS refuses those of 2^31 and more, so such operands are copied."""
+    a, b = (x.contiguous() if any(s >= FAR for s in x.stride()) else x for x in (a, b))
+    return a @ b

@@ -20,6 +20,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    product,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.columns import weight_rows
@@ -62,7 +63,7 @@ def contract_query(q: Tensor, E: Tensor, *, backend: str | None = None) -> Tenso
     check_same("E", E, "q", q)
     check_size("E", E.shape[0], q.shape[1], "heads, as in q")
     check_size("E", E.shape[1], q.shape[3], "wide, as in q")
-    return q @ E
+    return product(q, E)
 
 
 def diffqkv_attend(
@@ -258,7 +259,7 @@ def _gathered(weights: Tensor, idx: Tensor, v: Tensor, hv: Tensor, renormalise: 
     entry = torch.arange(v.shape[0], device=v.device)[:, None, None, None]
     rows = _wide(v[entry, hv[:, None, None], idx])
     rows = torch.where((weights == 0)[..., None], 0.0, rows)
-    out = (weights[..., None, :] @ rows)[..., 0, :]
+    out = product(weights[..., None, :], rows)[..., 0, :]
     if renormalise:
         kept = weights.sum(-1, keepdim=True)
         out = out / torch.where(kept == 0, 1.0, kept)

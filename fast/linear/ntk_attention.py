@@ -18,6 +18,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    product,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
@@ -54,7 +55,7 @@ def prefix_state(K_P: Tensor, V_P: Tensor, *, backend: str | None = None) -> tup
     check_size("V_P", V_P.shape[0], K_P.shape[0], "heads, as in K_P")
     check_size("V_P", V_P.shape[1], K_P.shape[1], "m, as in K_P")
     features = _features(K_P)
-    return features.transpose(1, 2) @ _wide(V_P), features.sum(1)
+    return product(features.transpose(1, 2), _wide(V_P)), features.sum(1)
 
 
 def prefix_terms(
@@ -69,7 +70,7 @@ def prefix_terms(
     _check_prefix(q, Z, k, positivity)
     features, wide = _features(q), _wide(k)
     kappa = wide.abs() if positivity == "abs" else torch.nn.functional.softplus(wide)
-    return features @ _wide(Z), (features @ kappa[..., None])[..., 0]
+    return product(features, _wide(Z)), product(features, kappa[..., None])[..., 0]
 
 
 def ntk_attend(

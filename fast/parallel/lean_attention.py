@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, choose_backend
+from attnspec.fast.backend import check_integer, check_size, choose_backend, product
 from attnspec.fast.engines.decode import CANDIDATES, decode, use_config
 from attnspec.fast.parallel.lean_attention_schedule import (
     Segment,
@@ -94,7 +94,7 @@ def partial(
         raise ValueError(f"hi: got {hi}, expected an integer <= {k.shape[-2]} (Tk)")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    x = scale * (q.to(wide) @ k[..., lo:hi, :].to(wide).transpose(-1, -2))
+    x = scale * (product(q.to(wide), k[..., lo:hi, :].to(wide).transpose(-1, -2)))
     values = v[..., lo:hi, :].to(wide)
     if mask is not None:
         check_kind("mask", mask, ("rows", "Tk"), "bool")
@@ -104,7 +104,7 @@ def partial(
         values = torch.where(seen.any(dim=-2)[..., None], values, 0.0)
     m = torch.nn.functional.pad(x, (1, 0), value=-torch.inf).amax(-1)
     weights = torch.exp(x - _finite(m)[..., None])
-    return Triple(m, weights.sum(-1), weights @ values)
+    return Triple(m, weights.sum(-1), product(weights, values))
 
 
 def merge(a: Triple, b: Triple) -> Triple:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor
+from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor, product
 from attnspec.fast.engines.additive import (
     additive_lse,
     additive_scores,
@@ -174,7 +174,7 @@ def glimpse(
     weights = logp.exp()
     unread = (weights == 0).all(1)[..., None]
     projected = project(e.masked_fill(unread, 0), W1, b1)
-    return (weights.to(projected.dtype) @ projected).to(e.dtype).contiguous()
+    return (product(weights.to(projected.dtype), projected)).to(e.dtype).contiguous()
 
 
 def _mean(x: Tensor, target_mask: Tensor | None) -> Tensor:

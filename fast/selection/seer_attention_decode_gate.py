@@ -15,6 +15,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    product,
 )
 from attnspec.fast.selection.seer_attention_gate import check_kinds, pool_blocks, rope
 
@@ -68,7 +69,9 @@ def compress_step(
     if rest.shape[2] < b:
         return GateCache(rest, gk)
     start = torch.full((1,), gk.shape[2] * b, device=k_t.device)
-    row = rope(_rms_norm(pool_blocks(rest, b, kinds, backend=backend) @ Wk, norm), start, base)
+    row = rope(
+        _rms_norm(product(pool_blocks(rest, b, kinds, backend=backend), Wk), norm), start, base
+    )
     return GateCache(rest[:, :, :0], torch.cat([gk, row], dim=2))
 
 
@@ -103,14 +106,14 @@ def decode_gate(
     _check_projection(Wq, {"Qproj": (kv_heads, group, d, dg), "Qavgproj": (kv_heads, d, dg)}, mode)
     if Wq is None:
         check_size("q_t", d, dg, "dg, as there is no Wq")
-    gq = q_t.view(-1, kv_heads, group, d)
+    gq = q_t.reshape(-1, kv_heads, group, d)
     if mode == "Qproj":
-        gq = torch.einsum("bhgd,hgde->bhe", gq, Wq)[:, :, None]
+        gq = product(gq.flatten(2)[:, :, None], Wq.flatten(1, 2))
     elif mode != "Qorig":
         gq = gq.float().mean(2, keepdim=True).to(q_t.dtype)
-        gq = gq if Wq is None else gq @ Wq
+        gq = gq if Wq is None else product(gq, Wq)
     gq = rope(_rms_norm(gq, norm), torch.full((gq.shape[2],), pos, device=q_t.device), base)
-    scores = (gq.float() @ gk.float().transpose(2, 3)).mean(2) / math.sqrt(dg)
+    scores = product(gq.float(), gk.float().transpose(2, 3)).mean(2) / math.sqrt(dg)
     # An incomplete block counts as a compressed key of zeros.
     return torch.nn.functional.pad(scores, (0, 1)) if rest.shape[2] else scores
 

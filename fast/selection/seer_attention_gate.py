@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_integer, check_same, check_size, check_tensor
+from attnspec.fast.backend import (
+    DTYPES,
+    check_integer,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+)
 from attnspec.fast.engines import select
 
 KINDS = ("max", "min", "avg")
@@ -84,8 +91,8 @@ def gate_scores(
     if Wq is None:
         gq, keys = pq, pk.repeat_interleave(pq.shape[1] // pk.shape[1], dim=1)
     else:
-        gq, keys = pq @ Wq, pk
-    gq, gk = rotate(gq, cos, sin), rotate(keys @ Wk, cos, sin)
+        gq, keys = product(pq, Wq), pk
+    gq, gk = rotate(gq, cos, sin), rotate(product(keys, Wk), cos, sin)
     scale = 1 / math.sqrt(Wk.shape[2])
     return select.block_scores(gq, gk, scale=scale, fill=MASKED, backend=backend)
 
