@@ -1,0 +1,1 @@
+"""Mechanisms of the family patterns: static masks as plans for the flash engine."""

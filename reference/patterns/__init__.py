@@ -1,0 +1,1 @@
+"""Part: static masks, and the models built on them."""
