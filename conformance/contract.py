@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,7 +23,16 @@ from attnspec.conformance.values import make_values
 from attnspec.reference import Mechanism, Operation, find_mechanism, find_operation
 
 Make = Callable[[np.random.Generator, Case], Any]
+Change = Callable[[dict[str, Any]], Any]
 Parameters = Callable[[Mapping[str, int]], Mapping[str, st.SearchStrategy[Any]]]
+
+
+class BadValue(NamedTuple):
+    """A wrong call that only what an array holds gives away: see `Contract.bad_inputs`."""
+
+    what: str
+    name: str
+    change: Change
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,13 @@ class Contract:
     splits: two or more argument sets whose results, merged by lse, must equal the whole.
     cells: a cell's name ("causal cross", "left", "GQA") -> how to move a case into that cell.
     bad_inputs: wrong calls beyond those every array allows: what is wrong, which argument the
-        message must name, and the wrong value made from good arguments.
+        message must name, and the wrong value made from good arguments. A `BadValue` has the
+        shapes of some good call, so that a kernel must read the array to see it.
     ranking: the reference scores that the "selection" output is judged by, with the count wanted.
     follow: the truth of all outputs, given the kernel's own selection.
+    form: the operation in the form that fast kernels compute, where that is not the chapter's: a
+        recurrence is run in chunks, whose products round what the recurrence keeps in float32.
+        Rounded runs execute it.
     cancelling: gradients ("ds") that are small differences of large terms, as `Output.cancels`.
     hidden: a selection that no output shows, its scores (..., n) having the rows (...) of the first
         output. Rows on which rounding may change the choice are not judged.
@@ -164,9 +177,10 @@ class Contract:
     split: Callable[[Mapping[str, Any], Case], list[dict[str, Any]] | None] | None = None
     stream: Stream | None = None
     cells: Mapping[str, Callable[[Case], Case]] = field(default_factory=dict)
-    bad_inputs: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = ()
+    bad_inputs: tuple[tuple[str, str, Change], ...] = ()
     ranking: Callable[[Mapping[str, Any]], Ranking] | None = None
     follow: Callable[[Mapping[str, Any], np.ndarray], Any] | None = None
+    form: Callable[..., Any] | None = None
     cancelling: tuple[str, ...] = ()
     hidden: Callable[[Mapping[str, Any]], Ranking] | None = None
 

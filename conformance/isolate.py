@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from attnspec.conformance.runner import Profile, Task
 
 START_UP = 120.0
+"""Seconds a fresh process may take before its first law, beyond the time of that law."""
 
 
 class Child:
@@ -36,14 +38,17 @@ class Child:
 
     def run(self, task: Task, timeout: float) -> Result:
         """The task's result; "crash" with the case it was on if the child did not come back."""
+        deadline = time.monotonic() + timeout
         if self.process is None:
             self._start()
+            deadline += START_UP
         number = self.kernels.index(task.kernel)
         self.inbox.put((number, task.law.name, task.dtype))
         current: str | None = None
         while True:
             try:
-                kind, payload = self.outbox.get(timeout=timeout)
+                left = max(0.0, deadline - time.monotonic())
+                kind, payload = self.outbox.get(timeout=left)
             except queue.Empty:
                 reason = f"did not finish within {timeout:g} s"
                 if not self.process.is_alive():
@@ -52,6 +57,9 @@ class Child:
                 return self._crash(task, reason, current)
             if kind == "case":
                 current = payload
+            elif kind == "error":
+                self._stop()
+                return self._crash(task, payload, current)
             else:
                 return payload
 
@@ -104,5 +112,10 @@ def _work(
     while (order := inbox.get()) is not None:
         number, law, dtype = order
         task = Task(kernels[number], laws()[law], dtype)
-        result = run_task(task, profile, saved, notice=lambda case: outbox.put(("case", case)))
+        try:
+            result = run_task(task, profile, saved, notice=lambda case: outbox.put(("case", case)))
+        except Exception as error:
+            # Out of memory, or a device that takes no more orders: a fresh process goes on.
+            outbox.put(("error", f"stopped by {type(error).__name__}: {error}"[:500]))
+            return
         outbox.put(("result", result))

@@ -46,6 +46,20 @@ class Model:
     def compute(self) -> str:
         return accumulator(self.dtype)
 
+    def operand(self, x: np.ndarray) -> np.ndarray:
+        """`x` as an operand of a contraction: entries the dtype lacks are off by half a unit.
+
+        Which way they fall is a kernel's choice too, since it may scale them before it rounds.
+        """
+        nearest = round_to(x, self.dtype).astype(np.float64)
+        if self.dtype == self.compute:
+            return nearest
+        unit = np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1)
+        with np.errstate(invalid="ignore"):
+            error = self.generator.uniform(-0.5, 0.5, x.shape) * unit
+            inside = (nearest != x) & np.isfinite(nearest)
+            return np.where(inside, x + error, nearest)
+
     def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
         """`exact` off by about one unit of accumulation error relative to `size`, sign at random.
 
@@ -125,9 +139,7 @@ def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[st
     deviation of as many roundings: each is uniform within half a unit of the sum so far.
     """
     model = _model.get()
-    exact_operands = [
-        round_to(x, model.dtype).astype(np.float64) if _is_float(x) else x for x in operands
-    ]
+    exact_operands = [model.operand(np.asarray(x)) if _is_float(x) else x for x in operands]
     with np.errstate(invalid="ignore", over="ignore"):
         exact = function(*exact_operands, **kwargs)
         size = function(*[np.abs(x) if _is_float(x) else x for x in exact_operands], **kwargs)

@@ -163,7 +163,8 @@ class Trial:
                     return follow(given, chosen)
 
         expectation = EXPECTATIONS.get(
-            key, lambda: expect(function, arguments, contract.outputs, self.case.dtype)
+            key,
+            lambda: expect(function, arguments, contract.outputs, self.case.dtype, contract.form),
         )
         if copied is not None:
             copies = truth_of(function, copied, contract.outputs)

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
 from attnspec.conformance.contracts.cache.streaming_llm_rows import wrong_integers
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
@@ -102,7 +102,7 @@ BAD_CALLS = (
     ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
     ("a base of 0", "rope_base", lambda a: 0.0 if a["q"].shape[-1] % 2 == 0 else "a"),
     ("slopes of another number", "alibi_slopes", lambda a: np.ones(a["q"].shape[-3] + 1)),
-    ("a slope of 0", "alibi_slopes", lambda a: np.zeros(a["q"].shape[-3])),
+    BadValue("a slope of 0", "alibi_slopes", lambda a: np.zeros(a["q"].shape[-3])),
     *wrong_integers("S", "R"),
 )
 

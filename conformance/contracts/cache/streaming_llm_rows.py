@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
 
 
 def positions(axis: str, name: str) -> Array:
@@ -98,7 +98,7 @@ CONTRACTS = (
         outputs=(Output("out"),),
         linear_in=("alibi_slopes",),
         bad_inputs=(
-            ("a slope of 0", "alibi_slopes", lambda a: 0 * a["alibi_slopes"]),
+            BadValue("a slope of 0", "alibi_slopes", lambda a: 0 * a["alibi_slopes"]),
             ("integer slopes", "alibi_slopes", lambda a: np.ones(1, np.int64)),
             ("fractional positions", "p_q", lambda a: a["p_q"] + 0.5),
             ("fractional positions", "p_k", lambda a: a["p_k"] + 0.5),

@@ -6,7 +6,7 @@ What happens inside a block is in `lightning_attention_2_chunks`, unequal sequen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Stream
-from attnspec.reference.linear.lightning_attention_2 import attend_recurrent
+from attnspec.reference.linear.lightning_attention_2 import attend, attend_recurrent
 
 HEADS = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "d": (1, 24), "dv": (1, 24)}
 SELF = {**HEADS, "tokens": (1, 24)}
@@ -62,6 +62,11 @@ def _tokens(whole: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
 
 def _token_by_token(whole: Mapping[str, Any]) -> np.ndarray:
     return attend_recurrent(**{name: whole[name] for name in ("q", "k", "v", "s")})[0]
+
+
+def in_chunks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on blocks of 64 tokens, whichever it is asked for: the answer does not depend."""
+    return lambda **a: function(**{**a, "block": 64})
 
 
 def _no_state(whole: Mapping[str, Any]) -> np.ndarray:
@@ -164,6 +169,7 @@ CONTRACTS = (
         arrays=(Q, K, V, SLOPES, S0),
         outputs=(Output("o"), STATE),
         linear_in=("q", "v S0", "k S0"),
+        form=in_chunks(attend),
         causal=lambda case: True,
         neutral={"S0": lambda case: np.zeros(case.shape("batch heads d dv"))},
         bad_inputs=(
@@ -180,6 +186,7 @@ CONTRACTS = (
         outputs=(Output("o"), STATE),
         parameters=blocks,
         linear_in=("q", "v S0", "k S0"),
+        form=in_chunks(attend),
         causal=lambda case: True,
         cancelling=("ds",),
         neutral={"S0": lambda case: np.zeros(case.shape("batch heads d dv"))},

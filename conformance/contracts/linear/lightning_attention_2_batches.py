@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
 from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     BAD_HEADS,
     BAD_SLOPES,
@@ -21,9 +21,11 @@ from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     Q,
     V,
     blocks,
+    in_chunks,
     longer,
     wrong_integers,
 )
+from attnspec.reference.linear.lightning_attention_2_batches import attend_packed, attend_padded
 
 
 def make_offsets(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -78,12 +80,13 @@ CONTRACTS = (
         parameters=blocks,
         linear_in=("q", "v S0", "k S0"),
         cancelling=("ds",),
+        form=in_chunks(attend_packed),
         causal=lambda case: True,
         neutral={"S0": lambda case: np.zeros(case.shape("sequences heads d dv"))},
         cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
         bad_inputs=(
             ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            ("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
+            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
             ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
             ("a state for another sequence", "S0", lambda a: np.zeros((9, *_packed_state(a)[1:]))),
             ("a state of another width", "S0", lambda a: np.zeros((*_packed_state(a)[:-1], 99))),
@@ -102,6 +105,7 @@ CONTRACTS = (
         outputs=(Output("o"), STATE),
         parameters=blocks,
         linear_in=("q", "v S0", "k S0"),
+        form=in_chunks(attend_padded),
         causal=lambda case: True,
         poison=poison_padding,
         neutral={"S0": lambda case: np.zeros(case.shape("batch heads d dv"))},

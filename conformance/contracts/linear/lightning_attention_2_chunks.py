@@ -20,6 +20,7 @@ from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     blocks,
     wrong_integers,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import chunk_states
 
 
 def make_log_decays(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -38,6 +39,11 @@ def _entering(rng: np.random.Generator, case: Case) -> np.ndarray:
 
 def _states(a: Mapping[str, Any]) -> tuple[int, ...]:
     return (*a["g"].shape[:-1], a["k"].shape[-1], a["v"].shape[-1])
+
+
+def _states_in_chunks(block: int, **a: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The states at the ends of blocks, and the last one as chunks of 64 tokens give it."""
+    return chunk_states(**a, block=block)[0], chunk_states(**a, block=64)[1]
 
 
 G = Array("g", "batch heads tokens", make=make_log_decays)
@@ -66,6 +72,7 @@ CONTRACTS = (
         sizes=SELF,
         arrays=(K, V, G, S0),
         outputs=(Output("S_entering", dtype="float32"), STATE),
+        form=_states_in_chunks,
         parameters=blocks,
         linear_in=("v S0", "k S0"),
         neutral={"S0": lambda case: np.zeros(case.shape("batch heads d dv"))},

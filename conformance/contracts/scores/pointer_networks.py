@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
 from attnspec.conformance.contracts.scores.pointer_networks_steps import (
     allowed_slots,
     log_probabilities,
@@ -113,7 +113,9 @@ CONTRACTS = (
         outputs=(Output("out", wide=True),),
         poison=nan_where_masked,
         bad_inputs=(
-            ("a step that may point nowhere", "mask", lambda a: np.zeros(a["scores"].shape, bool)),
+            BadValue(
+                "a step that may point nowhere", "mask", lambda a: np.zeros(a["scores"].shape, bool)
+            ),
             ("an integer mask", "mask", lambda a: np.ones(a["scores"].shape, np.int64)),
             ("a mask without a batch", "mask", lambda a: np.ones(a["scores"].shape[-1], bool)),
             ("scores of no slot", "scores", lambda a: a["scores"][..., :0]),

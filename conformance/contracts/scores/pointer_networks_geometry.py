@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
 from attnspec.conformance.contracts.scores.pointer_networks_points import (
     clipped_polygon,
     far_polygons,
@@ -211,8 +211,10 @@ CONTRACTS = (
             *wrong_points(),
             ("another batch of tours", "tour", lambda a: a["tour"].repeat(3, axis=0)),
             ("fractional stops", "tour", lambda a: a["tour"] + 0.5),
-            ("a stop beyond the points", "tour", lambda a: np.full((len(a["tour"]), 1), 99)),
-            ("a negative stop", "tour", lambda a: np.full((len(a["tour"]), 1), -1)),
+            BadValue(
+                "a stop beyond the points", "tour", lambda a: np.full((len(a["tour"]), 1), 99)
+            ),
+            BadValue("a negative stop", "tour", lambda a: np.full((len(a["tour"]), 1), -1)),
         ),
     ),
 )
