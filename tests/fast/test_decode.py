@@ -8,89 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnspec.fast import backend
 from attnspec.fast.engines.decode import CANDIDATES, configs, decode, use_config
 from attnspec.fast.engines.numba_math import exp_f32
 from attnspec.fast.parallel import lean_attention as fast
 from attnspec.reference.parallel import lean_attention as spec
-
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-INF, NAN = math.inf, math.nan
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    causal: bool = True,
-    index: Tensor | None = None,
-    page: int = 1,
-    bias: Tensor | None = None,
-    sink_logit: Tensor | None = None,
-    **how: Any,
-) -> tuple[Tensor, Tensor]:
-    """Row by row from the definition; keywords about how the work is split change nothing."""
-    batch, heads, q_tokens, d = q.shape
-    kv_heads, room = k.shape[1:3]
-    out = torch.zeros(batch, heads, q_tokens, v.shape[3], dtype=torch.float64)
-    lse = torch.full((batch, heads, q_tokens), -INF, dtype=torch.float64)
-    for b, h, i in np.ndindex(batch, heads, q_tokens):
-        head = h // (heads // kv_heads)
-        length = room
-        if lengths is not None:
-            length = min(int(lengths[b, head] if lengths.dim() == 2 else lengths[b]), room)
-        keys = torch.arange(room)
-        if index is not None:
-            entries = index[b, head].long()[:, None]
-            keys = torch.where(entries < 0, room, entries * page + torch.arange(page)).reshape(-1)
-        extra = torch.zeros(len(keys)) if bias is None else bias[b, head]
-        seen = (keys < length) & (extra > -INF)
-        if causal:
-            seen &= keys <= i + length - q_tokens
-        x = k[b, head, keys[seen]].double() @ q[b, h, i].double() / math.sqrt(d)
-        x += extra[seen].double()
-        sink = torch.zeros(0) if sink_logit is None else sink_logit[h : h + 1]
-        lse[b, h, i] = torch.cat([x, sink.double()]).logsumexp(0)
-        out[b, h, i] = torch.exp(x - lse[b, h, i]) @ v[b, head, keys[seen]].double()
-    return out, lse
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, expected: tuple[Tensor, Tensor], **how: Any) -> None:
-    out, lse = decode(q, k, v, **how)
-    assert out.dtype == q.dtype
-    tolerance = TOLERANCE[q.dtype]
-    torch.testing.assert_close(out.double(), expected[0], atol=tolerance, rtol=tolerance)
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    assert lse.dtype == exact
-    torch.testing.assert_close(lse, expected[1].to(exact), atol=5e-6, rtol=1e-6)
-
-
-def draw(batch: int, heads: int, kv_heads: int, queries: int, keys: int, d: int, dv: int) -> Any:
-    torch.manual_seed(0)
-    shapes = (batch, heads, queries, d), (batch, kv_heads, keys, d), (batch, kv_heads, keys, dv)
-    return tuple(torch.randn(shape) for shape in shapes)
+from tests.decode_cases import CASES, INF, NAN, TOLERANCE, check, compare, draw, plain
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        (1, 4, 2, 1, 130, 64, 64),
-        (2, 3, 1, 1, 65, 80, 96),
-        (1, 2, 2, 3, 63, 16, 24),
-        (1, 8, 2, 9, 40, 20, 16),
-        (1, 2, 1, 6, 4, 5, 7),
-        (2, 2, 1, 1, 1, 1, 1),
-    ],
-)
-@pytest.mark.parametrize("causal", [True, False])
-def test_contiguous(dtype: torch.dtype, sizes: tuple[int, ...], causal: bool) -> None:
-    q, k, v = (x.to(dtype) for x in draw(*sizes))
-    check(q, k, v, plain(q, k, v, causal=causal), causal=causal)
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name: str, dtype: torch.dtype) -> None:
+    check(name, dtype)
 
 
 @pytest.mark.parametrize("order", ["natural", "paired"])
@@ -102,50 +34,8 @@ def test_how_the_work_is_split_changes_nothing(
     q, k, v = draw(2, 4, 2, 7, 41, 16, 8)
     lengths = torch.tensor([41, 12], dtype=torch.int32)
     expected = plain(q, k, v, lengths=lengths)
-    check(q, k, v, expected, lengths=lengths, order=order, workers=workers, **split)
-
-
-@pytest.mark.parametrize("lengths", [[5, 0, 33, 40], [0, 0, 0, 0], [0, 17, 1, 0], [99, 40, 3, 2]])
-@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
-def test_ragged_batches_do_not_read_beyond_their_lengths(
-    lengths: list[int], integers: torch.dtype
-) -> None:
-    q, k, v = draw(4, 4, 2, 2, 40, 16, 16)
-    for b, n in enumerate(lengths):
-        k[b, :, n:], v[b, :, n:] = NAN, INF
-    n = torch.tensor(lengths, dtype=integers)
-    sink = torch.randn(4)
-    for workers in (1, 3, 50):
-        check(q, k, v, plain(q, k, v, lengths=n), lengths=n, workers=workers)
-        expected = plain(q, k, v, lengths=n, sink_logit=sink)
-        check(q, k, v, expected, lengths=n, sink_logit=sink, workers=workers)
-
-
-def test_lengths_of_each_head() -> None:
-    q, k, v = draw(2, 4, 2, 3, 40, 16, 16)
-    lengths = torch.tensor([[5, 0], [33, 40]])
-    check(q, k, v, plain(q, k, v, lengths=lengths), lengths=lengths, workers=3)
-
-
-@pytest.mark.parametrize("page", [1, 4])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_gathered(page: int, with_bias: bool) -> None:
-    q, k, v = draw(2, 4, 2, 2, 64, 16, 16)
-    chosen = [torch.randperm(64 // page)[:11] for _ in range(4)]
-    options: dict[str, Any] = {"index": torch.stack(chosen).view(2, 2, 11).int(), "page": page}
-    options["index"][0, 0, 3] = -1
-    options["index"][1, 1] = -1
-    options["lengths"] = torch.tensor([50, 64])
-    if with_bias:
-        options["bias"] = torch.randn(2, 2, 11 * page)
-        options["bias"][0, 1, 2] = -INF
-    expected = plain(q, k, v, **options)
-    unread = torch.ones(2, 2, 64, dtype=torch.bool)
-    for b, head in np.ndindex(2, 2):
-        for entry in options["index"][b, head].tolist():
-            unread[b, head, entry * page : (entry + 1) * page] &= entry < 0
-    k[unread], v[unread] = NAN, NAN
-    check(q, k, v, expected, workers=3, **options)
+    got = decode(q, k, v, lengths=lengths, order=order, workers=workers, **split)
+    compare(got, expected, torch.float32)
 
 
 def test_the_same_token_twice_counts_twice() -> None:
@@ -153,58 +43,6 @@ def test_the_same_token_twice_counts_twice() -> None:
     _, once = decode(q, k, v, index=torch.tensor([[[3]]]))
     _, twice = decode(q, k, v, index=torch.tensor([[[3, 3]]]))
     torch.testing.assert_close(twice - once, torch.full_like(once, math.log(2)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_paged(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    pool = torch.randn(2, 20, 8, 2, 16).to(dtype)
-    k_pages, v_pages = pool.transpose(2, 3)
-    table = torch.randperm(20)[:16].view(2, 8).int()
-    k, v = (x[table.long()].transpose(1, 2).reshape(2, 2, 64, 16) for x in (k_pages, v_pages))
-    q, lengths = torch.randn(2, 4, 2, 16).to(dtype), torch.tensor([13, 61])
-    table[0, 2:] = -1
-    options: dict[str, Any] = {"lengths": lengths, "workers": 3}
-    expected = plain(q, k, v, lengths=lengths)
-    check(q, k_pages, v_pages, expected, block_table=table, **options)
-    options |= {"index": torch.randint(0, 15, (2, 2, 6)), "page": 4}
-    check(q, k_pages, v_pages, plain(q, k, v, **options), block_table=table, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_layouts(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(1, 2, 16, 1).to(dtype).transpose(2, 3)
-    fused = torch.randn(1, 50, 3, 2, 16).to(dtype)
-    k, v = fused[:, :, 1].transpose(1, 2), fused[:, :, 2].transpose(1, 2)
-    check(q, k, v, plain(q, k, v))
-    k, v = (
-        torch.randn(1, 2, 16, 50).to(dtype).mT,
-        torch.randn(17).to(dtype)[1:].expand(1, 2, 50, 16),
-    )
-    check(q, k, v, plain(q, k, v), workers=2)
-    v = torch.randn(1, 2, 50, 1).to(dtype).expand(1, 2, 50, 16)
-    check(q, k, v, plain(q, k, v), lengths=torch.tensor([9, 50])[1:])
-
-
-def test_bias_hides_keys() -> None:
-    """Left padding: NaN behind it never leaks (K11)."""
-    q, k, v = draw(1, 4, 2, 1, 50, 16, 16)
-    bias = torch.zeros(1, 1, 50).masked_fill(torch.arange(50) < 7, -INF).expand(1, 2, 50)
-    expected = plain(q, k, v, bias=bias)
-    k[:, :, :7], v[:, :, :7] = NAN, NAN
-    check(q, k, v, expected, bias=bias, workers=2)
-
-
-def test_sizes_of_zero() -> None:
-    q, k, v = draw(1, 4, 2, 2, 0, 16, 16)
-    out, lse = decode(q, k, v)
-    assert out.eq(0).all()
-    assert lse.eq(-INF).all()
-    assert decode(q[:, :, :0], k, v)[0].shape == (1, 4, 0, 16)
-    assert decode(q[:0], k[:0], v[:0])[1].shape == (0, 4, 2)
-    nothing = torch.zeros(1, 2, 0, dtype=torch.int32)
-    assert decode(*draw(1, 4, 2, 2, 9, 16, 16), index=nothing)[1].eq(-INF).all()
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -226,12 +64,42 @@ def test_float16_subnormals_and_infinities_are_widened_exactly() -> None:
     assert decode(q, k, infinite, index=index)[0].isinf().all()
 
 
-def test_two_calls_give_the_same_bits_and_launch() -> None:
+def test_twenty_calls_give_the_same_bits_and_launch() -> None:
     q, k, v = draw(2, 4, 2, 1, 200, 16, 16)
     before = backend.launch_count()
-    first, second = decode(q, k, v), decode(q, k, v)
+    first = decode(q, k, v, workers=5)
     assert backend.launch_count() > before
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for _ in range(20):
+        again = decode(q, k, v, workers=5)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_known_kind_of_call_is_still_checked() -> None:
+    q, k, v = draw(2, 4, 2, 1, 9, 16, 16)
+    bias = torch.zeros(2, 2, 9)
+    for _ in range(2):
+        decode(q, k, v, bias=bias, page=1, scale=1.0)
+    for wrong in ({"page": True}, {"scale": True}, {"scale": [1.0]}, {"page": 1.0}):
+        with pytest.raises((TypeError, ValueError), match=f"^{next(iter(wrong))}: got"):
+            decode(q, k, v, bias=bias, **{"page": 1, "scale": 1.0, **wrong})
+    for name, call in {
+        "v": (q, k, v[:, :, :8]),
+        "k": (q, k[:1], v),
+        "bias": (q, k[:, :, :8], v[:, :, :8]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            decode(*call, bias=bias, page=1, scale=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_tracers_see_the_custom_op() -> None:
+    q, k, v = draw(2, 4, 2, 1, 9, 16, 16)
+    decode(q, k, v)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        for out in (*decode(q, k, v), *decode(*fakes)):
+            assert isinstance(out, FakeTensor)
+    assert "attnspec.decode" in make_fx(lambda *x: decode(*x))(q, k, v).code
 
 
 def test_decode_has_no_gradient() -> None:

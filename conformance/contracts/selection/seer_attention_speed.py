@@ -1,4 +1,4 @@
-"""Benchmarks of SeerAttention: the block-sparse kernel at a tenth of the causal blocks."""
+"""Benchmarks of SeerAttention: block-sparse prefill, and decoding from the blocks selected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnspec.conformance.bench.inputs import qkv
-from attnspec.conformance.bench.model import Benchmark, Cost
+from attnspec.conformance.bench.model import Benchmark, Cost, Rival
 from attnspec.conformance.bench.rivals import flex, sdpa, torch_sdpa
 
 
@@ -52,10 +52,64 @@ def sparse(device: str, heads: int, tokens: int, d: int, b: int, rivals: Any) ->
     )
 
 
+def selected_blocks(heads: int, kv_heads: int, tokens: int, d: int, b: int, budget: int) -> Any:
+    """One query, a cache, and the random blocks of `b` that hold `budget` tokens a kv head."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        import torch
+
+        arguments = qkv(1, heads, kv_heads, 1, tokens, d)(device, dtype)
+        generator = torch.Generator(device).manual_seed(1)
+        order = torch.rand(1, kv_heads, tokens // b, generator=generator, device=device).argsort()
+        return {"q_t": arguments.pop("q"), **arguments, "M": order < budget // b, "b": b}
+
+    return make
+
+
+def read_selected(arguments: Mapping[str, Any]) -> Cost:
+    """Keys and values of the selected blocks, read once, and the mask."""
+    q, k, v, chosen, b = (arguments[name] for name in ("q_t", "k", "v", "M", "b"))
+    tokens, widths = float(chosen.sum()) * b, k.shape[3] + v.shape[3]
+    group = q.shape[1] // k.shape[1]
+    return Cost(
+        2.0 * tokens * group * widths, tokens * widths * k.element_size() + float(chosen.numel())
+    )
+
+
+def gather_then_sdpa(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Copy the selected tokens out of the cache, then torch's attention; the list is given."""
+    import torch
+
+    q, k, v, chosen, b = (arguments[name] for name in ("q_t", "k", "v", "M", "b"))
+    tokens = chosen.repeat_interleave(b, 2).nonzero()[:, 2].view(*k.shape[:2], -1, 1)
+
+    def call() -> Any:
+        keys, values = (x.gather(2, tokens.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=grouped)
+
+    return call
+
+
+def gathered(device: str, heads: int, kv_heads: int, tokens: int, d: int, b: int) -> Benchmark:
+    return Benchmark(
+        "seer_attention.decode_attend",
+        f"2048 of {tokens // 1024}k tokens, blocks of {b}",
+        device,
+        selected_blocks(heads, kv_heads, tokens, d, b, 2048),
+        read_selected,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        rivals=(Rival("gather-sdpa", gather_then_sdpa),),
+        settings={"tokens": tokens, "d": d, "heads": heads, "kv_heads": kv_heads, "b": b},
+    )
+
+
 DENSE = (sdpa("flash", causal=True), sdpa("cudnn", causal=True))
 BENCHMARKS = (
     sparse("cuda", 32, 32768, 128, 128, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 32768, 128, 64, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 131072, 128, 128, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cpu", 8, 4096, 64, 64, (torch_sdpa(causal=True),)),
+    *(gathered("cuda", 32, 8, 131072, 128, b) for b in (1, 16, 64)),
+    gathered("cpu", 8, 8, 65536, 64, 64),
 )

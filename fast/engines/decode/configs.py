@@ -72,6 +72,11 @@ def config(
     return replace(chosen, tile=tile, rows=rows, stages=max(stages, 2))
 
 
+def forced_config() -> DecodeConfig | None:
+    """What `use_config` has put in force, if anything."""
+    return _forced[-1] if _forced else None
+
+
 @contextmanager
 def use_config(forced: DecodeConfig) -> Iterator[None]:
     """Run every decode call inside the block with `forced`."""

@@ -7,6 +7,7 @@ float64 is computed in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -22,6 +23,7 @@ from attnspec.fast.engines.decode.numba_loops import (
     NATIVE,
     accumulate,
     dots,
+    scale_and_mask,
     softmax_row,
     widen,
 )
@@ -147,34 +149,51 @@ def _segment(
     keys = _keys(output, shape, lengths)
     slots = index.shape[2] * shape.page if shape.gathered else keys
     rows = min(shape.rows, shape.q_tokens * shape.group - block * shape.rows)
-    key, gain = np.empty(shape.tile, np.int64), np.empty(shape.tile, q.dtype)
-    scores, at = np.empty(shape.tile, q.dtype), np.empty((2, shape.tile), np.uint64)
+    # Two tiles' worth of lists: while one is computed on, rows of the next are fetched.
+    key, gain = np.empty((2, shape.tile), np.int64), np.empty((2, shape.tile), q.dtype)
+    scores, at = np.empty(shape.tile, q.dtype), np.empty((2, 2, shape.tile), np.uint64)
     in_place = shape.kind == NATIVE and k.channel == 1 and v.channel == 1
     held = 0 if in_place else shape.tile
     k_buffer, v_buffer = np.empty(held * shape.d, q.dtype), np.empty(held * shape.dv, q.dtype)
     k_source, v_source = (k.wide, v.wide) if in_place else (k_buffer, v_buffer)
     m[:], den[:], o[:] = -np.inf, 0, 0
-    for tile in range(lo, hi):
-        first = tile * shape.tile
-        last = min(first + shape.tile, slots)
-        count = _tile_keys(
-            first, last, b, head, keys, shape, index, table, bias, k, v, key, gain, at
-        )
+    following = 0
+    for tile in range(lo - 1, hi):
+        now, then = tile % 2, (tile + 1) % 2
+        count, following = following, 0
+        if tile + 1 < hi:
+            first = (tile + 1) * shape.tile
+            following = _tile_keys(
+                first, min(first + shape.tile, slots), b, head, keys, shape, index, table, bias,
+                k, v, key[then], gain[then], at[then],
+            )  # fmt: skip
+        if count == 0:
+            continue
         if not in_place:
-            widen(k, at[0], count, shape.d, shape.kind, k_buffer)
-            widen(v, at[1], count, shape.dv, shape.kind, v_buffer)
+            if shape.kind == NATIVE:
+                widen(k, at[now, 0], count, shape.d, shape.kind, k_buffer,
+                      v.wide, at[now, 1], count, shape.dv)  # fmt: skip
+                widen(v, at[now, 1], count, shape.dv, shape.kind, v_buffer,
+                      k.wide, at[then, 0], following, shape.d)  # fmt: skip
+            else:
+                widen(k, at[now, 0], count, shape.d, shape.kind, k_buffer,
+                      v.half, at[now, 1], count, shape.dv)  # fmt: skip
+                widen(v, at[now, 1], count, shape.dv, shape.kind, v_buffer,
+                      k.half, at[then, 0], following, shape.d)  # fmt: skip
         for r in range(rows):
             row = block * shape.rows + r
             token, h = row // shape.group, head * shape.group + row % shape.group
-            dots(q[b, h, token], k_source, at[0], count, shape.d, scores)
+            fetched = in_place and r == 0
+            dots(q[b, h, token], k_source, at[now, 0], count, shape.d, scores,
+                 v_source, at[now, 1], count if fetched else 0, shape.dv)  # fmt: skip
             newest = length - shape.q_tokens + token if shape.causal else length
-            for n in range(count):
-                scores[n] = scores[n] * scale + gain[n] if key[n] <= newest else -np.inf
+            scale_and_mask(scores, count, scale, gain[now], key[now], newest)
             m[r], total, keep = softmax_row(scores, count, m[r])
             den[r] = den[r] * keep + total
             if keep != 1:
                 o[r] *= keep
-            accumulate(scores, v_source, at[1], count, shape.dv, o[r])
+            accumulate(scores, v_source, at[now, 1], count, shape.dv, o[r],
+                       k_source, at[then, 0], following if fetched else 0, shape.d)  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -334,3 +353,9 @@ def forward(
         out.numpy(), lse.numpy(),
     )  # fmt: skip
     return out.to(q.dtype), lse
+
+
+def prepare(*arguments: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What serves every call of this kind: `forward` with the options of these arguments."""
+    options = arguments[8:]
+    return lambda *tensors: forward(*tensors, *options)

@@ -1,13 +1,20 @@
-"""The decode engine's operation: argument checks, the custom op and its refusal of gradients."""
+"""The decode engine's operation: argument checks, the custom op and its refusal of gradients.
+
+A call is checked and planned once for its kind: a later one that differs in addresses, strides and
+the number of cached tokens alone finds its launch in a dictionary. Where nobody looks on (no graph,
+no gradient, no tracer), it goes there directly; else through the custom op.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from attnspec.fast.backend import (
     DTYPES,
@@ -18,10 +25,16 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_backend,
 )
+from attnspec.fast.engines.decode.configs import forced_config
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
 LARGEST_HEAD = 256
+MOST_KINDS = 1024
+"""Kinds of calls whose launches are kept."""
+PLAIN = (Tensor, Parameter, type(None))
+
+_launches: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
 def _kernels(backend: str) -> ModuleType:
@@ -53,10 +66,71 @@ def _decode(
     paired: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).forward(
-        q, k, v, lengths, index, block_table, bias, sink_logit, scale, causal, page, rows, tile,
-        workers, paired,
+    tensors = (q, k, v, lengths, index, block_table, bias, sink_logit)
+    options = (scale, causal, page, rows, tile, workers, paired, backend)
+    kind = _kind(*tensors, options)
+    return (_known(kind) or _plan(kind, tensors, options))(*tensors)
+
+
+def _known(kind: Hashable) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The launch of this kind of call, if there was one; an option without a hash is a wrong one,
+    which the checks will name.
+    """
+    try:
+        return _launches.get(kind)
+    except TypeError:
+        return None
+
+
+def _plan(
+    kind: Hashable, tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The launch of this kind of call, from arguments that have been checked."""
+    if len(_launches) >= MOST_KINDS:
+        _launches.clear()
+    *rest, backend = options
+    launch = _launches[kind] = _kernels(backend).prepare(*tensors, *rest)
+    return launch
+
+
+def _kind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    index: Tensor | None,
+    block_table: Tensor | None,
+    bias: Tensor | None,
+    sink_logit: Tensor | None,
+    options: tuple[Any, ...],
+) -> Hashable:
+    """What checks and launches depend on: all but addresses, strides and the cached tokens."""
+    k_pages, k_heads, k_tokens, k_d = k.shape
+    v_pages, v_heads, v_tokens, v_d = v.shape
+    rest: list[Any] = [forced_config()]
+    for x in (lengths, index, block_table, sink_logit):
+        rest.append(None if x is None else (x.shape, x.dtype, x.device))
+    if bias is not None:
+        grows = index is None and block_table is None and bias.shape[2:] == k.shape[2:3]
+        rest += [bias.shape[:2] if grows else bias.shape, bias.dtype, bias.device]
+    return (
+        q.shape, k_pages, k_heads, k_d, v_pages, v_heads, v_d, v_tokens - k_tokens,
+        None if block_table is None else k_tokens, q.dtype, k.dtype, v.dtype, q.device, k.device,
+        v.device, options, *map(type, options), *rest,
     )  # fmt: skip
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """True if there is nothing around that must see the custom op: the launch may be called."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in PLAIN or (grad and x is not None and x.requires_grad):
+            return False
+    return True
 
 
 @_decode.register_fake
@@ -119,9 +193,19 @@ def decode(
     How the work is split: query heads of a group and tokens are packed as at most `rows` rows; at
     most `tile` keys, for Triton a power of two from 16 on, are one step; `workers` share all tiles
     evenly; `order` "paired" alternates early and late query blocks. None takes the tuned choice.
-    None of them changes the result beyond rounding. Two launches, no host synchronisation. Numba
-    also takes float64, with lse in float64. For inference: there is no gradient.
+    None of them changes the result beyond rounding, and two calls give the same bits. One launch,
+    no host synchronisation. Numba also takes float64, with lse in float64. For inference: there is
+    no gradient.
     """
+    tensors = (q, k, v, lengths, index, block_table, bias, sink_logit)
+    direct = _unobserved(*tensors)
+    kind: Hashable = None
+    if direct and q is not None and k is not None and v is not None and k.dim() == v.dim() == 4:
+        options = (scale, causal, page, rows, tile, workers, order, backend)
+        kind = _kind(*tensors, options)
+        launch = _known(kind)
+        if launch is not None:
+            return launch(*tensors)
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     kv_heads, slots = _check_cache(q, k, v, block_table, backend)
     check_integer("page", page, least=1)
@@ -153,7 +237,6 @@ def decode(
         check_tensor("sink_logit", sink_logit, ("heads",), (*DTYPES, torch.float64))
         check_size("sink_logit", sink_logit.shape[0], heads, "heads, as in q")
         _check_device("sink_logit", sink_logit, q)
-        sink_logit = sink_logit.contiguous()
     for name, count in (("rows", rows), ("tile", tile), ("workers", workers)):
         if count is not None:
             check_integer(name, count, least=1)
@@ -164,10 +247,12 @@ def decode(
         scale = q.shape[3] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
-    return _decode(
-        q, k, v, lengths, index, block_table, bias, sink_logit, float(scale), causal,
-        page, rows or 0, tile or 0, workers or 0, order == "paired", backend,
+    resolved = (
+        float(scale), causal, page, rows or 0, tile or 0, workers or 0, order == "paired", backend
     )  # fmt: skip
+    if direct:
+        return _plan(kind, tensors, resolved)(*tensors)
+    return _decode(*tensors, *resolved)
 
 
 def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The decode engine's kernels: workers write whole outputs or partial triples, a merge joins."""
+"""The decode engine's kernel: workers write whole outputs or parts; who comes last joins these."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from attnspec.fast.engines.decode.triton_schedule import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FLAT = ["batch", "kv_heads", "q_tokens", "k_tokens", "chosen", "rows"]
-STRIDES = [f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in "bhtd"[: 4 - (x == "bias")]]
-STRIDES += ["index_b", "index_h", "table_b"]
+RUNTIME = ["batch", "kv_heads", "q_tokens", "k_tokens", "chosen", "rows", "pages"]
+RUNTIME += [f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in "bhtd"[: 4 - (x == "bias")]]
+RUNTIME += ["index_b", "index_h", "table_b"]
 
 
 @triton.jit
@@ -38,9 +38,78 @@ def _finish(m, den, acc, h, sink):
     return out, lse
 
 
-@triton.jit(do_not_specialize=[*FLAT, "pages", *STRIDES])
+@triton.jit
+def _write(
+    m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens, rows,
+    GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """The real ones of rows `lane` of `output`, from their triples m, den [L], acc [L, DVP]."""
+    blocks = tl.cdiv(q_tokens * GROUP, rows)
+    row = query_block(output, blocks, PAIRED) * rows + lane
+    real = (lane < rows) & (row < q_tokens * GROUP)
+    pair = output // blocks
+    b, head = pair % batch, pair // batch
+    h = tl.where(real, head * GROUP + row % GROUP, 0)
+    finished, log_sum = _finish(m, den, acc, h, sink)
+    at = (b.to(tl.int64) * (kv_heads * GROUP) + h) * q_tokens + row // GROUP
+    value = tl.arange(0, DVP)
+    tl.store(
+        out + at[:, None] * DV + value[None, :],
+        finished.to(out.dtype.element_ty),
+        mask=real[:, None] & (value[None, :] < DV),
+    )
+    tl.store(lse + at, log_sum, mask=real)
+
+
+@triton.jit
+def _join(
+    output, first, last, workers, scratch, out, lse, sink, batch, kv_heads, q_tokens, rows,
+    GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAIRED: tl.constexpr,
+    LANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge the triples of workers `first`, which hosts `output`, to `last`, and write the rows.
+
+    The order depends on the workers' numbers alone. The loads pass by the L1 cache, which is not
+    coherent with the stores of other multiprocessors.
+    """
+    value = tl.arange(0, DVP)
+    slots = 2 * workers * rows
+    for row in tl.range(0, rows, LANES, num_stages=1):
+        lane = row + tl.arange(0, LANES)
+        m = tl.full([LANES], float("-inf"), tl.float32)
+        den = tl.zeros([LANES], tl.float32)
+        acc = tl.zeros([LANES, DVP], tl.float32)
+        for start in tl.range(first, last + 1, PARTS, num_stages=1):
+            part = start + tl.arange(0, PARTS)
+            at = ((2 * part + tl.where(part == first, 1, 0)) * rows)[:, None] + lane[None, :]
+            there = (part <= last)[:, None] & (lane < rows)[None, :]
+            m_part = tl.load(
+                scratch + slots * DV + at, mask=there, other=float("-inf"), cache_modifier=".cg"
+            )
+            den_part = tl.load(
+                scratch + slots * (DV + 1) + at, mask=there, other=0.0, cache_modifier=".cg"
+            )
+            o_part = tl.load(
+                scratch + at[:, :, None] * DV + value[None, None, :],
+                mask=there[:, :, None] & (value < DV)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            top = tl.maximum(m, tl.max(m_part, 0))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            keep, weight = tl.exp2(m - shift), tl.exp2(m_part - shift[None, :])
+            den = den * keep + tl.sum(den_part * weight, 0)
+            acc = acc * keep[:, None] + tl.sum(o_part * weight[:, :, None], 0)
+            m = top
+        _write(
+            m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens, rows,
+            GROUP, DV, DVP, PAIRED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
 def attend_kernel(
-    q, k, v, out, lse, scratch, lengths, index, table, bias, sink,
+    q, k, v, out, lse, scratch, arrivals, lengths, index, table, bias, sink,
     scale,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_t, index_b, index_h, table_b,
@@ -49,9 +118,13 @@ def attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PAGE: tl.constexpr, POOL: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
     CAUSAL: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, GATHERED: tl.constexpr,
-    UNIFORM: tl.constexpr, SPAN: tl.constexpr,
+    UNIFORM: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One worker: walks its stretch of the line, output by output."""
+    """One worker: walks its stretch of the line, output by output.
+
+    `arrivals` int32, one an output, is 0 before and after: it counts the workers that have stored
+    their part of an output. Whoever comes last joins them; nobody waits.
+    """
     worker = tl.program_id(0)
     workers = tl.num_programs(0)
     tiles, position, end, output, base = locate(
@@ -65,7 +138,6 @@ def attend_kernel(
         k_channel, v_channel = channel, value
     else:
         k_channel, v_channel = channel.to(tl.int64) * k_d, value.to(tl.int64) * v_d
-    hosted, last_helper = tl.full((), -1, tl.int32), tl.full((), -1, tl.int32)
 
     while position < end:
         n = output_tiles(
@@ -167,108 +239,43 @@ def attend_kernel(
             )
             m = top
 
-        inside = value[None, :] < DV
         if (lo == 0) & (hi == n):
-            finished, log_sum = _finish(m, den, acc, tl.where(real, h, 0), sink)
-            at = (b.to(tl.int64) * (kv_heads * GROUP) + h) * q_tokens + token
-            tl.store(
-                out + at[:, None] * DV + value[None, :],
-                finished.to(out.dtype.element_ty),
-                mask=real[:, None] & inside,
-            )
-            tl.store(lse + at, log_sum, mask=real)
+            _write(
+                m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens, rows,
+                GROUP, DV, DVP, PAIRED,
+            )  # fmt: skip
         else:
             slots = 2 * workers * rows
             part = (2 * worker + tl.where(lo == 0, 1, 0)) * rows + lane
+            stored = lane < rows
             tl.store(
-                scratch + part[:, None] * DV + value[None, :], acc, mask=real[:, None] & inside
+                scratch + part[:, None] * DV + value[None, :],
+                acc,
+                mask=stored[:, None] & (value[None, :] < DV),
             )
-            tl.store(scratch + slots * DV + part, m, mask=real)
-            tl.store(scratch + slots * (DV + 1) + part, den, mask=real)
-            if lo == 0:
-                hosted = output
-                last_helper = owner(base + n - 1, tiles, workers)
+            tl.store(scratch + slots * DV + part, m, mask=stored)
+            tl.store(scratch + slots * (DV + 1) + part, den, mask=stored)
+            first, last = owner(base, tiles, workers), owner(base + n - 1, tiles, workers)
+            # One thread counts for the whole worker, so all have to have stored.
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals + output, 1) == last - first:
+                _join(
+                    output, first, last, workers, scratch, out, lse, sink, batch, kv_heads,
+                    q_tokens, rows, GROUP, DV, DVP, PAIRED, LANES, PARTS,
+                )  # fmt: skip
+                tl.store(arrivals + output, 0)
         base += n
         position = tl.minimum(base, end)
         output += 1
 
-    record = scratch + 2 * workers * rows * (DV + 2) + 2 * worker
-    tl.store(record, hosted.to(tl.float32, bitcast=True))
-    tl.store(record + 1, last_helper.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _write_row(
-    m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens, rows,
-    GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    PAIRED: tl.constexpr,
-):  # fmt: skip
-    """Row `lane` of `output`, if it is a real one, from its triple m [1], den [1], acc [1, DVP]."""
-    blocks = tl.cdiv(q_tokens * GROUP, rows)
-    row = query_block(output, blocks, PAIRED) * rows + lane
-    if row < q_tokens * GROUP:
-        pair = output // blocks
-        b, head = pair % batch, pair // batch
-        h = head * GROUP + row % GROUP
-        finished, log_sum = _finish(m, den, acc, h, sink)
-        at = (b.to(tl.int64) * (kv_heads * GROUP) + h) * q_tokens + row // GROUP
-        value = tl.arange(0, DVP)[None, :]
-        tl.store(out + at * DV + value, finished.to(out.dtype.element_ty), mask=value < DV)
-        tl.store(lse + at + tl.arange(0, 1), log_sum)
-
-
-@triton.jit(do_not_specialize=FLAT)
-def merge_kernel(
-    out, lse, scratch, lengths, sink,
-    batch, kv_heads, q_tokens, k_tokens, chosen, rows,
-    GROUP: tl.constexpr, N: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, PAIRED: tl.constexpr,
-    PER_HEAD: tl.constexpr, GATHERED: tl.constexpr,
-):  # fmt: skip
-    """Row `lane` of the output that `worker` hosts, and of the outputs without tiles."""
-    worker, lane = tl.program_id(0), tl.program_id(1)
-    workers = tl.num_programs(0)
-    blocks = tl.cdiv(q_tokens * GROUP, rows)
-    value = tl.arange(0, DVP)
-    slots = 2 * workers * rows
-    record = scratch + slots * (DV + 2) + 2 * worker
-    output = tl.load(record).to(tl.int32, bitcast=True)
-    last_helper = tl.load(record + 1).to(tl.int32, bitcast=True)
-
-    if output >= 0:
-        m = tl.full([1], float("-inf"), tl.float32)
-        den = tl.zeros([1], tl.float32)
-        acc = tl.zeros([1, DVP], tl.float32)
-        for first in tl.range(0, last_helper - worker + 1, PARTS):
-            part = first + tl.arange(0, PARTS)
-            there = part <= last_helper - worker
-            at = (2 * (worker + part) + tl.where(part == 0, 1, 0)) * rows + lane
-            m_part = tl.load(scratch + slots * DV + at, mask=there, other=float("-inf"))
-            den_part = tl.load(scratch + slots * (DV + 1) + at, mask=there, other=0.0)
-            o_part = tl.load(
-                scratch + at[:, None] * DV + value[None, :],
-                mask=there[:, None] & (value[None, :] < DV),
-                other=0.0,
-            )
-            top = tl.maximum(m, tl.max(m_part, 0))
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            keep, weight = tl.exp2(m - shift), tl.exp2(m_part - shift)
-            den = den * keep + tl.sum(den_part * weight, 0)
-            acc = acc * keep[:, None] + tl.sum(o_part * weight[:, None], 0)[None, :]
-            m = top
-        _write_row(
-            m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens,
-            rows, GROUP, DV, DVP, PAIRED,
-        )  # fmt: skip
-
-    for empty in tl.range(worker, batch * kv_heads * blocks, workers):
+    for empty in tl.range(worker, batch * kv_heads * blocks, workers, num_stages=1):
         n = output_tiles(
             empty, lengths, empty >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
             rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
         )  # fmt: skip
         if n == 0:
-            _write_row(
-                tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32),
-                tl.zeros([1, DVP], tl.float32), empty, lane, out, lse, sink, batch, kv_heads,
+            _write(
+                tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32),
+                tl.zeros([M, DVP], tl.float32), empty, lane, out, lse, sink, batch, kv_heads,
                 q_tokens, rows, GROUP, DV, DVP, PAIRED,
             )  # fmt: skip

@@ -1,0 +1,154 @@
+"""What the decode engine's host side launches, on a driver that compiles and runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attnspec.fast import backend
+from attnspec.fast.engines.decode import DecodeConfig, decode, op, use_config
+from tests.decode_cases import draw
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+
+class Kernel:
+    """A kernel that notes the arguments it is launched with: by Triton, or past its look-up."""
+
+    module = "loaded"
+    function = packed_metadata = None
+
+    def __init__(self, journal: list[tuple[str, list[Any]]]) -> None:
+        self.journal = journal
+
+    def launch_metadata(self, *call: Any) -> None:
+        return None
+
+    def run(self, *call: Any) -> None:
+        self.journal.append(
+            ("looked up", [getattr(x, "data_ptr", lambda x=x: x)() for x in call[9:]])
+        )
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *call, stream: self.journal.append(("direct", list(call)))
+
+
+class Recorder:
+    """The journal of launches, and how often something was compiled."""
+
+    def __init__(self) -> None:
+        self.journal: list[tuple[str, list[Any]]] = []
+        self.compiled = 0
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    from triton.backends.compiler import GPUTarget
+
+    from attnspec.fast.engines.decode.triton_kernels import attend_kernel
+
+    found = Recorder()
+
+    def do_compile(key: Any, signature: Any, device: Any, *rest: Any) -> Kernel:
+        found.compiled += 1
+        kernel = attend_kernel.device_caches[device][0][key] = Kernel(found.journal)
+        return kernel
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(attend_kernel, "_do_compile", do_compile)
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    for cache in (attend_kernel.device_caches, op._launches):
+        cache.clear()
+    yield found
+    for cache in (attend_kernel.device_caches, op._launches):
+        cache.clear()
+
+
+def test_lengths_never_compile_again(recorder: Recorder) -> None:
+    """Cached tokens, lengths and their strides: fifty of each, one kernel."""
+    q, k, v = draw(2, 4, 2, 1, 300, 16, 16)
+    room_k, room_v = (torch.cat([x, x], 2) for x in (k, v))
+    for n in range(1, 51):
+        view = room_k[:, :, :n], room_v[:, :, :n]
+        copied = k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
+        for cache in (view, copied):
+            decode(q, *cache, backend="triton")
+    assert recorder.compiled == 1
+    for n in range(1, 51):
+        decode(q, k[:, :, :n], v[:, :, :n], lengths=torch.tensor([n, n // 2]), backend="triton")
+    assert recorder.compiled == 2
+    for n in range(1, 51):
+        index = torch.zeros(2, 2, n, dtype=torch.int32)
+        decode(q, k, v, index=index, backend="triton")
+    assert recorder.compiled == 3
+    for n in range(1, 51):
+        q, k, v = draw(2, 4, 2, 4, n, 16, 16)
+        decode(q, k, v, bias=torch.zeros(2, 2, n), backend="triton")
+    assert recorder.compiled == 4
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lengths": {"lengths": torch.tensor([9, 300])},
+    "index": {"index": torch.zeros(2, 2, 7, dtype=torch.int32), "page": 4},
+    "bias": {"bias": torch.zeros(1, 1, 300).expand(2, 2, 300)},
+    "sink": {"sink_logit": torch.zeros(8)[::2]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_second_call_is_the_first_without_the_look_up(recorder: Recorder, name: str) -> None:
+    q, k, v = draw(2, 4, 2, 3, 300, 16, 16)
+    for _ in range(2):
+        decode(q, k, v, **OPTIONS[name], backend="triton")
+    (first, slow), (second, fast) = recorder.journal
+    assert (first, second) == ("looked up", "direct")
+    # The outputs of the two calls, and a contiguous copy of a strided sink, lie where they may.
+    free = {3, 4, *([11] if name == "sink" else [])}
+    assert len(slow) == len(fast)
+    assert all(a == b for i, (a, b) in enumerate(zip(slow, fast, strict=True)) if i not in free)
+
+
+def test_what_compiles_differently_is_looked_up(recorder: Recorder) -> None:
+    q, k, v = draw(1, 4, 2, 1, 64, 16, 16)
+    shifted = torch.zeros(v.numel() + 1)[1:].view_as(v)
+    for values in (v, shifted, v.mT.contiguous().mT, torch.zeros(1, 2, 64, 17)[..., :16], v):
+        decode(q, k, values, backend="triton")
+    assert recorder.compiled == 4
+    assert [how for how, _ in recorder.journal] == ["looked up"] * 4 + ["direct"]
+    with use_config(DecodeConfig(tile=32, rows=16, workers=1, warps=2, stages=2)):
+        decode(q, k, v, backend="triton")
+    assert recorder.compiled == 5
+    decode(q, k, v, backend="triton")
+    assert recorder.journal[-1][0] == "direct"
+
+
+def test_counters_are_shared_by_no_two_streams() -> None:
+    from attnspec.fast.engines.decode.triton_forward import KEPT, Workspace
+
+    space = Workspace(torch.device("cpu"))
+    counters, partials = space.take(-1, 8, 100)
+    assert counters.numel() >= 8
+    assert not counters.any()
+    assert space.take(-1, 8, 50)[0] is counters
+    assert space.take(-1, 8, 50)[1] is partials
+    other = space.take(-2, 8, 100)
+    assert other[0] is not counters
+    assert other[1] is not partials
+    large = space.take(-1, 8, KEPT + 1)
+    assert large[0] is counters
+    assert large[1].numel() > KEPT
+    assert space.take(-1, 8, 100)[1] is partials
+    grown = space.take(-1, 5000, 100)[0]
+    assert grown.numel() >= 5000
+    assert not grown.any()
