@@ -13,7 +13,7 @@ from torch.nn import functional
 import attnspec.fast
 from attnspec.fast.dense.attention import attend, attend_packed, init_state, step
 from attnspec.fast.engines.flash import BlockLists, flash
-from attnspec.fast.engines.flash.blocks import transposed
+from attnspec.fast.engines.flash.blocks import transposed, transposed_parts
 from attnspec.fast.engines.merge import merge
 
 
@@ -63,11 +63,70 @@ def test_against_the_formula(q_tokens: int, k_tokens: int) -> None:
         torch.testing.assert_close(got, expected.nan_to_num(0.0, neginf=-math.inf))
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_row_ends_against_the_formula(started: bool) -> None:
+    """Ends before the first key and behind the last one count too, and some ranges are empty."""
+    given = tensors(70, 130)
+    ends = torch.cat([torch.tensor([-1, 0, 1]), torch.arange(67) * 2 + 4])
+    starts = torch.cat([torch.zeros(40), torch.full((30,), 90)]).long() if started else None
+    keys = torch.arange(130)
+    allowed = keys < ends[:, None]
+    if starts is not None:
+        allowed &= keys >= starts[:, None]
+    for got, expected in zip(
+        flash(*given, row_end=ends, row_start=starts), formula(*given, allowed), strict=True
+    ):
+        torch.testing.assert_close(got, expected.nan_to_num(0.0, neginf=-math.inf))
+
+
+def two_part_lists(q_tokens: int, k_tokens: int) -> tuple[BlockLists, Tensor, Tensor]:
+    """Lists in two parts, and which pairs of tokens lie in blocks seen whole, and in the others."""
+    random = torch.Generator().manual_seed(q_tokens)
+    shape = (1, 4, -(-q_tokens // 32), -(-k_tokens // 16))
+    kind = torch.randint(0, 3, shape, generator=random)
+    kind[..., k_tokens // 16 :] = 1
+    index = torch.argsort(torch.tensor([2, 1, 0])[kind], dim=-1, stable=True)
+    counts = [(kind >= least).sum(-1, dtype=torch.int32) for least in (1, 2)]
+    lists = BlockLists(index.int(), counts[0], 32, 16, counts[1])
+    pairs = kind.repeat_interleave(32, 2).repeat_interleave(16, 3)[..., :q_tokens, :k_tokens]
+    return lists, pairs == 2, pairs == 1
+
+
+def test_blocks_seen_whole_against_the_formula() -> None:
+    given = tensors(70, 75)
+    lists, whole, part = two_part_lists(70, 75)
+    starts = torch.arange(70) // 2
+    ruled = causal(70, 75) & (torch.arange(75) >= starts[:, None])
+    for got, expected in zip(
+        flash(*given, blocks=lists, causal=True, row_start=starts),
+        formula(*given, whole | (part & ruled)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected.nan_to_num(0.0, neginf=-math.inf))
+
+
+def test_transposed_parts() -> None:
+    lists, _, _ = two_part_lists(70, 75)
+    assert lists.full is not None
+    rows, count, full = transposed_parts(lists.index, lists.count, lists.full, 5)
+    got = {
+        (h, int(i), j, bool(n >= count[0, h, j] - full[0, h, j]))
+        for h in range(4) for j in range(5) for n, i in enumerate(rows[0, h, j, : count[0, h, j]])
+    }  # fmt: skip
+    expected = {
+        (h, i, int(j), n < int(lists.full[0, h, i]))
+        for h in range(4) for i in range(3)
+        for n, j in enumerate(lists.index[0, h, i, : lists.count[0, h, i]])
+    }  # fmt: skip
+    assert got == expected
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "window": {"causal": True, "window": 3, "sinks": 2},
     "masks": {"key_mask": torch.rand(1, 9) > 0.3, "mask": torch.rand(1, 1, 7, 9) > 0.3},
     "row starts": {"row_start": torch.arange(7)},
+    "row ends": {"row_end": torch.arange(7) // 2 + 3, "row_start": torch.arange(7) // 3},
     "blocks": {"blocks": BlockLists.from_mask(torch.rand(1, 4, 4, 3) > 0.4, 2, 4)},
     "packed": {"offsets": (torch.tensor([0, 3, 7]), torch.tensor([0, 4, 9])), "causal": True},
     "sink": {"sink_logit": torch.zeros(4, dtype=torch.float64, requires_grad=True)},
@@ -93,14 +152,14 @@ def test_gradcheck(name: str) -> None:
 def test_opcheck(name: str) -> None:
     options = dict(OPTIONS[name])
     blocks, offsets = options.pop("blocks", None), options.pop("offsets", (None, None))
-    listed = (None, None, 0, 0) if blocks is None else (
-        blocks.index, blocks.count, blocks.q_block, blocks.k_block
+    listed = (None, None, None, 0, 0) if blocks is None else (
+        blocks.index, blocks.count, blocks.full, blocks.q_block, blocks.k_block
     )  # fmt: skip
     arguments = (
         *tensors(7, 9), 0.3, options.get("causal", False), options.get("window"),
-        options.get("sinks", 0), options.get("row_start"), options.get("key_mask"),
-        options.get("mask"), *listed, *offsets, options.get("sink_logit"), options.get("slopes"),
-        options.get("slope_positions"), "numba",
+        options.get("sinks", 0), options.get("row_start"), options.get("row_end"),
+        options.get("key_mask"), options.get("mask"), *listed, *offsets,
+        options.get("sink_logit"), options.get("slopes"), options.get("slope_positions"), "numba",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.attnspec.flash_forward.default, arguments)
 

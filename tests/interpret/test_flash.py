@@ -23,6 +23,7 @@ UNEQUAL = {
 CAUSAL = {"causal": True}
 OFFSETS = (torch.tensor([0, 5, 5, 30, 50]), torch.tensor([0, 9, 20, 41, 50]))
 STARTS = torch.tensor([0] * 10 + [7] * 20 + [19] * 18)
+ENDS = torch.tensor([-1] * 3 + [5] * 17 + [30] * 20 + [60] * 8)
 PADDING = torch.arange(48) >= torch.tensor([[20], [3]])
 HOLES = torch.rand(2, 48, generator=torch.Generator().manual_seed(1)) > 0.3
 PAIRS = torch.rand(2, 1, 30, 40, generator=torch.Generator().manual_seed(2)) > 0.5
@@ -32,6 +33,17 @@ def listed(q_block: int, k_block: int, q_tokens: int, k_tokens: int) -> BlockLis
     random = torch.Generator().manual_seed(q_block)
     shape = (1, 2, -(-q_tokens // q_block), -(-k_tokens // k_block))
     return BlockLists.from_mask(torch.rand(shape, generator=random) > 0.5, q_block, k_block)
+
+
+def in_parts(q_block: int, k_block: int, q_tokens: int, k_tokens: int) -> BlockLists:
+    """Lists whose first blocks are seen whole; the last, which may be short, never is."""
+    random = torch.Generator().manual_seed(q_block)
+    shape = (1, 2, -(-q_tokens // q_block), -(-k_tokens // k_block))
+    kind = torch.randint(0, 3, shape, generator=random)
+    kind[..., k_tokens // k_block :] = 1
+    index = torch.argsort(torch.tensor([2, 1, 0])[kind], dim=-1, stable=True)
+    count, full = ((kind >= least).sum(-1, dtype=torch.int32) for least in (1, 2))
+    return BlockLists(index.int(), count, q_block, k_block, full)
 
 
 CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
@@ -47,6 +59,11 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "wide sinks": ((60, 60), {"window": 20, "sinks": 35, **CAUSAL}),
     "row starts": ((48, 48), {"row_start": STARTS}),
     "row starts and sinks": ((48, 48), {"row_start": STARTS, "sinks": 17, **CAUSAL}),
+    "row ends": ((48, 48), {"row_end": ENDS}),
+    "row ends and starts": ((48, 48), {"row_start": STARTS, "row_end": ENDS, "sinks": 3}),
+    "row ends, causal": ((48, 40), {"row_end": ENDS, **CAUSAL}),
+    "row ends and blocks": ((48, 50), {"row_end": ENDS, "blocks": listed(16, 16, 48, 50)}),
+    "packed row ends": ((50, 50), {"offsets": OFFSETS, "row_end": torch.arange(50) // 2}),
     "padding": ((48, 48), {"key_mask": PADDING, **CAUSAL}),
     "padding and window": ((48, 48), {"key_mask": PADDING, "window": 9, "sinks": 18, **CAUSAL}),
     "holes": ((20, 48), {"key_mask": HOLES}),
@@ -55,6 +72,10 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "blocks": ((40, 50), {"blocks": listed(16, 16, 40, 50)}),
     "causal blocks": ((64, 70), {"blocks": listed(32, 32, 64, 70), **CAUSAL}),
     "odd blocks": ((33, 40), {"blocks": listed(10, 12, 33, 40), **CAUSAL}),
+    "blocks in parts": (
+        (80, 85),
+        {"blocks": in_parts(32, 16, 80, 85), "row_start": torch.arange(80) // 2, **CAUSAL},
+    ),
     "packed": ((50, 50), {"offsets": OFFSETS, **CAUSAL}),
     "packed, not causal": ((50, 50), {"offsets": OFFSETS}),
     "packed window": ((50, 50), {"offsets": OFFSETS, "window": 6, "sinks": 17, **CAUSAL}),
@@ -159,7 +180,9 @@ def test_layouts(layout: str) -> None:
         assert_close(run(given, options, "triton"), expected, 2e-6)
 
 
-@pytest.mark.parametrize("name", ["padding", "mask", "packed", "window and sinks"])
+@pytest.mark.parametrize(
+    "name", ["padding", "mask", "packed", "window and sinks", "blocks in parts", "row ends"]
+)
 def test_nan_reaches_only_rows_that_see_it(name: str) -> None:
     (q_tokens, k_tokens), options = CASES[name]
     options = {**options, **CAUSAL}

@@ -17,12 +17,17 @@ class BlockLists:
     `index` int32 (batch, heads, q_blocks, most) holds the numbers of the key blocks, ascending, in
     the first `count` int32 (batch, heads, q_blocks) places of each row; what is behind them is not
     read. Blocks are `q_block` queries by `k_block` keys; the last of a sequence may be shorter.
+
+    `full` int32 (batch, heads, q_blocks) may say how many of the listed blocks, then put first, the
+    query block sees whole: these lie inside the sequence, and no other rule is asked about them.
+    Each of the two parts is ascending.
     """
 
     index: Tensor
     count: Tensor
     q_block: int
     k_block: int
+    full: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor, q_block: int, k_block: int) -> BlockLists:
@@ -52,9 +57,26 @@ def transposed(index: Tensor, count: Tensor, k_blocks: int) -> tuple[Tensor, Ten
     """The query blocks that see each key block, int32 (batch, heads, k_blocks, q_blocks), and how
     many, int32 (batch, heads, k_blocks).
     """
-    most = index.shape[-1]
-    listed = torch.arange(most, device=index.device) < count[..., None]
-    columns = torch.where(listed, index, k_blocks).long()
+    return compact(_listed(index, torch.zeros_like(count), count, k_blocks).transpose(-1, -2))
+
+
+def transposed_parts(
+    index: Tensor, count: Tensor, full: Tensor, k_blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `transposed`, of lists in two parts: index (batch, heads, k_blocks, 2 * q_blocks), count
+    and full. The query blocks that see a key block whole come *last*.
+    """
+    q_blocks = index.shape[-2]
+    whole = _listed(index, torch.zeros_like(full), full, k_blocks)
+    parts = torch.cat([_listed(index, full, count, k_blocks), whole], dim=-2)
+    rows, rows_count = compact(parts.transpose(-1, -2))
+    return rows % q_blocks, rows_count, whole.sum(dim=-2, dtype=torch.int32)
+
+
+def _listed(index: Tensor, first: Tensor, last: Tensor, k_blocks: int) -> Tensor:
+    """bool (batch, heads, q_blocks, k_blocks): the blocks in places [first, last) of each list."""
+    place = torch.arange(index.shape[-1], device=index.device)
+    chosen = (place >= first[..., None]) & (place < last[..., None])
+    columns = torch.where(chosen, index, k_blocks).long()
     mask = torch.zeros((*index.shape[:-1], k_blocks + 1), dtype=torch.bool, device=index.device)
-    mask.scatter_(-1, columns, True)
-    return compact(mask[..., :k_blocks].transpose(-1, -2))
+    return mask.scatter_(-1, columns, True)[..., :k_blocks]

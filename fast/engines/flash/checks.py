@@ -30,7 +30,9 @@ def check_inputs(q: Any, k: Any, v: Any, backend: str) -> None:
             raise ValueError(f"{name}: got {what} {size}, expected 1..{LARGEST_HEAD}")
 
 
-def check_ranges(q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any) -> None:
+def check_ranges(
+    q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any, row_end: Any
+) -> None:
     """The options that give each query a range of keys."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {causal!r}, expected True or False")
@@ -39,10 +41,11 @@ def check_ranges(q: Tensor, causal: bool, window: Any, sinks: Any, row_start: An
         if not causal:
             raise ValueError(f"window: got {window} without causal=True, expected both or neither")
     check_integer("sinks", sinks, least=0)
-    if row_start is not None:
-        check_tensor("row_start", row_start, ("q_tokens",), INTEGERS)
-        check_size("row_start", row_start.shape[0], q.shape[2], "q_tokens, as in q")
-        check_device("row_start", row_start, q)
+    for name, bound in (("row_start", row_start), ("row_end", row_end)):
+        if bound is not None:
+            check_tensor(name, bound, ("q_tokens",), INTEGERS)
+            check_size(name, bound.shape[0], q.shape[2], "q_tokens, as in q")
+            check_device(name, bound, q)
 
 
 def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None:
@@ -71,7 +74,7 @@ def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None
     return mask.expand(shape)
 
 
-def check_blocks(q: Tensor, k: Tensor, blocks: Any) -> None:
+def check_blocks(q: Tensor, k: Tensor, blocks: Any, key_mask: Any, mask: Any) -> None:
     """The lists have a row for every query block; their entries are not looked at."""
     if not isinstance(blocks, BlockLists):
         raise TypeError(f"blocks: got {type(blocks).__name__}, expected BlockLists")
@@ -81,7 +84,18 @@ def check_blocks(q: Tensor, k: Tensor, blocks: Any) -> None:
     check_tensor("blocks.index", blocks.index, axes, (torch.int32,))
     check_tensor("blocks.count", blocks.count, axes[:3], (torch.int32,))
     rows = (q.shape[0], q.shape[1], -(-q.shape[2] // blocks.q_block))
-    for name, x in (("blocks.index", blocks.index), ("blocks.count", blocks.count)):
+    lists = {"blocks.index": blocks.index, "blocks.count": blocks.count}
+    if blocks.full is not None:
+        check_tensor("blocks.full", blocks.full, axes[:3], (torch.int32,))
+        lists["blocks.full"] = blocks.full
+        if blocks.q_block % 16 or blocks.k_block % 16:
+            raise ValueError(
+                f"blocks.full: got blocks of {blocks.q_block} by {blocks.k_block}, "
+                "expected multiples of 16"
+            )
+        if key_mask is not None or mask is not None:
+            raise ValueError("blocks.full: got it together with a mask, expected one of the two")
+    for name, x in lists.items():
         check_device(name, x, q)
         if tuple(x.shape[:3]) != rows:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {rows} first")

@@ -129,7 +129,7 @@ def backward_tile(q, k, v, dout, lse, shift, dq, dk, dv, scale, see, slopes, slo
         put(dq_across, at, 0.0)
     for span in range(list_spans(see, batch, head, tile, spans)):
         start, stop = spans[span, 0], spans[span, 1]
-        state = span_state(see, batch, head, tile, start, stop)
+        state = FULL if spans[span, 2] else span_state(see, batch, head, tile, start, stop)
         if state == SKIPPED:
             continue
         keys = stop - start
@@ -173,9 +173,9 @@ def backward_tile(q, k, v, dout, lse, shift, dq, dk, dv, scale, see, slopes, slo
 
 
 def _backward(
-    q, k, v, dout, lse, shift, dq, dk, dv, scale, causal, window, sinks, row_start, key_mask, mask,
-    block_index, block_count, q_block, k_block, slopes, slope_positions, tiles, part, parts,
-    scratch, spans,
+    q, k, v, dout, lse, shift, dq, dk, dv, scale, causal, window, sinks, row_start, row_end,
+    key_mask, mask, block_index, block_count, block_full, q_block, k_block, slopes,
+    slope_positions, tiles, part, parts, scratch, spans,
 ):  # fmt: skip
     """Fill one part of dq (batch, heads, q_tokens, d), and add to its zeros in dk (shares, batch,
     kv_heads, k_tokens, d padded) and in dv: every task congruent to `part`.
@@ -184,8 +184,9 @@ def _backward(
     tiles congruent to s of every query head in its group.
     """
     see = Visible(
-        causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block, k_block
-    )
+        causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block,
+    )  # fmt: skip
     shares, batches, kv_heads = dk.shape[0], dk.shape[1], dk.shape[2]
     group = q.shape[1] // kv_heads
     for task in range(part, shares * batches * kv_heads, parts):

@@ -87,7 +87,7 @@ def _run(
 
     def run(part: int) -> None:
         scratch = torch.empty(scratch_size, dtype=real).numpy()
-        kernel(*arguments, part, parts, scratch, np.empty((most_spans, 2), np.int64))
+        kernel(*arguments, part, parts, scratch, np.empty((most_spans, 3), np.int64))
 
     count_launch()
     if parts == 1:
@@ -112,10 +112,12 @@ def _visible(
     window: int | None,
     sinks: int,
     row_start: torch.Tensor | None,
+    row_end: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     mask: torch.Tensor | None,
     block_index: torch.Tensor | None,
     block_count: torch.Tensor | None,
+    block_full: torch.Tensor | None,
     q_block: int,
     k_block: int,
 ) -> tuple[Any, ...]:
@@ -128,10 +130,12 @@ def _visible(
         window or 0,
         sinks,
         _option(row_start, 1, torch.int64),
+        _option(row_end, 1, torch.int64),
         _option(key_mask, 2, torch.bool),
         _option(mask, 4, torch.bool),
         _option(block_index, 4, torch.int32),
         _option(block_count, 3, torch.int32),
+        _option(block_full, 3, torch.int32),
         q_block,
         k_block,
     )
@@ -153,10 +157,12 @@ def forward(
     window: int | None,
     sinks: int,
     row_start: torch.Tensor | None,
+    row_end: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     mask: torch.Tensor | None,
     block_index: torch.Tensor | None,
     block_count: torch.Tensor | None,
+    block_full: torch.Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: torch.Tensor | None,
@@ -174,8 +180,8 @@ def forward(
     out = torch.empty(batch, heads, q_tokens, dv, dtype=wide.dtype)
     lse = torch.empty(batch, heads, q_tokens, dtype=wide.dtype)
     see = _visible(
-        q, k, causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block,
-        k_block,
+        q, k, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block,
     )  # fmt: skip
     tiles = _tile_table(q_tokens, k.shape[2], q_block, q_offsets, k_offsets)
     arguments = [
@@ -185,7 +191,7 @@ def forward(
     _run(
         numba_forward.forward_kernel(_real(wide)), arguments, batch * heads * len(tiles),
         batch * heads * q_tokens * k.shape[2] * (d + dv), wide.dtype,
-        numba_forward.scratch_size(d, dv), _most_spans(k.shape[2], see[6], k_block),
+        numba_forward.scratch_size(d, dv), _most_spans(k.shape[2], see[7], k_block),
     )  # fmt: skip
     return out.to(q.dtype), lse
 
@@ -203,10 +209,12 @@ def backward(
     window: int | None,
     sinks: int,
     row_start: torch.Tensor | None,
+    row_end: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     mask: torch.Tensor | None,
     block_index: torch.Tensor | None,
     block_count: torch.Tensor | None,
+    block_full: torch.Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: torch.Tensor | None,
@@ -225,8 +233,8 @@ def backward(
     lanes = REGISTER_BYTES // wide.element_size()
     d_padded, dv_padded = -(-d // lanes) * lanes, -(-d_v // lanes) * lanes
     see = _visible(
-        q, k, causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block,
-        k_block,
+        q, k, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block,
     )  # fmt: skip
     tiles = _tile_table(q_tokens, k_tokens, q_block, q_offsets, k_offsets)
     shares = _shares(batch * kv_heads, len(tiles))
@@ -241,7 +249,7 @@ def backward(
     _run(
         numba_backward.backward_kernel(_real(wide)), arguments, shares * batch * kv_heads,
         2 * batch * heads * q_tokens * k_tokens * (d + d_v), wide.dtype,
-        numba_backward.scratch_size(d_padded, dv_padded), _most_spans(k_tokens, see[6], k_block),
+        numba_backward.scratch_size(d_padded, dv_padded), _most_spans(k_tokens, see[7], k_block),
     )  # fmt: skip
     dsink = torch.zeros(heads, dtype=wide.dtype)
     if sink_logit is not None:

@@ -115,7 +115,7 @@ def attend_tile(q, k, v, out, lse, scale, see, sink_logit, slopes, slope_positio
         put(sums, at, 0.0)
     for span in range(list_spans(see, batch, head, tile, spans)):
         start, stop = spans[span, 0], spans[span, 1]
-        state = span_state(see, batch, head, tile, start, stop)
+        state = FULL if spans[span, 2] else span_state(see, batch, head, tile, start, stop)
         if state == SKIPPED:
             continue
         keys = stop - start
@@ -146,16 +146,17 @@ def attend_tile(q, k, v, out, lse, scale, see, sink_logit, slopes, slope_positio
 
 
 def _forward(
-    q, k, v, out, lse, scale, causal, window, sinks, row_start, key_mask, mask, block_index,
-    block_count, q_block, k_block, sink_logit, slopes, slope_positions, tiles, part, parts,
-    scratch, spans,
+    q, k, v, out, lse, scale, causal, window, sinks, row_start, row_end, key_mask, mask,
+    block_index, block_count, block_full, q_block, k_block, sink_logit, slopes, slope_positions,
+    tiles, part, parts, scratch, spans,
 ):  # fmt: skip
     """Fill one part of out (batch, heads, q_tokens, dv) and lse (batch, heads, q_tokens): every
     task congruent to `part`, which evens out the short tiles at the start of a causal sequence.
     """
     see = Visible(
-        causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block, k_block
-    )
+        causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block,
+    )  # fmt: skip
     batches, heads, per_head = q.shape[0], q.shape[1], tiles.shape[0]
     for task in range(part, batches * heads * per_head, parts):
         pair, tile = task // per_head, tile_at(tiles, task % per_head)

@@ -32,10 +32,12 @@ class Visible(NamedTuple):
     window: int
     sinks: int
     row_start: np.ndarray
+    row_end: np.ndarray
     key_mask: np.ndarray
     mask: np.ndarray
     block_index: np.ndarray
     block_count: np.ndarray
+    block_full: np.ndarray
     q_block: int
     k_block: int
 
@@ -46,9 +48,9 @@ def strided(item: types.Type, axes: int) -> types.Type:
 
 
 VISIBLE = (
-    types.boolean, types.int64, types.int64, strided(types.int64, 1), strided(types.boolean, 2),
-    strided(types.boolean, 4), strided(types.int32, 4), strided(types.int32, 3), types.int64,
-    types.int64,
+    types.boolean, types.int64, types.int64, strided(types.int64, 1), strided(types.int64, 1),
+    strided(types.boolean, 2), strided(types.boolean, 4), strided(types.int32, 4),
+    strided(types.int32, 3), strided(types.int32, 3), types.int64, types.int64,
 )  # fmt: skip
 """The types of the fields of `Visible`."""
 
@@ -67,13 +69,16 @@ def tile_at(tiles, index):
 
 @njit(**INNER)
 def list_spans(see, batch, head, tile, spans):
-    """Fill `spans` (most, 2) with the key ranges the tile may see; returns their number.
+    """Fill `spans` (most, 3) with the key ranges the tile may see, and whether the lists say that
+    it sees them whole; returns their number.
 
     The keys are those of the sinks and of the range from the first row's start to the last row's
     end, cut by the listed blocks; neighbours are joined up to `KEYS` keys.
     """
     first, last, k_first, k_last, shift = tile
     end = max(k_first, min(k_last, last + shift)) if see.causal else k_last
+    if see.row_end.size > 0:
+        end = max(k_first, min(end, k_first + see.row_end[last - 1]))
     start = k_first
     if see.window > 0:
         start = max(start, first + shift - see.window + 1)
@@ -83,25 +88,29 @@ def list_spans(see, batch, head, tile, spans):
     start = max(start, exempt)
     listed = see.q_block > 0
     entries = see.block_count[batch, head, first // see.q_block] if listed else 1
+    fulls = see.block_full[batch, head, first // see.q_block] if see.block_full.size > 0 else 0
     count = 0
     for entry in range(entries):
         low, high = k_first, k_last
         if listed:
             block = see.block_index[batch, head, first // see.q_block, entry]
             low, high = block * see.k_block, (block + 1) * see.k_block
+        whole = 1 if entry < fulls else 0
         for part in range(2):
             at = max(low, k_first if part == 0 else start)
             stop = min(high, exempt if part == 0 else end)
+            if whole:
+                at, stop = (low, min(high, k_last)) if part == 0 else (0, 0)
             while at < stop:
                 size = min(KEYS, stop - at)
-                if count > 0 and spans[count - 1, 1] == at:
+                if count > 0 and spans[count - 1, 1] == at and spans[count - 1, 2] == whole:
                     size = min(size, KEYS - (at - spans[count - 1, 0]))
                     if size > 0:
                         spans[count - 1, 1] += size
                         at += size
                         continue
                     size = min(KEYS, stop - at)
-                spans[count, 0], spans[count, 1] = at, at + size
+                spans[count, 0], spans[count, 1], spans[count, 2] = at, at + size, whole
                 count += 1
                 at += size
     return count
@@ -109,10 +118,13 @@ def list_spans(see, batch, head, tile, spans):
 
 @njit(**INNER)
 def seeing_rows(see, tile, key):
-    """Rows [low, high) of the tile to which the causal rule and the ranges show `key`."""
+    """Rows [low, high) of the tile to which the causal rule, ranges and ends show `key`."""
     first, last, k_first, _, shift = tile
     low = max(0, key - shift - first) if see.causal else 0
     high = last - first
+    if see.row_end.size > 0:
+        while low < high and see.row_end[first + low] <= key - k_first:
+            low += 1
     if key >= k_first + see.sinks:
         if see.window > 0:
             high = min(high, key - shift + see.window - first)

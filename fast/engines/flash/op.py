@@ -31,6 +31,7 @@ def flash(
     window: int | None = None,
     sinks: int = 0,
     row_start: Tensor | None = None,
+    row_end: Tensor | None = None,
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     blocks: BlockLists | None = None,
@@ -49,8 +50,10 @@ def flash(
     - `causal`: j <= p;
     - the range: j > p - `window` (K8, needs `causal`) and j >= `row_start`[i], an integer (Tq,)
       that must not decrease; the first `sinks` keys are exempt from the range;
+    - the end: j < `row_end`[i], an integer (Tq,) that must not decrease either;
     - `key_mask` bool (B, Tk), True = a real key; `mask` bool, broadcastable to (B, H, Tq, Tk);
-    - `blocks`: the key's block is listed for the query's block;
+    - `blocks`: the key's block is listed for the query's block; where the lists say that a query
+      block sees all of a key block, the rules above do not count, and there are no masks;
     - `offsets` = (q_offsets, k_offsets), integers (sequences + 1): sequences laid end to end with
       B = 1; positions, ranges and row starts count inside the sequence. Not with masks or blocks.
 
@@ -64,7 +67,7 @@ def flash(
     """
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     checks.check_inputs(q, k, v, backend)
-    checks.check_ranges(q, causal, window, sinks, row_start)
+    checks.check_ranges(q, causal, window, sinks, row_start, row_end)
     mask = checks.check_masks(q, k, key_mask, mask)
     q_offsets = k_offsets = None
     if offsets is not None:
@@ -73,7 +76,7 @@ def flash(
                 raise ValueError(f"{name}: got one together with offsets, expected one of the two")
         q_offsets, k_offsets = checks.check_offsets(q, k, offsets)
     if blocks is not None:
-        checks.check_blocks(q, k, blocks)
+        checks.check_blocks(q, k, blocks, key_mask, mask)
     if sink_logit is not None:
         checks.check_heads(q, "sink_logit", sink_logit)
     if slopes is not None:
@@ -85,16 +88,17 @@ def flash(
         # The kernels take the maximum of the scores before they scale them.
         q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
     # One number a head or a row: a copy costs nothing, and the kernels then need no stride.
-    sink_logit, slopes, slope_positions, row_start = (
+    sink_logit, slopes, slope_positions, row_start, row_end = (
         None if x is None else x.contiguous()
-        for x in (sink_logit, slopes, slope_positions, row_start)
+        for x in (sink_logit, slopes, slope_positions, row_start, row_end)
     )
-    index, count, q_block, k_block = None, None, 0, 0
+    index, count, full, q_block, k_block = None, None, None, 0, 0
     if blocks is not None:
-        index, count, q_block, k_block = blocks.index, blocks.count, blocks.q_block, blocks.k_block
+        index, count, full = blocks.index, blocks.count, blocks.full
+        q_block, k_block = blocks.q_block, blocks.k_block
     return _forward(
-        q, k, v, scale, causal, window, sinks, row_start, key_mask, mask, index, count, q_block,
-        k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions, backend,
+        q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, index, count,
+        full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions, backend,
     )  # fmt: skip
 
 
@@ -125,10 +129,12 @@ def _forward(
     window: int | None,
     sinks: int,
     row_start: Tensor | None,
+    row_end: Tensor | None,
     key_mask: Tensor | None,
     mask: Tensor | None,
     block_index: Tensor | None,
     block_count: Tensor | None,
+    block_full: Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: Tensor | None,
@@ -144,8 +150,9 @@ def _forward(
             lse = torch.zeros_like(lse) + sink_logit[:, None]
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     return _kernel(backend, "forward")(
-        q, k, v, scale, causal, window, sinks, row_start, key_mask, mask, block_index, block_count,
-        q_block, k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions,
+        q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index,
+        block_count, block_full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes,
+        slope_positions,
     )  # fmt: skip
 
 
@@ -168,10 +175,12 @@ def _backward(
     window: int | None,
     sinks: int,
     row_start: Tensor | None,
+    row_end: Tensor | None,
     key_mask: Tensor | None,
     mask: Tensor | None,
     block_index: Tensor | None,
     block_count: Tensor | None,
+    block_full: Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: Tensor | None,
@@ -185,9 +194,9 @@ def _backward(
         dsink = dlse.sum((0, 2)) if sink_logit is not None else lse.new_zeros(q.shape[1])
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsink
     return _kernel(backend, "backward")(
-        dout, dlse, q, k, v, out, lse, scale, causal, window, sinks, row_start, key_mask, mask,
-        block_index, block_count, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes,
-        slope_positions,
+        dout, dlse, q, k, v, out, lse, scale, causal, window, sinks, row_start, row_end, key_mask,
+        mask, block_index, block_count, block_full, q_block, k_block, q_offsets, k_offsets,
+        sink_logit, slopes, slope_positions,
     )  # fmt: skip
 
 
@@ -213,9 +222,9 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]
     ]
     q, k, v, *options = inputs
     dq, dk, dv, dsink = _backward(dout, dlse, q, k, v, out, lse, *options)
-    sink_logit = options[13]
+    sink_logit = options[15]
     dsink = None if sink_logit is None else dsink.to(sink_logit.dtype)
-    return dq, dk, dv, *[None] * 13, dsink, None, None, None
+    return dq, dk, dv, *[None] * 15, dsink, None, None, None
 
 
 def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as host
-from attnspec.fast.engines.flash.blocks import transposed
+from attnspec.fast.engines.flash.blocks import transposed, transposed_parts
 from attnspec.fast.engines.flash.configs import FlashConfig
 from attnspec.fast.engines.flash.triton_gradients import (
     flash_dkdv_kernel,
@@ -33,10 +33,12 @@ def backward(
     window: int | None,
     sinks: int,
     row_start: Tensor | None,
+    row_end: Tensor | None,
     key_mask: Tensor | None,
     mask: Tensor | None,
     block_index: Tensor | None,
     block_count: Tensor | None,
+    block_full: Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: Tensor | None,
@@ -51,8 +53,8 @@ def backward(
     it must not force q, k and v off the fast path.
     """
     rules = host.Rules(
-        scale, causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block,
-        k_block, q_offsets, k_offsets, slopes, slope_positions,
+        scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block, q_offsets, k_offsets, slopes, slope_positions,
     )  # fmt: skip
     if not host.aligned(dout):
         dout = dout.contiguous()
@@ -107,7 +109,7 @@ def differentiate_rows(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     chosen, arguments = operands("dq", dout, q, k, v, rules, heads)
     arguments |= {
-        **host.list_arguments(rules.block_index, rules.block_count),
+        **host.list_arguments(rules.block_index, rules.block_count, rules.block_full),
         "lse2": lse2,
         "delta": delta,
         "dq": dq,
@@ -134,16 +136,21 @@ def differentiate_keys(
     dk = k.new_empty((batch, owners, *k.shape[2:]), dtype=buffer)
     dv = v.new_empty((batch, owners, *v.shape[2:]), dtype=buffer)
     chosen, arguments = operands("dkdv", dout, q, k, v, rules, owners)
-    index, count = rules.block_index, rules.block_count
+    index, count, full = rules.block_index, rules.block_count, rules.block_full
     if index is not None and count is not None:
-        index, count = transposed(index, count, -(-k_tokens // rules.k_block))
+        k_blocks = -(-k_tokens // rules.k_block)
+        if full is None:
+            index, count = transposed(index, count, k_blocks)
+        else:
+            index, count, full = transposed_parts(index, count, full, k_blocks)
     arguments |= {
-        **host.list_arguments(index, count),
+        **host.list_arguments(index, count, full),
         "lse2": lse2,
         "delta": delta,
         "dk": dk,
         "dv": dv,
-        "row_end": host.row_ends(rules, k_tokens),
+        "started": host.rows_before(rules, rules.row_start, k_tokens),
+        "ended": host.rows_before(rules, rules.row_end, k_tokens),
         "SHARE": share,
         "ALL_EDGE": host.all_row_edges(rules, chosen),
         "EARLY": chosen.early,

@@ -18,6 +18,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
 from attnspec.fast.engines.flash.triton_visible import (
     LOG2E,
     add_bias,
+    end_key,
     finite_rows,
     has_nan,
     lowest_key,
@@ -61,15 +62,16 @@ def finish(sums, sink_logit, h):
 def attend_tiles(
     count, sums, q_tile, k_source, v_source, walk, who, factor, tainted,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, RANGED: tl.constexpr,
-    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr, CAREFUL: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, BOUNDED: tl.constexpr, RANGED: tl.constexpr,
+    WHOLE: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The first `count` key tiles of a pass, added to sums = (maxima, denominators, values).
 
     CAREFUL leaves out values that are not finite, and adds the rows that see one to `tainted`.
     """
     top, total, mixed = sums
-    row, low, position, b, h, stop, shift, sinks, slopes, masks = who
+    row, low, high, position, b, h, stop, sinks, slopes, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
         key = at + tl.arange(0, KEYS)
@@ -78,9 +80,11 @@ def attend_tiles(
         scores, factor_now = add_bias(scores, factor, key[None, :], position[:, None], h, slopes)
         if PASS > 0:
             seen = visible(
-                row[:, None], key[None, :], low[:, None], b, h, stop, key_stop, shift, sinks,
-                masks, CAUSAL, RANGED,
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, stop, key_stop,
+                sinks, masks, BOUNDED, RANGED,
             )  # fmt: skip
+            if PASS == 2 and WHOLE:
+                seen |= (i < walk[5]) & (row < stop)[:, None] & (key < key_stop)[None, :]
             scores = tl.where(seen, scores, -float("inf"))
         weights, top, total, rescale = online_softmax(scores, top, total, factor_now)
         v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
@@ -100,9 +104,9 @@ def flash_forward_kernel(
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
     key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    block_index, block_count,
+    block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
-    table, q_offsets, k_offsets, row_start, sink_logit, slopes, slope_positions,
+    table, q_offsets, k_offsets, row_start, row_end, sink_logit, slopes, slope_positions,
     q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -110,10 +114,12 @@ def flash_forward_kernel(
     ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     RANGED: tl.constexpr = window is not None or row_start is not None
+    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
+    WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
         tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
-        window, sinks, row_start, key_bounds, block_index, block_count,
+        window, sinks, row_start, row_end, key_bounds, block_index, block_count, block_full,
         index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
         HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, ALL_EDGE,
     )  # fmt: skip
@@ -134,9 +140,10 @@ def flash_forward_kernel(
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
     low = lowest_key(row, q_begin, stop, shift, window, row_start)
+    high = end_key(row, q_begin, stop, shift, row_end, CAUSAL)
     position = positions(row, q_begin, stop, shift, slope_positions)
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
-    who = (row, low, position, b, h, stop, shift, sinks, slopes, masks)
+    who = (row, low, high, position, b, h, stop, sinks, slopes, masks)
     factor = scale * LOG2E
     top = tl.full([ROWS], -float("inf"), tl.float32)
     sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
@@ -144,7 +151,8 @@ def flash_forward_kernel(
     for PASS in tl.static_range(ALL_EDGE, 2):
         sums, tainted = attend_tiles(
             lengths[PASS], sums, q_tile, k_source, v_source, walk, who, factor, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, PASS, False,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, PASS,
+            False,
         )  # fmt: skip
     log_total, mixed = finish(sums, sink_logit, h)
     at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
@@ -155,7 +163,8 @@ def flash_forward_kernel(
         fresh = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
         redone, left_out = attend_tiles(
             lengths[0] + lengths[1], fresh, q_tile, k_source, v_source, walk, who, factor, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, 2,
+            True,
         )  # fmt: skip
         _, mixed_again = finish(redone, sink_logit, h)
         store_rows(out, mixed_again, at_row, left_out == 0, WIDTH_V, DV)
@@ -170,10 +179,12 @@ def forward(
     window: int | None,
     sinks: int,
     row_start: Tensor | None,
+    row_end: Tensor | None,
     key_mask: Tensor | None,
     mask: Tensor | None,
     block_index: Tensor | None,
     block_count: Tensor | None,
+    block_full: Tensor | None,
     q_block: int,
     k_block: int,
     q_offsets: Tensor | None,
@@ -184,8 +195,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (batch, heads, q_tokens, dv) in q's dtype and lse (batch, heads, q_tokens) in float32."""
     rules = host.Rules(
-        scale, causal, window, sinks, row_start, key_mask, mask, block_index, block_count, q_block,
-        k_block, q_offsets, k_offsets, slopes, slope_positions,
+        scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block, q_offsets, k_offsets, slopes, slope_positions,
     )  # fmt: skip
     batch, heads, q_tokens, _ = q.shape
     out = q.new_empty(batch, heads, q_tokens, v.shape[3])
@@ -198,7 +209,7 @@ def forward(
         **host.operand("k", k, chosen.keys, how),
         **host.operand("v", v, chosen.keys, how),
         **host.rule_arguments(rules),
-        **host.list_arguments(block_index, block_count),
+        **host.list_arguments(block_index, block_count, block_full),
         **place,
         "out": out,
         "lse": lse,

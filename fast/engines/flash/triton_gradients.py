@@ -23,6 +23,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
 from attnspec.fast.engines.flash.triton_visible import (
     LOG2E,
     add_bias,
+    end_key,
     finite_rows,
     has_nan,
     lowest_key,
@@ -59,14 +60,15 @@ def differentiate_tiles(
     count, dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source, walk, who, scale,
     tainted,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, RANGED: tl.constexpr,
-    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr, CAREFUL: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, BOUNDED: tl.constexpr, RANGED: tl.constexpr,
+    WHOLE: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The first `count` key tiles of a pass, added to dq / scale.
 
     CAREFUL leaves out keys that are not finite, and adds the rows that see one to `tainted`.
     """
-    row, low, position, b, h, stop, shift, sinks, slopes, masks = who
+    row, low, high, position, b, h, stop, sinks, slopes, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
         key = at + tl.arange(0, KEYS)
@@ -79,9 +81,11 @@ def differentiate_tiles(
         dscores = weights * (dweights - row_delta[:, None])
         if PASS > 0:
             seen = visible(
-                row[:, None], key[None, :], low[:, None], b, h, stop, key_stop, shift, sinks,
-                masks, CAUSAL, RANGED,
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, stop, key_stop,
+                sinks, masks, BOUNDED, RANGED,
             )  # fmt: skip
+            if PASS == 2 and WHOLE:
+                seen |= (i < walk[5]) & (row < stop)[:, None] & (key < key_stop)[None, :]
             dscores = tl.where(seen, dscores, 0.0)
         if CAREFUL:
             k_tile, finite = finite_rows(k_tile)
@@ -100,9 +104,9 @@ def flash_dq_kernel(
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    block_index, block_count,
+    block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
-    table, q_offsets, k_offsets, row_start, slopes, slope_positions,
+    table, q_offsets, k_offsets, row_start, row_end, slopes, slope_positions,
     q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -111,10 +115,12 @@ def flash_dq_kernel(
 ):  # fmt: skip
     """dq of one tile of rows: ds = p (dout . v - delta), dq = scale * ds k."""
     RANGED: tl.constexpr = window is not None or row_start is not None
+    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
+    WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
         tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
-        window, sinks, row_start, key_bounds, block_index, block_count,
+        window, sinks, row_start, row_end, key_bounds, block_index, block_count, block_full,
         index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
         HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, ALL_EDGE,
     )  # fmt: skip
@@ -136,20 +142,22 @@ def flash_dq_kernel(
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
     low = lowest_key(row, q_begin, stop, shift, window, row_start)
+    high = end_key(row, q_begin, stop, shift, row_end, CAUSAL)
     position = positions(row, q_begin, stop, shift, slope_positions)
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
     at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
     row_lse2 = tl.load(lse2 + at_row, mask=row < stop, other=float("inf"))
     row_delta = tl.load(delta + at_row, mask=row < stop, other=0.0)
-    who = (row, low, position, b, h, stop, shift, sinks, slopes, masks)
+    who = (row, low, high, position, b, h, stop, sinks, slopes, masks)
     dq_tile = tl.zeros([ROWS, WIDTH], tl.float32)
     tainted = row >= stop
     for PASS in tl.static_range(ALL_EDGE, 2):
         dq_tile, tainted = differentiate_tiles(
             lengths[PASS], dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source,
             walk, who, scale, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, PASS, False,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, PASS,
+            False,
         )  # fmt: skip
     store_rows(dq, dq_tile * scale, at_row, row < stop, WIDTH, D)
     if has_nan(dq_tile):
@@ -157,7 +165,8 @@ def flash_dq_kernel(
         redone, left_out = differentiate_tiles(
             lengths[0] + lengths[1], tl.zeros([ROWS, WIDTH], tl.float32), q_tile, dout_tile,
             row_lse2, row_delta, k_source, v_source, walk, who, scale, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, CAUSAL, RANGED, ACCESS, PRECISION, 2, True,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, 2,
+            True,
         )  # fmt: skip
         store_rows(dq, redone * scale, at_row, left_out == 0, WIDTH, D)
 
@@ -171,9 +180,9 @@ def flash_dkdv_kernel(
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    block_index, block_count,
+    block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
-    table, q_offsets, k_offsets, row_start, row_end, slopes, slope_positions,
+    table, q_offsets, k_offsets, row_start, row_end, started, ended, slopes, slope_positions,
     q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
@@ -186,7 +195,10 @@ def flash_dkdv_kernel(
     Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands.
     """
     RANGED: tl.constexpr = window is not None or row_start is not None
-    EMPTY_ROWS: tl.constexpr = key_mask is not None or mask is not None or table is not None
+    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
+    EMPTY_ROWS: tl.constexpr = (
+        key_mask is not None or mask is not None or table is not None or row_end is not None
+    )
     tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
     b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
     h_kv = owner * SHARE // GROUP
@@ -196,7 +208,7 @@ def flash_dkdv_kernel(
     )
     shift = k_tokens - q_tokens
     span = row_tiles(
-        first, stop, k_begin, q_begin, shift, q_tokens, sinks, window, row_end,
+        first, stop, k_begin, q_begin, shift, q_tokens, sinks, window, started, ended,
         ROWS, CAUSAL, ALL_EDGE,
     )  # fmt: skip
     # The key mask is left to the end: a hidden key changes nothing but its own gradient.
@@ -217,8 +229,9 @@ def flash_dkdv_kernel(
             dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
         )  # fmt: skip
         walk, lengths = plan_columns(
-            span, block_index, block_count, index_stride_b, index_stride_h, index_stride_q,
-            count_stride_b, count_stride_h, b, h, own_block, q_tokens, Q_BLOCK, ROWS, ALL_EDGE,
+            span, block_index, block_count, block_full, index_stride_b, index_stride_h,
+            index_stride_q, count_stride_b, count_stride_h, b, h, own_block, q_tokens, Q_BLOCK,
+            ROWS, ALL_EDGE,
         )  # fmt: skip
         for PASS in tl.static_range(ALL_EDGE, 2):
             for i in range(lengths[PASS]):
@@ -242,9 +255,10 @@ def flash_dkdv_kernel(
                 weights = tl.exp2(scores * factor - row_lse2[None, :])
                 if PASS == 1:
                     low = lowest_key(row, q_begin, row_stop, shift, window, row_start)
+                    high = end_key(row, q_begin, row_stop, shift, row_end, CAUSAL)
                     seen = visible(
-                        row[None, :], key[:, None], low[None, :], b, h, row_stop, stop,
-                        shift, sinks, masks, CAUSAL, RANGED,
+                        row[None, :], key[:, None], low[None, :], high[None, :], b, h, row_stop,
+                        stop, sinks, masks, BOUNDED, RANGED,
                     )  # fmt: skip
                     weights = tl.where(seen, weights, 0.0)
                 dv_tile = tl.dot(

@@ -24,10 +24,12 @@ class Rules:
     window: int | None
     sinks: int
     row_start: Tensor | None
+    row_end: Tensor | None
     key_mask: Tensor | None
     mask: Tensor | None
     block_index: Tensor | None
     block_count: Tensor | None
+    block_full: Tensor | None
     q_block: int
     k_block: int
     q_offsets: Tensor | None
@@ -179,6 +181,7 @@ def rule_arguments(rules: Rules) -> dict[str, Any]:
         "key_mask": rules.key_mask,
         **{f"key_mask_stride_{a}": s for a, s in zip("bk", key_strides, strict=True)},
         "row_start": rules.row_start,
+        "row_end": rules.row_end,
         "slopes": rules.slopes,
         "slope_positions": rules.slope_positions,
         "window": rules.window,
@@ -190,19 +193,25 @@ def rule_arguments(rules: Rules) -> dict[str, Any]:
     }
 
 
-def list_arguments(index: Tensor | None, count: Tensor | None) -> dict[str, Any]:
+def list_arguments(
+    index: Tensor | None, count: Tensor | None, full: Tensor | None
+) -> dict[str, Any]:
     """The arguments of block lists; only their last axis must be contiguous."""
     if index is None or count is None:
         strides: tuple[int, ...] = (0, 0, 0, 0, 0)
     else:
         index = index if index.stride(3) == 1 else index.contiguous()
-        count = count if count.stride(2) == 1 else count.contiguous()
+        if full is not None and full.stride() != count.stride():
+            count, full = count.contiguous(), full.contiguous()
+        elif count.stride(2) != 1:
+            count, full = count.contiguous(), None if full is None else full.contiguous()
         strides = (*index.stride()[:3], *count.stride()[:2])
     names = ("index_stride_b", "index_stride_h", "index_stride_q", "count_stride_b",
              "count_stride_h")  # fmt: skip
     return {
         "block_index": index,
         "block_count": count,
+        "block_full": full,
         **dict(zip(names, strides, strict=True)),
     }
 
@@ -222,32 +231,35 @@ def key_bounds(key_mask: Tensor) -> Tensor:
 def all_key_edges(rules: Rules, chosen: FlashConfig) -> bool:
     """Whether every key tile must be looked at element by element."""
     listed_in_part = bool(rules.k_block) and (
-        rules.ranged or rules.key_mask is not None or rules.k_block % chosen.keys > 0
+        (rules.ranged and rules.block_full is None)
+        or rules.key_mask is not None
+        or rules.k_block % chosen.keys > 0
     )
     return rules.mask is not None or listed_in_part
 
 
 def all_row_edges(rules: Rules, chosen: FlashConfig) -> bool:
     """Whether every row tile must be looked at element by element."""
-    listed_in_part = bool(rules.q_block) and (rules.ranged or rules.q_block % chosen.rows > 0)
+    listed_in_part = bool(rules.q_block) and (
+        (rules.ranged and rules.block_full is None) or rules.q_block % chosen.rows > 0
+    )
     return rules.mask is not None or listed_in_part
 
 
-def row_ends(rules: Rules, k_tokens: int) -> Tensor | None:
-    """int32 (k_tokens): how many rows' ranges start at or before each key, all sequences counted.
+def rows_before(rules: Rules, bounds: Tensor | None, k_tokens: int) -> Tensor | None:
+    """int32 (k_tokens): how many rows have their bound at or before each key, in all sequences.
 
-    Packed rows count from the first key of their own sequence, which keeps the starts ascending.
+    Packed rows count from the first key of their own sequence, which keeps the bounds ascending.
     """
-    if rules.row_start is None:
+    if bounds is None:
         return None
-    starts = rules.row_start
     if rules.q_offsets is not None and rules.k_offsets is not None:
-        rows = torch.arange(starts.shape[0], device=starts.device)
+        rows = torch.arange(bounds.shape[0], device=bounds.device)
         sequence = torch.searchsorted(rules.q_offsets, rows, right=True) - 1
         lengths = rules.k_offsets.diff()
-        starts = torch.minimum(starts, lengths[sequence]) + rules.k_offsets[sequence]
-    keys = torch.arange(k_tokens, device=starts.device, dtype=starts.dtype)
-    return torch.searchsorted(starts, keys, right=True).to(torch.int32)
+        bounds = torch.minimum(bounds, lengths[sequence]) + rules.k_offsets[sequence]
+    keys = torch.arange(k_tokens, device=bounds.device, dtype=bounds.dtype)
+    return torch.searchsorted(bounds, keys, right=True).to(torch.int32)
 
 
 def shape_arguments(q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig) -> dict[str, Any]:

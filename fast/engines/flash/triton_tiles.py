@@ -99,12 +99,18 @@ def store_rows(x, tile, at_row, keep, WIDTH: tl.constexpr, CHANNELS: tl.constexp
 
 
 @triton.jit
-def key_ends(first, stop, shift, k_tokens, CAUSAL: tl.constexpr):
+def key_ends(first, stop, begin, shift, k_tokens, row_end, CAUSAL: tl.constexpr):
     """Where the keys visible to some row, and to every row, of [first, stop) end."""
     end, full_end = k_tokens, k_tokens
     if CAUSAL:
         end = tl.maximum(tl.minimum(k_tokens, stop + shift), 0)
         full_end = tl.maximum(tl.minimum(k_tokens, first + shift + 1), 0)
+    if row_end is not None:
+        any_row = first < stop
+        last_end = tl.load(row_end + begin + stop - 1, mask=any_row, other=0).to(tl.int32)
+        first_end = tl.load(row_end + begin + first, mask=any_row, other=0).to(tl.int32)
+        end = tl.maximum(tl.minimum(end, last_end), 0)
+        full_end = tl.maximum(tl.minimum(full_end, first_end), 0)
     return end, full_end
 
 
@@ -143,12 +149,13 @@ def key_tiles(
 
 @triton.jit
 def row_tiles(
-    first, stop, begin, rows_begin, shift, q_tokens, sinks, window, row_end,
+    first, stop, begin, rows_begin, shift, q_tokens, sinks, window, started, ended,
     TILE: tl.constexpr, CAUSAL: tl.constexpr, ALL_EDGE: tl.constexpr,
 ):  # fmt: skip
     """The row tiles that see keys [first, stop), as `key_tiles` names them; they start at `base`.
 
-    `row_end` holds for each key the number of packed rows whose range starts at or before it.
+    `started` and `ended` hold for each key the number of packed rows whose range starts at or
+    before it, and ends there or before.
     """
     base, full_base, end, full_end = 0, 0, q_tokens, q_tokens
     if CAUSAL:
@@ -157,16 +164,21 @@ def row_tiles(
     if window is not None:
         end = tl.minimum(end, stop - 1 + window - shift)
         full_end = tl.minimum(full_end, first + window - shift)
-    if row_end is not None:
-        any_key = first < stop
-        last_end = tl.load(row_end + begin + stop - 1, mask=any_key, other=0)
-        first_end = tl.load(row_end + begin + first, mask=any_key, other=0)
+    any_key = first < stop
+    if started is not None:
+        last_end = tl.load(started + begin + stop - 1, mask=any_key, other=0)
+        first_end = tl.load(started + begin + first, mask=any_key, other=0)
         end = tl.minimum(end, last_end.to(tl.int32) - rows_begin)
         full_end = tl.minimum(full_end, first_end.to(tl.int32) - rows_begin)
+    if ended is not None:
+        first_base = tl.load(ended + begin + first, mask=any_key, other=0)
+        last_base = tl.load(ended + begin + stop - 1, mask=any_key, other=0)
+        base = tl.maximum(base, first_base.to(tl.int32) - rows_begin)
+        full_base = tl.maximum(full_base, last_base.to(tl.int32) - rows_begin)
     if sinks is not None:
         end = tl.where(first < sinks, q_tokens, end)
         full_end = tl.where(stop <= sinks, q_tokens, full_end)
-    end = tl.where(first < stop, end, 0)
+    end = tl.where(any_key, end, 0)
     count, full_from, full_to = split_tiles(base, end, full_base, full_end, TILE, ALL_EDGE)
     return base, full_base, count, full_from, full_to
 
@@ -259,7 +271,7 @@ def row_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexp
 @triton.jit
 def plan_rows(
     tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
-    window, sinks, row_start, key_bounds, block_index, block_count,
+    window, sinks, row_start, row_end, key_bounds, block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, ALL_EDGE: tl.constexpr,
@@ -268,7 +280,7 @@ def plan_rows(
     RANGED: tl.constexpr = window is not None or row_start is not None
     tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
     b, h = sequence // HEADS, sequence % HEADS
-    if CAUSAL and table is None:
+    if (CAUSAL or row_end is not None) and table is None:
         tile = tiles - 1 - tile
     q_begin, q_tokens, k_begin, k_tokens, first, stop, own_block = extent(
         tile, table, q_offsets, k_offsets, q_tokens, k_tokens, Q_BLOCK, ROWS
@@ -276,7 +288,7 @@ def plan_rows(
     shift = k_tokens - q_tokens
     low_first = lowest_key(first, q_begin, q_tokens, shift, window, row_start)
     low_last = lowest_key(stop - 1, q_begin, q_tokens, shift, window, row_start)
-    end, full_end = key_ends(first, stop, shift, k_tokens, CAUSAL)
+    end, full_end = key_ends(first, stop, q_begin, shift, k_tokens, row_end, CAUSAL)
     base, count, full_from, full_to, sink_full, sink_count = key_tiles(
         end, full_end, low_first, low_last, sinks, key_bounds, b, KEYS, RANGED, ALL_EDGE
     )
@@ -287,8 +299,14 @@ def plan_rows(
         block_index += b.to(tl.int64) * index_stride_b + h.to(tl.int64) * index_stride_h
         block_index += own_block.to(tl.int64) * index_stride_q
         listing = block_index
-        listed = tl.load(block_count + b * count_stride_b + h * count_stride_h + own_block)
-        fulls, edges = listed_tiles(block_index, listed, end, full_end, K_BLOCK, KEYS, ALL_EDGE)
+        at_count = b * count_stride_b + h * count_stride_h + own_block
+        listed = tl.load(block_count + at_count)
+        if block_full is None:
+            fulls, edges = listed_tiles(block_index, listed, end, full_end, K_BLOCK, KEYS, ALL_EDGE)
+        else:
+            tiles_a_block: tl.constexpr = (K_BLOCK + KEYS - 1) // KEYS
+            whole = tl.load(block_full + at_count)
+            fulls, edges = whole * tiles_a_block, (listed - whole) * tiles_a_block
     place = (b, h, q_begin, k_begin, k_tokens, first, stop, shift)
     walk = (base, full_from, full_to, sink_full, sink_count, fulls, listing, k_tokens)
     return place, walk, (fulls, edges)
@@ -296,7 +314,7 @@ def plan_rows(
 
 @triton.jit
 def plan_columns(
-    span, block_index, block_count, index_stride_b, index_stride_h, index_stride_k,
+    span, block_index, block_count, block_full, index_stride_b, index_stride_h, index_stride_k,
     count_stride_b, count_stride_h, b, h, own_block, q_tokens,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ALL_EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -312,14 +330,19 @@ def plan_columns(
         block_index += b.to(tl.int64) * index_stride_b + h.to(tl.int64) * index_stride_h
         block_index += own_block.to(tl.int64) * index_stride_k
         listing = block_index
-        listed = tl.load(block_count + b * count_stride_b + h * count_stride_h + own_block)
-        unseen = entries_before(block_index, listed, base // BLOCK)
-        partial = listed
-        if not ALL_EDGE:
-            partial = entries_before(block_index, listed, (full_base + BLOCK - 1) // BLOCK)
-        partial = tl.where(count > 0, partial, unseen)
-        listed = tl.where(count > 0, listed, unseen)
-        skipped, edges = unseen * tiles_a_block, (partial - unseen) * tiles_a_block
-        fulls = (listed - partial) * tiles_a_block
+        at_count = b * count_stride_b + h * count_stride_h + own_block
+        listed = tl.load(block_count + at_count)
+        if block_full is None:
+            unseen = entries_before(block_index, listed, base // BLOCK)
+            partial = listed
+            if not ALL_EDGE:
+                partial = entries_before(block_index, listed, (full_base + BLOCK - 1) // BLOCK)
+            partial = tl.where(count > 0, partial, unseen)
+            listed = tl.where(count > 0, listed, unseen)
+            skipped, edges = unseen * tiles_a_block, (partial - unseen) * tiles_a_block
+            fulls = (listed - partial) * tiles_a_block
+        else:
+            whole = tl.load(block_full + at_count)
+            fulls, edges = whole * tiles_a_block, (listed - whole) * tiles_a_block
     walk = (base, full_from, full_to, skipped, edges, listing, q_tokens)
     return walk, (fulls, edges)

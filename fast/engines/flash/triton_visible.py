@@ -26,17 +26,29 @@ def lowest_key(row, begin, q_tokens, shift, window, row_start):
 
 
 @triton.jit
+def end_key(row, begin, q_tokens, shift, row_end, CAUSAL: tl.constexpr):
+    """Where the keys end that the causal rule and `row_end` leave to each of `row`."""
+    high = row * 0 + 2147483647
+    if CAUSAL:
+        high = row + (shift + 1)
+    if row_end is not None:
+        at = row_end + begin + row
+        high = tl.minimum(high, tl.load(at, mask=row < q_tokens, other=0).to(tl.int32))
+    return high
+
+
+@triton.jit
 def visible(
-    row, key, low, b, h, row_stop, key_stop, shift, sinks, masks,
-    CAUSAL: tl.constexpr, RANGED: tl.constexpr,
+    row, key, low, high, b, h, row_stop, key_stop, sinks, masks,
+    BOUNDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
-    """Who sees whom, bool. `low` holds the lowest key of each of `row`; `masks` are the key mask
-    with its strides, then the mask with its strides.
+    """Who sees whom, bool. `low` and `high` hold the lowest key of each of `row` and where its keys
+    end; `masks` are the key mask with its strides, then the mask with its strides.
     """
     key_mask, key_stride_b, key_stride_k, mask, stride_b, stride_h, stride_q, stride_k = masks
     seen = (row < row_stop) & (key < key_stop)
-    if CAUSAL:
-        seen &= key <= row + shift
+    if BOUNDED:
+        seen &= key < high
     if RANGED:
         in_range = key >= low
         if sinks is not None:

@@ -1,0 +1,120 @@
+"""Composite attention on the flash engine: a row's keys are those before an end of its own.
+
+In the order of positions a text token sees a prefix of the tokens, images and text alike, and image
+tokens have no rows: one pass of the engine with row ends, no mask. Tokens that are stored in that
+order are read where they lie; others are moved first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    check_attention_inputs,
+    check_choice,
+    check_size,
+    check_tensor,
+)
+from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
+from attnspec.fast.growing import checkable
+
+VISIBILITIES = ("causal", "all")
+TOKENS = 2
+
+
+def composite_mask(
+    is_visual: Tensor,
+    positions: Tensor,
+    image_visible: str = "causal",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """bool (S, S), which tokens each token sees, both in the order they are stored in.
+
+    `is_visual` bool (S,), `positions` int (S,), all different, which is checked on CPU tensors
+    only.
+    """
+    _check_tokens(is_visual, "positions", positions, image_visible)
+    seen = positions[None, :] <= positions[:, None]
+    if image_visible == "all":
+        seen = seen | is_visual[None, :]
+    alone = torch.eye(len(positions), dtype=torch.bool, device=positions.device)
+    return torch.where(is_visual[:, None], alone, seen)
+
+
+def composite_attention(
+    qt: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_visual: Tensor,
+    pos: Tensor | None = None,
+    image_visible: str = "causal",
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, q_tokens, dv) and lse (batch, heads, q_tokens) of text tokens, float32.
+
+    k (batch, kv_heads, S, d) and v (batch, kv_heads, S, dv) are of all tokens; the rows of qt
+    (batch, heads, q_tokens, d) are those of the last q_tokens text tokens, in the order they are
+    stored in. `is_visual` bool (S,); `pos` int (S,), 0 to S - 1 unless given; `key_mask` bool
+    (batch, S), True = a real key. Without `pos` and with "causal" nothing is copied. That positions
+    differ and that there are enough text tokens is checked on CPU tensors only: a check on a CUDA
+    device would wait for it. Differentiable in qt, k and v.
+    """
+    check_tensor("qt", qt, ("batch", "heads", "q_tokens", "d"), FLOATS)
+    check_attention_inputs(qt, k, v, FLOATS)
+    _check_tokens(is_visual, "pos", pos, image_visible)
+    S, n = k.shape[TOKENS], qt.shape[TOKENS]
+    check_size("is_visual", is_visual.shape[0], S, "tokens, as in k")
+    if is_visual.device != qt.device:
+        raise ValueError(f"is_visual: got device {is_visual.device}, expected {qt.device}, as qt")
+    if n > S or (checkable(is_visual) and n > S - int(is_visual.sum())):
+        raise ValueError(f"qt: got {n} rows, expected at most as many as there are text tokens")
+    # A stable sort puts images first and leaves text in its order: the last rows are the queries'.
+    kinds = torch.argsort(is_visual.logical_not().to(torch.uint8), stable=True)
+    rows = kinds[S - n :]
+    if pos is None and image_visible == "causal":
+        return flash(qt, k, v, row_end=rows + 1, key_mask=key_mask, scale=scale, backend=backend)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, ("batch", "S"), (torch.bool,))
+        check_size("key_mask", key_mask.shape[1], S, "tokens, as in k")
+    order = kinds if pos is None else torch.argsort(pos)
+    if pos is not None and image_visible == "all":
+        text = is_visual[order].logical_not().to(torch.uint8)
+        order = order[torch.argsort(text, stable=True)]
+    ends, row_order = torch.sort(_inverse(order)[rows])
+    out, lse = flash(
+        qt.index_select(TOKENS, row_order), k.index_select(TOKENS, order),
+        v.index_select(TOKENS, order), row_end=ends + 1,
+        key_mask=None if key_mask is None else key_mask.index_select(1, order), scale=scale,
+        backend=backend,
+    )  # fmt: skip
+    back = _inverse(row_order)
+    return out.index_select(TOKENS, back), lse.index_select(TOKENS, back)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Where each entry of a permutation stands."""
+    places = torch.arange(order.shape[0], device=order.device)
+    return places.scatter(0, order, places)
+
+
+def _check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:
+    check_tensor("is_visual", is_visual, ("S",), (torch.bool,))
+    check_choice("image_visible", image_visible, VISIBILITIES)
+    if positions is None and name == "pos":
+        return
+    check_tensor(name, positions, ("S",), INTEGERS)
+    check_size(name, positions.shape[0], is_visual.shape[0], "tokens, as in is_visual")
+    if positions.device != is_visual.device:
+        raise ValueError(
+            f"{name}: got device {positions.device}, expected {is_visual.device}, as is_visual"
+        )
+    if checkable(positions) and len(torch.unique(positions)) < len(positions):
+        raise ValueError(f"{name}: got {positions.tolist()}, expected all different")

@@ -1,0 +1,177 @@
+"""A layer of a decoder as composite attention uses it: projections, FFN and aligner.
+
+Products are torch's, sums of squares float32 at least, and every step comes back in the dtype of
+the states.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attnspec.fast.backend import (
+    DTYPES,
+    check_choice,
+    check_integer,
+    check_tensor,
+    product,
+)
+
+FLOATS = (*DTYPES, torch.float64)
+MODES = ("self", "ffn", "frozen")
+
+
+class Layer(NamedTuple):
+    """The weights of a layer; vectors are multiplied from the left, ``x @ W``.
+
+    norm1 and norm2 (D,), the gains of root-mean-square norms with `eps`; Wq (D, H d), Wk (D, Hk d),
+    Wv (D, Hk dv), Wo (H dv, D); ffn = (gate (D, F), up (D, F), down (F, D)), a gated FFN with SiLU;
+    H query heads, Hk kv heads, and the base of the rotary positions, or None.
+    """
+
+    norm1: Tensor
+    Wq: Tensor
+    Wk: Tensor
+    Wv: Tensor
+    Wo: Tensor
+    norm2: Tensor
+    ffn: tuple[Tensor, Tensor, Tensor]
+    H: int
+    Hk: int
+    rope: float | None = 10000.0
+    eps: float = 1e-6
+
+
+def normalise(X: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """X (..., D) by its root mean square, times the `gain` (D,)."""
+    wide = _wide(X)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(gain)).to(
+        X.dtype
+    )
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., tokens, heads * d) to (..., heads, tokens, d), a view."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(-2, -3)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(..., heads, tokens, d) to (..., tokens, heads * d)."""
+    return x.transpose(-2, -3).flatten(-2)
+
+
+def project(X: Tensor, layer: Layer, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, H, tokens, d), k (batch, Hk, tokens, d) and v (batch, Hk, tokens, dv) of X."""
+    h = normalise(X, layer.norm1, layer.eps)
+    q, k = (
+        project_keys(h, layer.Wq, layer.H, layer, positions),
+        project_keys(h, layer.Wk, layer.Hk, layer, positions),
+    )
+    return q, k, split_heads(product(h, layer.Wv), layer.Hk)
+
+
+def project_keys(h: Tensor, W: Tensor, heads: int, layer: Layer, positions: Tensor) -> Tensor:
+    """Keys, or queries, (batch, heads, tokens, d) of normalised states, rotated."""
+    x = split_heads(product(h, W), heads)
+    if layer.rope is None:
+        return x
+    d = x.shape[-1]
+    frequencies = layer.rope ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
+    angles = positions.to(torch.float64)[:, None] * frequencies
+    wide = _wide(x)
+    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+def feed_forward(X: Tensor, layer: Layer) -> Tensor:
+    """X plus the gated FFN of its norm, shaped as X (..., D)."""
+    gate, up, down = layer.ffn
+    h = normalise(X, layer.norm2, layer.eps)
+    opened = functional.silu(_wide(product(h, gate))) * _wide(product(h, up))
+    return X + product(opened.to(X.dtype), down)
+
+
+def aligner_update(
+    Xv: Tensor, layer: Layer, mode: str = "self", *, backend: str | None = None
+) -> Tensor:
+    """The states of image tokens after a layer, shaped as Xv (batch, Nv, D). Differentiable."""
+    check_tensor("Xv", Xv, ("batch", "Nv", "D"), FLOATS)
+    check_layer(layer, "Xv", Xv)
+    check_choice("mode", mode, MODES)
+    values = None
+    if mode == "self":
+        h = normalise(Xv, layer.norm1, layer.eps)
+        values = split_heads(product(h, layer.Wv), layer.Hk)
+    return align(Xv, values, layer, mode)
+
+
+def align(Xv: Tensor, values: Tensor | None, layer: Layer, mode: str) -> Tensor:
+    """The aligner, given the values (batch, Hk, Nv, dv) of the image tokens, which mode `self`
+    adds.
+    """
+    if mode == "frozen":
+        return Xv
+    if values is not None and mode == "self":
+        values = values.repeat_interleave(layer.H // layer.Hk, -3)
+        Xv = Xv + product(join_heads(values), layer.Wo)
+    return feed_forward(Xv, layer)
+
+
+def flops(
+    Nt: int, Nv: int, D: int, F: int, layers: int, *, backend: str | None = None
+) -> dict[str, int]:
+    """Operations of a prefill, ``{"dense": ..., "composite": ...}``, a multiply-add being two.
+
+    For as many kv heads as query heads, a gated FFN, images before the text, and mode `self`.
+    """
+    for name, size in (("Nt", Nt), ("Nv", Nv)):
+        check_integer(name, size, least=0)
+    for name, size in (("D", D), ("F", F), ("layers", layers)):
+        check_integer(name, size, least=1)
+    S = Nt + Nv
+    text, image = 8 * D * D + 6 * D * F, 6 * D * D + 6 * D * F
+    dense = S * text + 2 * D * S * (S + 1)
+    composite = Nt * text + Nv * image + 4 * D * Nt * Nv + 2 * D * Nt * (Nt + 1)
+    return {"dense": layers * dense, "composite": layers * composite}
+
+
+def check_layer(layer: Any, name: str, X: Tensor) -> None:
+    """The weights of `layer` fit one another and the states X (..., D) of argument `name`."""
+    check_integer("layer", layer.H, least=1)
+    check_integer("layer", layer.Hk, least=1)
+    if layer.H % layer.Hk:
+        raise ValueError(f"layer: got {layer.Hk} kv heads, expected a divisor of {layer.H} heads")
+    D = X.shape[-1]
+    (gate, up, down), Wq, Wv = layer.ffn, layer.Wq, layer.Wv
+    for weights in (gate, Wq, Wv):
+        check_tensor("layer", weights, ("D", "width"), FLOATS)
+    d, dv, F = Wq.shape[1] // layer.H, Wv.shape[1] // layer.Hk, gate.shape[1]
+    shapes = {
+        "norm1": (layer.norm1, (D,)), "norm2": (layer.norm2, (D,)),
+        "Wq": (Wq, (D, layer.H * d)), "Wk": (layer.Wk, (D, layer.Hk * d)),
+        "Wv": (Wv, (D, layer.Hk * dv)), "Wo": (layer.Wo, (layer.H * dv, D)),
+        "gate": (gate, (D, F)), "up": (up, (D, F)), "down": (down, (F, D)),
+    }  # fmt: skip
+    for part, (weights, shape) in shapes.items():
+        if not isinstance(weights, Tensor):
+            raise TypeError(
+                f"layer: got {type(weights).__name__} for {part}, expected torch.Tensor"
+            )
+        if tuple(weights.shape) != shape:
+            raise ValueError(f"layer: got {part} of shape {tuple(weights.shape)}, expected {shape}")
+        if weights.dtype != X.dtype:
+            raise TypeError(f"{name}: got dtype {X.dtype}, expected {weights.dtype}, as the layer")
+        if weights.device != X.device:
+            raise ValueError(f"{name}: got device {X.device}, expected {weights.device}, as layer")
+    if layer.rope is not None and d % 2:
+        raise ValueError(f"layer: got head size {d}, expected an even one for rotary positions")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
