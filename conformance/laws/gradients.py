@@ -47,7 +47,11 @@ def check(trial: Trial) -> None:
     absent = {n: None for n in contract.optional if n in inspect.signature(gradient).parameters}
     given = {**absent, **arguments, **upstream}
     present = [name for name in contract.differentiable if arguments.get(name) is not None]
-    outputs = tuple(Output(f"d{n}", cancels=f"d{n}" in contract.cancelling) for n in present)
+    outputs = tuple(
+        Output(leaf, cancels=f"d{name}" in contract.cancelling)
+        for name in present
+        for leaf in _leaf_names(name, arguments[name])
+    )
     expectation = EXPECTATIONS.get(
         ("gradient", case.key),
         lambda: expect(
@@ -67,9 +71,19 @@ def check(trial: Trial) -> None:
     trial.compare(outputs, got, expectation)
 
 
+def _leaf_names(name: str, argument: Any) -> list[str]:
+    """The gradients of an argument: one, or one for each array of a tuple."""
+    if not isinstance(argument, tuple):
+        return [f"d{name}"]
+    return [f"d{name}[{place}]" for place in range(len(flatten(argument)))]
+
+
 def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:
-    by_name = dict(zip(contract.differentiable, flatten(gradients), strict=True))
-    return tuple(by_name[name] for name in present)
+    """The gradients of the present arguments, those of a tuple one after the other."""
+    if len(contract.differentiable) == 1:
+        gradients = (gradients,)
+    by_name = dict(zip(contract.differentiable, gradients, strict=True))
+    return tuple(leaf for name in present for leaf in flatten(by_name[name]))
 
 
 def _explicit(
@@ -83,7 +97,8 @@ def _explicit(
     with trial.guarded():
         result = kernel.backward(**{n: placed[n] for n in parameters if n in placed})
     chosen = _select(contract, result, present)
-    return {f"d{n}": kernel.arrays.get(g) for n, g in zip(present, chosen, strict=True)}
+    names = [leaf for name in present for leaf in _leaf_names(name, arguments[name])]
+    return {name: kernel.arrays.get(g) for name, g in zip(names, chosen, strict=True)}
 
 
 def _autograd(
@@ -98,7 +113,7 @@ def _autograd(
     placed = place_arguments(kernel.arrays, arguments, trial.case.layout, trial.case.dtype)
     # An upstream gradient in transposed storage is what a following matmul hands back.
     above = place_arguments(kernel.arrays, upstream, "transposed", trial.case.dtype)
-    leaves = [placed[name].requires_grad_() for name in present]
+    leaves = [leaf.requires_grad_() for name in present for leaf in flatten(placed[name])]
     with trial.guarded():
         outputs = contract.outputs_of(contract.call(kernel.call, placed))
         pairs = [
@@ -112,9 +127,10 @@ def _autograd(
             allow_unused=True,
         )
     got = {}
-    for name, leaf, gradient in zip(present, leaves, gradients, strict=True):
+    names = [leaf for name in present for leaf in _leaf_names(name, arguments[name])]
+    for name, leaf, gradient in zip(names, leaves, gradients, strict=True):
         value = torch.zeros_like(leaf) if gradient is None else gradient
-        got[f"d{name}"] = kernel.arrays.get(value)
+        got[name] = kernel.arrays.get(value)
     return got
 
 

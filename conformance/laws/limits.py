@@ -69,6 +69,14 @@ def _right(trial: Trial, arguments: dict[str, Any], name: str) -> Any:
 
 def _differs_in_values(right: Any, wrong: Any) -> bool:
     """Whether only what an array holds is wrong, not its shape or dtype."""
+    if isinstance(right, tuple) and isinstance(wrong, tuple) and len(right) == len(wrong):
+        pairs = [(a, b) for a, b in zip(right, wrong, strict=True) if a is not b]
+        return all(_same_kind(a, b) for a, b in pairs)
+    return _same_kind(right, wrong)
+
+
+def _same_kind(right: Any, wrong: Any) -> bool:
+    """Two arrays of one shape and dtype, or a wrong one full of NaN."""
     if not (isinstance(right, np.ndarray) and isinstance(wrong, np.ndarray)):
         return False
     same = (right.shape, right.dtype) == (wrong.shape, wrong.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.arrays import place_arguments
-from attnspec.conformance.contract import Contract
+from attnspec.conformance.contract import Contract, flatten
 from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case, near_blocks, token_axes
@@ -153,8 +153,9 @@ def check_graph(trial: Trial) -> None:
         results = trial.contract.call(trial.kernel.call, placed)
     fresh = place_arguments(kind, other, "contiguous", dtype)
     for name, value in fresh.items():
-        if kind.is_array(value):
-            placed[name].copy_(value)
+        for old, new in zip(flatten(placed[name]), flatten(value), strict=True):
+            if kind.is_array(new):
+                old.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
     outputs = trial.contract.outputs_of(results)

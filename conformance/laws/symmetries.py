@@ -6,6 +6,7 @@ two answers differ by rounding at most, and where a value may not be read, not a
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -151,6 +152,8 @@ def check_neutral(trial: Trial) -> None:
         if not trial.kernel.supports(name, True):
             continue
         absent = {n: v for n, v in arguments.items() if n != name}
+        if trial.contract.spec.signature.parameters[name].default is inspect.Parameter.empty:
+            absent[name] = None
         trial.judge(_run(trial, {**absent, name: value(trial.case)}), absent)
 
 

@@ -1,0 +1,64 @@
+"""Launch configurations of the memory kernels: a checked-in table, tuned by an explicit command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Tiles of the linear memory's kernels.
+
+    `piece`: tokens of a product at most, a power of two >= 16. `walk_items` is the most numbers of
+    one of the two states a program of the walks keeps in registers, which decides how many value
+    channels it owns; `tile` is the key and value channels of the kernels that walk nowhere.
+    """
+
+    piece: int = 64
+    walk_items: int = 4096
+    walk_warps: int = 4
+    walk_stages: int = 2
+    tile: int = 64
+    tile_warps: int = 4
+    tile_stages: int = 2
+
+
+CANDIDATES = (
+    MemoryConfig(),
+    MemoryConfig(walk_stages=1),
+    MemoryConfig(walk_items=2048),
+    MemoryConfig(walk_warps=8),
+    MemoryConfig(piece=32),
+    MemoryConfig(piece=128, walk_items=2048, walk_warps=8, tile_warps=8),
+    MemoryConfig(tile=32),
+    MemoryConfig(tile_warps=8),
+)
+FLOAT32 = MemoryConfig(
+    piece=32, walk_items=2048, walk_warps=8, walk_stages=1, tile=32, tile_stages=1
+)
+"""IEEE float32 products run on no matrix unit, and larger tiles spill registers."""
+OLDER = MemoryConfig(piece=32, walk_items=2048, walk_stages=1, tile=32, tile_stages=1)
+"""16-bit inputs on processors before Hopper: less shared memory."""
+
+_forced: list[MemoryConfig] = []
+
+
+def config(itemsize: int, hopper: bool) -> MemoryConfig:
+    """The configuration in force for numbers of `itemsize` bytes."""
+    if _forced:
+        return _forced[-1]
+    if itemsize >= 4:
+        return FLOAT32
+    return CANDIDATES[0] if hopper else OLDER
+
+
+@contextmanager
+def use_config(forced: MemoryConfig) -> Iterator[None]:
+    """Run every kernel of the engine inside the block with `forced`."""
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced.pop()

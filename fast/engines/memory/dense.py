@@ -1,0 +1,369 @@
+"""A memory of any depth by batched products, and the linear memory where it has no kernel.
+
+Pieces follow one another, because each one's gradient is taken at weights the one before has left;
+everything that reads is done for a group of pieces at once. Only the weights that enter a group are
+kept for the backward pass, which walks the group again. No per-token weights are ever formed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
+
+GROUP = 8
+"""Pieces whose weights are held at once."""
+
+
+def scalar_kernels(backend: str) -> ModuleType:
+    """The coefficients' implementation on `backend`, imported on first use."""
+    module = "numba_cpu" if backend == "numba" else "triton_scalars"
+    try:
+        return importlib.import_module(f"attnspec.fast.engines.memory.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
+
+
+@dataclass(frozen=True)
+class Deep:
+    """One call: layer widths, pieces, and the narrow dtype of products on CUDA, if any.
+
+    Weights of all layers lie in a row: a state is (heads, numbers).
+    """
+
+    widths: Sequence[int]
+    pieces: Pieces
+    loss_scale: float
+    before: bool
+    group: int
+    narrow: torch.dtype | None
+
+    def layers(self, packed: Tensor) -> list[Tensor]:
+        """Matrices (..., inputs, outputs) of all layers, views of `packed` (..., numbers)."""
+        found, at = [], 0
+        for inputs, outputs in zip(self.widths, self.widths[1:], strict=False):
+            part = packed[..., at : at + inputs * outputs]
+            found.append(part.unflatten(-1, (inputs, outputs)))
+            at += inputs * outputs
+        return found
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, accumulated and returned in float32 (float64 for float64)."""
+        if self.narrow is None:
+            return a @ b
+        leading = a.shape[:-2]
+        out = torch.bmm(
+            a.to(self.narrow).reshape(-1, *a.shape[-2:]), b.to(self.narrow).reshape(
+                -1, *b.shape[-2:]), out_dtype=torch.float32,
+        )  # fmt: skip
+        return out.unflatten(0, leading)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x)
+
+
+def gelu_slope(x: Tensor) -> Tensor:
+    below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return below + x * _density(x)
+
+
+def gelu_curvature(x: Tensor) -> Tensor:
+    return (2 - x * x) * _density(x)
+
+
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+@dataclass
+class Walked:
+    """What a group of pieces leaves behind: entering weights (heads, pieces, numbers), and inputs,
+    products and gradients (heads, pieces, size, width) of every layer.
+    """
+
+    W: Tensor
+    S: Tensor
+    base: Tensor
+    H: list[Tensor]
+    z: list[Tensor]
+    Delta: list[Tensor]
+
+
+class Walk:
+    """The tokens of a call in pieces, in the dtype of the arithmetic."""
+
+    def __init__(
+        self, call: Deep, k: Tensor, v: Tensor, q: Tensor, rates: Rates, backend: str
+    ) -> None:
+        wide, pieces = rates.theta.dtype, call.pieces
+        self.call = call
+        self.k, self.v = (
+            pieces.cut(x.flatten(0, 1).to(wide).contiguous(), 1) for x in (k, v)
+        )  # fmt: skip
+        self.q = self.fold(q.to(wide))
+        self.of = scalar_kernels(backend).scalars(rates, pieces, call.before)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(batch, heads, tokens, width) to (memories, pieces, group * size, width)."""
+        batch, heads, _, _width = x.shape
+        x = self.call.pieces.cut(x.contiguous(), 2)
+        x = x.reshape(batch * heads // self.call.group, self.call.group, *x.shape[2:])
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `fold`, in the shape (batch, heads) and the dtype of `like`."""
+        pieces, width = self.call.pieces, x.shape[-1]
+        x = x.unflatten(2, (self.call.group, pieces.size)).transpose(1, 2)
+        x = pieces.join(x.reshape(*like.shape[:2], pieces.count, pieces.size, width), 2)
+        return x.to(like.dtype).contiguous()
+
+    def of_group(self, x: Tensor, part: slice) -> Tensor:
+        """Coefficients (heads, pieces, size, ...) once for each query head of the group."""
+        return torch.cat([x[:, part]] * self.call.group, 2)
+
+    def group(self, state: Tensor, part: slice) -> tuple[Walked, Tensor]:
+        """Pieces `part` one after the other, from W, S and base (3, heads, numbers); also those
+        behind them.
+        """
+        call, product = self.call, self.call.product
+        W, S, base = state
+        W_in, S_in, base_in, done = [], [], [], []
+        for n in range(part.start, part.stop):
+            if n % call.pieces.per == 0:
+                base = W
+            W_in.append(W)
+            S_in.append(S)
+            base_in.append(base)
+            H, z, Delta = self.surprise(call.layers(base), self.k[:, n], self.v[:, n])
+            done.append((H, z, Delta))
+            beta, m, f = (x[:, None] for x in self.of.end[:, n].unbind(-1))
+            G, other = self.of.end_G[:, n, :, None], self.of.end_n[:, n, :, None]
+            in_W, in_S = [], []
+            for h, delta in zip(H, Delta, strict=True):
+                width = delta.shape[-1]
+                both = product(h.mT, torch.cat([G * delta, other * delta], -1))
+                in_W.append(both[..., :width].flatten(1))
+                in_S.append(both[..., width:].flatten(1))
+            W = beta * W + f * S - torch.cat(in_W, -1)
+            S = m * S - torch.cat(in_S, -1)
+        H, z, Delta = (
+            [torch.stack([piece[i][layer] for piece in done], 1)
+             for layer in range(len(call.widths) - 1)]
+            for i in range(3)
+        )  # fmt: skip
+        weights, momentum, older = (torch.stack(x, 1) for x in (W_in, S_in, base_in))
+        walked = Walked(weights, momentum, older, H, z, Delta)
+        return walked, torch.stack([W, S, base])
+
+    def surprise(
+        self, base: list[Tensor], k: Tensor, v: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Inputs, products and gradients of all layers for keys k and values v."""
+        product = self.call.product
+        H, z = [k], [product(k, base[0])]
+        for weights in base[1:]:
+            H.append(gelu(z[-1]))
+            z.append(product(H[-1], weights))
+        Delta = [self.call.loss_scale * (z[-1] - v)]
+        for layer in reversed(range(len(base) - 1)):
+            back = product(Delta[0], base[layer + 1].mT)
+            Delta.insert(0, back * gelu_slope(z[layer]))
+        return H, z, Delta
+
+    def read(self, walked: Walked, part: slice) -> Tensor:
+        """What the queries of the pieces read, (heads, pieces, group * size, dv)."""
+        product = self.call.product
+        beta, f = (self.of_group(self.of.rows, part)[..., i, None] for i in (0, 2))
+        G, A = self.of_group(self.of.G, part), self.q[:, part]
+        W, S = self.call.layers(walked.W), self.call.layers(walked.S)
+        for layer in range(len(W)):
+            if layer:
+                A = gelu(A)
+            scores = product(A, walked.H[layer].mT) * G
+            A = (
+                beta * product(A, W[layer]) + f * product(A, S[layer])
+                - product(scores, walked.Delta[layer])
+            )  # fmt: skip
+        return A
+
+
+def forward(
+    call: Deep, W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, rates: Rates, keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (batch, heads, tokens, dv), the last W and S (memories, numbers), and what `backward` needs
+    of the states, (groups, 3, memories, numbers), none unless `keep`.
+    """
+    walk = Walk(call, k, v, q, rates, backend)
+    state = torch.stack([W, S, W])
+    outputs, kept = [], []
+    for first in range(0, call.pieces.count, GROUP):
+        part = slice(first, min(first + GROUP, call.pieces.count))
+        if keep:
+            kept.append(state)
+        walked, state = walk.group(state, part)
+        outputs.append(walk.read(walked, part))
+    saved = torch.stack(kept) if keep and kept else W.new_empty(0)
+    empty = q.new_zeros(*q.shape[:3], v.shape[3])
+    y = walk.unfold(torch.cat(outputs, 1), q) if outputs else empty
+    return y, state[0].clone(), state[1].clone(), saved
+
+
+def backward(
+    call: Deep, dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, k: Tensor, v: Tensor, q: Tensor,
+    rates: Rates, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dW, dS (memories, numbers), dk, dv, dq, and drates (3, memories, tokens)."""
+    if not call.pieces.count:
+        dk, dv, dq = (torch.zeros_like(x) for x in (k, v, q))
+        return dW.clone(), dS.clone(), dk, dv, dq, rates.theta.new_zeros(3, *rates.theta.shape)
+    walk = Walk(call, k, v, q, rates, backend)
+    folded = walk.fold(dy.to(rates.theta.dtype))
+    d = walk.of.zeros()
+    dbase = torch.zeros_like(dW)
+    parts = []
+    for number in reversed(range(saved.shape[0])):
+        part = slice(number * GROUP, min((number + 1) * GROUP, call.pieces.count))
+        walked, _ = walk.group(saved[number], part)
+        dA, reads = _read_backward(walk, walked, part, folded[:, part], d)
+        dk_part, dv_part, dW, dS, dbase = _walk_backward(
+            walk, walked, part, reads, dW, dS, dbase, d
+        )
+        parts.append((dk_part, dv_part, dA))
+    dk, dv, dq = (torch.cat(x[::-1], 1) for x in zip(*parts, strict=True))
+    drates = scalar_kernels(backend).scalars_backward(rates, call.pieces, call.before, d)
+    return (
+        dW, dS,
+        call.pieces.join(dk, 1).view(k.shape).to(k.dtype),
+        call.pieces.join(dv, 1).view(v.shape).to(v.dtype),
+        walk.unfold(dq, q), drates,
+    )  # fmt: skip
+
+
+@dataclass
+class Reads:
+    """What the read adds to gradients of a group: weights, momentum, H and Delta by layer."""
+
+    W: Tensor
+    S: Tensor
+    H: list[Tensor]
+    Delta: list[Tensor]
+
+
+def _read_backward(
+    walk: Walk, walked: Walked, part: slice, dZ: Tensor, d: Scalars
+) -> tuple[Tensor, Reads]:
+    """Back through the reads of a group: dQ, gradients of the read coefficients into `d`."""
+    product, call = walk.call.product, walk.call
+    beta, f = (walk.of_group(walk.of.rows, part)[..., i, None] for i in (0, 2))
+    G, A = walk.of_group(walk.of.G, part), walk.q[:, part]
+    W, S = call.layers(walked.W), call.layers(walked.S)
+    depth = len(W)
+    inputs, products = [], []
+    for layer in range(depth):
+        inputs.append(A)
+        scores = product(A, walked.H[layer].mT)
+        in_W, in_S = product(A, W[layer]), product(A, S[layer])
+        z = None
+        if layer + 1 < depth:
+            z = beta * in_W + f * in_S - product(scores * G, walked.Delta[layer])
+            A = gelu(z)
+        products.append((in_W, in_S, scores, z))
+    dbeta, df, dG = torch.zeros_like(beta), torch.zeros_like(f), torch.zeros_like(G)
+    dW: list[Tensor] = []
+    dS: list[Tensor] = []
+    dH: list[Tensor] = []
+    dDelta: list[Tensor] = []
+    for layer in reversed(range(depth)):
+        A, (in_W, in_S, scores, z) = inputs[layer], products[layer]
+        if z is not None:
+            dZ = dZ * gelu_slope(z)
+        dscores = -product(dZ, walked.Delta[layer].mT)
+        dbeta += (dZ * in_W).sum(-1, keepdim=True)
+        df += (dZ * in_S).sum(-1, keepdim=True)
+        dG += dscores * scores
+        width = dZ.shape[-1]
+        both = product(A.mT, torch.cat([beta * dZ, f * dZ], -1))
+        dW.insert(0, both[..., :width].flatten(2))
+        dS.insert(0, both[..., width:].flatten(2))
+        dDelta.insert(0, -product((scores * G).mT, dZ))
+        dH.insert(0, product((dscores * G).mT, A))
+        dZ = (
+            beta * product(dZ, W[layer].mT) + f * product(dZ, S[layer].mT)
+            + product(dscores * G, walked.H[layer])
+        )  # fmt: skip
+    size = (call.group, call.pieces.size)
+    d.rows[:, part, :, 0] = dbeta[..., 0].unflatten(2, size).sum(2)
+    d.rows[:, part, :, 2] = df[..., 0].unflatten(2, size).sum(2)
+    d.G[:, part] = dG.unflatten(2, size).sum(2)
+    return dZ, Reads(torch.cat(dW, -1), torch.cat(dS, -1), dH, dDelta)
+
+
+def _walk_backward(
+    walk: Walk, walked: Walked, part: slice, reads: Reads, dW: Tensor, dS: Tensor, dbase: Tensor,
+    d: Scalars,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pieces from the last to the first: dk, dv (heads, pieces, size, width), dW, dS, dbase."""
+    call, product, of = walk.call, walk.call.product, walk.of
+    dks, dvs = [], []
+    for n in reversed(range(part.start, part.stop)):
+        i = n - part.start
+        H, z, Delta = ([x[:, i] for x in y] for y in (walked.H, walked.z, walked.Delta))
+        G, other = of.end_G[:, n, :, None], of.end_n[:, n, :, None]
+        beta, m, f = (x[:, None] for x in of.end[:, n].unbind(-1))
+        W, S = walked.W[:, i], walked.S[:, i]
+        for place, (x, u) in enumerate(((W, dW), (S, dS), (S, dW))):
+            d.end[:, n, place] = (x * u).sum(-1)
+        dH, dDelta = [], []
+        for layer, (uW, uS) in enumerate(zip(call.layers(dW), call.layers(dS), strict=True)):
+            in_W, in_S = product(H[layer], uW), product(H[layer], uS)
+            dDelta.append(reads.Delta[layer][:, i] - G * in_W - other * in_S)
+            d.end_G[:, n] -= (Delta[layer] * in_W).sum(-1)
+            d.end_n[:, n] -= (Delta[layer] * in_S).sum(-1)
+            dH.append(
+                reads.H[layer][:, i] - product(G * Delta[layer], uW.mT)
+                - product(other * Delta[layer], uS.mT)
+            )  # fmt: skip
+        dk, dv, more = _inner_backward(walk, walked.base[:, i], H, z, Delta, dH, dDelta)
+        dks.append(dk)
+        dvs.append(dv)
+        dbase = dbase + more
+        dW, dS = beta * dW + reads.W[:, i], f * dW + m * dS + reads.S[:, i]
+        if n % call.pieces.per == 0:
+            dW, dbase = dW + dbase, torch.zeros_like(dbase)
+    return torch.stack(dks[::-1], 1), torch.stack(dvs[::-1], 1), dW, dS, dbase
+
+
+def _inner_backward(
+    walk: Walk, base: Tensor, H: list[Tensor], z: list[Tensor], Delta: list[Tensor],
+    dH: list[Tensor], dDelta: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Back through the inner gradient: dk, dv and the gradient of the base weights."""
+    call, product = walk.call, walk.call.product
+    W, depth = call.layers(base), len(H)
+    dbase: list[Tensor] = [torch.empty(0)] * depth
+    dz: list[Tensor] = []
+    for i in range(depth - 1):
+        back = product(Delta[i + 1], W[i + 1].mT)
+        dback = dDelta[i] * gelu_slope(z[i])
+        dz.append(dDelta[i] * back * gelu_curvature(z[i]))
+        dDelta[i + 1] = dDelta[i + 1] + product(dback, W[i + 1])
+        dbase[i + 1] = product(dback.mT, Delta[i + 1])
+    dz.append(call.loss_scale * dDelta[-1])
+    for i in reversed(range(depth)):
+        if i + 1 < depth:
+            dz[i] = dz[i] + dH[i + 1] * gelu_slope(z[i])
+        more = product(H[i].mT, dz[i])
+        dbase[i] = dbase[i] + more if i else more
+        dH[i] = dH[i] + product(dz[i], W[i].mT)
+    return dH[0], -dz[-1], torch.cat([x.flatten(1) for x in dbase], -1)

@@ -1,0 +1,268 @@
+"""The memory engine's custom ops: schemas, shapes without data, gradients."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.engines.memory import dense
+from attnspec.fast.engines.memory.configs import config
+from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
+
+WIDEST = 256
+"""Channels of keys and of values that the linear memory's kernels hold."""
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States are float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 9
+
+
+def _linear(widths: list[int], backend: str) -> bool:
+    """Whether the linear memory's own kernels run."""
+    return backend == "triton" and len(widths) == 2 and max(widths) <= WIDEST
+
+
+def _pieces(k: Tensor, b: int, linear: bool) -> Pieces:
+    size = config(k.element_size(), _hopper(k)).piece if linear else 64
+    needed = max(1, min(b, k.shape[2]))
+    if linear:
+        size = min(size, max(16, 1 << (needed - 1).bit_length()))
+    return Pieces(k.shape[2], b, min(size, needed) if not linear else size)
+
+
+def _deep(
+    k: Tensor, q: Tensor, widths: list[int], b: int, loss_scale: float, before: bool
+) -> dense.Deep:
+    narrow = k.dtype if k.is_cuda and k.dtype in (torch.float16, torch.bfloat16) else None
+    group = q.shape[1] // k.shape[1]
+    return dense.Deep(widths, _pieces(k, b, False), loss_scale, before, group, narrow)
+
+
+@torch.library.custom_op("attnspec::memory", mutates_args=())
+def memory_op(
+    W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor,
+    alpha: Tensor, stored: Tensor | None, widths: list[int], b: int, loss_scale: float,
+    before: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the last W and S (batch, heads, numbers), and two tensors for the gradient."""
+    with torch.cuda.device_of(k):
+        rates = Rates.of(theta, eta, alpha, stored, state_dtype(k))
+        flat = (W.flatten(0, 1), S.flatten(0, 1))
+        if _linear(widths, backend):
+            kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
+            pieces = _pieces(k, b, True)
+            y, last_W, last_S, saved, errors = kernels.forward(
+                pieces, *flat, k, v, q, rates, loss_scale, before, keep
+            )
+        else:
+            call = _deep(k, q, widths, b, loss_scale, before)
+            y, last_W, last_S, saved = dense.forward(call, *flat, k, v, q, rates, keep, backend)
+            errors = W.new_empty(0)
+        return y, last_W.view(W.shape), last_S.view(S.shape), saved, errors
+
+
+def _saved_shapes(
+    W: Tensor, k: Tensor, q: Tensor, widths: list[int], b: int, keep: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    nothing = W.new_empty(0)
+    linear = _linear(widths, backend)
+    pieces = _pieces(k, b, linear)
+    if not keep or not pieces.count:
+        return nothing, nothing
+    memories = k.shape[0] * k.shape[1]
+    if not linear:
+        groups = -(-pieces.count // dense.GROUP)
+        return W.new_empty(groups, 3, memories, W.shape[2]), nothing
+    return (
+        k.new_empty(memories, pieces.count, 2, *widths),
+        k.new_empty(memories, pieces.count, pieces.size, widths[1]),
+    )
+
+
+@memory_op.register_fake
+def _(
+    W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor,
+    alpha: Tensor, stored: Tensor | None, widths: list[int], b: int, loss_scale: float,
+    before: bool, keep: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    states = W.new_empty(W.shape), S.new_empty(S.shape)
+    return y, *states, *_saved_shapes(W, k, q, widths, b, keep, backend)
+
+
+@torch.library.custom_op("attnspec::memory_backward", mutates_args=())
+def memory_backward_op(
+    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, k: Tensor, v: Tensor,
+    q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
+    b: int, loss_scale: float, before: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens)."""
+    with torch.cuda.device_of(k):
+        rates = Rates.of(theta, eta, alpha, stored, state_dtype(k))
+        flat = (dW.flatten(0, 1).contiguous(), dS.flatten(0, 1).contiguous())
+        if _linear(widths, backend):
+            kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
+            dW0, dS0, dk, dv, dq, drates = kernels.backward(
+                _pieces(k, b, True), dy, *flat, saved, errors, k, v, q, rates, loss_scale, before
+            )
+        else:
+            call = _deep(k, q, widths, b, loss_scale, before)
+            dW0, dS0, dk, dv, dq, drates = dense.backward(
+                call, dy, *flat, saved, k, v, q, rates, backend
+            )
+        return dW0.view(dW.shape), dS0.view(dS.shape), dk, dv, dq, drates.view(3, *theta.shape)
+
+
+@memory_backward_op.register_fake
+def _(
+    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, k: Tensor, v: Tensor,
+    q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
+    b: int, loss_scale: float, before: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rates = theta.new_empty(3, *theta.shape, dtype=state_dtype(k))
+    return (
+        dW.new_empty(dW.shape), dS.new_empty(dS.shape), k.new_empty(k.shape),
+        v.new_empty(v.shape), q.new_empty(q.shape), rates,
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, *tensors, ctx.widths, ctx.b, ctx.loss_scale, ctx.before, ctx.keep, ctx.backend = inputs
+    ctx.save_for_backward(*output[3:], *tensors)
+    ctx.set_materialize_grads(True)
+
+
+def _gradient(ctx: Any, dy: Tensor, dW: Tensor, dS: Tensor, *unused: Any) -> tuple[Any, ...]:
+    saved, errors, k, v, q, theta, eta, alpha, stored = ctx.saved_tensors
+    dW0, dS0, dk, dv, dq, drates = memory_backward_op(
+        dy.to(q.dtype), dW, dS, saved, errors, k, v, q, theta, eta, alpha, stored, ctx.widths,
+        ctx.b, ctx.loss_scale, ctx.before, ctx.backend,
+    )  # fmt: skip
+    by_rate = (x.to(rate.dtype) for x, rate in zip(drates, (theta, eta, alpha), strict=True))
+    return dW0, dS0, dk, dv, dq, *by_rate, None, None, None, None, None, None, None
+
+
+memory_op.register_autograd(_gradient, setup_context=_setup)
+
+
+@torch.library.custom_op("attnspec::memory_scalars", mutates_args=())
+def scalars_op(
+    theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows (heads, C, 3), n and G (heads, C, C) of rates (heads, C), in their wide dtype."""
+    with torch.cuda.device_of(theta):
+        rates, pieces = _one_piece(theta, eta, alpha)
+        of = dense.scalar_kernels(backend).scalars(rates, pieces, False, with_n=True)
+        heads, C = theta.shape
+        return of.rows.view(heads, C, 3), of.n.view(heads, C, C), of.G.view(heads, C, C)
+
+
+@scalars_op.register_fake
+def _(theta: Tensor, eta: Tensor, alpha: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    heads, C = theta.shape
+    dtype = state_dtype(theta)
+    square = theta.new_empty(heads, C, C, dtype=dtype)
+    return theta.new_empty(heads, C, 3, dtype=dtype), square, torch.empty_like(square)
+
+
+@torch.library.custom_op("attnspec::memory_scalars_backward", mutates_args=())
+def scalars_backward_op(
+    drows: Tensor, dn: Tensor, dG: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
+) -> Tensor:
+    """Gradients (3, heads, C) of the rates."""
+    with torch.cuda.device_of(theta):
+        rates, pieces = _one_piece(theta, eta, alpha)
+        last = drows.new_zeros(drows.shape[0], 1, 3)
+        none = drows.new_zeros(drows.shape[0], 1, theta.shape[1])
+        d = Scalars(drows[:, None], dn[:, None], dG[:, None], last, none, none)
+        return dense.scalar_kernels(backend).scalars_backward(rates, pieces, False, d)
+
+
+@scalars_backward_op.register_fake
+def _(
+    drows: Tensor, dn: Tensor, dG: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
+) -> Tensor:
+    return theta.new_empty(3, *theta.shape, dtype=state_dtype(theta))
+
+
+def _one_piece(theta: Tensor, eta: Tensor, alpha: Tensor) -> tuple[Rates, Pieces]:
+    rates = Rates.of(theta[None], eta[None], alpha[None], None, state_dtype(theta))
+    C = max(1, theta.shape[1])
+    return rates, Pieces(theta.shape[1], C, C)
+
+
+def _setup_scalars(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *rates, ctx.backend = inputs
+    ctx.save_for_backward(*rates)
+
+
+def _scalars_gradient(ctx: Any, drows: Tensor, dn: Tensor, dG: Tensor) -> tuple[Any, ...]:
+    rates = ctx.saved_tensors
+    out = scalars_backward_op(
+        drows.contiguous(), dn.contiguous(), dG.contiguous(), *rates, ctx.backend
+    )
+    return *(x.to(rate.dtype) for x, rate in zip(out, rates, strict=True)), None
+
+
+scalars_op.register_autograd(_scalars_gradient, setup_context=_setup_scalars)
+
+
+@torch.library.custom_op("attnspec::memory_path", mutates_args=())
+def path_op(
+    W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """S' = eta S - g and W' = (1 - alpha) W + S' over chunks: W on the way, and the last S."""
+    with torch.cuda.device_of(W):
+        path, momentum = dense.scalar_kernels(backend).path(W, S, gradients, eta, alpha)
+        return path, momentum
+
+
+@path_op.register_fake
+def _(
+    W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    heads, chunks, width = gradients.shape
+    return W.new_empty(heads, chunks + 1, width), S.new_empty(S.shape)
+
+
+@torch.library.custom_op("attnspec::memory_path_backward", mutates_args=())
+def path_backward_op(
+    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, path: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(S):
+        dW, dS0, dg, deta, dalpha = dense.scalar_kernels(backend).path_backward(
+            dpath, dS, S, eta, alpha, path
+        )
+        return dW, dS0, dg, deta, dalpha
+
+
+@path_backward_op.register_fake
+def _(
+    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, path: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads, many, width = path.shape
+    return (
+        S.new_empty(S.shape), S.new_empty(S.shape), S.new_empty(heads, many - 1, width),
+        eta.new_empty(eta.shape), alpha.new_empty(alpha.shape),
+    )  # fmt: skip
+
+
+def _setup_path(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, S, _, eta, alpha, ctx.backend = inputs
+    ctx.save_for_backward(S, eta, alpha, output[0])
+
+
+def _path_gradient(ctx: Any, dpath: Tensor, dS: Tensor) -> tuple[Any, ...]:
+    out = path_backward_op(dpath.contiguous(), dS.contiguous(), *ctx.saved_tensors, ctx.backend)
+    return *out, None
+
+
+path_op.register_autograd(_path_gradient, setup_context=_setup_path)
