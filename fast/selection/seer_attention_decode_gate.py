@@ -107,7 +107,7 @@ def decode_gate(
     if Wq is None:
         check_size("q_t", d, dg, "dg, as there is no Wq")
     gq = q_t.reshape(-1, kv_heads, group, d)
-    if mode == "Qproj":
+    if Wq is not None and mode == "Qproj":
         gq = product(gq.flatten(2)[:, :, None], Wq.flatten(1, 2))
     elif mode != "Qorig":
         gq = gq.float().mean(2, keepdim=True).to(q_t.dtype)
