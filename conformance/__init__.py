@@ -7,19 +7,35 @@ On the command line it is ``attnspec conform``; in Python::
     assert report.passed, report.failures[0]
 """
 
-from attnspec.conformance.case import Case, SavedCase
-from attnspec.conformance.contract import (
-    Array,
-    Contract,
-    Output,
-    Ranking,
-    Stream,
-    find_contract,
-)
-from attnspec.conformance.kernel import Kernel, Known
-from attnspec.conformance.report import Failure, Report, Result
-from attnspec.conformance.runner import PROFILES, Profile, certify
-from attnspec.conformance.violation import Violation
+from typing import Any
+
+try:
+    from attnspec.conformance.case import Case, SavedCase
+    from attnspec.conformance.contract import (
+        Array,
+        Contract,
+        Output,
+        Ranking,
+        Stream,
+        find_contract,
+    )
+    from attnspec.conformance.kernel import Kernel, Known
+    from attnspec.conformance.report import Failure, Report, Result
+    from attnspec.conformance.runner import PROFILES, Profile, certify
+    from attnspec.conformance.violation import Violation
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
+
+    def __getattr__(name: str) -> Any:
+        """The command and whoever asks for a name hear what to install; no one else needs to."""
+        if name in __all__:
+            raise ImportError(
+                'hypothesis is not installed: pip install "attnspec[conformance]"',
+                name="hypothesis",
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "PROFILES",

@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 try:
+    import hypothesis  # noqa: F401
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
 except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f'attnspec: {missing.name} is not installed; pip install "attnspec[conformance]"')
 
-from attnspec.conformance import registry
-from attnspec.conformance.case import SavedCase
+from attnspec.conformance import listing, registry
 from attnspec.conformance.contract import find_contract
-from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.dtypes import DTYPES
 from attnspec.conformance.killing import kill_all
-from attnspec.conformance.laws import laws_for
+from attnspec.conformance.laws import laws
 from attnspec.conformance.mutants import mutants as all_mutants
-from attnspec.conformance.runner import PROFILES, certify
+from attnspec.conformance.runner import PROFILES, certify, plan
 from attnspec.conformance.runner import replay as replay_case
-from attnspec.reference import find_mechanism, mechanisms
+from attnspec.conformance.saved import StaleCase, load_case
+from attnspec.conformance.terminal import (
+    progress_bar,
+    show_benchmarks,
+    show_failure,
+    show_kills,
+    show_report,
+)
+from attnspec.reference import find_mechanism
 
 app = typer.Typer(
     help="The spec of long-context attention, and the suite that certifies kernels against it.",
@@ -45,8 +52,20 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the table a
 
 def usage_error(message: str) -> typer.Exit:
     """Print what was wrong with the call; exit status 2."""
-    Console(stderr=True).print(f"attnspec: {message}", style="red", highlight=False)
+    _tell(message, "red")
     return typer.Exit(2)
+
+
+def _tell(message: str, style: str) -> None:
+    """A line on the error stream, as it is: brackets are no markup, and commands stay in one."""
+    said = f"attnspec: {message}"
+    Console(stderr=True).print(said, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_choice(option: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
+    for name in given or ():
+        if name not in known:
+            raise ValueError(f"{option}: got {name!r}, expected one of: {', '.join(known)}")
 
 
 def write_json(path: Path | None, data: Any) -> None:
@@ -55,86 +74,30 @@ def write_json(path: Path | None, data: Any) -> None:
         path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def load_kernels(path: str | None, operation: str | None, array: str | None) -> list[Kernel]:
-    """The registered kernels, or those at ``package.module:attribute``."""
-    if path is None:
-        return registry.registered_kernels()
-    sys.path.insert(0, "")
-    found = registry.load_object(path)
-    if operation is not None:
-        if array is None:
-            raise ValueError("--array: got nothing, expected numpy or torch beside --operation")
-        return [Kernel(path.rpartition(":")[2], operation, found, array=array)]
-    return registry.as_kernels(found, path)
-
-
 @app.command("list")
 def list_command(json_file: JsonFile = None) -> None:
     """Every mechanism with its operations, kernels and mutants."""
-    kernels = registry.registered_kernels()
-    rows: list[dict[str, Any]] = []
-    for slug, mechanism in mechanisms().items():
-        own = [k for k in kernels if k.operation.startswith(f"{slug}.")]
-        rows.append(
-            {
-                "slug": slug,
-                "family": mechanism.family,
-                "title": mechanism.title,
-                "operations": [o.qualified_name for o in mechanism.operations],
-                "kernels": [
-                    {
-                        "name": k.name,
-                        "operation": k.operation,
-                        "backend": k.backend,
-                        "device": k.device,
-                    }
-                    for k in own
-                ],
-                "mutants": [m.name for m in all_mutants() if m.operation.startswith(f"{slug}.")],
-                "doc": mechanism.module.__name__,
-            }
-        )
+    try:
+        kernels = registry.registered_kernels()
+    except registry.Unavailable as error:
+        kernels = []
+        _tell(f"no kernels: {error}", "yellow")
+    rows = listing.mechanism_rows(kernels, all_mutants())
     write_json(json_file, {"mechanisms": rows})
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("mechanism", "family", "operations", "kernels", "mutants", "title"):
-        table.add_column(name)
-    for row in rows:
-        counts = (len(row[name]) for name in ("operations", "kernels", "mutants"))
-        table.add_row(row["slug"], row["family"], *map(str, counts), row["title"])
-    console.print(table)
+    listing.show_mechanisms(rows, console)
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A mechanism or an operation.")]) -> None:
     """A mechanism's definition, or an operation's signature, parameters and laws."""
-    import inspect
-
     try:
         slug, dot, _ = name.partition(".")
-        mechanism = find_mechanism(slug)
-        if not dot:
-            console.print(mechanism.title, style="bold")
-            paper = mechanism.paper
-            console.print(f"{paper.title} ({paper.year}) {paper.arxiv}\n", highlight=False)
-            console.print(inspect.getdoc(mechanism.module), highlight=False, markup=False)
-            for operation in mechanism.operations:
-                console.print(f"  {operation.qualified_name}{operation.signature}", markup=False)
-            return
-        contract = find_contract(name)
+        if dot:
+            listing.show_operation(find_contract(name), console)
+        else:
+            listing.show_chapter(find_mechanism(slug), console)
     except ValueError as error:
         raise usage_error(str(error)) from None
-    spec = contract.spec
-    console.print(f"{name}{spec.signature}", style="bold", markup=False, highlight=False)
-    console.print(f"clauses {', '.join(spec.clauses)}\n", highlight=False)
-    console.print(inspect.getdoc(spec.function), markup=False, highlight=False)
-    kernel = Kernel("any", name, spec.function, backward=spec.gradient)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("law", "rules", "promise"):
-        table.add_column(column)
-    for law in laws_for(contract, kernel):
-        table.add_row(law.name, " ".join(law.rules), law.promise)
-    console.print()
-    console.print(table)
 
 
 @app.command()
@@ -156,32 +119,35 @@ def conform(
 ) -> None:
     """Certify kernels. Exit status 0 if every claimed case passes, 1 if not, 2 for wrong usage."""
     try:
-        chosen = registry.select(load_kernels(kernel, operation, array), select or [])
-        if profile not in PROFILES:
-            raise ValueError(f"--profile: got {profile!r}, expected one of {', '.join(PROFILES)}")
+        chosen = registry.select(registry.load_kernels(kernel, operation, array), select or [])
+        _check_choice("--profile", [profile], PROFILES)
+        _check_choice("--law", law, laws())
+        _check_choice("--dtype", dtype, DTYPES)
     except (ValueError, TypeError) as error:
         raise usage_error(str(error)) from None
     chosen = [k for k in chosen if device in (None, k.device) and backend in (None, k.backend)]
-    if not chosen:
-        raise usage_error("no kernel is left after --device and --backend")
+    if not plan(chosen, dtype, law):
+        raise usage_error("no kernel is left after --device, --backend, --dtype and --law")
     signal.signal(signal.SIGTERM, _interrupt)
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("", total=None)
 
         def advance(done: int, total: int, what: str) -> None:
             progress.update(bar, completed=done, total=total, description=what)
 
-        report = certify(
-            chosen,
-            profile=profile,
-            dtypes=dtype,
-            laws=law,
-            cases=cases,
-            timeout=timeout,
-            progress=advance,
-        )
+        try:
+            report = certify(
+                chosen,
+                profile=profile,
+                dtypes=dtype,
+                laws=law,
+                cases=cases,
+                timeout=timeout,
+                progress=advance,
+            )
+        except StaleCase as error:
+            raise usage_error(str(error)) from None
     from attnspec.conformance.export import save_html, save_junit
-    from attnspec.conformance.terminal import show_report
 
     if json_file:
         report.save_json(json_file)
@@ -189,7 +155,8 @@ def conform(
         save_junit(report, junit)
     if html:
         save_html(report, html)
-    show_report(report, console)
+    options = f" --kernel {kernel}" if kernel else ""
+    show_report(report, console, options + (f" --array {array}" if array else ""))
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -197,24 +164,33 @@ def conform(
 def replay(
     case: Annotated[Path, typer.Argument(help="A counterexample's JSON file.", exists=True)],
     kernel: Annotated[str | None, typer.Option(help="package.module:attribute")] = None,
+    array: Annotated[str | None, typer.Option(help="numpy or torch, for a bare function.")] = None,
 ) -> None:
     """Run one counterexample again. Exit status 0 if it passes now, 1 if it still fails."""
-    from attnspec.conformance.terminal import show_failure
-
     try:
-        saved = SavedCase.load(case)
-        pool = load_kernels(kernel, None, None) + [m.kernel for m in all_mutants()]
-        found = [k for k in pool if k.name == saved.kernel]
-        found = [k for k in found if k.operation == saved.case.operation]
+        saved = load_case(case)
+        operation = saved.case.operation
+        pool = [m.kernel for m in all_mutants()]
+        if kernel or not any(k.name == saved.kernel for k in pool):
+            pool = registry.load_kernels(kernel, operation if array else None, array)
+        found = [k for k in pool if (k.name, k.operation) == (saved.kernel, operation)]
         if not found:
-            raise ValueError(f"replay: no kernel is called {saved.kernel!r}; give --kernel")
-    except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"--kernel: got {kernel or 'nothing'}, expected where the kernel {saved.kernel!r} "
+                f"of {operation} is: package.module:attribute"
+            )
+    except registry.Unavailable as error:
+        raise usage_error(
+            f"--kernel: got nothing, expected where {saved.kernel!r} is: package.module:attribute; "
+            f"registered kernels: {error}"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise usage_error(str(error)) from None
     failure = replay_case(found[0], saved)
     if failure is None:
         console.print(f"passes now: {saved.case}", style="green", highlight=False)
         return
-    show_failure(failure, console, replay_hint=False)
+    show_failure(failure, console)
     raise typer.Exit(1)
 
 
@@ -233,7 +209,7 @@ def mutants(
     ]
     if not chosen:
         raise usage_error(f"select: got {wanted}, which no mutant matches")
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("", total=len(chosen))
         kills = kill_all(
             chosen,
@@ -245,14 +221,7 @@ def mutants(
         json_file,
         {"mutants": [kill.to_dict() for kill in kills], "survivors": len(survivors)},
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("mutant", "claimed by", "caught by", "bug"):
-        table.add_column(name)
-    for kill in kills:
-        state = "survives" if kill.survived else (kill.mutant.equivalent and "equivalent")
-        caught = ", ".join(kill.killers) or state
-        table.add_row(kill.mutant.name, kill.mutant.law, caught, kill.mutant.bug)
-    console.print(table)
+    show_kills(kills, console)
     console.print(
         f"{len(kills)} mutants, {len(survivors)} survive",
         style="bold red" if survivors else "green",
@@ -269,7 +238,6 @@ def bench(
 ) -> None:
     """Measure kernels beside their rivals. A kernel that is not right gets no number (exit 1)."""
     from attnspec.conformance.bench import benchmarks, run_benchmarks
-    from attnspec.conformance.terminal import show_benchmarks
 
     wanted = select or []
     chosen = [
@@ -280,11 +248,15 @@ def bench(
     ]
     if not chosen:
         raise usage_error(f"select: got {wanted}, which no benchmark of this device matches")
-    with _progress() as progress:
+    try:
+        kernels = registry.registered_kernels()
+    except registry.Unavailable as error:
+        raise usage_error(str(error)) from None
+    with progress_bar() as progress:
         bar = progress.add_task("", total=None)
         result = run_benchmarks(
             chosen,
-            registry.registered_kernels(),
+            kernels,
             against=against.split(",") if against else None,
             progress=lambda what: progress.update(bar, advance=1, description=what),
         )
@@ -300,14 +272,16 @@ def new_kernel(
         "kernel.py"
     ),
 ) -> None:
-    """Write a commented kernel to start from; it already runs under ``attnspec conform``."""
+    """Write a commented kernel to start from; attnspec conform already passes it."""
     from attnspec.conformance.new_kernel import write_kernel
 
     try:
         write_kernel(operation, path)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         raise usage_error(str(error)) from None
-    console.print(f"wrote {path}; certify it: attnspec conform --kernel {path.stem}:KERNEL")
+    place = "" if path.parent == Path() else f" in {path.parent}"
+    command = f"attnspec conform --kernel {path.stem}:KERNEL"
+    console.print(f"wrote {path}; certify it{place}: {command}", soft_wrap=True)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -315,19 +289,9 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
 def main() -> None:
-    """Entry point of the ``attnspec`` command."""
+    """Entry point of the ``attnspec`` command. Kernels are found from the current folder too."""
+    sys.path.insert(0, "")
     app()
 
 

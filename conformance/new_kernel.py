@@ -11,8 +11,11 @@ from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws import laws_for
 
 
-def kernel_source(operation: str) -> str:
-    """Python source of a kernel of `operation` that calls the reference, ready to be replaced."""
+def kernel_source(operation: str, name: str = "kernel") -> str:
+    """Python source of a kernel of `operation` that calls the reference, ready to be replaced.
+
+    `name` is that of the module it is written for.
+    """
     from jinja2 import Environment
 
     contract = find_contract(operation)
@@ -26,6 +29,7 @@ def kernel_source(operation: str) -> str:
         .from_string(template)
         .render(
             operation=operation,
+            name=name,
             module=spec.function.__module__,
             function=spec.name,
             signature=str(inspect.Signature(plain)),
@@ -40,7 +44,9 @@ def kernel_source(operation: str) -> str:
 
 
 def write_kernel(operation: str, path: Path) -> None:
-    """Write the file; an existing one is never overwritten (FileExistsError)."""
+    """Write the file, and its folder; an existing file is never overwritten (FileExistsError)."""
     if path.exists():
         raise FileExistsError(f"path: got {path}, expected a file that does not exist yet")
-    path.write_text(kernel_source(operation))
+    source = kernel_source(operation, path.stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,16 +13,54 @@ from attnspec.conformance.kernel import Kernel
 GROUP = "attnspec.kernels"
 
 
+class Unavailable(ValueError):
+    """Registered kernels cannot be loaded, because something they need is not installed."""
+
+
 def registered_kernels() -> list[Kernel]:
     """Kernels of every installed package that declares the entry-point group.
 
     An entry point is a `Kernel`, an iterable of kernels, or a function that returns either. A
-    package that cannot be loaded raises: a suite that skips in silence is no suite.
+    package that cannot be loaded raises, `Unavailable` if something it needs is not installed: a
+    suite that skips in silence is no suite.
     """
     kernels: list[Kernel] = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        kernels += as_kernels(point.load(), f"entry point {point.name!r}")
+        source = f"entry point {point.name!r}"
+        try:
+            kernels += as_kernels(point.load(), source)
+        except ImportError as error:
+            raise Unavailable(f"{source} ({point.value}): {error}") from error
     return kernels
+
+
+def load_kernels(path: str | None, operation: str | None, array: str | None) -> list[Kernel]:
+    """The registered kernels, or those at ``package.module:attribute``.
+
+    A bare function there is a kernel too, if `operation` and `array` say what it computes and on
+    which arrays.
+    """
+    if path is None:
+        return registered_kernels()
+    found = load_object(path)
+    if operation is None and not isinstance(found, Kernel) and _needs_arguments(found):
+        raise ValueError(
+            f"--operation: got nothing, expected what the function {path} computes, and --array"
+        )
+    if operation is not None:
+        if array is None:
+            raise ValueError("--array: got nothing, expected numpy or torch beside --operation")
+        return [Kernel(path.rpartition(":")[2], operation, found, array=array)]
+    return as_kernels(found, path)
+
+
+def _needs_arguments(value: Any) -> bool:
+    if not callable(value):
+        return False
+    parameters = inspect.signature(value).parameters.values()
+    return any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    )
 
 
 def as_kernels(value: Any, source: str) -> list[Kernel]:

@@ -20,6 +20,7 @@ from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws import laws, laws_for
 from attnspec.conformance.laws.base import Law
 from attnspec.conformance.report import Failure, Report, Result
+from attnspec.conformance.saved import load_case, load_cases
 from attnspec.conformance.trial import Refused, Trial
 from attnspec.conformance.violation import Violation
 
@@ -230,7 +231,7 @@ def unexpected_passes(kernels: Iterable[Kernel]) -> list[Result]:
     results = []
     for kernel in kernels:
         for known in kernel.known:
-            saved = SavedCase.load(Path(known.witness))
+            saved = load_case(Path(known.witness))
             if known.quarantine:
                 continue
             trial = Trial(kernel, find_contract(kernel.operation), saved.case)
@@ -259,9 +260,9 @@ def certify(
     """Certify one kernel, or several, against the reference.
 
     profile: "smoke", "ci" or "thorough". cases: folder of counterexamples, replayed first and
-    written to. isolate: run in a child process with `timeout` seconds a law, so that a crash or a
-    hang is a result; by default only for CUDA kernels. Returns a `Report`; an interrupted run
-    returns what it has.
+    written to; `StaleCase` if one of these kernels' no longer fits. isolate: run in a child process
+    with `timeout` seconds a law, so that a crash or a hang is a result; by default only for CUDA
+    kernels. Returns a `Report`; an interrupted run returns what it has.
     """
     kernels = [kernel] if isinstance(kernel, Kernel) else list(kernel)
     if isinstance(profile, str):
@@ -270,7 +271,7 @@ def certify(
         profile = PROFILES[profile]
     tasks = plan(kernels, dtypes, laws)
     folder = Path(cases) if cases is not None else None
-    saved = [SavedCase.load(p) for p in sorted(folder.glob("*.json"))] if folder else []
+    saved = load_cases(folder, kernels) if folder else []
     report = Report(profile=profile.name)
     from attnspec.conformance.isolate import Child
 

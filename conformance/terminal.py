@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from attnspec.conformance.killing import Kill
 from attnspec.conformance.report import Failure, Report, Result
 
 MARKS = {
@@ -21,8 +26,27 @@ MARKS = {
 }
 
 
-def show_report(report: Report, console: Console, replay_hint: bool = True) -> None:
-    """The table of kernels by law, then every failure on a panel of its own."""
+def progress_bar() -> Progress:
+    """What a long command shows while it runs, on the error stream."""
+    return Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+MOST_PANELS = 3
+"""Failures of one kernel and operation that are shown in full; one bug breaks many laws."""
+
+
+def show_report(report: Report, console: Console, options: str = "") -> None:
+    """The table of kernels by law, then the failures: the first on panels, the others by line.
+
+    `options` are what ``attnspec replay`` needs besides the case to find the kernel.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (
         ("kernel", "left"),
@@ -47,13 +71,19 @@ def show_report(report: Report, console: Console, replay_hint: bool = True) -> N
             _verdict(results),
         )
     console.print(table)
+    shown: Counter[tuple[str, str]] = Counter()
     for failure in _distinct(report.failures):
-        show_failure(failure, console, replay_hint)
+        shown[failure.kernel, failure.operation] += 1
+        if shown[failure.kernel, failure.operation] <= MOST_PANELS:
+            show_failure(failure, console, f"attnspec replay {failure.path}{options}")
+        else:
+            _show_briefly(failure, console)
     for result in report.results:
         if result.verdict in ("known", "unexpected pass") or (
             result.verdict == "crash" and result.failure is None
         ):
-            console.print(f"{result.verdict}: {result.kernel} {result.law} {result.note}")
+            note = f"{result.verdict}: {result.kernel} {result.law} {result.note}"
+            console.print(note, markup=False)
     summary = report.to_dict()["summary"]
     state = "interrupted" if report.interrupted else ("passed" if report.passed else "failed")
     console.print(
@@ -63,7 +93,16 @@ def show_report(report: Report, console: Console, replay_hint: bool = True) -> N
     )
 
 
-def show_failure(failure: Failure, console: Console, replay_hint: bool = True) -> None:
+def _show_briefly(failure: Failure, console: Console) -> None:
+    line = Text()
+    line.append(f"✗ {failure.law:<12}", style="bold red")
+    line.append(f" {failure.when}; {failure.violation.stage}: {failure.violation.message}")
+    console.print(line, no_wrap=True, overflow="ellipsis")
+    if failure.path:
+        console.print(Text(f"  {failure.path}", style="cyan"), soft_wrap=True)
+
+
+def show_failure(failure: Failure, console: Console, replay: str = "") -> None:
     """One counterexample: what was promised, when it breaks, where, by how much, how to replay."""
     violation = failure.violation
     lines = Text()
@@ -74,14 +113,14 @@ def show_failure(failure: Failure, console: Console, replay_hint: bool = True) -
         lines.append(f"worst at  {list(violation.coordinate)}\n")
     if violation.expected is not None:
         lines.append(f"expected  {violation.expected:.9g}\ngot       {violation.got:.9g}\n")
-    if violation.budget is not None and violation.error is not None:
+    if violation.budget is not None and violation.error is not None and isfinite(violation.error):
         lines.append(f"row error {violation.error:.3g}, budget {violation.budget:.3g}")
         if violation.budget:
             lines.append(f" ({violation.error / violation.budget:.3g} times the budget)")
         lines.append("\n")
     lines.append(f"case      {failure.case}")
-    if failure.path and replay_hint:
-        lines.append(f"\nreplay    attnspec replay {failure.path}", style="cyan")
+    if failure.path and replay:
+        lines.append(f"\nreplay    {replay}", style="cyan")
     title = f"{failure.kernel} · {failure.operation} · {failure.law}"
     console.print(Panel(lines, title=title, title_align="left", border_style="red"))
 
@@ -104,6 +143,18 @@ def _verdict(results: list[Result]) -> Text:
     return Text(f"{mark} {', '.join(dict.fromkeys(result.law for result in broken))}", style=style)
 
 
+def show_kills(kills: Iterable[Kill], console: Console) -> None:
+    """Every mutant, the law that claims it and the laws that caught it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("mutant", "claimed by", "caught by", "bug"):
+        table.add_column(name)
+    for kill in kills:
+        state = "survives" if kill.survived else (kill.mutant.equivalent and "equivalent")
+        caught = ", ".join(kill.killers) or state
+        table.add_row(kill.mutant.name, kill.mutant.law, caught, escape(kill.mutant.bug))
+    console.print(table)
+
+
 def show_benchmarks(result: Mapping[str, Any], console: Console) -> None:
     """Medians, rates, share of the roofline, and how many times slower each rival is."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -113,7 +164,9 @@ def show_benchmarks(result: Mapping[str, Any], console: Console) -> None:
     for row in result["results"]:
         names = (row["operation"], row["benchmark"], row["kernel"], row["dtype"])
         if "timing" not in row:
-            table.add_row(*names, "-", "-", "-", "-", row.get("error", f"gate {row['gate']}"))
+            table.add_row(
+                *names, "-", "-", "-", "-", escape(row.get("error", f"gate {row['gate']}"))
+            )
             continue
         table.add_row(
             *names,
@@ -121,7 +174,7 @@ def show_benchmarks(result: Mapping[str, Any], console: Console) -> None:
             f"{row['flops_per_second'] / 1e12:.3g}",
             f"{row['bytes_per_second'] / 1e12:.3g}",
             f"{row['of_roofline']:.0%}",
-            "  ".join(map(_rival, row["rivals"])),
+            escape("  ".join(map(_rival, row["rivals"]))),
         )
     console.print(table)
 

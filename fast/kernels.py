@@ -10,7 +10,12 @@ import importlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from attnspec.fast import backend, mechanism_modules
+try:
+    from attnspec.fast import backend, mechanism_modules
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        f'{missing.name} is not installed: pip install "attnspec[fast]"', name=missing.name
+    ) from missing
 
 if TYPE_CHECKING:
     from attnspec.conformance import Kernel

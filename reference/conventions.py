@@ -134,6 +134,21 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
+    """K14: `offsets` (sequences + 1) increase from 0 to `total`.
+
+    >>> check_offsets("q_offsets", np.array([0, 3]), 4)
+    Traceback (most recent call last):
+    ValueError: q_offsets: got [0, 3], expected offsets that increase from 0 to 4
+    """
+    check_array(name, offsets, ("sequences + 1",), dtype="int")
+    ends_right = len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == total
+    if not ends_right or np.any(np.diff(offsets) < 0):
+        raise ValueError(
+            f"{name}: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
+        )
+
+
 def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
     """K1, K7, K14: q, k and v fit one another.
 

@@ -19,6 +19,7 @@ from attnspec.fast.engines.additive import (
     project,
 )
 from attnspec.fast.growing import checkable
+from attnspec.fast.scores.pointer_networks_polygons import convex_clip_area, is_simple_polygon
 from attnspec.fast.scores.pointer_networks_tasks import (
     hull_metrics,
     hull_target,
@@ -29,13 +30,18 @@ from attnspec.fast.scores.pointer_networks_tasks import (
     triangle_coverage,
     tsp_target,
 )
+from attnspec.fast.scores.pointer_networks_triangles import delaunay_target, is_delaunay
 
 __all__ = [
+    "convex_clip_area",
+    "delaunay_target",
     "glimpse",
     "hull_metrics",
     "hull_target",
     "incenter",
+    "is_delaunay",
     "is_permutation",
+    "is_simple_polygon",
     "pointer_cross_entropy",
     "pointer_log_probs",
     "pointer_loss",
@@ -59,7 +65,18 @@ CLAIMS = {
     "glimpse": {"gradient": True, **_PLAIN},
     **dict.fromkeys(("is_permutation", "triangle_coverage"), _PLAIN),
     **dict.fromkeys(("incenter", "polygon_area", "tour_length"), _GEOMETRY),
-    **dict.fromkeys(("hull_target", "hull_metrics", "tsp_target"), _ON_CPU),
+    **dict.fromkeys(
+        (
+            "convex_clip_area",
+            "delaunay_target",
+            "hull_metrics",
+            "hull_target",
+            "is_delaunay",
+            "is_simple_polygon",
+            "tsp_target",
+        ),
+        _ON_CPU,
+    ),
 }
 """What is one call of a library launches no kernel; exact geometry wants float32 and more, and the
 solvers run on the CPU."""

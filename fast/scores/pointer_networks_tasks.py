@@ -8,18 +8,22 @@ device.
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, choose_backend, count_launch
-from attnspec.fast.growing import checkable
+from attnspec.fast.backend import check_integer, check_size, count_launch
+from attnspec.fast.scores.pointer_networks_points import (
+    check_coordinates,
+    check_distinct,
+    check_hulls,
+    check_integers,
+    check_points,
+    check_range,
+    kernels,
+)
 
-FLOATS = (torch.float32, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
 EXACT_LIMIT = 20
 
 
@@ -36,14 +40,14 @@ def hull_target(points: Tensor, *, backend: str | None = None) -> Tensor:
 
     ValueError for fewer than 3 points, for equal points or if all lie on one line.
     """
-    _check_points(points, 3, backend, batched=False)
+    check_points(points, 3, backend, batched=False)
     (hull,) = _hulls(points[None])
     return hull[: int((hull >= 0).sum())]
 
 
 def hull_targets(points: Tensor, *, backend: str | None = None) -> Tensor:
     """int64 (batch, n): `hull_target` of each of `points` (batch, n, 2), padded with -1."""
-    _check_points(points, 3, backend, batched=True)
+    check_points(points, 3, backend, batched=True)
     return _hulls(points)
 
 
@@ -52,16 +56,16 @@ def tsp_target(points: Tensor, *, backend: str | None = None) -> Tensor:
 
     Held and Karp's recursion over sets, n <= 20. ValueError for more points or equal points.
     """
-    _check_points(points, 1, backend)
+    check_points(points, 1, backend)
     n = points.shape[-2]
     if n > EXACT_LIMIT:
         raise ValueError(f"points: got n = {n}, expected at most {EXACT_LIMIT}")
     sets = points if points.dim() == 3 else points[None]
-    _check_distinct(sets)
+    check_distinct(sets)
     tour = torch.arange(n).repeat(len(sets), 1)
     if n >= 4 and len(sets):
         count_launch()
-        _kernels().tours(sets.numpy(), tour.numpy())
+        kernels().tours(sets.numpy(), tour.numpy())
     return tour.view(points.shape[:-1])
 
 
@@ -72,10 +76,10 @@ def hull_metrics(
 
     ValueError for an index outside the points.
     """
-    _check_points(points, 3, backend, batched=False)
-    _check_integers("pred_indices", pred_indices)
+    check_points(points, 3, backend, batched=False)
+    check_integers("pred_indices", pred_indices)
     check_size("pred_indices axes", pred_indices.dim(), 1, "vertices")
-    _check_range("pred_indices", pred_indices, 0, points.shape[0])
+    check_range("pred_indices", pred_indices, 0, points.shape[0])
     valid, accuracy, coverage = _score(points[None], pred_indices[None])
     return HullMetrics(bool(valid[0]), float(accuracy[0]), float(coverage[0]))
 
@@ -84,19 +88,19 @@ def hulls_metrics(
     points: Tensor, pred_indices: Tensor, *, backend: str | None = None
 ) -> HullMetrics:
     """`hull_metrics` of each row of `pred_indices` int (batch, most), padded with -1; tensors."""
-    _check_points(points, 3, backend, batched=True)
-    _check_integers("pred_indices", pred_indices)
+    check_points(points, 3, backend, batched=True)
+    check_integers("pred_indices", pred_indices)
     if pred_indices.dim() != 2 or len(pred_indices) != len(points):
         raise ValueError(
             f"pred_indices: got shape {tuple(pred_indices.shape)}, expected ({len(points)}, most)"
         )
-    _check_range("pred_indices", pred_indices, -1, points.shape[1])
+    check_range("pred_indices", pred_indices, -1, points.shape[1])
     return _score(points, pred_indices)
 
 
 def polygon_area(polygon: Tensor, *, backend: str | None = None) -> Tensor:
     """Signed areas (...) of polygons (..., vertices, 2), > 0 if counter-clockwise."""
-    _check_coordinates("polygon", polygon, 0)
+    check_coordinates("polygon", polygon, 0)
     rays = polygon - polygon[..., :1, :]
     ahead = rays.roll(-1, dims=-2)
     return (rays[..., 0] * ahead[..., 1] - rays[..., 1] * ahead[..., 0]).sum(-1) / 2
@@ -104,7 +108,7 @@ def polygon_area(polygon: Tensor, *, backend: str | None = None) -> Tensor:
 
 def incenter(tri: Tensor, *, backend: str | None = None) -> Tensor:
     """Incenters (..., 2) of triangles `tri` (..., 3, 2)."""
-    _check_coordinates("tri", tri, 3)
+    check_coordinates("tri", tri, 3)
     check_size("tri", tri.shape[-2], 3, "corners")
     opposite = tri.roll(-1, dims=-2) - tri.roll(-2, dims=-2)
     sides = opposite.square().sum(-1, keepdim=True).sqrt()
@@ -113,7 +117,7 @@ def incenter(tri: Tensor, *, backend: str | None = None) -> Tensor:
 
 def is_permutation(seq: Tensor, n: int, *, backend: str | None = None) -> Tensor:
     """bool (...), whether each of `seq` int (..., m) holds 0..n-1 once each."""
-    _check_integers("seq", seq)
+    check_integers("seq", seq)
     check_integer("n", n, least=1)
     if seq.shape[-1] != n:
         return torch.zeros(seq.shape[:-1], dtype=torch.bool, device=seq.device)
@@ -122,13 +126,13 @@ def is_permutation(seq: Tensor, n: int, *, backend: str | None = None) -> Tensor
 
 def tour_length(points: Tensor, tour: Tensor, *, backend: str | None = None) -> Tensor:
     """Lengths (...) of the closed tours int (..., m) through `points` (..., n, 2)."""
-    _check_coordinates("points", points, 1)
-    _check_integers("tour", tour)
+    check_coordinates("points", points, 1)
+    check_integers("tour", tour)
     if tour.shape[:-1] != points.shape[:-2]:
         raise ValueError(
             f"tour: got leading axes {tuple(tour.shape[:-1])}, expected {tuple(points.shape[:-2])}"
         )
-    _check_range("tour", tour, 0, points.shape[-2])
+    check_range("tour", tour, 0, points.shape[-2])
     visited = points.gather(-2, tour.long()[..., None].expand(*tour.shape, 2))
     legs = visited.roll(-1, dims=-2) - visited
     return legs.square().sum(-1).sqrt().sum(-1)
@@ -141,7 +145,7 @@ def triangle_coverage(pred: Tensor, true: Tensor, *, backend: str | None = None)
     twice is found once. ValueError if `true` is empty.
     """
     for name, x in (("pred", pred), ("true", true)):
-        _check_integers(name, x)
+        check_integers(name, x)
         check_size(f"{name} axes", x.dim(), 2, "triangles and 3")
         check_size(name, x.shape[1], 3, "indices of a triangle")
     if not len(true):
@@ -154,7 +158,7 @@ def triangle_coverages(pred: Tensor, true: Tensor, *, backend: str | None = None
     missing triangles are padded with -1; NaN for a row without a true triangle.
     """
     for name, x in (("pred", pred), ("true", true)):
-        _check_integers(name, x)
+        check_integers(name, x)
         if x.dim() != 3 or x.shape[2] != 3 or len(x) != len(true):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (batch, triangles, 3)")
     wanted, found = (x.sort(-1).values for x in (true, pred))
@@ -165,26 +169,14 @@ def triangle_coverages(pred: Tensor, true: Tensor, *, backend: str | None = None
     return (same & once).sum(-1) / once.sum(-1).double()
 
 
-def _kernels() -> ModuleType:
-    try:
-        return importlib.import_module("attnspec.fast.engines.geometry.numba_cpu")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
-
-
 def _hulls(sets: Tensor) -> Tensor:
     """int64 (batch, n), padded with -1."""
     hull = torch.full(sets.shape[:2], -1)
     count = torch.empty(len(sets), dtype=torch.int64)
     if len(sets):
         count_launch()
-        _kernels().hulls(sets.numpy(), hull.numpy(), count.numpy())
-    if bool((count == 0).any()):
-        raise ValueError("points: got the same point twice, expected distinct points")
-    if bool((count < 3).any()):
-        raise ValueError("points: got points on one line, expected a hull of at least 3 vertices")
+        kernels().hulls(sets.numpy(), hull.numpy(), count.numpy())
+    check_hulls(count)
     return hull
 
 
@@ -195,55 +187,5 @@ def _score(points: Tensor, answers: Tensor) -> HullMetrics:
     if len(points):
         tensors = (points, hull, answers.long(), valid, accuracy, coverage)
         count_launch()
-        _kernels().score_hulls(*(x.numpy() for x in tensors))
+        kernels().score_hulls(*(x.numpy() for x in tensors))
     return HullMetrics(valid, accuracy, coverage)
-
-
-def _check_coordinates(name: str, x: Any, least: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32 or float64")
-    if x.dim() < 2 or x.shape[-1] != 2:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (..., n, 2)")
-    if x.shape[-2] < least:
-        raise ValueError(f"{name}: got n = {x.shape[-2]}, expected at least {least}")
-    if checkable(x) and not bool(x.isfinite().all()):
-        raise ValueError(f"{name}: got NaN or Inf, expected finite coordinates")
-
-
-def _check_points(
-    points: Any, least: int, backend: str | None, batched: bool | None = None
-) -> None:
-    _check_coordinates("points", points, least)
-    if points.dim() not in {None: (2, 3), False: (2,), True: (3,)}[batched]:
-        expected = {None: "(n, 2) or (batch, n, 2)", False: "(n, 2)", True: "(batch, n, 2)"}
-        raise ValueError(f"points: got shape {tuple(points.shape)}, expected {expected[batched]}")
-    if choose_backend(backend, points) != "numba":
-        raise ValueError(f"backend: got 'triton' on {points.device}, expected CPU tensors")
-
-
-def _check_distinct(sets: Tensor) -> None:
-    order = sets[..., 1].sort(dim=-1, stable=True).indices
-    order = order.gather(-1, sets[..., 0].gather(-1, order).sort(dim=-1, stable=True).indices)
-    ordered = sets.gather(1, order[..., None].expand(sets.shape))
-    if bool((ordered[:, 1:] == ordered[:, :-1]).all(-1).any()):
-        raise ValueError("points: got the same point twice, expected distinct points")
-
-
-def _check_integers(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
-    if x.dim() == 0:
-        raise ValueError(f"{name}: got shape (), expected (..., m)")
-
-
-def _check_range(name: str, x: Tensor, low: int, high: int) -> None:
-    if checkable(x):
-        outside = x[(x < low) | (x >= high)]
-        if outside.numel():
-            raise ValueError(
-                f"{name}: got {int(outside[0])}, expected an index from 0 to {high - 1}"
-            )

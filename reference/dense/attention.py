@@ -45,10 +45,12 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_offsets,
     check_size,
     default_scale,
     repeat_heads,
 )
+from attnspec.reference.dense.attention_gradient import score_gradient, sum_groups
 from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 from attnspec.reference.spec import (
     HEADS,
@@ -175,33 +177,6 @@ def attend_backward(
     return dq, sum_groups(dk, k.shape[-3]), sum_groups(dv, v.shape[-3])
 
 
-def score_gradient(
-    weights: np.ndarray, values: np.ndarray, dout: np.ndarray, dlse: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """S5: ds (..., heads, q_tokens, k_tokens) and its row term do . o (..., heads, q_tokens).
-
-    `values` (..., heads, k_tokens, dv) are one for each query head. Weights that sum to less than
-    one, because a sink takes the rest, follow the same formula.
-
-    >>> score_gradient(np.array([[0.5, 0.5]]), np.eye(2), np.array([[1.0, 0.0]]))[0]
-    array([[ 0.25, -0.25]])
-    """
-    row_term = np.einsum("...d,...d->...", dout, weights @ values)
-    lse_term = 0 if dlse is None else dlse[..., None]
-    return weights * (dout @ np.swapaxes(values, -1, -2) - row_term[..., None] + lse_term), row_term
-
-
-def sum_groups(x: np.ndarray, kv_heads: int) -> np.ndarray:
-    """S5: (..., heads, tokens, d) to (..., kv_heads, tokens, d), summed over each group (K7).
-
-    >>> sum_groups(np.array([[[1.0]], [[2.0]], [[3.0]], [[4.0]]]), 2).ravel()
-    array([3., 7.])
-    """
-    *leading, heads, tokens, d = x.shape
-    grouped = x.reshape(*leading, kv_heads, heads // kv_heads, tokens, d)
-    return np.einsum("...kgtd->...ktd", grouped)
-
-
 def attend_packed(
     q: np.ndarray,
     k: np.ndarray,
@@ -237,21 +212,6 @@ def attend_packed(
         outs.append(out)
         lses.append(lse)
     return np.concatenate(outs, axis=-2), np.concatenate(lses, axis=-1)
-
-
-def check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
-    """S6, K14: `offsets` (sequences + 1) increase from 0 to `total`.
-
-    >>> check_offsets("q_offsets", np.array([0, 3]), 4)
-    Traceback (most recent call last):
-    ValueError: q_offsets: got [0, 3], expected offsets that increase from 0 to 4
-    """
-    check_array(name, offsets, ("sequences + 1",), dtype="int")
-    ends_right = len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == total
-    if not ends_right or np.any(np.diff(offsets) < 0):
-        raise ValueError(
-            f"{name}: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
-        )
 
 
 class State(NamedTuple):

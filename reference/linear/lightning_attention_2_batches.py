@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_attention_inputs, check_size
-from attnspec.reference.dense.attention import check_offsets
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_offsets,
+    check_size,
+)
 from attnspec.reference.linear.lightning_attention_2_chunks import (
     backward_chunk,
     check_shaped,

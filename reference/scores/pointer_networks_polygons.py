@@ -114,7 +114,12 @@ def convex_clip_area(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     rounding = 64 * np.finfo(true.dtype).eps * np.max(edges * edges)
     if np.any(cross(edges, np.roll(edges, -1, axis=0)) < -rounding) or polygon_area(true) <= 0:
         raise ValueError(f"true: got {true.tolist()}, expected convex and counter-clockwise")
-    for corner, edge in zip(true, edges, strict=True):
+    return _shared_area(pred, true)
+
+
+def _shared_area(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """S17: the area of `convex_clip_area` where the polygons are known to be what they must be."""
+    for corner, edge in zip(true, np.roll(true, -1, axis=0) - true, strict=True):
         pred = _clip(pred, corner, edge)
     return np.abs(polygon_area(pred))
 
@@ -151,7 +156,7 @@ def hull_metrics(points: np.ndarray, pred_indices: np.ndarray) -> HullMetrics:
         return HullMetrics(valid=False, accuracy=0.0, coverage=float("nan"))
     from_lowest = np.roll(pred_indices, -np.argmin(pred_indices))
     true = points[target]
-    coverage = convex_clip_area(polygon, true) / polygon_area(true)
+    coverage = _shared_area(polygon, true) / polygon_area(true)
     return HullMetrics(True, float(np.array_equal(from_lowest, target)), float(coverage))
 
 

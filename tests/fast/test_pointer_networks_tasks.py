@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from attnspec.fast.scores import pointer_networks_decoding as decoding
+from attnspec.fast.scores import pointer_networks_polygons as polygons
 from attnspec.fast.scores import pointer_networks_tasks as fast
+from attnspec.fast.scores import pointer_networks_triangles as triangles
 from attnspec.reference.scores import pointer_networks_decoding as spec_decoding
 from attnspec.reference.scores import pointer_networks_metrics as spec_metrics
 from attnspec.reference.scores import pointer_networks_polygons as spec_polygons
@@ -68,6 +70,46 @@ def test_hull_metrics() -> None:
         assert alone.valid == expected.valid
 
 
+def test_polygons() -> None:
+    random = np.random.default_rng(1)
+    hull = np.array([[0.0, 0.0], [3.0, 0.0], [4.0, 2.0], [1.0, 4.0]])
+    simple = 0
+    for _ in range(80):
+        points = random.integers(0, 9, (random.integers(2, 6), 2)).astype(np.float64)
+        given = torch.from_numpy(points)
+        expected = spec_polygons.is_simple_polygon(points)
+        assert polygons.is_simple_polygon(given) == expected
+        if expected:
+            simple += 1
+            np.testing.assert_allclose(
+                polygons.convex_clip_area(given, torch.from_numpy(hull)),
+                spec_polygons.convex_clip_area(points, hull),
+            )
+    assert 10 < simple < 70
+
+
+@pytest.mark.parametrize("n", [3, 4, 10, 40])
+def test_triangulations(n: int) -> None:
+    points = point_sets(4, n)
+    found = triangles.delaunay_targets(points)
+    assert triangles.are_delaunay(points, found).tolist() == [True] * 4
+    for row, one in zip(found, points, strict=True):
+        expected = spec.delaunay_target(one.numpy())
+        assert row[row[:, 0] >= 0].tolist() == expected.tolist()
+        assert triangles.delaunay_target(one).tolist() == expected.tolist()
+        assert triangles.delaunay_target(one.float()).tolist() == expected.tolist()
+    wrong = found.clone()
+    wrong[0, 0] = -1
+    wrong[1, 0, 0] = wrong[1, 0, 1]
+    wrong[2] = torch.cat([found[2, :1]] * len(wrong[2]))
+    expected = [
+        spec_metrics.is_delaunay(one.numpy(), row[row[:, 0] >= 0].numpy())
+        for row, one in zip(wrong, points, strict=True)
+    ]
+    assert expected[:2] == [False, False]
+    assert triangles.are_delaunay(points, wrong).tolist() == expected
+
+
 def test_measures() -> None:
     points = point_sets(3, 5)
     array = points.numpy()
@@ -124,6 +166,8 @@ def test_decoders(constraint: str | None, tied: bool, n: int) -> None:
 
 
 POINTS = point_sets(1, 5)[0]
+SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+TRIANGLE = torch.tensor([[0, 1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -139,6 +183,17 @@ POINTS = point_sets(1, 5)[0]
         (lambda: fast.tsp_target(POINTS[[0, 0]]), ValueError, "points"),
         (lambda: fast.hull_metrics(POINTS, torch.tensor([0, 1, 5])), ValueError, "pred_indices"),
         (lambda: fast.tour_length(POINTS, torch.tensor([0, -1])), ValueError, "tour"),
+        (lambda: polygons.is_simple_polygon(POINTS[None]), ValueError, "polygon"),
+        (lambda: polygons.convex_clip_area(POINTS[:2], POINTS[:3]), ValueError, "pred"),
+        (lambda: polygons.convex_clip_area(SQUARE, SQUARE.flip(0)), ValueError, "true"),
+        (lambda: polygons.convex_clip_area(SQUARE, SQUARE.float()), TypeError, "true"),
+        (lambda: triangles.delaunay_target(POINTS[:2]), ValueError, "points"),
+        (lambda: triangles.delaunay_target(SQUARE), ValueError, "points"),
+        (lambda: triangles.delaunay_target(SQUARE * torch.tensor([1.0, 0])), ValueError, "points"),
+        (lambda: triangles.is_delaunay(POINTS, torch.tensor([[0, 1, 5]])), ValueError, "triangles"),
+        (lambda: triangles.is_delaunay(POINTS, torch.zeros(1, 2).long()), ValueError, "triangles"),
+        (lambda: triangles.is_delaunay(POINTS, TRIANGLE, tol="no"), TypeError, "tol"),
+        (lambda: triangles.are_delaunay(POINTS[None], TRIANGLE), ValueError, "triangles"),
         (lambda: fast.is_permutation(POINTS, 2), TypeError, "seq"),
         (lambda: fast.incenter(POINTS), ValueError, "tri"),
         (

@@ -117,7 +117,8 @@ def _meet(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _simple(polygon: np.ndarray) -> bool:
+def is_simple(polygon: np.ndarray) -> bool:
+    """At least 3 points, none twice, no edges that meet but in the vertex of neighbours."""
     m = len(polygon)
     if m < 3:
         return False
@@ -146,6 +147,18 @@ def _area(polygon: np.ndarray) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def is_convex(polygon: np.ndarray, rounding: float) -> bool:
+    """No right turn beyond `rounding`, relative to the longest edge squared; area above 0."""
+    h = len(polygon)
+    longest, sharpest = polygon.dtype.type(0), polygon.dtype.type(0)
+    for i in range(h):
+        back, corner, ahead = polygon[i - 1], polygon[i], polygon[(i + 1) % h]
+        longest = max(longest, max((ahead[0] - corner[0]) ** 2, (ahead[1] - corner[1]) ** 2))
+        sharpest = min(sharpest, _turn(back, corner, ahead))
+    return sharpest >= -rounding * longest and _area(polygon) > 0
+
+
+@njit(cache=True, nogil=True)
 def _clip(polygon: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """The part of `polygon` left of the line from `start` to `end`."""
     kept = np.empty((2 * len(polygon), 2), polygon.dtype)
@@ -163,7 +176,8 @@ def _clip(polygon: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray
 
 
 @njit(cache=True, nogil=True)
-def _shared_area(polygon: np.ndarray, convex: np.ndarray) -> Any:
+def shared_area(polygon: np.ndarray, convex: np.ndarray) -> Any:
+    """Of a simple `polygon` and a `convex` one that runs counter-clockwise."""
     for i in range(len(convex)):
         polygon = _clip(polygon, convex[i], convex[(i + 1) % len(convex)])
     return abs(_area(polygon))
@@ -183,7 +197,7 @@ def score_hulls(
         m = np.sum(answer[b] >= 0)
         h = np.sum(hull[b] >= 0)
         polygon, true = points[b][answer[b, :m]], points[b][hull[b, :h]]
-        valid[b] = _simple(polygon)
+        valid[b] = is_simple(polygon)
         accuracy[b] = 0
         coverage[b] = np.nan
         if valid[b]:
@@ -192,4 +206,146 @@ def score_hulls(
             for i in range(min(m, h)):
                 same = same and answer[b, (first + i) % m] == hull[b, i]
             accuracy[b] = same
-            coverage[b] = _shared_area(polygon, true) / _area(true)
+            coverage[b] = shared_area(polygon, true) / _area(true)
+
+
+APEX_MISSING, APEX_TIED = -1, -2
+
+
+@njit(cache=True, nogil=True)
+def _apex(points: np.ndarray, a: int, b: int, rounding: float, circle: np.ndarray) -> int:
+    """The point left of a -> b that sees it under the largest angle; two such fill `circle`."""
+    best, second, at, after = np.inf, np.inf, -1, -1
+    for i in range(len(points)):
+        to_a_x, to_a_y = points[a, 0] - points[i, 0], points[a, 1] - points[i, 1]
+        to_b_x, to_b_y = points[b, 0] - points[i, 0], points[b, 1] - points[i, 1]
+        twice_area = to_a_x * to_b_y - to_a_y * to_b_x
+        if twice_area > 0:
+            cotangent = (to_a_x * to_b_x + to_a_y * to_b_y) / twice_area
+            if cotangent < best:
+                best, second, at, after = cotangent, best, i, at
+            elif cotangent < second:
+                second, after = cotangent, i
+    if at < 0:
+        return APEX_MISSING
+    if after >= 0 and second - best <= rounding * (1 + abs(best)):
+        circle[0], circle[1], circle[2], circle[3] = a, b, at, after
+        return APEX_TIED
+    return at
+
+
+@njit(cache=True, nogil=True)
+def _incenter(points: np.ndarray, triangle: np.ndarray) -> tuple[float, float]:
+    total, x, y = 0.0, 0.0, 0.0
+    for i in range(3):
+        here, b, c = triangle[i], triangle[(i + 1) % 3], triangle[(i + 2) % 3]
+        side = np.sqrt(np.sum((points[b] - points[c]) ** 2))
+        total += side
+        x += side * points[here, 0]
+        y += side * points[here, 1]
+    return x / total, y / total
+
+
+@njit(cache=True, nogil=True)
+def _triangulate(points: np.ndarray, rounding: float, found: np.ndarray, circle: np.ndarray) -> int:
+    """Across each edge to its apex, from an edge of the hull; returns the hull's vertices."""
+    n, room = len(points), len(found)
+    hull = np.empty(n, np.int64)
+    vertices = _hull(points, hull)
+    if vertices < 3:
+        return vertices
+    triangles = np.empty((room, 3), np.int64)
+    pending = [(hull[0], hull[1])]
+    done = {hull[0] * n + hull[0]}  # never an edge: an empty set has no type
+    count = 0
+    while len(pending) and count < room:
+        a, b = pending.pop()
+        if a * n + b in done:
+            continue
+        c = _apex(points, a, b, rounding, circle)
+        if c == APEX_TIED:
+            return vertices
+        if c == APEX_MISSING:
+            continue
+        for start, end in ((a, b), (b, c), (c, a)):
+            done.add(start * n + end)
+            pending.append((end, start))
+        triangles[count] = np.sort(np.array([a, b, c]))
+        count += 1
+    key, x, y = np.empty(count, np.int64), np.empty(count), np.empty(count)
+    for i in range(count):
+        key[i] = (triangles[i, 0] * n + triangles[i, 1]) * n + triangles[i, 2]
+        x[i], y[i] = _incenter(points, triangles[i])
+    order = np.argsort(key)
+    order = order[np.argsort(y[order], kind="mergesort")]
+    order = order[np.argsort(x[order], kind="mergesort")]
+    for i in range(count):
+        found[i] = triangles[order[i]]
+    return vertices
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def triangulations(
+    points: np.ndarray,
+    rounding: float,
+    found: np.ndarray,
+    vertices: np.ndarray,
+    circle: np.ndarray,
+) -> None:
+    """Delaunay triangles into `found` int64 (batch, 2 n - 5, 3), filled with -1.
+
+    `vertices` (batch) takes the number of each hull's vertices, as `hulls`; `circle` int64
+    (batch, 4), filled with -1, four points on an empty circle.
+    """
+    for b in prange(len(points)):
+        vertices[b] = _triangulate(points[b], rounding, found[b], circle[b])
+
+
+@njit(cache=True, nogil=True)
+def _incircle(a: np.ndarray, b: np.ndarray, c: np.ndarray, point: np.ndarray) -> float:
+    """> 0 if `point` is in the circle through a, b, c, which run counter-clockwise."""
+    ax, ay, bx, by = a[0] - point[0], a[1] - point[1], b[0] - point[0], b[1] - point[1]
+    cx, cy = c[0] - point[0], c[1] - point[1]
+    return (
+        (ax * ax + ay * ay) * (bx * cy - by * cx)
+        + (bx * bx + by * by) * (cx * ay - cy * ax)
+        + (cx * cx + cy * cy) * (ax * by - ay * bx)
+    )
+
+
+@njit(cache=True, nogil=True)
+def _is_delaunay(points: np.ndarray, triangles: np.ndarray, hull: np.ndarray, tol: float) -> bool:
+    n, extent = len(points), 0.0
+    for axis in range(2):
+        extent = max(extent, points[:, axis].max() - points[:, axis].min())
+    scaled = (points - points[0]) / extent
+    seen = {-1}
+    uncovered = _area(scaled[hull])
+    for t in range(len(triangles)):
+        a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+        if a < 0:
+            continue
+        key = (a * n + b) * n + c
+        if a == b or b == c or key in seen:
+            return False
+        seen.add(key)
+        turn = _turn(scaled[a], scaled[b], scaled[c])
+        uncovered -= abs(turn) / 2
+        for i in range(n):
+            inside = np.sign(turn) * _incircle(scaled[a], scaled[b], scaled[c], scaled[i])
+            if inside > tol and i != a and i != b and i != c:
+                return False
+    return abs(uncovered) <= tol
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def judge_triangulations(
+    points: np.ndarray, triangles: np.ndarray, tol: float, right: np.ndarray, vertices: np.ndarray
+) -> None:
+    """Whether `triangles` int64 (batch, m, 3), each increasing or -1, are Delaunay's: `right`."""
+    for b in prange(len(points)):
+        hull = np.empty(points.shape[1], np.int64)
+        vertices[b] = _hull(points[b], hull)
+        right[b] = vertices[b] >= 3 and _is_delaunay(
+            points[b], triangles[b], hull[: vertices[b]], tol
+        )
