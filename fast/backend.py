@@ -108,6 +108,23 @@ def check_attention_inputs(q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype]
         )
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+def unobserved(*tensors: torch.Tensor | None) -> bool:
+    """True if nothing around must see a custom op (no gradient, no tracer, no transform, no mode):
+    its implementation may then be called directly, past tens of microseconds of dispatch.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(x) in PLAIN and not (grad and x is not None and x.requires_grad) for x in tensors
+    )
+
+
 FAR = 1 << 31
 
 

@@ -29,6 +29,7 @@ SMALL = ScanConfig(
     states_items=512,
     walk_items=512,
     pairs_tile=16,
+    steep_tile=16,
     gates_tile=16,
     descriptors=False,
 )
@@ -118,6 +119,29 @@ def test_packed(decay: str) -> None:
 def test_strong_decay(decay: str, strength: float) -> None:
     """Rows that can weigh nothing are not read, and no exponent overflows."""
     check(make(decay, heads=1, tokens=50, strength=strength), bound=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("strength", [0.3, 0.8, 400.0])
+def test_half_strong_decay(strength: float) -> None:
+    """A block that is one product, one of groups of 16 rows, and one of halves of halves."""
+    inputs = make("vector", heads=1, tokens=40, strength=strength)
+    check(inputs, replace(SMALL, block=32), torch.float16, 5e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unknown_decay(dtype: torch.dtype) -> None:
+    """A decay that is NaN spoils no earlier output."""
+    inputs = make("vector", heads=1, tokens=20)
+    inputs = {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
+    clean, _ = scan(**inputs)
+    inputs["log_decay"][0, 0, 5, 3] = float("nan")
+    with use_config(SMALL):
+        o, last = scan(**inputs, backend="triton")
+    torch.testing.assert_close(o[:, :, :5], clean[:, :, :5], rtol=1e-2, atol=1e-2)
+    assert o[:, :, 5:].isnan().all()
+    assert last[0, 0, 3].isnan().all()
 
 
 @pytest.mark.parametrize("decay", DECAYS)

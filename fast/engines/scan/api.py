@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    unobserved,
 )
 from attnspec.fast.engines.scan.op import (
     outputs_op,
+    run_scan,
+    run_step,
     scan_backward_op,
     scan_op,
     state_dtype,
     states_op,
     step_op,
 )
+from attnspec.fast.engines.scan.replay import alias, kind, known
 
 FLOATS = (*DTYPES, torch.float64)
 WIDEST = 256
@@ -55,6 +60,15 @@ def scan(
     product, rounded to a power of two from 16 to 128. Values that are not as stated above raise on
     the CPU; on CUDA they are not read.
     """
+    tensors = (q, k, v, slopes, log_decay, state, offsets)
+    direct = unobserved(*tensors)
+    key: Hashable = None
+    if direct and isinstance(q, Tensor) and (q.is_cuda or backend == "triton"):
+        key = kind(tensors, (scale, block, backend))
+        replay = known(key)
+        if replay is not None:
+            o, last = replay(tensors)
+            return o, last
     backend = _check(q, k, v, backend)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
     _check_decay(q, q.shape[1], slopes, log_decay)
@@ -70,7 +84,11 @@ def scan(
         _check_state("state", state, (sequences, q.shape[1], q.shape[3], v.shape[3]), q)
     if block is not None:
         check_integer("block", block, least=1)
-    return scan_op(q, k, v, slopes, log_decay, state, offsets, float(scale), block or 0, backend)
+    options = (float(scale), block or 0)
+    result = (run_scan if direct else scan_op)(*tensors, *options, backend)
+    if key is not None:
+        alias(key, kind(tensors, options))
+    return result
 
 
 def scan_backward(
@@ -176,7 +194,9 @@ def step(
     check_size("k", k.shape[2], 1, "one token")
     _check_decay(q, q.shape[1], slopes, log_decay)
     _check_state("state", state, (*q.shape[:2], q.shape[3], v.shape[3]), q)
-    return step_op(state, q, k, v, slopes, log_decay, float(scale), backend)
+    tensors = (state, q, k, v, slopes, log_decay)
+    run = run_step if unobserved(*tensors) else step_op
+    return run(*tensors, float(scale), backend)
 
 
 def _check(q: Any, k: Any, v: Any, backend: str | None) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 
 @dataclass(frozen=True)
 class ScanConfig:
@@ -13,10 +15,10 @@ class ScanConfig:
 
     `block`: rows of a matrix product, a power of two >= 16. `states` sums the state of a segment,
     `walk` goes through a segment for o, dq, dk or dv, `pairs` are the products inside a block under
-    a decay per channel. `*_items` is the most numbers of a state one program keeps in registers,
-    which decides how many value channels it owns; `pairs_tile` is how many key channels are
-    weighted at a time. `descriptors` loads tiles by the tensor memory accelerator where strides
-    allow it.
+    a decay per channel, `steep` the same where it is far, `gates` its gradient. `*_items` is the
+    most numbers of a state one program keeps in registers, which decides how many value channels it
+    owns; `pairs_tile`, `steep_tile` and `gates_tile` are how many key channels are weighted at a
+    time. `descriptors` loads tiles by the tensor memory accelerator where strides allow it.
 
     Sequences are cut in segments of `segment` tokens; None cuts them so that about `programs`
     programs a multiprocessor exist, but not below `least_segment` tokens, nor above `gate_segment`
@@ -30,10 +32,14 @@ class ScanConfig:
     walk_items: int = 8192
     walk_warps: int = 4
     walk_stages: int = 2
-    pairs_tile: int = 64
-    pairs_warps: int = 8
+    pairs_tile: int = 32
+    pairs_warps: int = 4
+    pairs_stages: int = 1
+    steep_tile: int = 32
+    steep_warps: int = 8
     gates_tile: int = 32
     gates_warps: int = 4
+    gates_stages: int = 1
     descriptors: bool = True
     segment: int | None = None
     programs: float = 2.0
@@ -54,8 +60,12 @@ CANDIDATES = (
     ScanConfig(least_segment=1024),
     ScanConfig(gate_segment=4096),
     ScanConfig(block=128, walk_warps=8),
-    ScanConfig(pairs_tile=32, gates_tile=64, gates_warps=8),
-    ScanConfig(pairs_tile=32, pairs_warps=4),
+    ScanConfig(pairs_tile=64),
+    ScanConfig(pairs_tile=16, gates_tile=16),
+    ScanConfig(pairs_stages=2),
+    ScanConfig(steep_tile=64),
+    ScanConfig(steep_warps=4),
+    ScanConfig(pairs_tile=128, pairs_warps=8, gates_tile=64, gates_warps=4),
 )
 
 FLOAT32 = ScanConfig(
@@ -65,7 +75,6 @@ FLOAT32 = ScanConfig(
     walk_items=2048,
     walk_warps=8,
     walk_stages=1,
-    pairs_tile=32,
 )
 """IEEE float32 products run on no matrix unit, and larger tiles spill registers."""
 OLDER = ScanConfig(
@@ -75,10 +84,14 @@ OLDER = ScanConfig(
     states_stages=1,
     walk_items=4096,
     walk_stages=1,
-    pairs_tile=32,
     descriptors=False,
 )
 """16-bit inputs on processors before Hopper: less shared memory."""
+
+REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
+"""How far the log decay of a channel may fall over a block that is multiplied as one product: the
+factors of the two sides reach e^(REACH / 2), which the type must hold with the inputs' own size. A
+float32 product would not gain: it runs on no matrix unit."""
 
 _forced: list[ScanConfig] = []
 
@@ -92,6 +105,11 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
     if not hopper:
         return OLDER
     return CANDIDATES[0] if d <= 128 else replace(CANDIDATES[0], states_stages=2)
+
+
+def forced_config() -> ScanConfig | None:
+    """The configuration that `use_config` has put in force."""
+    return _forced[-1] if _forced else None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 
+@cache
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_host"
@@ -26,13 +28,15 @@ def state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("attnspec::scan", mutates_args=())
-def scan_op(
+def run_scan(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
     state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
         return _kernels(backend).forward(q, k, v, slopes, log_decay, state, offsets, scale, block)
+
+
+scan_op = torch.library.custom_op("attnspec::scan", run_scan, mutates_args=())
 
 
 @scan_op.register_fake
@@ -153,13 +157,15 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-@torch.library.custom_op("attnspec::scan_step", mutates_args=())
-def step_op(
+def run_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     log_decay: Tensor | None, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
         return _kernels(backend).step(state, q, k, v, slopes, log_decay, scale)
+
+
+step_op = torch.library.custom_op("attnspec::scan_step", run_step, mutates_args=())
 
 
 @step_op.register_fake

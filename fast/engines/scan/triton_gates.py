@@ -10,10 +10,17 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import load_tile, locate, offset, store_tile
-from attnspec.fast.engines.scan.triton_pairs import (
+from attnspec.fast.engines.scan.triton_levels import (
+    FLAGS,
+    LOG2E,
+    group_pairs,
+    group_weights,
+    level_pairs,
+    level_weights,
     load_gates,
-    pair_totals,
-    upper_half,
+    pick_steep,
+    sum_rows,
+    weigh_rows,
 )
 
 
@@ -71,6 +78,86 @@ def scalar_gates_kernel(
         carried += tl.sum(x)
 
 
+@triton.jit
+def pair_gradients(
+    do, o_t, o_d, v, v_t, v_d, left, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """do v^T (C, C) of one block."""
+    dP = tl.zeros((C, C), tl.float32)
+    for column in range(0, DV, BV):
+        wide = tl.cast(column, tl.int64)
+        width = DV - column
+        V = load_tile(v + wide * v_d, v_t, v_d, left, width, C, BV, DV % BV != 0, WIDE)
+        dO = load_tile(do + wide * o_d, o_t, o_d, left, width, C, BV, DV % BV != 0, WIDE)
+        dP = tl.dot(dO, tl.trans(V), dP, input_precision="ieee")
+    return dP
+
+
+@triton.jit(
+    do_not_specialize=[
+        "many", "span", "segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h",
+        "o_b", "o_h", "g_b", "g_h",
+    ]
+)  # fmt: skip
+def steep_gates_kernel(
+    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, do, o_b, o_h, o_t, o_d,
+    gates, g_b, g_h, g_t, g_d, dq, dk, steep, many, span, table, scale, segments, length, tokens,
+    heads, k_group, v_group,
+    D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, REACH: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """For the steep ones of `span` blocks, turn the gradients of the weighted q and k into those of
+    q and k, in place; the weights are those of `steep_pairs_kernel`.
+    """
+    ragged: tl.constexpr = D % BC != 0
+    first = tl.program_id(0) * span
+    chosen = pick_steep(steep, first, span, many, REACH)
+    if tl.max(chosen, 0) == 0:
+        return
+    blocks_per_segment = tl.cdiv(length, C)
+    for n in range(span):
+        head = ((first + n) % heads).to(tl.int64)
+        block = (first + n) // heads
+        segment = block // blocks_per_segment
+        _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
+        skipped = (block % blocks_per_segment) * C
+        left = count - skipped
+        if (tl.sum(tl.where(tl.arange(0, FLAGS) == n, chosen, 0), 0) == 1) & (left > 0):
+            start += skipped
+            Q_rows = q + offset(batch, q_b, head, q_h, start, q_t, ALIGNED)
+            K_rows = k + offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
+            V_rows = v + offset(batch, v_b, head // v_group, v_h, start, v_t, ALIGNED)
+            dO_rows = do + offset(batch, o_b, head, o_h, start, o_t, ALIGNED)
+            g_rows = gates + offset(batch, g_b, head, g_h, start, g_t, ALIGNED)
+            row = (batch * heads + head) * tokens + start
+            dP = pair_gradients(dO_rows, o_t, o_d, V_rows, v_t, v_d, left, DV, BV, C, WIDE) * scale
+            for channel in range(0, D, BC):
+                width = D - channel
+                wide = tl.cast(channel, tl.int64)
+                Q = load_tile(Q_rows + wide * q_d, q_t, q_d, left, width, C, BC, ragged, WIDE)
+                K = load_tile(K_rows + wide * k_d, k_t, k_d, left, width, C, BC, ragged, WIDE)
+                g = load_gates(g_rows + wide * g_d, g_t, g_d, left, width, C, BC, ragged, WIDE)
+                here = row * D + channel
+                dQ = load_tile(dq + here, D, 1, left, width, C, BC, ragged) * scale
+                dK = load_tile(dk + here, D, 1, left, width, C, BC, ragged)
+                Q, g, level, near, until, behind = weigh_rows(Q, g, Q.dtype, C, REACH)
+                dQ *= tl.exp2(until)
+                dK *= tl.exp2(behind)
+                rise, fall = tl.exp2(near), tl.exp2(-near)
+                part = tl.where(group_pairs(level, C), dP, 0.0).to(Q.dtype)
+                dQ += rise * tl.dot(part, (K * fall).to(K.dtype), input_precision="ieee")
+                dK += fall * tl.dot(tl.trans(part), (Q * rise).to(Q.dtype), input_precision="ieee")
+                for higher in range(level, LEVELS):
+                    E = tl.exp2(sum_rows(level_weights(higher, C), g, Q.dtype))
+                    part = tl.where(level_pairs(higher, C), dP, 0.0).to(Q.dtype)
+                    dQ += E * tl.dot(part, (K * E).to(K.dtype), input_precision="ieee")
+                    dK += E * tl.dot(tl.trans(part), (Q * E).to(Q.dtype), input_precision="ieee")
+                store_tile(dq + here, D, dQ, left, width, C, BC, ragged)
+                store_tile(dk + here, D, dK, left, width, C, BC, ragged)
+
+
 @triton.jit(
     do_not_specialize=[
         "segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "o_b", "o_h",
@@ -79,14 +166,15 @@ def scalar_gates_kernel(
 )  # fmt: skip
 def vector_gates_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, do, o_b, o_h, o_t, o_d,
-    gates, g_b, g_h, g_t, g_d, dq_weighted, dk_weighted, entering, final, leaving, dq, dk, dg,
-    table, scale, segments, length, tokens, heads, k_group, v_group,
+    gates, g_b, g_h, g_t, g_d, dq_weighted, dk_weighted, steep, entering, final, leaving, dq, dk,
+    dg, table, scale, segments, length, tokens, heads, k_group, v_group,
     D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    DGATES: tl.constexpr,
+    LEVELS: tl.constexpr, REACH: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, DGATES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and, if DGATES, dg (batch, heads, tokens, D) of one segment and BC key channels, from
-    the gradients of the weighted q and k and from the products inside each block.
+    the gradients of the weighted q and k and from the products inside each block. Of steep blocks
+    `steep_gates_kernel` has left dq and dk where the weighted ones were.
     """
     parts: tl.constexpr = (D + BC - 1) // BC
     ragged: tl.constexpr = D % BC != 0
@@ -106,8 +194,6 @@ def vector_gates_kernel(
     do += offset(batch, o_b, head, o_h, start, o_t, ALIGNED)
     gates += offset(batch, g_b, head, g_h, start, g_t, ALIGNED) + channel * g_d
     row = (batch * heads + head) * tokens + start
-    down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    apart = down ^ across
     carried = tl.zeros((BC,), tl.float32)
     if DGATES:
         carried = state_product(
@@ -115,58 +201,29 @@ def vector_gates_kernel(
             tl.minimum(width, BC), D, DV, BC,
         )  # fmt: skip
     blocks = tl.cdiv(count, C)
+    flags = steep + segment.to(tl.int64) * tl.cdiv(length, C) * heads + head
     for n in range(blocks):
         i = blocks - 1 - n
         at = tl.cast(i, tl.int64) * C
         left = count - i * C
-        dP = tl.zeros((C, C), tl.float32)
-        for column in range(0, DV, BV):
-            V = load_tile(
-                v + at * v_t + tl.cast(column, tl.int64) * v_d,
-                v_t,
-                v_d,
-                left,
-                DV - column,
-                C,
-                BV,
-                DV % BV != 0,
-                WIDE,
-            )
-            dO = load_tile(
-                do + at * o_t + tl.cast(column, tl.int64) * o_d,
-                o_t,
-                o_d,
-                left,
-                DV - column,
-                C,
-                BV,
-                DV % BV != 0,
-                WIDE,
-            )
-            dP = tl.dot(dO, tl.trans(V), dP, input_precision="ieee")
-        dP *= scale
-        same = tl.sum(tl.where(down == across, dP, 0.0), 1)[:, None]
-        dP = tl.where(down > across, dP, 0.0)
+        here = (row + at) * D + channel
         Q = load_tile(q + at * q_t, q_t, q_d, left, width, C, BC, ragged, WIDE)
         K = load_tile(k + at * k_t, k_t, k_d, left, width, C, BC, ragged, WIDE)
-        g = load_gates(gates + at * g_t, g_t, g_d, left, width, C, BC, ragged, WIDE)
-        dQ = same * K
-        dK = same * Q
-        sums, group = g, g
-        for level in tl.static_range(0, LEVELS):
-            upper = upper_half(1 << level, C)
-            E = tl.exp(tl.where(upper, sums, group - sums))
-            part = tl.where((apart >> level) == 1, dP, 0.0).to(Q.dtype)
-            dQ += E * tl.dot(part, (K * E).to(K.dtype), input_precision="ieee")
-            dK += E * tl.dot(tl.trans(part), (Q * E).to(Q.dtype), input_precision="ieee")
-            wider = pair_totals(group, 1 << level, C, BC)
-            sums += tl.where(upper, wider - group, 0.0)
-            group = wider
-        here = (row + at) * D + channel
-        dQ += load_tile(dq_weighted + here, D, 1, left, width, C, BC, ragged) * (
-            tl.exp(sums) * scale
-        )
-        dK += load_tile(dk_weighted + here, D, 1, left, width, C, BC, ragged) * tl.exp(group - sums)
+        dQ = load_tile(dq_weighted + here, D, 1, left, width, C, BC, ragged)
+        dK = load_tile(dk_weighted + here, D, 1, left, width, C, BC, ragged)
+        if REACH > 0:
+            gentle = tl.load(flags + i * heads) == 0
+            if gentle:
+                dP = pair_gradients(
+                    do + at * o_t, o_t, o_d, v + at * v_t, v_t, v_d, left, DV, BV, C, WIDE
+                )
+                part = tl.where(group_pairs(LEVELS, C), dP * scale, 0.0).to(Q.dtype)
+                g = load_gates(gates + at * g_t, g_t, g_d, left, width, C, BC, ragged, WIDE)
+                half = tl.exp2(tl.sum(g, 0) * (0.5 * LOG2E))[None, :]
+                near = sum_rows(group_weights(LEVELS, C), g, Q.dtype)
+                rise, fall = tl.exp2(near), tl.exp2(-near)
+                dQ = rise * tl.dot(part, (K * fall).to(K.dtype), dQ * (half * scale))
+                dK = fall * tl.dot(tl.trans(part), (Q * rise).to(Q.dtype), dK * half)
         store_tile(dq + here, D, dQ, left, width, C, BC, ragged)
         store_tile(dk + here, D, dK, left, width, C, BC, ragged)
         if DGATES:

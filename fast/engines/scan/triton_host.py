@@ -5,24 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.scan.triton_gates import scalar_gates_kernel, vector_gates_kernel
+from attnspec.fast.engines.scan.configs import REACH
+from attnspec.fast.engines.scan.replay import kind, known
+from attnspec.fast.engines.scan.triton_gates import (
+    scalar_gates_kernel,
+    steep_gates_kernel,
+    vector_gates_kernel,
+)
 from attnspec.fast.engines.scan.triton_plan import (
     CONSTANT,
     NONE,
     SCALAR,
     VECTOR,
     Call,
+    Weighted,
     chain,
     enter,
     power,
+    prepare,
     sum_segments,
     walk,
     weigh,
 )
 from attnspec.fast.engines.scan.triton_step import step_kernel
+
+HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+"""Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
 
 
 def forward(
@@ -30,7 +42,23 @@ def forward(
     state: Tensor | None, offsets: Tensor | None, scale: float, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (batch, heads, tokens, dv) and the last states (sequences, heads, d, dv)."""
-    call = Call.plan(q, v, q.shape[1], slopes, log_decay, offsets, scale, block)
+    tensors = (q, k, v, slopes, log_decay, state, offsets)
+    key = kind(tensors, (scale, block))
+    replay = known(key)
+    if replay is not None:
+        out, final = replay(tensors)
+        return out, final
+    call = Call.plan(
+        q,
+        v,
+        q.shape[1],
+        slopes,
+        log_decay,
+        offsets,
+        scale,
+        block,
+        follows=offsets is None and HANDS_ON_CONSTANTS,
+    )
     state = None if state is None else state.contiguous()
     final = call.last_states(state, offsets)
     if call.nothing:
@@ -40,6 +68,8 @@ def forward(
     q, k = (q, k) if weighted is None else (weighted.q, weighted.k)
     entering = enter(call, k, v, state, totals)
     out, _ = walk(call, q, k, v, entering, call.dtype, final=final, weighted=weighted, pairs=True)
+    if call.recorder.follows:
+        call.recorder.keep(key, tensors, (out, final), prepare)
     return out, final
 
 
@@ -118,8 +148,10 @@ def backward(
     )  # fmt: skip
     ddecay = q.new_empty(0)
     states = (final if entering is None else entering, final, leaving)
-    if call.decay == VECTOR:
-        dq, dk, dg = _vector_gates(call, q, k, v, do, dq, dk, states, grouped, decay_gradient)
+    if weighted is not None:
+        dq, dk, dg = _vector_gates(
+            call, q, k, v, do, weighted, dq, dk, states, grouped, decay_gradient
+        )
         if decay_gradient and given is not None:
             ddecay = dg.to(given.dtype)
     elif products and given is not None:
@@ -138,8 +170,8 @@ def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
 def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """dg (batch, heads, tokens) from q . dq - k . dk."""
     dg = call.empty(call.batch, call.heads, call.tokens)
-    count_launch()
-    scalar_gates_kernel[(call.segments.total * call.heads,)](
+    call.recorder.launch(
+        scalar_gates_kernel, call.segments.total * call.heads,
         products, *states, dg, call.table(products), *call.place(),
         D=call.d, DV=call.dv, BD=power(call.d), ROWS=256,
         PACKED=call.segments.table is not None, num_warps=4,
@@ -148,25 +180,40 @@ def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Te
 
 
 def _vector_gates(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq_weighted: Tensor,
-    dk_weighted: Tensor, states: tuple[Tensor, Tensor, Tensor], dk_dtype: torch.dtype,
-    decay_gradient: bool,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, weighted: Weighted,
+    dq_weighted: Tensor, dk_weighted: Tensor, states: tuple[Tensor, Tensor, Tensor],
+    dk_dtype: torch.dtype, decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk of every query head and, if wanted, dg (batch, heads, tokens, d)."""
     gates = call.gates
     assert gates is not None
     dq, dk = call.rows(call.d, call.dtype), call.rows(call.d, dk_dtype)
     dg = call.rows(call.d, torch.float32) if decay_gradient else call.empty(0)
-    channels = min(call.cfg.gates_tile, power(call.d))
-    count_launch()
-    vector_gates_kernel[(call.segments.total * call.heads * -(-call.d // channels),)](
+    inputs = (
         q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), gates, *gates.stride(),
-        dq_weighted, dk_weighted, *states, dq, dk, dg, call.table(q), call.scale, *call.place(),
-        call.heads // k.shape[1], call.heads // v.shape[1],
-        D=call.d, DV=call.dv, BC=channels, BV=min(64, power(call.dv)), C=call.block,
-        LEVELS=call.block.bit_length() - 1, PACKED=call.segments.table is not None,
-        **call.layout(q, k, v, do, gates), DGATES=decay_gradient,
-        num_warps=call.cfg.gates_warps, num_stages=1,
+    )  # fmt: skip
+    where = (
+        call.table(q), call.scale, *call.place(), call.heads // k.shape[1], call.heads // v.shape[1]
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "D": call.d, "DV": call.dv, "BV": min(64, power(call.dv)), "C": call.block,
+        "LEVELS": call.block.bit_length() - 1, "REACH": REACH.get(call.dtype, 0.0),
+        "PACKED": call.segments.table is not None, **call.layout(q, k, v, do, gates),
+    }  # fmt: skip
+    many = weighted.totals.shape[0] * call.heads
+    span = call.span(many)
+    call.recorder.launch(
+        steep_gates_kernel, -(-many // span),
+        *inputs, dq_weighted, dk_weighted, weighted.steep, many, span, *where,
+        BC=min(call.cfg.steep_tile, power(call.d)), **options, num_warps=call.cfg.steep_warps,
+        num_stages=1,
+    )  # fmt: skip
+    channels = min(call.cfg.gates_tile, power(call.d))
+    call.recorder.launch(
+        vector_gates_kernel, call.segments.total * call.heads * -(-call.d // channels),
+        *inputs, dq_weighted, dk_weighted, weighted.steep, *states, dq, dk, dg, *where,
+        BC=channels, **options, DGATES=decay_gradient, num_warps=call.cfg.gates_warps,
+        num_stages=call.cfg.gates_stages,
     )  # fmt: skip
     return dq, dk, dg
 

@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.scan.configs import ScanConfig, config
+from attnspec.fast.engines.scan.configs import REACH, ScanConfig, config
+from attnspec.fast.engines.scan.replay import Recorder
 from attnspec.fast.engines.scan.segments import Segments, cut
-from attnspec.fast.engines.scan.triton_pairs import pairs_kernel
+from attnspec.fast.engines.scan.triton_pairs import pairs_kernel, steep_pairs_kernel
 from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
 
@@ -29,19 +29,27 @@ def _device(index: int | None) -> tuple[int, bool]:
     return properties.multi_processor_count, properties.major >= 9
 
 
+def device_of(x: Tensor) -> tuple[int, bool]:
+    """`_device` of a tensor's device; one processor stands for the interpreter."""
+    return _device(x.device.index if x.is_cuda else None)
+
+
 def power(n: int) -> int:
     """The width of a tile that holds `n` channels."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 @dataclass
 class Weighted:
-    """Under a decay per channel: weighted q and k, block totals and products inside the blocks."""
+    """Under a decay per channel: weighted q and k, block totals, products inside the blocks, and
+    which blocks are steep (none are told for float32, all of whose blocks are treated as such).
+    """
 
     q: Tensor
     k: Tensor
     totals: Tensor
     pairs: Tensor
+    steep: Tensor
 
 
 @dataclass
@@ -59,28 +67,32 @@ class Call:
     gates: Tensor | None
     scale: float
     cfg: ScanConfig
+    processors: int
     block: int
     segments: Segments
+    recorder: Recorder
 
     @classmethod
     def plan(
         cls, q: Tensor, v: Tensor, heads: int, slopes: Tensor | None, log_decay: Tensor | None,
         offsets: Tensor | None, scale: float, block: int, *, segment: int | None = None,
-        gradient: bool = False,
+        gradient: bool = False, follows: bool = False,
     ) -> Call:  # fmt: skip
-        """`segment` fixes the rows of a segment; `gradient` if a decay's gradient is wanted."""
+        """`segment` fixes the rows of a segment; `gradient` if a decay's gradient is wanted;
+        `follows` if the launches are to be recorded.
+        """
         batch, _, tokens, d = q.shape
         decay, gates = NONE, None
         if slopes is not None:
             decay, gates = CONSTANT, slopes.to(torch.float32).contiguous()
         elif log_decay is not None:
             decay, gates = (SCALAR if log_decay.dim() == 3 else VECTOR), log_decay
-        processors, hopper = _device(q.device.index if q.is_cuda else None)
+        processors, hopper = device_of(q)
         cfg = config(q.element_size(), d, hopper)
         rows = min(128, power(block)) if block else cfg.block
         call = cls(
-            batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg, rows,
-            Segments(batch, batch, 1, max(tokens, 1)),
+            batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg,
+            processors, rows, Segments(batch, batch, 1, max(tokens, 1)), Recorder(follows),
         )  # fmt: skip
         length = segment or cfg.segment
         if length is None:
@@ -104,8 +116,15 @@ class Call:
         """Whether there is no token to compute."""
         return not (self.batch and self.heads and self.tokens)
 
+    def span(self, blocks: int) -> int:
+        """How many blocks a program for steep ones looks after: few do anything."""
+        if self.dtype not in REACH:
+            return 1
+        return min(128, max(1, blocks // (4 * self.processors)))
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        """An uninitialised buffer."""
+        return self.recorder.buffer(torch.empty(shape, dtype=dtype, device=self.device))
 
     def rows(self, width: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised (batch, heads, tokens, width)."""
@@ -153,8 +172,13 @@ class Call:
         )  # fmt: skip
         used = self.cfg.descriptors and fits
         if used:
-            triton.set_allocator(_scratch)
+            prepare()
         return {**layout, "DESCRIPTORS": used}
+
+
+def prepare() -> None:
+    """Before kernels are launched: where they find scratch memory."""
+    triton.set_allocator(_scratch)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -166,20 +190,34 @@ def weigh(call: Call, q: Tensor, k: Tensor) -> Weighted:
     """Weighted rows and the products inside the blocks under a decay per channel."""
     assert call.gates is not None
     blocks = call.segments.total * -(-call.segments.length // call.block)
+    reach, many = REACH.get(call.dtype, 0.0), blocks * call.heads
     made = Weighted(
         call.rows(call.d, q.dtype),
         call.rows(call.d, q.dtype),
         call.empty(blocks, call.heads, call.d),
         call.rows(call.block, q.dtype),
+        call.empty(many if reach else 0, dtype=torch.int8),
     )
-    count_launch()
-    pairs_kernel[(blocks * call.heads,)](
-        q, *q.stride(), k, *k.stride(), call.gates, *call.gates.stride(),
-        made.pairs, made.q, made.k, made.totals, call.table(q), call.scale, *call.place(),
-        call.heads // q.shape[1], call.heads // k.shape[1],
-        D=call.d, BC=min(call.cfg.pairs_tile, power(call.d)), C=call.block,
-        LEVELS=call.block.bit_length() - 1, PACKED=call.segments.table is not None,
-        **call.layout(q, k, call.gates), num_warps=call.cfg.pairs_warps,
+    inputs = (q, *q.stride(), k, *k.stride(), call.gates, *call.gates.stride())
+    outputs = (made.pairs, made.q, made.k, made.totals, made.steep)
+    where = (
+        call.table(q), call.scale, *call.place(), call.heads // q.shape[1], call.heads // k.shape[1]
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "D": call.d, "C": call.block, "LEVELS": call.block.bit_length() - 1, "REACH": reach,
+        "PACKED": call.segments.table is not None, **call.layout(q, k, call.gates),
+    }  # fmt: skip
+    if reach:
+        call.recorder.launch(
+            pairs_kernel, many,
+            *inputs, *outputs, *where, BC=min(call.cfg.pairs_tile, power(call.d)), **options,
+            num_warps=call.cfg.pairs_warps, num_stages=call.cfg.pairs_stages,
+        )  # fmt: skip
+    span = call.span(many)
+    call.recorder.launch(
+        steep_pairs_kernel, -(-many // span),
+        *inputs, *outputs, many, span, *where, BC=min(call.cfg.steep_tile, power(call.d)),
+        **options, num_warps=call.cfg.steep_warps, num_stages=1,
     )  # fmt: skip
     return made
 
@@ -193,8 +231,8 @@ def sum_segments(
     width = call.d if call.decay == VECTOR else 1
     decays = call.empty(call.segments.total, call.heads, width)
     tile = call.tile(cfg.states_items, call.d, call.dv)
-    count_launch()
-    states_kernel[(call.segments.total * call.heads * -(-call.dv // tile),)](
+    call.recorder.launch(
+        states_kernel, call.segments.total * call.heads * -(-call.dv // tile),
         a, *a.stride(), b, *b.stride(), *call.gate_arguments(a), a if totals is None else totals,
         states, decays, call.table(a), call.scale, *call.place(),
         call.heads // a.shape[1], call.heads // b.shape[1],
@@ -213,8 +251,8 @@ def chain(
     """Turn the segments' sums into the states between them, in place."""
     segments, items = call.segments, min(1024, triton.next_power_of_2(call.d * call.dv))
     parts = -(-call.d * call.dv // items)
-    count_launch()
-    chain_kernel[(segments.sequences * call.heads * parts,)](
+    call.recorder.launch(
+        chain_kernel, segments.sequences * call.heads * parts,
         states, decays, states if initial is None else initial, states if final is None else final,
         decays if segments.bounds is None else segments.bounds, segments.each, call.heads,
         D=call.d, DV=call.dv, ITEMS=items, PACKED=segments.table is not None, DECAY=call.decay,
@@ -250,8 +288,8 @@ def walk(
     if product is not None:
         products = call.empty(tiles, call.batch, call.heads, call.tokens)
     w = q if product is None else product
-    count_launch()
-    walk_kernel[(call.segments.total * call.heads * tiles,)](
+    call.recorder.launch(
+        walk_kernel, call.segments.total * call.heads * tiles,
         q, *q.stride(), k, *k.stride(), v, *v.stride(), w, *w.stride(), *call.gate_arguments(q),
         q if weighted is None else weighted.pairs, q if weighted is None else weighted.totals,
         q if entering is None else entering, out, products, q if final is None else final,

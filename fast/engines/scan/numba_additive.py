@@ -1,0 +1,145 @@
+"""Gates of an additive recurrence and the summary of a sequence, on the CPU.
+
+A head is a thread's work: rows one after the other, channels side by side in vector registers.
+16-bit inputs are widened to float32 and results rounded back; float64 stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from attnspec.fast.backend import count_launch
+
+FLAGS = {"contract", "reassoc", "nsz", "arcp", "afn"}
+ROWS = 64
+"""Rows of a block of the summary."""
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _advance(k: Any, top: Any, total: Any, kbar: Any, log_decay: Any) -> None:
+    """One row: its gates from the maximum and sum before it, which are moved on in place."""
+    zero = k.dtype.type(0)
+    for c in range(k.shape[0]):
+        new, before = k[c], top[c]
+        masked, first = new == -np.inf, total[c] == zero
+        above = max(new, before) if new == new else before
+        base = zero if above == -np.inf else above
+        old, more = total[c] * np.exp(before - base), np.exp(new - base)
+        kbar[c] = zero if masked else more / (old + more)
+        unknown = kbar[c] != kbar[c]
+        if first or masked or unknown:
+            log_decay[c] = zero
+        elif more < old:
+            log_decay[c] = -np.log1p(more / old)
+        else:
+            log_decay[c] = -(np.log1p(old / more) + ((new - before) - np.log(total[c])))
+        top[c], total[c] = above, old + more
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def _gates(k: Any, top: Any, total: Any, kbar: Any, log_decay: Any) -> None:
+    """k (rows, tokens, d); top and total (rows, d) come as those before the first token."""
+    for row in prange(k.shape[0]):
+        for t in range(k.shape[1]):
+            _advance(k[row, t], top[row], total[row], kbar[row, t], log_decay[row, t])
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def _gates_backward(
+    dkbar: Any, dlog_decay: Any, dz: Any, kbar: Any, log_decay: Any, dk: Any
+) -> None:
+    """dk; dz (rows, d) comes as the gradient of the last z and leaves as that of the first."""
+    zero, half = dk.dtype.type(0), dk.dtype.type(0.5)
+    for row in prange(dk.shape[0]):
+        for n in range(dk.shape[1]):
+            t = dk.shape[1] - 1 - n
+            for c in range(dk.shape[2]):
+                gate, w = kbar[row, t, c], log_decay[row, t, c]
+                fresh = w == zero and gate > half
+                dw = zero if fresh else dlog_decay[row, t, c]
+                above = dz[row, c] - dkbar[row, t, c] * gate - dw
+                dk[row, t, c] = gate * (dkbar[row, t, c] + above)
+                dz[row, c] = zero if fresh else np.exp(w) * above + dw
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy", fastmath=FLAGS)
+def _summary(k: Any, v: Any, KV: Any, top: Any, total: Any) -> None:
+    """k (rows, tokens, d), v (rows, tokens, e); KV (rows, d, e) and total come as zeros, top as
+    -inf. Each block of rows is weighed by its own maximum, once.
+    """
+    zero = KV.dtype.type(0)
+    tokens, d, e = k.shape[1], k.shape[2], v.shape[2]
+    for row in prange(k.shape[0]):
+        for first in range(0, tokens, ROWS):
+            last = min(first + ROWS, tokens)
+            for c in range(d):
+                above = top[row, c]
+                for t in range(first, last):
+                    above = max(above, k[row, t, c])
+                base = zero if above == -np.inf else above
+                old = np.exp(top[row, c] - base)
+                total[row, c] *= old
+                for j in range(e):
+                    KV[row, c, j] *= old
+                for t in range(first, last):
+                    p = np.exp(k[row, t, c] - base)
+                    total[row, c] += p
+                    for j in range(e):
+                        KV[row, c, j] += p * v[row, t, j]
+                top[row, c] = above
+        for c in range(d):
+            if total[row, c] > zero:
+                for j in range(e):
+                    KV[row, c, j] /= total[row, c]
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    """x (batch, heads, ...) as float32 or float64 (batch * heads, ...), contiguous."""
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    return np.asarray(wide.detach().contiguous().flatten(0, 1).numpy())
+
+
+def gates(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """kbar, log_decay (batch, heads, tokens, d) and z (batch, heads, d)."""
+    batch, heads, _, d = k.shape
+    rows = _rows(k)
+    shape = (batch * heads, d)
+    top = np.full(shape, -np.inf, rows.dtype) if z0 is None else _rows(z0).astype(rows.dtype)
+    total = np.where(np.isneginf(top), 0, 1).astype(rows.dtype)
+    kbar, log_decay = np.empty_like(rows), np.empty_like(rows)
+    count_launch()
+    _gates(rows, top, total, kbar, log_decay)
+    z = torch.from_numpy(top) + torch.from_numpy(total).log()
+    made = torch.from_numpy(kbar).view(k.shape).to(k.dtype)
+    return made, torch.from_numpy(log_decay).view(k.shape), z.view(batch, heads, d)
+
+
+def gates_backward(
+    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dk, and the gradient of z before the first row."""
+    first, gate = _rows(dz).copy(), _rows(kbar)
+    dk = np.empty_like(gate)
+    count_launch()
+    _gates_backward(_rows(dkbar), _rows(dlog_decay), first, gate, _rows(log_decay), dk)
+    return torch.from_numpy(dk).view(kbar.shape).to(kbar.dtype), torch.from_numpy(first).view(
+        dz.shape
+    )
+
+
+def summary(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax_time(k)^T v (batch, heads, d, dv) and the logsumexp of k (batch, heads, d)."""
+    batch, heads, _, d = k.shape
+    keys, values = _rows(k), _rows(v)
+    KV = np.zeros((batch * heads, d, v.shape[3]), keys.dtype)
+    top = np.full((batch * heads, d), -np.inf, keys.dtype)
+    total = np.zeros_like(top)
+    count_launch()
+    _summary(keys, values, KV, top, total)
+    z = torch.from_numpy(top) + torch.from_numpy(total).log()
+    return torch.from_numpy(KV).view(batch, heads, d, -1), z.view(batch, heads, d)

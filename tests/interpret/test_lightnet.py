@@ -1,0 +1,94 @@
+"""LightNet's Triton kernels in the interpreter against the CPU kernels in float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnspec.fast.engines.scan import additive_gates, time_summary
+from attnspec.fast.engines.scan import triton_additive as kernels
+from attnspec.fast.linear.lightnet import lightnet_causal
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ROWS", 4)
+
+
+def logits(tokens: int, d: int = 18, heads: int = 2) -> Tensor:
+    """Masked tokens at the start and in between, a channel without any, and a far offset."""
+    torch.manual_seed(tokens)
+    k = 3 * torch.randn(1, heads, tokens, d)
+    k[:, :, :2] = -torch.inf
+    k[:, :, 6:7] = -torch.inf
+    k[:, :, :, 0] = -torch.inf
+    k[:, 0] += 1e3
+    return k
+
+
+def gradients(
+    function: Any, inputs: list[Tensor], upstream: list[Tensor], backend: str
+) -> list[Tensor]:
+    """Outputs and gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, backend=backend)
+    upstream = [x.to(y.dtype) for x, y in zip(upstream, out, strict=True)]
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def compare(function: Any, inputs: list[Tensor], upstream: list[Tensor], bound: float) -> None:
+    got = gradients(function, inputs, upstream, "triton")
+    wide = [x.double() for x in inputs]
+    expected = gradients(function, wide, upstream, "numba")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=bound, atol=bound * 10)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 11])
+@pytest.mark.parametrize("started", [False, True])
+def test_gates(tokens: int, started: bool) -> None:
+    k = logits(tokens)
+    upstream = [torch.randn(k.shape), torch.randn(k.shape), torch.zeros(1, 2, 18)]
+    inputs = [k]
+    if started:
+        inputs.append(torch.randn(1, 2, 18))
+        upstream[2] = torch.randn(1, 2, 18)
+    compare(additive_gates, inputs, upstream, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_summary(dtype: torch.dtype) -> None:
+    k, v = logits(37).to(dtype), torch.randn(1, 2, 37, 20).to(dtype)
+    KV, z = time_summary(k, v, backend="triton")
+    expected, wanted = time_summary(k.double(), v.double(), backend="numba")
+    bound = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(KV.double(), expected, rtol=bound, atol=bound)
+    torch.testing.assert_close(z.double(), wanted, rtol=1e-6, atol=1e-4)
+
+
+def test_causal_strides_and_a_state() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 16, 9).mT for _ in range(2))
+    v = torch.randn(1, 2, 9, 16)
+    state = (torch.randn(1, 2, 16, 16), torch.randn(1, 2, 16))
+    o, (S, z) = lightnet_causal(q, k, v, state, backend="triton")
+    wide = [x.double() for x in (q, k, v)]
+    expected, (S1, z1) = lightnet_causal(*wide, (state[0].double(), state[1].double()))
+    for a, b in ((o, expected), (S, S1), (z, z1)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tokens() -> None:
+    k, v = torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16)
+    z0 = torch.randn(1, 2, 16)
+    assert torch.equal(additive_gates(k, z0, backend="triton")[2], z0)
+    KV, z = time_summary(k, v, backend="triton")
+    assert not KV.any()
+    assert torch.all(z == -torch.inf)
