@@ -119,7 +119,8 @@ class Stream:
     `start(arguments)` gives the state before the first token from whole-sequence arguments,
     `feed(arguments, state, first, last)` the step's arguments for tokens [first, last),
     `whole(arguments)` the outputs that the concatenated step outputs must equal. `hidden` is that
-    of `Contract`, for the whole sequence.
+    of `Contract`, for the whole sequence. `carried(results)` is the state among a step's results
+    after the first: by default all of them.
     """
 
     arrays: tuple[Array, ...]
@@ -129,6 +130,7 @@ class Stream:
     tokens: str = "tokens"
     chunked: bool = True
     hidden: Callable[[Mapping[str, Any]], Ranking] | None = None
+    carried: Callable[[tuple[Any, ...]], Any] = lambda rest: rest[0] if len(rest) == 1 else rest
 
 
 @dataclass(frozen=True)

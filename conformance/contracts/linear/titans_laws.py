@@ -42,9 +42,7 @@ def check_depth(trial: Trial) -> None:
         )  # fmt: skip
         expectation = EXPECTATIONS.get(
             ("depth", depth, case.key),
-            lambda changed=changed, outputs=outputs: expect(
-                contract.spec.function, changed, outputs, case.dtype
-            ),
+            partial(expect, contract.spec.function, changed, outputs, case.dtype),
         )
         placed = place_arguments(kind, changed, "contiguous", case.dtype)
         with trial.guarded():
@@ -59,7 +57,8 @@ def check_hand_over(trial: Trial) -> None:
     tokens, b = trial.case.sizes["tokens"], arguments["b"]
     cut = int(trial.case.generator("cut").integers(0, tokens // b + 1)) * b
     first, second = (_part(arguments, rows) for rows in (slice(0, cut), slice(cut, None)))
-    kind, results = trial.kernel.arrays, []
+    kind = trial.kernel.arrays
+    results: list[Any] = []
     for part in (first, second):
         placed = place_arguments(kind, part, "contiguous", trial.case.dtype)
         if results:

@@ -88,6 +88,7 @@ CONTRACTS = (
             start=lambda whole: init_state(whole["k"], whole["v"]),
             feed=_feed,
             whole=lambda whole: s2_attend(**whole)[0],
+            carried=lambda rest: rest[-1],
         ),
         bad_inputs=(
             ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),

@@ -1,0 +1,185 @@
+"""Wrong kernels of Flowformer: epsilons, counts and clamps in the wrong places, later sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.dtypes import round_to
+from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.linear import flowformer, flowformer_causal, flowformer_flows
+
+ATTEND = right("flowformer.flow_attend")
+BACKWARD = flowformer.flow_backward
+CAUSAL = right("flowformer.flow_attend_causal")
+CAUSAL_BACKWARD = flowformer_causal.flow_causal_backward
+STEP = right("flowformer.flow_decode_step")
+FLOWS = right("flowformer.flows")
+FLOWS_CAUSAL = right("flowformer.flows_causal")
+CONSERVED_CAUSAL = right("flowformer.conserved_flows_causal")
+COMPETITION = right("flowformer.competition")
+COMPETITION_CAUSAL = right("flowformer.competition_causal")
+ALLOCATION = right("flowformer.allocation")
+FEATURES = right("flowformer.flow_features")
+# Names that mutants replace while they run are kept here as they are.
+tokens, quotient = flowformer._tokens, flowformer.quotient
+
+
+def one_factor(a: np.ndarray, b: np.ndarray, eps: float = 1e-6) -> Any:
+    """eps is added to the sums only."""
+    FLOWS(a, b, eps)
+    into, out_of = (np.sum(x, axis=-2, keepdims=True) for x in (b, a))
+    return np.sum(a * (into + eps), axis=-1), np.sum(b * (out_of + eps), axis=-1)
+
+
+def eps_in_features(*args: Any) -> Any:
+    """The aggregated features carry eps as well."""
+    a, b, values, n, m = tokens(*args)
+    return a + args[3], b + args[3], values, n, m
+
+
+def over_heads(Oh: np.ndarray, clamp: Any = (-1.0, 1.0), mask: Any = None) -> np.ndarray:
+    """The softmax runs over heads."""
+    c = COMPETITION(Oh, clamp, mask)
+    x = np.exp(flowformer_flows.clip(Oh, clamp))
+    return np.where(c == 0, c, x / x.sum(axis=-2, keepdims=True) * Oh.shape[-2])
+
+
+def no_count(Oh: np.ndarray, clamp: Any = (-1.0, 1.0), mask: Any = None) -> np.ndarray:
+    return COMPETITION(Oh, clamp, mask) / max(Oh.shape[-1], 1)
+
+
+def longest_count(Oh: np.ndarray, clamp: Any = (-1.0, 1.0), mask: Any = None) -> np.ndarray:
+    """Padded sources are counted."""
+    c = COMPETITION(Oh, clamp, mask)
+    if mask is None:
+        return c
+    count = np.maximum(mask.sum(axis=-1), 1)[..., None, None]
+    return (c * (Oh.shape[-1] / count)).astype(c.dtype)
+
+
+def clamped_late(Oh: np.ndarray, clamp: Any = (-1.0, 1.0), mask: Any = None) -> np.ndarray:
+    c = COMPETITION(Oh, None, mask)
+    return flowformer_flows.clip(c, clamp)
+
+
+def no_ratio(Ih: np.ndarray, n: Any, m: Any) -> np.ndarray:
+    return ALLOCATION(Ih, m, m)
+
+
+def clamped_sinks(Ih: np.ndarray, n: Any, m: Any) -> np.ndarray:
+    return ALLOCATION(np.minimum(Ih, Ih.dtype.type(1)), n, m)
+
+
+def unmasked(arguments: dict[str, Any]) -> None:
+    """The authors' advice: values of padded keys are set to 0, and nothing else."""
+    mask, v = arguments["key_mask"], arguments["v"]
+    if isinstance(mask, np.ndarray) and mask.dtype == bool and mask.shape == v.shape[::2]:
+        for name in ("k", "v"):
+            hidden = ~mask[:, None, :, None]
+            arguments[name] = np.where(hidden, np.zeros_like(arguments[name]), arguments[name])
+        arguments["key_mask"] = None
+
+
+def first_mask(arguments: dict[str, Any]) -> None:
+    mask = arguments["key_mask"]
+    if isinstance(mask, np.ndarray) and len(mask):
+        arguments["key_mask"] = np.repeat(mask[:1], len(mask), axis=0)
+
+
+def wrong_feature(x: np.ndarray, kind: str = "sigmoid") -> np.ndarray:
+    phi = FEATURES(x, kind)
+    return phi if kind == "sigmoid" else phi - phi.dtype.type(1e-6)
+
+
+def all_sinks(a: np.ndarray, b: np.ndarray, eps: float = 1e-6) -> Any:
+    """O sums all sinks, later ones too."""
+    I, _ = FLOWS_CAUSAL(a, b, eps)
+    return I, FLOWS(a, b, eps)[1]
+
+
+def from_zero(a: np.ndarray, b: np.ndarray, I: Any, O: Any, eps: float = 1e-6) -> Any:
+    """N counts from 0, and is taken as 1 where it divides."""
+    Ih, Oh = CONSERVED_CAUSAL(a, b, I, O, eps)
+    N = np.arange(1, Ih.shape[-1] + 1)
+    return (Ih * N / np.maximum(N - 1, 1)).astype(Ih.dtype), Oh
+
+
+def renormalised(Oh: np.ndarray, clamp: Any = (-1.0, 1.0)) -> np.ndarray:
+    """All tokens share one sum."""
+    COMPETITION_CAUSAL(Oh, clamp)
+    return COMPETITION(Oh, clamp)
+
+
+def coarse_sums(result: Any) -> Any:
+    out, state = result
+    return out, state._replace(sb=round_to(state.sb, "bfloat16").astype(state.sb.dtype))
+
+
+def no_state(arguments: dict[str, Any]) -> None:
+    state = arguments["state"]
+    if isinstance(state, flowformer_causal.FlowState):
+        arguments["state"] = state._replace(N=np.zeros_like(state.N))
+
+
+def through_the_clamp(Oh: np.ndarray, clamp: Any) -> np.ndarray:
+    """A clamp that the backward pass does not see: it asks whether Oh was changed."""
+    return Oh
+
+
+def first_of_group(x: np.ndarray, kv_heads: int) -> np.ndarray:
+    return x[..., :: x.shape[-3] // kv_heads, :, :]
+
+
+def no_slope(x: np.ndarray, kind: str) -> np.ndarray:
+    return np.ones_like(x)
+
+
+def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
+    return Mutant(f"flowformer.{name}", f"flowformer.{operation}", law, bug, call, **rest)
+
+
+MUTANTS = (
+    of("flows", "one-factor", "agreement", "eps is added to one factor only", one_factor),
+    of("flow_attend", "eps-in-features", "agreement", "eps is in the aggregated features too",
+       replacing(ATTEND, _tokens=eps_in_features)),
+    of("flow_attend", "no-ratio", "lengths", "n / m is left out of the gate",
+       replacing(ATTEND, allocation=no_ratio)),
+    of("flow_attend", "clamped-sinks", "lengths", "incoming flow is clamped as well",
+       replacing(ATTEND, allocation=clamped_sinks)),
+    of("flow_attend", "over-heads", "agreement", "the softmax runs over heads",
+       replacing(ATTEND, competition=over_heads)),
+    of("flow_attend", "no-count", "agreement", "the factor m is missing",
+       replacing(ATTEND, competition=no_count)),
+    of("flow_attend", "values-only", "poison", "padding is taken from the values alone",
+       altering(ATTEND, unmasked)),
+    of("flow_attend", "values-only-agreement", "agreement", "padding is taken from the values "
+       "alone", altering(ATTEND, unmasked)),
+    of("flow_attend", "first-mask", "agreement", "all entries of a batch have the first's padding",
+       altering(ATTEND, first_mask)),
+    of("flow_attend", "first-of-group", "gradient", "dk and dv are those of the group's first "
+       "head", ATTEND, backward=replacing(BACKWARD, sum_groups=first_of_group)),
+    of("flow_attend", "no-slope", "gradient", "the feature map is not differentiated", ATTEND,
+       backward=replacing(BACKWARD, features_slope=no_slope)),
+    of("flow_attend", "through-clamp", "gradient", "the clamp is not seen by the backward pass",
+       ATTEND, backward=replacing(BACKWARD, clip=through_the_clamp)),
+    of("competition", "longest-count", "agreement", "padded sources are counted in m",
+       longest_count),
+    of("competition", "clamped-late", "agreement", "the softmax is clamped, not its argument",
+       clamped_late),
+    of("flow_features", "plain-relu", "agreement", "relu without the 1e-6", wrong_feature),
+    of("flows_causal", "all-sinks", "agreement", "a source counts sinks that come later",
+       all_sinks),
+    of("conserved_flows_causal", "from-0", "agreement", "N counts from 0", from_zero),
+    of("competition_causal", "renormalised", "prefix", "weights are renormalised by later tokens",
+       renormalised),
+    of("flow_attend_causal", "forgets-N", "stream", "a step counts from 1 again",
+       altering(CAUSAL, no_state)),
+    of("flow_attend_causal", "coarse-sums", "precision", "sums are kept in bfloat16",
+       spoiling(CAUSAL, coarse_sums)),
+    of("flow_attend_causal", "causal-slope", "gradient", "the feature map is not differentiated",
+       CAUSAL, backward=replacing(CAUSAL_BACKWARD, features_slope=no_slope)),
+    of("flow_decode_step", "step-forgets-N", "stream", "a step counts from 1 again",
+       altering(STEP, no_state)),
+)  # fmt: skip

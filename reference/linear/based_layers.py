@@ -1,0 +1,73 @@
+"""Based's other layer and the order of layers: the clauses S11 and S12 of `based`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnspec.reference.conventions import check_array, check_choice, check_size
+
+PATTERNS = {
+    27: ((1, 6, 11, 16, 21), (2, 7, 12, 17, 22)),
+    36: ((1, 6, 11, 16, 21, 27, 33), (2, 7, 12, 17, 22, 28, 34)),
+}
+"""S12: the linear and the window layers of a model with so many layers; the others convolve."""
+
+
+def gated_convolution(
+    x: np.ndarray, W_in: np.ndarray, filters: np.ndarray, W_out: np.ndarray
+) -> np.ndarray:
+    """S11: y (..., tokens, width) of x (..., tokens, width).
+
+    W_in (width, 2 inner), W_out (inner, width), filters (inner, taps): the last tap meets the token
+    itself, the one before it the token before.
+
+    >>> one = np.ones((1, 1))
+    >>> gated_convolution(np.array([[1.0], [2.0]]), np.ones((1, 2)), np.array([[0.0, 1.0]]), one)
+    array([[0.73105858],
+           [3.52318831]])
+    """
+    check_array("x", x, ("tokens", "width"))
+    for name, weight, axes in (
+        ("W_in", W_in, ("width", "2 inner")),
+        ("filters", filters, ("inner", "taps")),
+        ("W_out", W_out, ("inner", "width")),
+    ):
+        check_array(name, weight, axes)
+        if weight.ndim != 2:
+            raise ValueError(f"{name}: got shape {weight.shape}, expected ({', '.join(axes)})")
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {weight.dtype}, expected {x.dtype}, as x")
+    inner, taps = filters.shape
+    check_size("W_in", W_in.shape[0], x.shape[-1], "width, as in x")
+    check_size("W_in", W_in.shape[1], 2 * inner, "2 inner, as in filters")
+    check_size("W_out", W_out.shape[0], inner, "inner, as in filters")
+    u = x @ W_in
+    padded = np.concatenate(
+        [np.zeros_like(u, shape=(*u.shape[:-2], max(taps - 1, 0), inner)), u[..., :inner]], axis=-2
+    )
+    mixed = np.zeros_like(u[..., :inner])
+    for tap in range(taps):
+        mixed = mixed + filters[:, tap] * padded[..., tap : tap + x.shape[-2], :]
+    return (silu(mixed) * u[..., inner:]) @ W_out
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """S11: x / (1 + e^-x), which is 0 far below 0.
+
+    >>> silu(np.array([0.0, -1e4]))
+    array([ 0., -0.])
+    """
+    e = np.exp(-np.abs(x))
+    return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def layer_kinds(n_layers: int) -> tuple[str, ...]:
+    """S12: "linear", "window" or "convolution" for each layer of a released model.
+
+    >>> layer_kinds(27)[:4]
+    ('convolution', 'linear', 'window', 'convolution')
+    """
+    check_choice("n_layers", n_layers, tuple(PATTERNS))
+    linear, window = PATTERNS[n_layers]
+    kinds = dict.fromkeys(linear, "linear") | dict.fromkeys(window, "window")
+    return tuple(kinds.get(layer, "convolution") for layer in range(n_layers))
