@@ -27,24 +27,24 @@ WORTH_A_CALL = 1 << 24
 """Multiplications that take longer than starting a thread does."""
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
     """float16 and bfloat16 as float32, everything else as it is."""
     x = x.detach()
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _real(x: torch.Tensor) -> types.Type:
+def number_type(x: torch.Tensor) -> types.Type:
     """The Numba type of a widened tensor's numbers."""
     return types.float64 if x.dtype == torch.float64 else types.float32
 
 
-def _option(x: torch.Tensor | None, axes: int, dtype: torch.dtype) -> np.ndarray:
+def option_array(x: torch.Tensor | None, axes: int, dtype: torch.dtype) -> np.ndarray:
     """The array of an option, empty if it is absent."""
     x = torch.empty((0,) * axes, dtype=dtype) if x is None else x.detach().to(dtype)
     return x.numpy()
 
 
-def _tile_table(
+def tile_table(
     q_tokens: int,
     k_tokens: int,
     q_block: int,
@@ -68,7 +68,7 @@ def _tile_table(
     return np.array(tiles, np.int64).reshape(-1, 5)
 
 
-def _run(
+def run_parts(
     kernel: Callable[..., None],
     arguments: Sequence[Any],
     tasks: int,
@@ -98,14 +98,14 @@ def _run(
             done.result()
 
 
-def _most_spans(k_tokens: int, block_index: np.ndarray, k_block: int) -> int:
+def most_spans_of(k_tokens: int, block_index: np.ndarray, k_block: int) -> int:
     """Most spans that a tile can see."""
     if k_block:
         return int(block_index.shape[3]) * (k_block // KEYS + 2) + 2
     return k_tokens // KEYS + 3
 
 
-def _visible(
+def visible_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
     causal: bool,
@@ -129,13 +129,13 @@ def _visible(
         causal,
         window or 0,
         sinks,
-        _option(row_start, 1, torch.int64),
-        _option(row_end, 1, torch.int64),
-        _option(key_mask, 2, torch.bool),
-        _option(mask, 4, torch.bool),
-        _option(block_index, 4, torch.int32),
-        _option(block_count, 3, torch.int32),
-        _option(block_full, 3, torch.int32),
+        option_array(row_start, 1, torch.int64),
+        option_array(row_end, 1, torch.int64),
+        option_array(key_mask, 2, torch.bool),
+        option_array(mask, 4, torch.bool),
+        option_array(block_index, 4, torch.int32),
+        option_array(block_count, 3, torch.int32),
+        option_array(block_full, 3, torch.int32),
         q_block,
         k_block,
     )
@@ -145,7 +145,7 @@ def _bias(
     slopes: torch.Tensor | None, slope_positions: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernels' arguments that add slopes[head] * (key - position of the query) to a score."""
-    return _option(slopes, 1, dtype), _option(slope_positions, 1, torch.int64)
+    return option_array(slopes, 1, dtype), option_array(slope_positions, 1, torch.int64)
 
 
 def forward(
@@ -174,24 +174,24 @@ def forward(
     """out (batch, heads, q_tokens, dv) in q's dtype and lse (batch, heads, q_tokens) in float32,
     float64 for float64 inputs.
     """
-    wide = _wide(q)
+    wide = widened(q)
     batch, heads, q_tokens, d = q.shape
     dv = v.shape[3]
     out = torch.empty(batch, heads, q_tokens, dv, dtype=wide.dtype)
     lse = torch.empty(batch, heads, q_tokens, dtype=wide.dtype)
-    see = _visible(
+    see = visible_arguments(
         q, k, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
         block_full, q_block, k_block,
     )  # fmt: skip
-    tiles = _tile_table(q_tokens, k.shape[2], q_block, q_offsets, k_offsets)
+    tiles = tile_table(q_tokens, k.shape[2], q_block, q_offsets, k_offsets)
     arguments = [
-        wide.numpy(), _wide(k).numpy(), _wide(v).numpy(), out.numpy(), lse.numpy(), scale, *see,
-        _option(sink_logit, 1, wide.dtype), *_bias(slopes, slope_positions, wide.dtype), tiles,
+        wide.numpy(), widened(k).numpy(), widened(v).numpy(), out.numpy(), lse.numpy(), scale, *see,
+        option_array(sink_logit, 1, wide.dtype), *_bias(slopes, slope_positions, wide.dtype), tiles,
     ]  # fmt: skip
-    _run(
-        numba_forward.forward_kernel(_real(wide)), arguments, batch * heads * len(tiles),
+    run_parts(
+        numba_forward.forward_kernel(number_type(wide)), arguments, batch * heads * len(tiles),
         batch * heads * q_tokens * k.shape[2] * (d + dv), wide.dtype,
-        numba_forward.scratch_size(d, dv), _most_spans(k.shape[2], see[7], k_block),
+        numba_forward.scratch_size(d, dv), most_spans_of(k.shape[2], see[7], k_block),
     )  # fmt: skip
     return out.to(q.dtype), lse
 
@@ -226,30 +226,30 @@ def backward(
     """dq, dk and dv in the inputs' dtype, and dsink (heads,) in float32 (float64 for float64
     inputs), zeros without a sink logit.
     """
-    wide, wide_dout = _wide(q), _wide(dout)
+    wide, wide_dout = widened(q), widened(dout)
     batch, heads, q_tokens, d = q.shape
     kv_heads, k_tokens, d_v = k.shape[1], k.shape[2], v.shape[3]
-    shift = dlse.detach() - (wide_dout * _wide(out)).sum(-1)
+    shift = dlse.detach() - (wide_dout * widened(out)).sum(-1)
     lanes = REGISTER_BYTES // wide.element_size()
     d_padded, dv_padded = -(-d // lanes) * lanes, -(-d_v // lanes) * lanes
-    see = _visible(
+    see = visible_arguments(
         q, k, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
         block_full, q_block, k_block,
     )  # fmt: skip
-    tiles = _tile_table(q_tokens, k_tokens, q_block, q_offsets, k_offsets)
-    shares = _shares(batch * kv_heads, len(tiles))
+    tiles = tile_table(q_tokens, k_tokens, q_block, q_offsets, k_offsets)
+    shares = shares_of(batch * kv_heads, len(tiles))
     dq = torch.empty(batch, heads, q_tokens, d, dtype=wide.dtype)
     dk = torch.zeros(shares, batch, kv_heads, k_tokens, d_padded, dtype=wide.dtype)
     dv = torch.zeros(shares, batch, kv_heads, k_tokens, dv_padded, dtype=wide.dtype)
     arguments = [
-        wide.numpy(), _wide(k).numpy(), _wide(v).numpy(), wide_dout.numpy(), lse.detach().numpy(),
-        shift.numpy(), dq.numpy(), dk.numpy(), dv.numpy(), scale, *see,
+        wide.numpy(), widened(k).numpy(), widened(v).numpy(), wide_dout.numpy(),
+        lse.detach().numpy(), shift.numpy(), dq.numpy(), dk.numpy(), dv.numpy(), scale, *see,
         *_bias(slopes, slope_positions, wide.dtype), tiles,
     ]  # fmt: skip
-    _run(
-        numba_backward.backward_kernel(_real(wide)), arguments, shares * batch * kv_heads,
+    run_parts(
+        numba_backward.backward_kernel(number_type(wide)), arguments, shares * batch * kv_heads,
         2 * batch * heads * q_tokens * k_tokens * (d + d_v), wide.dtype,
-        numba_backward.scratch_size(d_padded, dv_padded), _most_spans(k_tokens, see[7], k_block),
+        numba_backward.scratch_size(d_padded, dv_padded), most_spans_of(k_tokens, see[7], k_block),
     )  # fmt: skip
     dsink = torch.zeros(heads, dtype=wide.dtype)
     if sink_logit is not None:
@@ -264,7 +264,7 @@ def backward(
     )
 
 
-def _shares(kv_pairs: int, tiles: int) -> int:
+def shares_of(kv_pairs: int, tiles: int) -> int:
     """Into how many shares a kv head's query tiles are split to keep every thread busy."""
     threads = numba.get_num_threads()
     shares = 1

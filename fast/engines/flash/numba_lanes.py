@@ -186,6 +186,16 @@ def times(typing: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
+def over(typing: Any, x: Any, y: Any) -> Any:
+    """x / y."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fdiv(*arguments)
+
+    return x(x, y), codegen
+
+
+@intrinsic
 def larger(typing: Any, x: Any, y: Any) -> Any:
     """The larger of x and y; y where they cannot be compared."""
 

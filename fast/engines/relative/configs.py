@@ -1,0 +1,85 @@
+"""Launch configurations of the relative kernels; `use_config` forces any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+KINDS = ("forward", "dq", "dkdv", "dtable")
+KEYS = 64
+"""Keys a tile: the length of the ring that `triton_rotate` turns, in every configuration."""
+
+
+@dataclass(frozen=True)
+class RelativeConfig:
+    """`rows` queries a tile, a multiple of 16 up to 128 (forward) or 64; 16 of them a warp keep the
+    turning of a tile inside each warp.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+
+
+CANDIDATES: Mapping[tuple[str, int], tuple[RelativeConfig, ...]] = {
+    ("forward", 64): (
+        RelativeConfig(128, 8, 3),
+        RelativeConfig(64, 4, 3),
+        RelativeConfig(64, 4, 2),
+        RelativeConfig(128, 8, 2),
+    ),
+    ("forward", 128): (
+        RelativeConfig(128, 8, 2),
+        RelativeConfig(64, 4, 2),
+        RelativeConfig(128, 8, 3),
+        RelativeConfig(64, 4, 1),
+    ),
+    ("forward", 256): (RelativeConfig(64, 4, 1),),
+    ("dq", 64): (RelativeConfig(64, 4, 2), RelativeConfig(64, 4, 3)),
+    ("dq", 128): (RelativeConfig(64, 4, 2), RelativeConfig(64, 4, 1)),
+    ("dq", 256): (RelativeConfig(64, 4, 1),),
+    ("dkdv", 64): (RelativeConfig(64, 4, 2), RelativeConfig(64, 4, 1)),
+    ("dkdv", 128): (RelativeConfig(64, 4, 1), RelativeConfig(64, 4, 2)),
+    ("dkdv", 256): (RelativeConfig(64, 4, 1),),
+    ("dtable", 64): (RelativeConfig(64, 4, 2), RelativeConfig(64, 4, 1)),
+    ("dtable", 128): (RelativeConfig(64, 4, 1), RelativeConfig(64, 4, 2)),
+    ("dtable", 256): (RelativeConfig(64, 4, 1),),
+}
+"""By kernel and padded head size, for 16-bit inputs on Hopper; the first is in force."""
+
+SMALL_MEMORY = RelativeConfig(32, 4, 1)
+"""16-bit inputs on architectures without Hopper's shared memory."""
+SINGLE = RelativeConfig(32, 8, 1)
+"""float32 inputs, which the matrix units do not serve."""
+
+_forced: list[Mapping[str, RelativeConfig]] = []
+
+
+def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -> RelativeConfig:
+    """The configuration in force for a kernel, an architecture (90 is Hopper), bytes an element,
+    the larger head size padded to a power of two, and the number of queries.
+    """
+    if _forced and kind in _forced[-1]:
+        return _forced[-1][kind]
+    if element_size == 4:
+        return SINGLE
+    if arch not in (90, 100, 103):
+        return SMALL_MEMORY
+    chosen = CANDIDATES[kind, max(width, 64)][0]
+    if q_tokens <= 16:
+        return RelativeConfig(16, 4, 1)
+    return RelativeConfig(64, 4, chosen.stages) if q_tokens <= 64 else chosen
+
+
+@contextmanager
+def use_config(**forced: RelativeConfig) -> Iterator[None]:
+    """Run every call inside the block with the given configurations, by kernel name."""
+    unknown = set(forced) - set(KINDS)
+    if unknown:
+        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced.pop()

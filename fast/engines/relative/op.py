@@ -1,0 +1,152 @@
+"""The relative engine's operation, its custom ops and their gradient.
+
+It is an engine of its own beside flash, because the products of queries with table rows pass from
+one tile of keys to the next: the tiles must follow one another without a gap, which masks, sinks
+and block lists of the flash engine do not promise, and its loop stays as lean as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import check_integer, check_tensor, choose_backend
+from attnspec.fast.engines.flash import checks
+
+
+def relative(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    *,
+    zero: int,
+    scale: float | None = None,
+    causal: bool = False,
+    row_start: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with scores scale * (q_i . k_j + q_i . table[zero + j - p]): out and lse.
+
+    q (B, H, Tq, d), k (B, Hk, Tk, d), v (B, Hk, Tk, dv), table (H or 1, rows, d), one for all heads
+    if 1; query i stands at position p = i + Tk - Tq (K3). A row outside the table adds nothing.
+    `causal` hides the keys behind p, and `row_start`, integers (Tq,) that do not decrease, those
+    before row_start[i]. out (B, H, Tq, dv) in q's dtype, lse (B, H, Tq) float32; rows that see
+    nothing have out 0 and lse -inf.
+
+    No product with the table is kept in memory. Differentiable in q, k, v and the table, once; the
+    gradients are bitwise repeatable. Numba also takes float64, with lse in float64.
+    """
+    backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
+    checks.check_inputs(q, k, v, backend)
+    checks.check_ranges(q, causal, None, 0, row_start)
+    check_tensor("table", table, ("heads", "rows", "d"), (q.dtype,))
+    if table.shape[0] not in (1, q.shape[1]) or table.shape[2] != q.shape[3]:
+        raise ValueError(
+            f"table: got shape {tuple(table.shape)}, expected (1 or {q.shape[1]}, rows, "
+            f"{q.shape[3]})"
+        )
+    checks.check_device("table", table, q)
+    check_integer("zero", zero, least=0)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:
+        # The kernels take the maximum of the scores before they scale them.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+    row_start = None if row_start is None else row_start.contiguous()
+    return _forward(q, k, v, table, zero, scale, causal, row_start, backend)
+
+
+def _kernel(backend: str, part: str) -> Any:
+    """The function that computes `part` on `backend`; its module is imported on first use."""
+    name = "numba_cpu" if backend == "numba" else f"triton_{part}"
+    try:
+        module = importlib.import_module(f"attnspec.fast.engines.relative.{name}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
+    return getattr(module, part)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("attnspec::relative_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    zero: int,
+    scale: float,
+    causal: bool,
+    row_start: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        lse = q.new_full(q.shape[:3], -float("inf"), dtype=_lse_dtype(q))
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    return _kernel(backend, "forward")(q, k, v, table, zero, scale, causal, row_start)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("attnspec::relative_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    zero: int,
+    scale: float,
+    causal: bool,
+    row_start: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v, table))  # type: ignore[return-value]
+    return _kernel(backend, "backward")(
+        dout, dlse, q, k, v, table, out, lse, zero, scale, causal, row_start
+    )
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape),
+        table.new_empty(table.shape),
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, table, zero, scale, causal, row_start, backend = inputs
+    ctx.save_for_backward(q, k, v, table, row_start, *output)
+    ctx.plain = zero, scale, causal, backend
+
+
+def _gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, table, row_start, out, lse = ctx.saved_tensors
+    zero, scale, causal, backend = ctx.plain
+    grads = _backward(dout, dlse, q, k, v, table, out, lse, zero, scale, causal, row_start, backend)
+    return *grads, None, None, None, None, None
+
+
+def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("relative attention is differentiable once: its gradient has none")
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(_refuse_gradient)

@@ -1,0 +1,88 @@
+"""Launch configurations of the softplus kernels; `use_config` forces any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from attnspec.fast.engines.flash.configs import FlashConfig
+
+KINDS = ("forward", "sharp", "rows", "dq", "dkdv")
+CANDIDATES: Mapping[tuple[str, int], tuple[FlashConfig, ...]] = {
+    ("forward", 64): (
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(64, 64, 4, 3),
+        FlashConfig(64, 128, 4, 3),
+    ),
+    ("forward", 128): (
+        FlashConfig(128, 64, 4, 2),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(64, 64, 4, 3),
+    ),
+    ("forward", 256): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 32, 4, 2)),
+    ("sharp", 64): (
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(64, 64, 4, 3),
+    ),
+    ("sharp", 128): (
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 64, 4, 2),
+        FlashConfig(128, 128, 8, 3),
+        FlashConfig(64, 64, 4, 3),
+    ),
+    ("sharp", 256): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 32, 4, 2)),
+    ("rows", 64): (FlashConfig(128, 64, 8, 3), FlashConfig(64, 64, 4, 3)),
+    ("rows", 128): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 4, 2)),
+    ("rows", 256): (FlashConfig(64, 32, 4, 2),),
+    ("dq", 64): (FlashConfig(128, 64, 8, 3), FlashConfig(64, 64, 4, 3)),
+    ("dq", 128): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 4, 2)),
+    ("dq", 256): (FlashConfig(64, 32, 4, 2),),
+    ("dkdv", 64): (FlashConfig(64, 64, 4, 3), FlashConfig(64, 128, 8, 2)),
+    ("dkdv", 128): (FlashConfig(64, 64, 4, 2), FlashConfig(64, 128, 8, 2)),
+    ("dkdv", 256): (FlashConfig(32, 64, 8, 2),),
+}
+"""By kernel ("forward" plain, "sharp" with two sweeps) and padded head size, for 16-bit inputs on
+Hopper; the first is in force."""
+
+SMALL_MEMORY = FlashConfig(32, 32, 4, 2)
+"""16-bit inputs on architectures without Hopper's shared memory."""
+SINGLE = FlashConfig(32, 32, 8, 2)
+"""float32 inputs, which the matrix units do not serve."""
+
+_forced: list[Mapping[str, FlashConfig]] = []
+
+
+def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -> FlashConfig:
+    """The configuration in force for a kernel, an architecture (90 is Hopper), bytes an element,
+    the larger head size padded to a power of two, and the number of queries.
+    """
+    if _forced and kind in _forced[-1]:
+        return _forced[-1][kind]
+    if element_size == 4:
+        chosen = replace(SINGLE, rows=16) if width > 128 else SINGLE
+    elif arch not in (90, 100, 103):
+        chosen = replace(SMALL_MEMORY, stages=1) if width > 128 else SMALL_MEMORY
+    else:
+        chosen = CANDIDATES[kind, max(width, 64)][0]
+    if kind != "dkdv" and q_tokens <= chosen.rows // 2:
+        rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
+        chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
+    return chosen
+
+
+@contextmanager
+def use_config(**forced: FlashConfig) -> Iterator[None]:
+    """Run every call inside the block with the given configurations, by kernel name."""
+    unknown = set(forced) - set(KINDS)
+    if unknown:
+        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,334 @@
+"""The softplus engine's backward kernels: row terms and dq by rows, dk and dv by keys.
+
+With g = dout . v and delta = dout . out, the gradient of a softplus score s is m - c, where m is
+(g - delta) over the first normaliser in the plain form, and in the sharpened one
+power * gain * excess**(power - 1) * (g - delta) over the second; c is what the first normaliser
+takes back from a sharpened row: the sum of s m over it. Every output element is written by one
+program, so the gradients are the same on every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnspec.fast.engines.flash.triton_tiles import (
+    VARYING,
+    key_tile,
+    load_rows,
+    owned_tile,
+    plan_rows,
+    row_tiles,
+    store_rows,
+)
+from attnspec.fast.engines.flash.triton_visible import visible
+from attnspec.fast.engines.softplus.triton_forward import STAGES, load_scales
+from attnspec.fast.engines.softplus.triton_maps import (
+    first_terms,
+    raised,
+    second_terms,
+    slope,
+    soft,
+)
+
+
+@triton.jit
+def load_terms(
+    rows, row_numbers, delta, counts, at_row, at_count, inside, eps, warm, dead, power,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr,
+):  # fmt: skip
+    """Of rows: factor of the scores, delta, gain, cut, and what weights and m are multiplied by."""
+    step = row_numbers.to(tl.int64)
+    row_scale = tl.load(rows + at_row, mask=inside, other=0.0)
+    total = tl.load(rows + step + at_row, mask=inside, other=0.0)
+    row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
+    weight_factor = first_terms(total, eps)
+    factor, gain, cut = weight_factor, total, total
+    if SHARP:
+        count = tl.load(counts + at_count, mask=inside, other=0.0)
+        peak = tl.load(rows + 2 * step + at_row, mask=inside, other=-float("inf"))
+        weight_factor = tl.load(rows + 3 * step + at_row, mask=inside, other=0.0)
+        gain, cut, _ = second_terms(total, peak, count, eps, warm, dead, PRECISE)
+        factor = weight_factor * gain * power
+    return row_scale, row_delta, gain, cut, weight_factor, factor
+
+
+@triton.jit
+def excess_powers(
+    scores, gain, cut, power, PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Softplus scores, and weights and their derivative before the factors of `load_terms`."""
+    softened = soft(scores, PRECISE)
+    weights, derivative = softened, softened * 0.0 + 1.0
+    if SHARP:
+        excess = tl.maximum(softened * gain - cut, 0.0)
+        LESS: tl.constexpr = WHOLE - 1 if WHOLE > 0 else -1
+        derivative = raised(excess, power - 1.0, LESS)
+        weights = derivative * excess
+    return softened, weights, derivative
+
+
+@triton.jit
+def pairs_of_tile(
+    i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """The pairs of the i-th key tile: keys, their scales, who is seen, scores, g, and the three
+    results of `excess_powers`.
+    """
+    row, b, h, stop, shift, at_scales, masks = who
+    row_scale, gain, cut = terms[0], terms[2], terms[3]
+    at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
+    key = at + tl.arange(0, KEYS)
+    k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
+    v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
+    scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]
+    scale = load_scales(key_scales, at_scales, key, key_stop)
+    if key_scales is not None:
+        scores *= scale[None, :]
+    dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
+    softened, weights, derivative = excess_powers(
+        scores, gain[:, None], cut[:, None], power, PRECISE, SHARP, WHOLE
+    )
+    seen = 1
+    if PASS > 0:
+        seen = visible(
+            row[:, None], key[None, :], 0, (row + (shift + 1))[:, None], b, h, stop, key_stop, None,
+            masks, CAUSAL, False,
+        )  # fmt: skip
+    return k_tile, scale, seen, scores, dweights, softened, weights, derivative
+
+
+@triton.jit
+def sum_tiles(
+    count, sums, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of a pass, added to each row's sums of weights, and of softplus scores times
+    the weights' derivative, both times g less a rough delta and without.
+    """
+    mean, mass, steep, bare = sums
+    for i in range(count):
+        _, _, seen, _, dweights, softened, weights, derivative = pairs_of_tile(
+            i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+            D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+        )  # fmt: skip
+        dweights -= terms[1][:, None]
+        if PASS > 0:
+            dweights = tl.where(seen, dweights, 0.0)
+            weights = tl.where(seen, weights, 0.0)
+            softened = tl.where(seen, softened, 0.0)
+        mass += tl.sum(weights, axis=1)
+        mean += tl.sum(weights * dweights, axis=1)
+        softened *= derivative
+        bare += tl.sum(softened, axis=1)
+        steep += tl.sum(softened * dweights, axis=1)
+    return mean, mass, steep, bare
+
+
+@triton.jit
+def differentiate_tiles(
+    count, grad, taken, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
+    PASS: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of a pass, added to dq over the rows' factors; `taken` is c."""
+    row_delta, factor = terms[1], terms[5]
+    for i in range(count):
+        k_tile, scale, seen, scores, dweights, _, _, derivative = pairs_of_tile(
+            i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+            D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+        )  # fmt: skip
+        slopes = derivative * (dweights - row_delta[:, None]) * factor[:, None]
+        slopes = (slopes - taken[:, None]) * slope(scores)
+        if key_scales is not None:
+            slopes *= scale[None, :]
+        if PASS > 0:
+            slopes = tl.where(seen, slopes, 0.0)
+            if MASKED:
+                # What no row sees may be NaN, and 0 * NaN is NaN.
+                used = tl.max(seen.to(tl.int32), axis=0) > 0
+                k_tile = tl.where(used[:, None], k_tile, 0.0)
+        grad = tl.dot(slopes.to(k_tile.dtype), k_tile, grad, input_precision=PRECISION)
+    return grad
+
+
+@triton.jit(do_not_specialize=[*VARYING, *STAGES])
+def softplus_rows_kernel(
+    q, k, v, dout, delta, taken, dq, rows, counts, key_scales,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+    key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
+    mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    q_tokens, k_tokens, tiles, sequences, section,
+    eps, power, warm, second_eps, dead, row_numbers,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, TERMS_ONLY: tl.constexpr,
+):  # fmt: skip
+    """delta and c of one tile of rows (TERMS_ONLY), or their dq, given these.
+
+    A sharpened row's g may differ from delta by little, and delta comes from an output rounded to
+    16 bits: TERMS_ONLY corrects it.
+    """
+    MASKED: tl.constexpr = key_mask is not None or mask is not None
+    all_rows = q_tokens
+    place, walk, lengths = plan_rows(
+        tiles, sequences, section, 0, None, None, None, q_tokens, k_tokens, None, None, None,
+        None, key_bounds, None, None, None, 0, 0, 0, 0, 0,
+        HEADS, ROWS, KEYS, 0, 0, CAUSAL, ALL_EDGE,
+    )  # fmt: skip
+    b, h, _, _, k_tokens, first, stop, shift = place
+    masks = (
+        key_mask, key_mask_stride_b, key_mask_stride_k,
+        mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    )  # fmt: skip
+    q_source = (q, b, h, 0, stop, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
+    dout_source = (dout, b, h, 0, stop, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d)
+    k_source = (k, b, h // GROUP, 0, k_tokens, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
+    v_source = (v, b, h // GROUP, 0, k_tokens, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
+    row = first + tl.arange(0, ROWS)
+    inside = row < stop
+    q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
+    dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
+    at_row = (b * HEADS + h).to(tl.int64) * all_rows + row
+    terms = load_terms(
+        rows, row_numbers, delta, counts, at_row, b.to(tl.int64) * all_rows + row, inside, eps,
+        warm, dead, power, PRECISE, SHARP,
+    )  # fmt: skip
+    at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
+    who = (row, b, h, stop, shift, at_scales, masks)
+    if TERMS_ONLY:
+        zeros = tl.zeros([ROWS], tl.float32)
+        sums = (zeros, zeros, zeros, zeros)
+        for PASS in tl.static_range(ALL_EDGE, 2):
+            sums = sum_tiles(
+                lengths[PASS], sums, q_tile, dout_tile, terms, power, k_source, v_source,
+                key_scales, walk, who,
+                D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+            )  # fmt: skip
+        mean, mass, steep, bare = sums
+        total = tl.load(rows + row_numbers.to(tl.int64) + at_row, mask=inside, other=0.0)
+        row_delta = mean * terms[4] + terms[1] * (mass * terms[4] - 1.0)
+        row_taken = (steep - row_delta * bare) * terms[5] * first_terms(total, eps)
+        tl.store(delta + at_row, terms[1] + row_delta, mask=inside)
+        tl.store(taken + at_row, row_taken, mask=inside)
+    else:
+        grad = tl.zeros([ROWS, WIDTH], tl.float32)
+        row_taken = tl.load(taken + at_row, mask=inside, other=0.0)
+        for PASS in tl.static_range(ALL_EDGE, 2):
+            grad = differentiate_tiles(
+                lengths[PASS], grad, row_taken, q_tile, dout_tile, terms, power, k_source,
+                v_source, key_scales, walk, who,
+                D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
+                MASKED, PASS,
+            )  # fmt: skip
+        grad *= terms[0][:, None]
+        if key_scales is not None:
+            # What points along q changes its length alone, and the scores do not depend on it.
+            wide = q_tile.to(tl.float32)
+            square = tl.sum(wide * wide, axis=1)
+            along = tl.sum(wide * grad, axis=1) / tl.maximum(square, 1e-24)
+            along = tl.where(square > 1e-24, along, 0.0)
+            grad -= wide * along[:, None]
+        store_rows(dq, grad, at_row, inside, WIDTH, D)
+
+
+@triton.jit(do_not_specialize=[*VARYING, *STAGES])
+def softplus_dkdv_kernel(
+    q, k, v, dout, delta, taken, dk, dv, rows, counts, key_scales,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+    key_mask, key_mask_stride_b, key_mask_stride_k,
+    mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    q_tokens, k_tokens, tiles, sequences, section,
+    eps, power, warm, second_eps, dead, row_numbers,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys from one query head; scores lie transposed, (keys, rows)."""
+    MASKED: tl.constexpr = key_mask is not None or mask is not None
+    tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, 0)
+    b, h = sequence // HEADS, sequence % HEADS
+    first = tile * KEYS
+    stop = tl.minimum(first + KEYS, k_tokens)
+    shift = k_tokens - q_tokens
+    base, _, count, full_from, full_to = row_tiles(
+        first, stop, 0, 0, shift, q_tokens, None, None, None, None, ROWS, CAUSAL, ALL_EDGE
+    )
+    masks = (
+        key_mask, key_mask_stride_b, key_mask_stride_k,
+        mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    )  # fmt: skip
+    q_source = (q, b, h, 0, q_tokens, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
+    dout_source = (
+        dout, b, h, 0, q_tokens, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
+    )  # fmt: skip
+    k_source = (k, b, h // GROUP, 0, stop, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
+    v_source = (v, b, h // GROUP, 0, stop, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
+    key = first + tl.arange(0, KEYS)
+    k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
+    v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
+    at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
+    scale = load_scales(key_scales, at_scales, key, stop)
+    dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
+    for i in range(count):
+        at = base + i * ROWS
+        row = at + tl.arange(0, ROWS)
+        inside = row < q_tokens
+        q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
+        dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
+        at_row = (b * HEADS + h).to(tl.int64) * q_tokens + row
+        row_scale, row_delta, gain, cut, weight_factor, factor = load_terms(
+            rows, row_numbers, delta, counts, at_row, b.to(tl.int64) * q_tokens + row, inside, eps,
+            warm, dead, power, PRECISE, SHARP,
+        )  # fmt: skip
+        row_taken = tl.load(taken + at_row, mask=inside, other=0.0)
+        scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * row_scale[None, :]
+        if key_scales is not None:
+            scores *= scale[:, None]
+        dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+        _unused, weights, derivative = excess_powers(
+            scores, gain[None, :], cut[None, :], power, PRECISE, SHARP, WHOLE
+        )
+        slopes = derivative * (dweights - row_delta[None, :]) * factor[None, :]
+        slopes = (slopes - row_taken[None, :]) * slope(scores) * row_scale[None, :]
+        weights *= weight_factor[None, :]
+        if MASKED or (i < full_from) | (i >= full_to):
+            seen = visible(
+                row[None, :], key[:, None], 0, (row + (shift + 1))[None, :], b, h, q_tokens, stop,
+                None, masks, CAUSAL, False,
+            )  # fmt: skip
+            weights = tl.where(seen, weights, 0.0)
+            slopes = tl.where(seen, slopes, 0.0)
+        weights = weights.to(dout_tile.dtype)
+        dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(slopes.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    if key_scales is not None:
+        dk_tile *= scale[:, None]
+        wide = k_tile.to(tl.float32)
+        along = tl.sum(wide * dk_tile, axis=1) * scale * scale
+        along = tl.where(scale < 1e12, along, 0.0)
+        grad = dk_tile - wide * along[:, None]
+        if MASKED:
+            # A key that no row sees may be NaN; its gradient is 0.
+            unseen = tl.max((dk_tile != 0.0).to(tl.int32), axis=1) == 0
+            grad = tl.where(unseen[:, None], 0.0, grad)
+        dk_tile = grad
+    at_key = (b * HEADS + h).to(tl.int64) * k_tokens + key
+    store_rows(dk, dk_tile, at_key, key < stop, WIDTH, D)
+    store_rows(dv, dv_tile, at_key, key < stop, WIDTH_V, DV)
