@@ -31,7 +31,7 @@ def check_inputs(q: Any, k: Any, v: Any, backend: str) -> None:
 
 
 def check_ranges(
-    q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any, row_end: Any
+    q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any, row_end: Any = None
 ) -> None:
     """The options that give each query a range of keys."""
     if not isinstance(causal, bool):
