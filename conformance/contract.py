@@ -154,7 +154,7 @@ class Contract:
     follow: the truth of all outputs, given the kernel's own selection.
     form: the operation in the form that fast kernels compute, where that is not the chapter's: a
         recurrence is run in chunks, whose products round what the recurrence keeps in float32.
-        Rounded runs execute it.
+        Rounded runs execute both.
     cancelling: gradients ("ds") that are small differences of large terms, as `Output.cancels`.
     hidden: a selection that no output shows, its scores (..., n) having the rows (...) of the first
         output. Rows on which rounding may change the choice are not judged.

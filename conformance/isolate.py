@@ -61,6 +61,8 @@ class Child:
                 self._stop()
                 return self._crash(task, payload, current)
             else:
+                if kind == "last":
+                    self._stop()
                 return payload
 
     def _start(self) -> None:
@@ -118,4 +120,20 @@ def _work(
             # Out of memory, or a device that takes no more orders: a fresh process goes on.
             outbox.put(("error", f"stopped by {type(error).__name__}: {error}"[:500]))
             return
+        if _device_is_lost(kernels[number]):
+            outbox.put(("last", result))
+            return
         outbox.put(("result", result))
+
+
+def _device_is_lost(kernel: Kernel) -> bool:
+    """Whether an error of the device, which stays until the process ends, has come up."""
+    if kernel.device != "cuda":
+        return False
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

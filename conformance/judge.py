@@ -56,16 +56,16 @@ def expect(
 ) -> Expectation:
     """Truth and spread of ``function(**arguments)`` for a kernel of `dtype`.
 
-    `form` is an equal function, the one that rounded runs execute (see `Contract.form`).
+    `form` is an equal function that rounded runs execute as well (see `Contract.form`).
     """
-    form = form or function
+    forms = [function] if form is None else [function, form]
     truth = truth_of(function, arguments, outputs)
     judged = [output for output in outputs if output.kind == "value"]
     errors: dict[str, list[np.ndarray]] = {output.name: [] for output in judged}
     runs = CANCELLING_RUNS if any(output.cancels for output in judged) else RUNS
-    for seed in range(runs if judged else 0):
+    for seed in range(runs * len(forms) if judged else 0):
         with rounded_arithmetic(dtype, seed), np.errstate(all="ignore"):
-            results = flatten(form(**_wrap(arguments)))
+            results = flatten(forms[seed % len(forms)](**_wrap(arguments)))
         for output, result in zip(outputs, results, strict=True):
             if output.kind == "value":
                 plain = np.asarray(result).view(np.ndarray)

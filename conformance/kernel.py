@@ -44,6 +44,8 @@ class Kernel:
     launches: a counter that rises with every real launch, so that a fallback shows.
     reads_values: False for a device kernel that would have to wait for the device to see what an
         array holds: a wrong value in an array of the right shape and dtype is then not refused.
+    exact_prefix: False for a causal kernel that scales a block of tokens as a whole, so that later
+        tokens change the rounding of earlier rows.
     compiled, graph: claims torch.compile(fullgraph=True) and CUDA-graph capture.
     """
 
@@ -64,6 +66,7 @@ class Kernel:
     deterministic: bool = True
     launches: Callable[[], int] | None = None
     reads_values: bool = True
+    exact_prefix: bool = True
     compiled: bool = False
     graph: bool = False
     known: tuple[Known, ...] = ()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.dtypes import EPS, accumulator, round_to
+from attnspec.conformance.dtypes import EPS, TINY, accumulator, round_to
 
 TRANSCENDENTAL = {
     np.exp, np.exp2, np.expm1, np.log, np.log2, np.log1p, np.tanh, np.sin, np.cos, np.sqrt,
@@ -54,7 +54,7 @@ class Model:
         nearest = round_to(x, self.dtype).astype(np.float64)
         if self.dtype == self.compute:
             return nearest
-        unit = np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1)
+        unit = np.maximum(np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1), TINY[self.dtype])
         with np.errstate(invalid="ignore"):
             error = self.generator.uniform(-0.5, 0.5, x.shape) * unit
             inside = (nearest != x) & np.isfinite(nearest)

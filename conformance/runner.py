@@ -183,6 +183,8 @@ def _search(task: Task, check: Callable[[Case], None], profile: Profile) -> Fail
     except Violation:
         return _failure(task, *found[-1])
     except (_Enough, Flaky):
+        if not found:
+            raise
         return _failure(task, *min(found, key=lambda item: sum(item[0].sizes.values())))
     return None
 

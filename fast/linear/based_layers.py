@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
-from attnspec.fast.backend import DTYPES, check_choice, check_same, check_size, check_tensor
+from attnspec.fast.backend import (
+    DTYPES,
+    check_choice,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+)
 
 FLOATS = (*DTYPES, torch.float64)
 PATTERNS = {
@@ -37,12 +44,12 @@ def gated_convolution(
     check_size("W_in", W_in.shape[1], 2 * inner, "2 inner, as in filters")
     check_size("W_out", W_out.shape[0], inner, "inner, as in filters")
     wide = torch.promote_types(x.dtype, torch.float32)
-    mixed_in, gate = (x.to(wide) @ W_in.to(wide)).split(inner, dim=-1)
+    mixed_in, gate = product(x.to(wide), W_in.to(wide)).split(inner, dim=-1)
     padded = pad(mixed_in, (0, 0, max(taps - 1, 0), 0))
     mixed = torch.zeros_like(mixed_in)
     for tap in range(taps):
         mixed = mixed + filters[:, tap].to(wide) * padded[:, tap : tap + x.shape[1]]
-    return ((silu(mixed) * gate) @ W_out.to(wide)).to(x.dtype)
+    return product(silu(mixed) * gate, W_out.to(wide)).to(x.dtype)
 
 
 def layer_kinds(n_layers: int) -> tuple[str, ...]:

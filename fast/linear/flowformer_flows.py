@@ -11,6 +11,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_choice,
+    check_integer,
     check_same,
     check_size,
     check_tensor,
@@ -175,12 +176,13 @@ def _share(n: Any, m: Any, like: Tensor) -> Tensor:
     for name, count in (("n", n), ("m", m)):
         if isinstance(count, Tensor):
             check_tensor(name, count, ("batch",), (torch.int64, torch.int32))
-        elif isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name}: got {count!r}, expected a number of tokens")
-        number = torch.as_tensor(count, device=like.device)
-        if (not number.is_cuda) and checkable(number) and bool((number < 0).any()):
+        else:
+            # Filled on the device: a copy from the host would end the capture of a graph.
+            check_integer(name, count, least=0)
+            count = torch.full((), count, device=like.device)
+        if checkable(count) and bool((count < 0).any()):
             raise ValueError(f"{name}: got {count!r}, expected numbers >= 0")
-        counts.append(number.to(like.dtype)[..., None, None])
+        counts.append(count.to(like.dtype)[..., None, None])
     return counts[0] / counts[1].clamp(min=1)
 
 

@@ -87,13 +87,19 @@ def visible_counts(
         raise TypeError(f"visible: got {visible!r}, expected True, False or a bool tensor")
     check_integer("q_tokens", q_tokens, least=0)
     check_integer("k_tokens", k_tokens, least=0)
-    if not visible:
-        return torch.full((q_tokens,), k_tokens)
-    if offset is None:
-        offset = k_tokens - q_tokens
-    else:
+    if offset is not None:
         check_integer("offset", offset, least=0)
-    return (torch.arange(q_tokens) + (offset + 1)).clamp(0, k_tokens)
+    return _counts(visible, q_tokens, k_tokens, offset, torch.device("cpu"))
+
+
+def _counts(
+    causal: bool, q_tokens: int, k_tokens: int, offset: int | None, device: torch.device
+) -> Tensor:
+    """`visible_counts`, made on `device`: a copy would end the capture of a graph."""
+    if not causal:
+        return torch.full((q_tokens,), k_tokens, device=device)
+    offset = k_tokens - q_tokens if offset is None else offset
+    return (torch.arange(q_tokens, device=device) + (offset + 1)).clamp(0, k_tokens)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def _masked(q: Tensor, k: Tensor, causal: Any, mask: Any) -> tuple[Tensor, dict[
         raise TypeError(f"causal: got {causal!r}, expected True or False")
     batch, q_tokens, k_tokens = q.shape[0], q.shape[2], k.shape[2]
     if mask is None:
-        counts = visible_counts(causal, q_tokens, k_tokens).to(q.device)
+        counts = _counts(causal, q_tokens, k_tokens, None, q.device)
         return counts.float().expand(batch, -1), {"causal": causal}
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.based import (
     BAD_EPS,
     BAD_HEADS,
@@ -239,7 +239,7 @@ CONTRACTS = (
         cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
         bad_inputs=(
             ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            ("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
+            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
             ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
             ("more queries than keys", "q", lambda a: longer(a["q"])),
             *(bad for bad in BAD_HEADS if bad[0] != "another batch in v"),

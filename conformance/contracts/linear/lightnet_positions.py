@@ -129,7 +129,10 @@ CONTRACTS = (
             Array("lam", make=make_decays),
             Array("state", "batch heads m dv", optional=True),
         ),
-        outputs=(Output("y", cancels=True), Output("state", dtype="float32", by_query=False)),
+        outputs=(
+            Output("y", cancels=True),
+            Output("state", dtype="float32", by_query=False, cancels=True),
+        ),
         linear_in=("x state", "qp"),
         causal=lambda case: True,
         neutral={"state": lambda case: np.zeros(case.shape("batch heads m dv"))},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ CONTRACTS = (
         queries="tokens",
         keys="tokens",
         arrays=DEEP_ARRAYS,
-        outputs=(Output("y"), *STATES),
+        outputs=(Output("y", cancels=True), *(replace(state, cancels=True) for state in STATES)),
         parameters=chunks,
         causal=lambda case: True,
         poison=poison_padding,

@@ -186,7 +186,7 @@ def titans(
         device,
         make(heads, tokens, widths, b),
         cost(3.0 if trained else 1.0),
-        dtype="bfloat16" if device == "cuda" else "float32",
+        dtype="bfloat16" if device == "cuda" and len(widths) == 2 else "float32",
         call=_trained if trained else None,
         rivals=rivals,
         settings={"tokens": tokens, "heads": heads, "widths": shape, "b": b},
