@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contracts.linear.lightnet import chunk_state
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
+from attnspec.reference.linear.lightnet_positions import tpe
 
 GRIDS = ((3, 4), (5,), (2, 3, 2), (1, 6))
 LEADING = st.sampled_from([0, 1, 3])
@@ -84,6 +86,15 @@ BAD_FILTER = (
     ("decays of two axes", "lam", lambda a: a["lam"][None]),
 )
 
+
+def tpe_in_chunks(
+    x: np.ndarray, qp: np.ndarray, kp: np.ndarray, lam: np.ndarray, state: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    y, _ = tpe(x, qp, kp, lam, state)
+    keys = np.ones_like(x[..., :1]) * kp[:, None, :]
+    return y, chunk_state(keys, x, np.log(lam)[:, None, None] * np.ones_like(keys), state)
+
+
 CONTRACTS = (
     Contract(
         operation="lightnet.md_angles",
@@ -133,6 +144,7 @@ CONTRACTS = (
             Output("y", cancels=True),
             Output("state", dtype="float32", by_query=False, cancels=True),
         ),
+        form=tpe_in_chunks,
         linear_in=("x state", "qp"),
         causal=lambda case: True,
         neutral={"state": lambda case: np.zeros(case.shape("batch heads m dv"))},

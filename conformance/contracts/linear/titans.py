@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.reference.linear.titans_deep import titans_chunk_mlp
 
 SIZES = {
     "batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "tokens": (1, 24), "d": (1, 16),
@@ -239,6 +240,7 @@ CONTRACTS = (
         outputs=(Output("y", cancels=True), *(replace(state, cancels=True) for state in STATES)),
         parameters=chunks,
         causal=lambda case: True,
+        form=titans_chunk_mlp,
         poison=poison_padding,
         neutral={"S0": _no_momentum},
         cells=CELLS,
