@@ -154,7 +154,8 @@ class Trial:
             selections = [o for o in contract.outputs if o.kind == "selection"]
             for output in selections:
                 self.judge_selection(output.name, _chosen(output, outputs, arguments), arguments)
-            if contract.follow is not None and len(contract.outputs) > len(selections):
+            bare = [output for output in selections if output.chosen is None]
+            if contract.follow is not None and len(contract.outputs) > len(bare):
                 chosen = _chosen(selections[0], outputs, arguments)
                 follow = contract.follow
                 key = (*key, chosen.tobytes())
