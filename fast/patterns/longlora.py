@@ -1,0 +1,165 @@
+"""LongLoRA's grouped attention on the flash engine: each half of the heads is one causal pass.
+
+A row's keys begin where its segment does, which is arithmetic: nothing is rolled, gathered or
+masked, and kv heads are not repeated. A kv head whose query heads are of both halves is passed
+twice, each time with its own share of them. Rolled groups are segments too, but for the last, whose
+two ends are joined and attended to alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import check_attention_inputs, check_size, check_tensor
+from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
+from attnspec.fast.growing import checkable
+from attnspec.fast.patterns.longlora_groups import (
+    check_bool,
+    check_groups,
+    choose_group_size,
+    group_starts,
+    s2_mask,
+    shift_heads,
+)
+from attnspec.fast.patterns.longlora_tuning import (
+    embedding_backward,
+    interpolate_positions,
+    interpolation_factor,
+    is_trained,
+    lora_forward,
+    lora_merge,
+    rmsnorm,
+)
+
+__all__ = [
+    "choose_group_size",
+    "embedding_backward",
+    "group_starts",
+    "grouped_attend",
+    "interpolate_positions",
+    "interpolation_factor",
+    "is_trained",
+    "lora_forward",
+    "lora_merge",
+    "rmsnorm",
+    "s2_mask",
+    "shift_heads",
+]
+CLAIMS: dict[str, dict[str, Any]] = {
+    "grouped_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "lora_forward": {"gradient": True, "compiled": True, "launches": None},
+    "rmsnorm": {"gradient": True, "compiled": True, "launches": None},
+    **{
+        name: {"launches": None}
+        for name in (
+            "choose_group_size",
+            "embedding_backward",
+            "group_starts",
+            "interpolate_positions",
+            "interpolation_factor",
+            "lora_merge",
+            "s2_mask",
+            "shift_heads",
+        )
+    },
+}
+"""Adapters, norms and sums are products and reductions of torch's."""
+Results = tuple[Tensor, Tensor]
+
+
+def grouped_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: int,
+    variant: str = "segments",
+    lengths: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Results:
+    """Output (batch, H, T, dv) and lse (batch, H, T), float32, in the order of the tokens.
+
+    q (batch, H, T, d), k (batch, Hk, T, d), v (batch, Hk, T, dv); G tokens a group; `variant`
+    "segments" or "roll"; `lengths` int (batch,), the real tokens of each sequence, for segments
+    only; that they are 0 to T is checked on CPU tensors only. Differentiable in q, k and v.
+    """
+    check_attention_inputs(q, k, v, FLOATS)
+    H, T, kv_heads = q.shape[1], q.shape[2], k.shape[1]
+    check_size("k", k.shape[2], T, "tokens, as in q: there is no cache in training")
+    check_groups(T, G, H, variant, "q")
+    check_bool("causal", causal)
+    real = None if lengths is None else _real(q, lengths, variant)
+    if real is not None:
+        # What padded rows hold must reach no gradient, not even times 0.
+        q = q.where(real[:, None, :, None], 0.0)
+    options = {"causal": causal, "scale": scale, "backend": backend, "key_mask": real}
+    parts = []
+    for heads, served, shifted in _shares(H, kv_heads):
+        inputs = q[:, heads], k[:, served], v[:, served]
+        if variant == "roll" and shifted:
+            parts.append(_rolled(*inputs, G, options))
+        else:
+            parts.append(_cut(*inputs, G, G // 2 if shifted else G, options))
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    if real is None:
+        return out, lse
+    rows = real[:, None]
+    return out.where(rows[..., None], 0.0), lse.where(rows, -float("inf"))
+
+
+def _shares(H: int, kv_heads: int) -> list[tuple[slice, slice, bool]]:
+    """Query heads with the kv heads that serve them alike, and whether they are shifted."""
+    half, group = H // 2, H // kv_heads
+    whole, upper = half // group, -(-half // group)
+    shares = [
+        (slice(0, whole * group), slice(0, whole), False),
+        (slice(whole * group, half), slice(whole, upper), False),
+        (slice(half, upper * group), slice(whole, upper), True),
+        (slice(upper * group, H), slice(upper, kv_heads), True),
+    ]
+    return [share for share in shares if share[0].start < share[0].stop]
+
+
+def _cut(q: Tensor, k: Tensor, v: Tensor, G: int, first: int, options: dict[str, Any]) -> Results:
+    """Attention in segments: the first has `first` tokens, all others G, the last may be short."""
+    T = q.shape[2]
+    if first >= T:
+        return flash(q, k, v, **options)
+    t = torch.arange(T, device=q.device, dtype=torch.int32)
+    ends = torch.div(t + (G - first), G, rounding_mode="floor") * G + first
+    starts = (ends - G).clamp(min=0)
+    return flash(q, k, v, row_start=starts, row_end=None if options["causal"] else ends, **options)
+
+
+def _rolled(q: Tensor, k: Tensor, v: Tensor, G: int, options: dict[str, Any]) -> Results:
+    """Attention of rolled heads in the order of the tokens: the ends of the text are one group."""
+    T, g = q.shape[2], G // 2
+    last = max(T - g, 0)
+    joined = flash(*(torch.cat([x[:, :, last:], x[:, :, :g]], 2) for x in (q, k, v)), **options)
+    inner = [x[:, :, g:last] for x in (q, k, v)]
+    middle = _cut(inner[0], inner[1], inner[2], G, G, options)
+    out, lse = (
+        torch.cat([ends[:, :, g:], between, ends[:, :, :g]], dim=2)
+        for ends, between in zip(joined, middle, strict=True)
+    )
+    return out, lse
+
+
+def _real(q: Tensor, lengths: Any, variant: str) -> Tensor:
+    """bool (batch, T), which tokens are real."""
+    if variant == "roll":
+        raise ValueError("lengths: got some with variant 'roll', expected None")
+    check_tensor("lengths", lengths, ("batch",), INTEGERS)
+    check_size("lengths", lengths.shape[0], q.shape[0], "batch, as in q")
+    if lengths.device != q.device:
+        raise ValueError(f"lengths: got device {lengths.device}, expected {q.device}, as q")
+    T = q.shape[2]
+    if checkable(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
+        raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {T} tokens")
+    return torch.arange(T, device=q.device) < lengths[:, None]
