@@ -88,6 +88,7 @@ def operands(
 ) -> tuple[FlashConfig, dict[str, Any]]:
     """The configuration and the arguments that both gradient kernels take."""
     chosen = host.choose_config(kind, q, v, rules)
+    dout, q, k, v = host.readable(dout, q, k, v)
     how = host.access(q, k, v, dout)
     return chosen, {
         **host.operand("q", q, chosen.rows, how),

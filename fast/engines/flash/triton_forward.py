@@ -198,6 +198,7 @@ def forward(
         scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
         block_full, q_block, k_block, q_offsets, k_offsets, slopes, slope_positions,
     )  # fmt: skip
+    q, k, v = host.readable(q, k, v)
     batch, heads, q_tokens, _ = q.shape
     out = q.new_empty(batch, heads, q_tokens, v.shape[3])
     lse = q.new_empty(batch, heads, q_tokens, dtype=torch.float32)

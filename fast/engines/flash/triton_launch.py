@@ -91,6 +91,23 @@ def aligned(x: Tensor) -> bool:
     return rows_apart and x.stride(3) == 1 and x.data_ptr() % 16 == 0
 
 
+def readable(*operands: Tensor) -> tuple[Tensor, ...]:
+    """`operands` for the matrix units: a 16-bit one whose rows are not aligned is copied.
+
+    With Triton 3.6 on Hopper, products of tiles that came through registers were wrong now and
+    then; tiles that come by descriptors or asynchronous copies were not.
+    """
+    return tuple(x if x.element_size() == 4 or aligned(x) else _aligned(x) for x in operands)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy of `x` (batch, heads, tokens, d) with rows that start at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    *rows, d = x.shape
+    copy = x.new_empty(*rows, -(-d // unit) * unit)[..., :d]
+    return copy.copy_(x)
+
+
 def access(*operands: Tensor) -> int:
     """How the kernels read `operands`: 2 tensor descriptors, 1 aligned rows, 0 any strides."""
     if not all(aligned(x) for x in operands):

@@ -32,6 +32,7 @@ PROGRAMS = 264
 
 def forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
     """out (batch, heads, tokens, dv) in q's dtype and lse (batch, heads, tokens) in float32."""
+    q, k, v = host.readable(q, k, v)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     chosen, how = choose("forward", q, v), access(q, k, v)
@@ -63,6 +64,7 @@ def backward(
     """
     if not host.aligned(dout):
         dout = dout.contiguous()
+    q, k, v, dout = host.readable(q, k, v, dout)
     sums = torch.stack(row_sums(dout, out, lse, dlse), dim=-1)
     how = access(q, k, v, dout)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -116,6 +118,7 @@ def differentiate_extra(
 
 def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> Tensor:
     """Scaled scores (batch, heads, tokens, window) in window order."""
+    q, k = host.readable(q, k)
     s = q.new_empty(*q.shape[:3], window_size(grid))
     if any(axis.causal for axis in grid):
         s.fill_(-torch.inf)
@@ -132,6 +135,7 @@ def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> Tensor:
 
 def values(p: Tensor, v: Tensor, grid: Grid, scale: float) -> Tensor:
     """scale * weighted values (batch, heads, tokens, dv) of each window."""
+    (v,) = host.readable(v)
     out = p.new_empty(*p.shape[:3], v.shape[3])
     chosen, how = choose("values", v, v), access(v)
     arguments, programs = place(grid, chosen, p.shape[0] * p.shape[1], reverse=False)
@@ -146,6 +150,7 @@ def values(p: Tensor, v: Tensor, grid: Grid, scale: float) -> Tensor:
 
 def keys(p: Tensor, x: Tensor, grid: Grid, kv_heads: int, scale: float) -> Tensor:
     """scale * the weighted rows (batch, kv_heads, tokens, width) that see each key."""
+    (x,) = host.readable(x)
     out = x.new_empty(x.shape[0], kv_heads, *x.shape[2:])
     chosen, how = choose("keys", x, x), access(x)
     arguments, programs = place(grid, chosen, x.shape[0] * kv_heads, reverse=True)

@@ -27,14 +27,14 @@ def inputs(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, chosen: RelativeConfig, *more: Tensor
 ) -> dict[str, Any]:
     """The arguments of the operands: q, k, v, the table as (1, heads, rows, d), and dout if any."""
-    with_batch = table[None]
-    how = access(q, k, v, with_batch, *more)
+    q, k, v, with_batch, *rest = flash_host.readable(q, k, v, table[None], *more)
+    how = access(q, k, v, with_batch, *rest)
     return {
         **operand("q", q, chosen.rows, how),
         **operand("k", k, KEYS, how),
         **operand("v", v, KEYS, how),
         **operand("table", with_batch, KEYS, how),
-        **(operand("dout", more[0], chosen.rows, how) if more else {}),
+        **(operand("dout", rest[0], chosen.rows, how) if rest else {}),
         "ACCESS": how,
         "TABLE_HEADS": table.shape[0],
         "table_rows": table.shape[1],

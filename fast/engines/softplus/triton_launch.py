@@ -34,13 +34,13 @@ def operands(
     q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig, dout: Tensor | None = None
 ) -> dict[str, Any]:
     """The arguments of q, k, v and of dout if there is one."""
-    more = () if dout is None else (dout,)
+    q, k, v, *more = flash_host.readable(q, k, v, *(() if dout is None else (dout,)))
     how = flash_host.access(q, k, v, *more)
     return {
         **flash_host.operand("q", q, chosen.rows, how),
         **flash_host.operand("k", k, chosen.keys, how),
         **flash_host.operand("v", v, chosen.keys, how),
-        **({} if dout is None else flash_host.operand("dout", dout, chosen.rows, how)),
+        **(flash_host.operand("dout", more[0], chosen.rows, how) if more else {}),
         "q_tokens": q.shape[2],
         "k_tokens": k.shape[2],
         "ACCESS": how,
