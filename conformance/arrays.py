@@ -142,6 +142,15 @@ def _patched(owner: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def flatten(result: Any) -> list[Any]:
+    """Nested tuples (states) as one flat list, in order."""
+    if isinstance(result, tuple):
+        return [leaf for item in result for leaf in flatten(item)]
+    if isinstance(result, dict):
+        return [leaf for item in result.values() for leaf in flatten(item)]
+    return [result]
+
+
 def ragged(rows: list[np.ndarray]) -> np.ndarray:
     """Integer rows of different lengths as one array, filled up with the least integer there is."""
     longest = max((len(row) for row in rows), default=0)

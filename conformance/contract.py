@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from attnspec.conformance.arrays import flatten
 from attnspec.conformance.case import Case
 from attnspec.conformance.values import make_values
 from attnspec.reference import Mechanism, Operation, find_mechanism, find_operation
@@ -28,7 +29,7 @@ Parameters = Callable[[Mapping[str, int]], Mapping[str, st.SearchStrategy[Any]]]
 
 
 class BadValue(NamedTuple):
-    """A wrong call that only what an array holds gives away: see `Contract.bad_inputs`."""
+    """One of `Contract.bad_inputs` that only reading an array shows: its shape would do."""
 
     what: str
     name: str
@@ -148,13 +149,11 @@ class Contract:
     splits: two or more argument sets whose results, merged by lse, must equal the whole.
     cells: a cell's name ("causal cross", "left", "GQA") -> how to move a case into that cell.
     bad_inputs: wrong calls beyond those every array allows: what is wrong, which argument the
-        message must name, and the wrong value made from good arguments. A `BadValue` has the
-        shapes of some good call, so that a kernel must read the array to see it.
+        message must name, and the wrong value made from good arguments (or a `BadValue`).
     ranking: the reference scores that the "selection" output is judged by, with the count wanted.
     follow: the truth of all outputs, given the kernel's own selection.
-    form: the operation in the form that fast kernels compute, where that is not the chapter's: a
-        recurrence is run in chunks, whose products round what the recurrence keeps in float32.
-        Rounded runs execute both.
+    form: the operation as fast kernels compute it, if not as the chapter does: a recurrence in
+        chunks, whose products round what it keeps in float32. Rounded runs execute both.
     cancelling: gradients ("ds") that are small differences of large terms, as `Output.cancels`.
     hidden: a selection that no output shows, its scores (..., n) having the rows (...) of the first
         output. Rows on which rounding may change the choice are not judged.
@@ -273,15 +272,6 @@ def _attribute(items: Mapping[str, Any], name: str) -> Any:
         return attrgetter(path)(items[item]) if path else items[item]
     except AttributeError as error:
         raise TypeError(f"returned {type(items[item]).__name__}: {error}") from None
-
-
-def flatten(result: Any) -> list[Any]:
-    """Nested tuples (states) as one flat list, in order."""
-    if isinstance(result, tuple):
-        return [leaf for item in result for leaf in flatten(item)]
-    if isinstance(result, dict):
-        return [leaf for item in result.values() for leaf in flatten(item)]
-    return [result]
 
 
 def _is_default(value: Any, default: Any) -> bool:

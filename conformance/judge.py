@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import ragged
-from attnspec.conformance.contract import Output, flatten
+from attnspec.conformance.arrays import flatten, ragged
+from attnspec.conformance.contract import Output
 from attnspec.conformance.dtypes import EPS, TINY, accumulator, round_to
 from attnspec.conformance.rounding import Rounded, rounded_arithmetic
 from attnspec.conformance.violation import Violation

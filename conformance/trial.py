@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import place_arguments, round_arguments
+from attnspec.conformance.arrays import flatten, place_arguments, round_arguments
 from attnspec.conformance.case import Case
 from attnspec.conformance.choices import close_calls, judge_selection
-from attnspec.conformance.contract import Contract, Output, Ranking, flatten
+from attnspec.conformance.contract import Contract, Output, Ranking
 from attnspec.conformance.dtypes import accumulator
 from attnspec.conformance.judge import (
     HEADROOM,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import place_arguments, round_arguments
-from attnspec.conformance.contract import Contract, Output, flatten
+from attnspec.conformance.arrays import flatten, place_arguments, round_arguments
+from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case

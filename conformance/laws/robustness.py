@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import place_arguments
-from attnspec.conformance.contract import Contract, flatten
+from attnspec.conformance.arrays import flatten, place_arguments
+from attnspec.conformance.contract import Contract
 from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case, near_blocks, token_axes

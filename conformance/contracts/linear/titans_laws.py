@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import place_arguments
-from attnspec.conformance.contract import Contract, Output, flatten
+from attnspec.conformance.arrays import flatten, place_arguments
+from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.contracts.linear.titans import layers_of
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel

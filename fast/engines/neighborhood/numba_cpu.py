@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.flash.numba_cpu import _real, _run, _shares, _wide
+from attnspec.fast.engines.flash.numba_cpu import number_type, run_parts, shares_of, widened
 from attnspec.fast.engines.flash.numba_lanes import REGISTER_BYTES
 from attnspec.fast.engines.flash.numba_visible import KEYS, QUERIES
 from attnspec.fast.engines.neighborhood import numba_fused, numba_unfused
@@ -53,18 +53,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid, scale: float) -> tuple[
     """out (batch, heads, tokens, dv) in q's dtype and lse (batch, heads, tokens) in float32,
     float64 for float64 inputs.
     """
-    wide = _wide(q)
+    wide = widened(q)
     batch, heads, tokens, d = q.shape
     out = torch.empty(batch, heads, tokens, v.shape[3], dtype=wide.dtype)
     lse = torch.empty(batch, heads, tokens, dtype=wide.dtype)
     axes, runs = plan(grid)
     arguments = [
-        wide.numpy(), _wide(k).numpy(), _wide(v).numpy(), out.numpy(), lse.numpy(), scale, axes,
+        wide.numpy(), widened(k).numpy(), widened(v).numpy(), out.numpy(), lse.numpy(), scale, axes,
         runs,
     ]  # fmt: skip
     work = batch * heads * tokens * window_size(grid) * (d + v.shape[3])
-    _run(
-        numba_fused.forward_kernel(_real(wide)), arguments, batch * heads * len(runs), work,
+    run_parts(
+        numba_fused.forward_kernel(number_type(wide)), arguments, batch * heads * len(runs), work,
         wide.dtype, numba_fused.forward_scratch(d, v.shape[3]),
         2 * most_spans(grid, k.shape[2] - tokens),
     )  # fmt: skip
@@ -83,23 +83,24 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the inputs' dtype."""
-    wide, wide_dout = _wide(q), _wide(dout)
+    wide, wide_dout = widened(q), widened(dout)
     batch, heads, tokens, d = q.shape
     kv_heads, dv_size = k.shape[1], v.shape[3]
-    shift = dlse.detach() - (wide_dout * _wide(out)).sum(-1)
+    shift = dlse.detach() - (wide_dout * widened(out)).sum(-1)
     lanes = REGISTER_BYTES // wide.element_size()
     padded = [-(-n // lanes) * lanes for n in (d, dv_size)]
     axes, runs = plan(grid)
-    shares = _shares(batch * kv_heads, len(runs))
+    shares = shares_of(batch * kv_heads, len(runs))
     dq = torch.empty(batch, heads, tokens, d, dtype=wide.dtype)
     dk, dv = (torch.zeros(shares, batch, kv_heads, k.shape[2], n, dtype=wide.dtype) for n in padded)
     arguments = [
-        wide.numpy(), _wide(k).numpy(), _wide(v).numpy(), wide_dout.numpy(), lse.detach().numpy(),
+        wide.numpy(), widened(k).numpy(), widened(v).numpy(), wide_dout.numpy(),
+        lse.detach().numpy(),
         shift.numpy(), dq.numpy(), dk.numpy(), dv.numpy(), scale, axes, runs,
     ]  # fmt: skip
     work = 2 * batch * heads * tokens * window_size(grid) * (d + dv_size)
-    _run(
-        numba_fused.backward_kernel(_real(wide)), arguments, shares * batch * kv_heads, work,
+    run_parts(
+        numba_fused.backward_kernel(number_type(wide)), arguments, shares * batch * kv_heads, work,
         wide.dtype, numba_fused.backward_scratch(*padded),
         2 * most_spans(grid, k.shape[2] - tokens),
     )  # fmt: skip
@@ -109,28 +110,28 @@ def backward(
 
 def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> Tensor:
     """Scaled scores (batch, heads, tokens, window) in window order, -inf where nothing is."""
-    wide = _wide(q)
+    wide = widened(q)
     s = torch.full((*q.shape[:3], window_size(grid)), -math.inf, dtype=wide.dtype)
     queries = (wide * scale).numpy()
-    operands = [queries, _wide(k).numpy(), s.numpy(), empty(queries)]
+    operands = [queries, widened(k).numpy(), s.numpy(), empty(queries)]
     _unfused(numba_unfused.SCORES, operands, grid, wide, q.shape[0] * q.shape[1])
     return s.to(q.dtype)
 
 
 def values(p: Tensor, v: Tensor, grid: Grid, scale: float) -> Tensor:
     """scale * weighted values (batch, heads, tokens, dv) of each window."""
-    wide = _wide(p)
+    wide = widened(p)
     out = torch.zeros(*p.shape[:3], v.shape[3], dtype=wide.dtype)
-    operands = [empty(wide.numpy()), _wide(v).numpy(), wide.numpy(), out.numpy()]
+    operands = [empty(wide.numpy()), widened(v).numpy(), wide.numpy(), out.numpy()]
     _unfused(numba_unfused.VALUES, operands, grid, wide, p.shape[0] * p.shape[1])
     return (out * scale).to(p.dtype)
 
 
 def keys(p: Tensor, x: Tensor, grid: Grid, kv_heads: int, scale: float) -> Tensor:
     """scale * the weighted rows (batch, kv_heads, tokens, width) that see each key."""
-    wide = _wide(p)
+    wide = widened(p)
     out = torch.zeros(x.shape[0], kv_heads, *x.shape[2:], dtype=wide.dtype)
-    operands = [_wide(x).numpy(), empty(wide.numpy()), wide.numpy(), out.numpy()]
+    operands = [widened(x).numpy(), empty(wide.numpy()), wide.numpy(), out.numpy()]
     _unfused(numba_unfused.KEYS, operands, grid, wide, x.shape[0] * kv_heads)
     return (out * scale).to(x.dtype)
 
@@ -138,7 +139,7 @@ def keys(p: Tensor, x: Tensor, grid: Grid, kv_heads: int, scale: float) -> Tenso
 def _unfused(kind: int, operands: list[Any], grid: Grid, wide: Tensor, tasks: int) -> None:
     axes, runs = plan(grid)
     windows, width = operands[2], max(x.shape[3] for x in (operands[0], operands[1], operands[3]))
-    _run(
-        numba_unfused.unfused_kernel(_real(wide)), [kind, *operands, axes, runs], tasks,
+    run_parts(
+        numba_unfused.unfused_kernel(number_type(wide)), [kind, *operands, axes, runs], tasks,
         windows.size * width, wide.dtype, 1, 1,
     )  # fmt: skip

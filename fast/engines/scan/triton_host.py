@@ -112,7 +112,18 @@ def backward(
     log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
     scale: float, block: int, decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
+    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state.
+
+    Under a decay per channel 16-bit inputs are widened: the 16-bit kernels of that gradient have
+    met illegal addresses on a device, and the float32 ones have not.
+    """
+    if log_decay is not None and log_decay.dim() == 4 and q.element_size() == 2:
+        dq, dk, dv, ddecay, dstate = backward(
+            do.float(), dfinal, q.float(), k.float(), v.float(), slopes, log_decay.float(), state,
+            offsets, final, scale, block, decay_gradient,
+        )  # fmt: skip
+        narrow = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+        return *narrow, ddecay.to(log_decay.dtype), dstate
     call = Call.plan(
         q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient
     )
