@@ -45,7 +45,8 @@ types: $(READY)
 	MYPYPATH=build/installed $(BIN)/mypy -p attnspec
 
 unit: $(READY)
-	$(BIN)/python -m pytest --ignore tests/interpret --junit-xml build/unit.xml \
+	$(BIN)/python -m pytest --ignore tests/interpret --numprocesses auto --dist worksteal \
+	    --junit-xml build/unit.xml \
 	    --cov reference --cov fast --cov conformance \
 	    --cov-report term:skip-covered --cov-report html:build/coverage
 
