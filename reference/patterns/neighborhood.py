@@ -7,7 +7,7 @@ in blocks, and each axis may be causal. Cost is linear in the number of tokens.
 
 Definition
 ----------
-S1. **Grid.** Shape :math:`X_1 \times \dots \times X_n`, n = 1, 2 or 3; tokens are flattened
+S1. **Grid.** Shape :math:`X_1 \times \ldots \times X_n`, n = 1, 2 or 3; tokens are flattened
 row-major, the last axis fastest. Each axis has a kernel :math:`k \ge 2`, a stride :math:`1 \le s
 \le k`, a dilation :math:`\delta \ge 1` with :math:`k \delta \le X`, and is causal or not. Anything
 else is refused.

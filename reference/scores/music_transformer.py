@@ -34,7 +34,8 @@ S6. **Attend.** :math:`P = \operatorname{softmax}` over what is visible, :math:`
 logits are -inf, and a row without any visible key is 0 (K4). A new token needs the products of its
 own query with the table, reversed onto the keys. Query head h reads kv head h // group (K7).
 
-S7. **Values.** Optionally :math:`o_i \mathrel{+}= \sum_j P_{ij} Ev_{M-1-(i-j)}`, a second table.
+S7. **Values.** Optionally :math:`o_i \leftarrow o_i + \sum_j P_{ij} Ev_{M-1-(i-j)}`, a second
+table.
 
 S8. **Gradient.** With dS the gradient of the logits, :math:`dE_{M-1-t} = \sum_{i-j=t} dS_{ij}
 \tilde q_i` over batch and pairs, and over heads if shared; :math:`d\tilde q_i` gains
