@@ -71,7 +71,8 @@ def check_prefix(trial: Trial) -> None:
             changed[array.name] = value.copy()
             later = [slice(None)] * value.ndim
             later[axes.index(contract.keys)] = slice(cut, None)
-            changed[array.name][tuple(later)] *= -3.0
+            tail = changed[array.name][tuple(later)]
+            changed[array.name][tuple(later)] = np.where(np.isfinite(tail), -3.0 * tail, tail)
     before, after = _run(trial, arguments), _run(trial, changed)
     for output in contract.outputs:
         if output.kind != "value" or not output.by_query:

@@ -13,9 +13,9 @@ from attnspec.fast import backend
 from attnspec.fast.engines.flash import numba_cpu
 
 ORDER = (
-    "scale", "causal", "window", "sinks", "row_start", "key_mask", "mask", "block_index",
-    "block_count", "q_block", "k_block", "q_offsets", "k_offsets", "sink_logit",
-    "slopes", "slope_positions",
+    "scale", "causal", "window", "sinks", "row_start", "row_end", "key_mask", "mask",
+    "block_index", "block_count", "block_full", "q_block", "k_block", "q_offsets", "k_offsets",
+    "sink_logit", "slopes", "slope_positions",
 )  # fmt: skip
 ABSENT: dict[str, Any] = {
     **dict.fromkeys(ORDER),

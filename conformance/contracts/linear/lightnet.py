@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.contracts.linear.lightnet_forms import causal_in_chunks, decay_in_chunks
 from attnspec.conformance.values import make_values
-from attnspec.reference.conventions import repeat_heads
-from attnspec.reference.linear.lightnet import check_state, lightnet_causal
-from attnspec.reference.linear.lightnet_scan import additive_gates, vector_decay_attend
+from attnspec.reference.linear.lightnet import lightnet_causal
 
 GROUPED = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "d": (1, 24), "dv": (1, 24)}
 PLAIN = {"batch": (1, 2), "kv_heads": (1, 3), "tokens": (1, 24), "d": (1, 24), "dv": (1, 24)}
@@ -149,34 +148,6 @@ BAD_STATE = (
     ("a state of three", "state", lambda a: (*empty_state(a), empty_state(a)[1])),
     ("a state of another width", "state", lambda a: tuple(x[..., :0] for x in empty_state(a))),
 )
-
-
-def chunk_state(kbar: np.ndarray, v: np.ndarray, log_decay: np.ndarray, S0: Any) -> np.ndarray:
-    """The last state as a chunk gives it: keys are scaled by what is left of them, then summed."""
-    left = np.ones_like(np.sum(kbar, axis=-2))
-    scaled = np.zeros_like(kbar)
-    for t in reversed(range(kbar.shape[-2])):
-        scaled[..., t, :] = left * kbar[..., t, :]
-        left = left * np.exp(log_decay[..., t, :])
-    S = np.swapaxes(scaled, -1, -2) @ v
-    return S if S0 is None else left[..., None] * S0 + S
-
-
-def decay_in_chunks(
-    q: np.ndarray, kbar: np.ndarray, v: np.ndarray, log_decay: np.ndarray, S0: Any = None,
-    scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    o, _ = vector_decay_attend(q, kbar, v, log_decay, S0, scale=scale)
-    return o, chunk_state(kbar, v, log_decay, S0)
-
-
-def causal_in_chunks(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Any:
-    o, (_, z) = lightnet_causal(q, k, v, **options)
-    S0, z0 = check_state(options.get("state"), q, k, v)
-    heads = q.shape[-3]
-    keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
-    kbar, log_decay, _ = additive_gates(keys, z0)
-    return o, (chunk_state(kbar, values, log_decay, S0), z)
 
 
 CONTRACTS = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.linear.lightnet import chunk_state
+from attnspec.conformance.contracts.linear.lightnet_forms import chunk_state
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial

@@ -175,7 +175,7 @@ MUTANTS = (
        replacing(ATTEND, masked_weights=masked_scores)),
     of("based_attend", "max-eps", "agreement", "the larger of z and eps instead of their sum",
        replacing(ATTEND, divide=largest_of_eps)),
-    of("based_attend", "empty-rows", "lengths", "a row that sees nothing is 0 / 0",
+    of("based_attend", "empty-rows", "tiny", "a row that sees nothing is 0 / 0",
        replacing(ATTEND, divide=eps_in_empty_rows)),
     of("based_attend", "centred", "taylor-shift", "keys are centred, as if it were softmax",
        altering(ATTEND, centred)),

@@ -160,7 +160,7 @@ MUTANTS = (
     mutant("two-softmaxes", "agreement", "images and text are normalised apart", two_softmaxes),
     mutant("by-storage", "composite-storage", "positions are ignored",
            altering(ATTEND, by_storage)),
-    mutant("top-left", "agreement", "a row's number is taken for its position",
+    mutant("top-left", "composite-future", "a row's number is its position",
            replacing(ATTEND, composite_mask=top_left)),
     mutant("first-rows", "agreement", "queries belong to the first text tokens", first_rows),
     mutant("images-in-order", "agreement", "all images are visible, but are not seen",
