@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from attnspec.fast.backend import (
     DTYPES,
@@ -24,6 +23,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    unobserved,
 )
 from attnspec.fast.engines.decode.configs import forced_config
 
@@ -32,7 +32,6 @@ MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
 LARGEST_HEAD = 256
 MOST_KINDS = 1024
 """Kinds of calls whose launches are kept."""
-PLAIN = (Tensor, Parameter, type(None))
 
 _launches: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
 
@@ -120,19 +119,6 @@ def _kind(
     )  # fmt: skip
 
 
-def _unobserved(*tensors: Tensor | None) -> bool:
-    """True if there is nothing around that must see the custom op: the launch may be called."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) not in PLAIN or (grad and x is not None and x.requires_grad):
-            return False
-    return True
-
-
 @_decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -198,7 +184,7 @@ def decode(
     no gradient.
     """
     tensors = (q, k, v, lengths, index, block_table, bias, sink_logit)
-    direct = _unobserved(*tensors)
+    direct = unobserved(*tensors)
     kind: Hashable = None
     if direct and q is not None and k is not None and v is not None and k.dim() == v.dim() == 4:
         options = (scale, causal, page, rows, tile, workers, order, backend)
