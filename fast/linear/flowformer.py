@@ -149,7 +149,7 @@ def flow_attend_causal(
     read, KV = scan(
         *(x.to(kind_of) for x in (a, b, u)), state=first.KV.to(first.sb.dtype), backend=backend
     )
-    out = (torch.sigmoid(Ih) / I)[..., None] * wide(read)
+    out = torch.sigmoid(Ih)[..., None] * quotient(wide(read), I)
     if not q.shape[2]:
         return out.to(q.dtype), first
     sb, sa, sbO, saI, se, N = (x[:, :, -1] for x in (sb, sa, sbO, saI, se, N))
@@ -185,7 +185,7 @@ def flow_decode_step(
     se = first.se + e
     u = (N * e / se)[..., None, None] * values
     read, KV = step(first.KV.to(a.dtype), a, b, u, backend=backend)
-    out = (torch.sigmoid(Ih) / I)[..., None, None] * read
+    out = torch.sigmoid(Ih)[..., None, None] * quotient(read, I[..., None])
     return out.to(q.dtype), FlowState(sb, sa, sbO, saI, se, KV, N)
 
 

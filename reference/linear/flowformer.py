@@ -98,6 +98,7 @@ from attnspec.reference.linear.flowformer_flows import (
     flow_features,
     flows,
     flows_causal,
+    over_square,
     quotient,
     share,
 )
@@ -177,8 +178,8 @@ def flow_backward(
     dA, dB = dIh[..., None] * (into + eps), dOh[..., None] * (out_of + eps)
     da = da + quotient(np.broadcast_to(dout_of, a.shape), I)
     db = db + quotient(np.broadcast_to(dinto, b.shape), O)
-    dI = dI - _over_square(dot(dout_of, a), I)
-    dO = -_over_square(dot(dinto, b), O)
+    dI = dI - over_square(dot(dout_of, a), I)
+    dO = -over_square(dot(dinto, b), O)
     sb, sa = np.sum(b, axis=-2, keepdims=True), np.sum(a, axis=-2, keepdims=True)
     dA, dB = dA + dI[..., None] * (sb + eps), dB + dO[..., None] * (sa + eps)
     da = da + dA + np.sum(dO[..., None] * B, axis=-2, keepdims=True)
@@ -187,10 +188,6 @@ def flow_backward(
     dq = np.where(a == 0, np.zeros_like(a), da * features_slope(q, kind))
     dk = np.where(b == 0, np.zeros_like(b), db * features_slope(keys, kind))
     return dq, sum_groups(dk, k.shape[-3]), sum_groups(c[..., None] * du, v.shape[-3])
-
-
-def _over_square(x: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    return np.where(flow == 0, np.zeros_like(x), x / np.where(flow == 0, 1, flow) ** 2)
 
 
 def _tokens(

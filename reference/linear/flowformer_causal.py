@@ -19,6 +19,8 @@ from attnspec.reference.linear.flowformer_flows import (
     dot,
     features_slope,
     flow_features,
+    over_square,
+    quotient,
     sigmoid,
 )
 
@@ -97,14 +99,13 @@ def flow_decode_step(
     N = state.N + 1
     sb, sa = state.sb + b_t, state.sa + a_t
     I, O = dot(a_t + eps, sb + eps), dot(b_t + eps, sa + eps)
-    sbO = state.sbO + b_t * (N / O)[..., None]
-    saI = state.saI + a_t * (N / I)[..., None]
+    sbO, saI = state.sbO + quotient(b_t, O / N), state.saI + quotient(a_t, I / N)
     Ih, Oh = dot(a_t + eps, sbO + eps) / N, dot(b_t + eps, saI + eps) / N
     e = np.exp(clip(Oh, clamp))
     se = state.se + e
     c = N * e / se
     KV = state.KV + np.swapaxes(b, -1, -2) @ (c[..., None, None] * values)
-    out = sigmoid(Ih)[..., None, None] * (a @ KV) / I[..., None, None]
+    out = sigmoid(Ih)[..., None, None] * quotient(a @ KV, I[..., None])
     return out, FlowState(sb, sa, sbO, saI, se, KV, N)
 
 
@@ -135,7 +136,7 @@ def flow_causal_backward(
     N = first.N[..., None] + np.cumsum(np.ones_like(a[..., 0]), axis=-1)
     sb, sa = _running(first.sb, b), _running(first.sa, a)
     I, O = dot(A, sb + eps), dot(B, sa + eps)
-    into, out_of = _running(first.sbO, b * _over(N, O)), _running(first.saI, a * _over(N, I))
+    into, out_of = _running(first.sbO, quotient(b, O / N)), _running(first.saI, quotient(a, I / N))
     Ih, Oh = dot(A, into + eps) / N, dot(B, out_of + eps) / N
     x, g = clip(Oh, clamp), sigmoid(Ih)
     e = np.exp(x)
@@ -149,8 +150,8 @@ def flow_causal_backward(
     for t in range(q.shape[-2]):
         now = slice(t, t + 1)
         S = S + np.swapaxes(b[..., now, :], -1, -2) @ u[..., now, :]
-        y[..., now, :] = (a[..., now, :] @ S) / I[..., now, None]
-        dr[..., now, :] = g[..., now, None] * dout[..., now, :] / I[..., now, None]
+        y[..., now, :] = quotient(a[..., now, :] @ S, I[..., now])
+        dr[..., now, :] = quotient(g[..., now, None] * dout[..., now, :], I[..., now])
         da[..., now, :] = dr[..., now, :] @ np.swapaxes(S, -1, -2)
     R = np.zeros_like(S)
     for t in reversed(range(q.shape[-2])):
@@ -165,8 +166,8 @@ def flow_causal_backward(
     dOh = np.where(x == Oh, dx, np.zeros_like(dx)) / N
     dinto, dout_of = _backward_sum(dIh[..., None] * A), _backward_sum(dOh[..., None] * B)
     dA, dB = dIh[..., None] * (into + eps), dOh[..., None] * (out_of + eps)
-    da, db = da + dout_of * _over(N, I), db + dinto * _over(N, O)
-    dI, dO = dI - dot(dout_of, a) * N / I**2, -dot(dinto, b) * N / O**2
+    da, db = da + quotient(dout_of, I / N), db + quotient(dinto, O / N)
+    dI, dO = dI - over_square(N * dot(dout_of, a), I), -over_square(N * dot(dinto, b), O)
     dA, dB = dA + dI[..., None] * (sb + eps), dB + dO[..., None] * (sa + eps)
     da = da + dA + _backward_sum(dO[..., None] * B)
     db = db + dB + _backward_sum(dI[..., None] * A)
@@ -226,7 +227,3 @@ def _running(first: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _backward_sum(x: np.ndarray, axis: int = -2) -> np.ndarray:
     """The sum over each token and all later ones."""
     return np.flip(np.cumsum(np.flip(x, axis), axis=axis), axis)
-
-
-def _over(N: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    return (N / flow)[..., None]

@@ -207,6 +207,15 @@ def quotient(x: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return np.where(nothing[..., None], np.zeros_like(x), x / safe)
 
 
+def over_square(x: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """S13: x / flow^2, both (..., tokens), the slope of a quotient, and 0 where the flow is 0.
+
+    >>> over_square(np.array([2.0, 1.0]), np.array([2.0, 0.0]))
+    array([0.5, 0. ])
+    """
+    return np.where(flow == 0, np.zeros_like(x), x / np.where(flow == 0, 1, flow) ** 2)
+
+
 def clip(Oh: np.ndarray, clamp: Any) -> np.ndarray:
     """S4, K14: Oh within the pair `clamp`, or as it is for None.
 
