@@ -40,8 +40,9 @@ def _rates(prefixed: bool) -> Any:
     def make(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, ...]:
         batch, tokens, prefix = case.shape("batch tokens prefix")
         theta, eta, alpha = rates_of(rng, (batch, tokens + prefix * prefixed), case)
-        # A deep memory behind projections of its own leaves the stable region sooner.
-        return theta / 16, eta, alpha
+        # A deep memory behind projections of its own grows from token to token: over long sequences
+        # full steps overflow float64.
+        return theta / max(1.0, tokens / 16), eta, alpha
 
     return make
 

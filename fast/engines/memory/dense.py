@@ -69,7 +69,9 @@ class Deep:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(x)
+    """GELU; in float64 on the CPU, where torch's float32 one is off by many units."""
+    wide = x if x.is_cuda else x.double()
+    return torch.nn.functional.gelu(wide).to(x.dtype)
 
 
 def gelu_slope(x: Tensor) -> Tensor:
