@@ -106,8 +106,8 @@ class Rounded(np.ndarray):
         result = getattr(ufunc, method)(*plain, **kwargs)
         if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
             result = _model.get().disturb(result, np.abs(result))
-        if ufunc in (np.add, np.subtract) and method == "__call__" and _is_float(result):
-            # A kernel may have either side in another scale or order of sums, and rounds each.
+        if ufunc is np.subtract and method == "__call__" and _is_float(result):
+            # A kernel that works in base 2 rescales both sides first, and rounds each.
             result = _model.get().disturb(result, np.maximum(np.abs(plain[0]), np.abs(plain[1])))
         if method in ("reduce", "accumulate", "reduceat") and ufunc is np.add and _is_float(result):
             size = getattr(ufunc, method)(np.abs(plain[0]), *plain[1:], **_no_out(kwargs))

@@ -120,8 +120,7 @@ def test_right_kernels_pass(kernel):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_passes():
     kernel = Kernel("flex", "attention.attend", flex, array="torch", limits=SIZES)
-    # Uncompiled, it needs at least one key: no law that takes keys away.
-    laws = ["agreement", "lengths", "heads", "magnitude", "permutation"]
+    laws = ["agreement", "lengths", "heads", "magnitude", "permutation", "split"]
     report = certify(kernel, profile="smoke", laws=laws)
     assert report.passed, "\n".join(str(failure) for failure in report.failures)
 

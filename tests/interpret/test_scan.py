@@ -202,5 +202,5 @@ def test_poison_beyond_the_end() -> None:
 
 def test_bfloat16_raises() -> None:
     x = torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="q: got dtype torch"):
+    with pytest.raises(TypeError, match=r"q: got dtype torch\.bfloat16"):
         scan(x, x, x, backend="triton")

@@ -140,10 +140,7 @@ CONTRACTS = (
             Array("lam", make=make_decays),
             Array("state", "batch heads m dv", optional=True),
         ),
-        outputs=(
-            Output("y", cancels=True),
-            Output("state", dtype="float32", by_query=False, cancels=True),
-        ),
+        outputs=(Output("y", cancels=True), Output("state", dtype="float32", by_query=False)),
         form=tpe_in_chunks,
         linear_in=("x state", "qp"),
         causal=lambda case: True,
