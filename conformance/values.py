@@ -95,3 +95,8 @@ def make_values(
 ) -> np.ndarray:
     """float64 data of a `kind` for an array that plays `role`."""
     return KINDS[kind](rng, shape, role)
+
+
+def longer(x: np.ndarray) -> np.ndarray:
+    """x (..., tokens, d) with its last token twice."""
+    return np.concatenate([x, x[..., -1:, :]], axis=-2)

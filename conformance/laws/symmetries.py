@@ -137,7 +137,8 @@ def _within_limits(trial: Trial, arguments: dict[str, Any]) -> bool:
     return all(
         trial.kernel.supports(axis, size)
         for array in trial.contract.arrays
-        for axis, size in zip(array.axes.split(), np.shape(arguments.get(array.name)), strict=False)
+        if isinstance(value := arguments.get(array.name), np.ndarray)
+        for axis, size in zip(array.axes.split(), value.shape, strict=False)
     )
 
 

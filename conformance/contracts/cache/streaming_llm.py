@@ -18,6 +18,7 @@ from attnspec.conformance.contracts.cache.streaming_llm_rows import wrong_intege
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
+from attnspec.conformance.values import longer
 from attnspec.conformance.violation import Violation
 from attnspec.reference.cache.streaming_llm import State, init_state, streaming_attend
 from attnspec.reference.cache.streaming_llm_rows import call_sizes, evict_rows
@@ -77,10 +78,6 @@ def feed(whole: Mapping[str, Any], state: State, first: int, last: int) -> dict[
 
 def heads(kv_heads: int, group: int) -> Any:
     return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
-def longer(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, x[..., -1:, :]], axis=-2)
 
 
 Q = Array("q", "batch heads tokens d", role="query")

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State, attend
@@ -77,18 +78,6 @@ def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | N
     return parts
 
 
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _offsets(rng: np.random.Generator, case: Case, axis: str) -> np.ndarray:
     cuts = np.sort(rng.integers(0, case.sizes[axis] + 1, case.sizes["sequences"] - 1))
     return np.concatenate([[0], cuts, [case.sizes[axis]]]).astype(np.int64)
@@ -128,15 +117,15 @@ CONTRACTS = (
             "mask": lambda case: np.ones(case.shape("batch 1 queries keys"), bool),
         },
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
             "left": padding_mask("left"),
             "right": padding_mask("right"),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output, Ranking, Stream
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State
@@ -116,21 +117,9 @@ def weights_of_rows(a: Mapping[str, Any]) -> Ranking:
     return Ranking(P, k=a["c"])
 
 
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
 def _heads(kv_heads: int, group: int, v_heads: int) -> Any:
     sizes = {"kv_heads": kv_heads, "group": group, "v_heads": v_heads}
     return lambda case: case.with_(sizes=sizes)
-
-
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
 
 
 def _parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
@@ -161,12 +150,12 @@ STEP = (
     Array("v", "batch v_heads tokens dv", role="value"),
 )
 CELLS = {
-    "noncausal self": _cell(False, 0),
-    "causal self": _cell(True, 0),
-    "noncausal cross": _cell(False, 3),
-    "causal cross": _cell(True, 3),
-    "left": _padded("left"),
-    "right": _padded("right"),
+    "noncausal self": keys_cell(False, 0),
+    "causal self": keys_cell(True, 0),
+    "noncausal cross": keys_cell(False, 3),
+    "causal cross": keys_cell(True, 3),
+    "left": padded_cell("left"),
+    "right": padded_cell("right"),
     "MHA": _heads(4, 1, 4),
     "GQA": _heads(4, 3, 6),
     "MQA": _heads(1, 4, 1),

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State
@@ -72,18 +73,6 @@ def poison_unused(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     return {**arguments, "q": q, "k": k, "v": v}
 
 
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _padded(side: str) -> Any:
     return lambda case: case.with_(options=(*case.options, "key_mask", side))
 
@@ -119,15 +108,15 @@ STEP = (
     Array("active", "batch tokens heads", make=make_active("batch tokens heads")),
 )
 CELLS = {
-    "noncausal self": _cell(False, 0),
-    "causal self": _cell(True, 0),
-    "noncausal cross": _cell(False, 3),
-    "causal cross": _cell(True, 3),
+    "noncausal self": keys_cell(False, 0),
+    "causal self": keys_cell(True, 0),
+    "noncausal cross": keys_cell(False, 3),
+    "causal cross": keys_cell(True, 3),
     "left": _padded("left"),
     "right": _padded("right"),
-    "MHA": _heads(4, 1),
-    "GQA": _heads(2, 3),
-    "MQA": _heads(1, 4),
+    "MHA": heads_cell(4, 1),
+    "GQA": heads_cell(2, 3),
+    "MQA": heads_cell(1, 4),
 }
 BAD_TOKENS = (
     ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),

@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.reference.conventions import causal_mask
 
@@ -46,25 +47,9 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     return arguments
 
 
-def heads_cell(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def wrong_numbers(name: str, *wrong: Any) -> tuple[tuple[str, str, Any], ...]:
     """Values that the number `name` cannot have."""
     return tuple((f"{name} = {value}", name, lambda a, value=value: value) for value in wrong)
-
-
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
 
 
 def _attend_parameters(sizes: Mapping[str, int]) -> Drawn:
@@ -120,12 +105,12 @@ CONTRACTS = (
         poison=poison_hidden,
         neutral={"key_mask": lambda case: np.ones(case.shape("batch keys"), bool)},
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
-            "left": _padded("left"),
-            "right": _padded("right"),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
             "MHA": heads_cell(2, 1),
             "GQA": heads_cell(2, 3),
             "MQA": heads_cell(1, 4),

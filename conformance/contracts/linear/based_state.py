@@ -22,6 +22,7 @@ from attnspec.conformance.contracts.linear.based import (
     wrong_numbers,
 )
 from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.values import longer
 from attnspec.reference.linear.based import based_chunk, based_state_update
 from attnspec.reference.linear.based_features import feature_count
 
@@ -84,10 +85,6 @@ def _chunks(sizes: Mapping[str, int]) -> Drawn:
 
 def wider(name: str) -> Any:
     return lambda a: np.zeros((*no_state(a)[name == "zk"].shape[:-1], 99))
-
-
-def longer(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, x[..., -1:, :]], axis=-2)
 
 
 Q = Array("q", "batch heads tokens d", role="query")

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.based import (
     BAD_EPS,
@@ -22,6 +23,7 @@ from attnspec.conformance.contracts.linear.based import (
     make_key_mask,
     wrong_numbers,
 )
+from attnspec.conformance.values import longer
 from attnspec.reference.linear.flowformer_causal import (
     FlowState,
     empty_state,
@@ -63,10 +65,6 @@ def _cell(extra_keys: int) -> Any:
     return lambda case: case.with_(sizes={"keys": case.sizes["queries"] + extra_keys})
 
 
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
-
-
 def _plain(sizes: Mapping[str, int]) -> Drawn:
     return {"eps": EPS, "kind": KIND, "clamp": CLAMP}
 
@@ -74,10 +72,6 @@ def _plain(sizes: Mapping[str, int]) -> Drawn:
 def _bounded(sizes: Mapping[str, int]) -> Drawn:
     """A state sums exp(Oh) itself, which without a clamp may overflow."""
     return {**_plain(sizes), "clamp": st.sampled_from([(-1.0, 1.0), (-0.5, 0.25), (-3.0, 3.0)])}
-
-
-def longer(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, x[..., -1:, :]], axis=-2)
 
 
 def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
@@ -135,8 +129,8 @@ CONTRACTS = (
         cells={
             "noncausal self": _cell(0),
             "noncausal cross": _cell(3),
-            "left": _padded("left"),
-            "right": _padded("right"),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
             "MHA": heads_cell(2, 1),
             "GQA": heads_cell(2, 3),
             "MQA": heads_cell(1, 4),

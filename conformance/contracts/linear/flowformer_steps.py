@@ -18,8 +18,8 @@ from attnspec.conformance.contracts.linear.flowformer import (
     EPS,
     KIND,
     Drawn,
-    longer,
 )
+from attnspec.conformance.values import longer
 from attnspec.reference.linear.flowformer_flows import flows, flows_causal, sigmoid
 
 PAIR = {"batch": (1, 2), "kv_heads": (1, 3), "queries": (1, 24), "keys": (1, 24), "d": (1, 24)}

@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.lightnet_forms import causal_in_chunks, decay_in_chunks
-from attnspec.conformance.values import make_values
+from attnspec.conformance.values import longer, make_values
 from attnspec.reference.linear.lightnet import lightnet_causal
 
 GROUPED = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "d": (1, 24), "dv": (1, 24)}
@@ -75,10 +76,6 @@ def make_rule_state(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, .
     return s, Delta, m
 
 
-def longer(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, x[..., -1:, :]], axis=-2)
-
-
 def empty_state(whole: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     shape = (*whole["q"].shape[:-2], whole["q"].shape[-1])
     return np.zeros((*shape, whole["v"].shape[-1])), np.full(shape, -np.inf)
@@ -94,10 +91,6 @@ def _whole(whole: Mapping[str, Any]) -> np.ndarray:
     return lightnet_causal(**kept)[0]
 
 
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _side(side: str) -> Any:
     return lambda case: case.with_(options=(side,))
 
@@ -109,9 +102,9 @@ def _more_keys(extra: int) -> Any:
 CELLS = {
     "left": _side("left"),
     "right": _side("right"),
-    "MHA": _heads(2, 1),
-    "GQA": _heads(2, 3),
-    "MQA": _heads(1, 4),
+    "MHA": heads_cell(2, 1),
+    "GQA": heads_cell(2, 3),
+    "MQA": heads_cell(1, 4),
 }
 Q = Array("q", "batch heads tokens d", role="query")
 K = Array("k", "batch kv_heads tokens d", make=_padded("batch kv_heads tokens d", "key", -np.inf))

@@ -13,7 +13,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.values import longer
 from attnspec.reference.linear.lightning_attention_2 import attend, attend_recurrent
 
 HEADS = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "d": (1, 24), "dv": (1, 24)}
@@ -40,16 +42,8 @@ def wrong_integers(name: str) -> tuple[tuple[str, str, Any], ...]:
     )
 
 
-def longer(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, x[..., -1:, :]], axis=-2)
-
-
 def state_shape(a: Mapping[str, Any]) -> tuple[int, ...]:
     return (*a["q"].shape[:-2], a["q"].shape[-1], a["v"].shape[-1])
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
 
 
 def _more_keys(extra: int) -> Any:
@@ -204,9 +198,9 @@ CONTRACTS = (
         cells={
             "causal self": _more_keys(0),
             "causal cross": _more_keys(5),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(*BAD_HEADS, *BAD_SLOPES, *BAD_STATE, *wrong_integers("block")),
     ),

@@ -22,9 +22,9 @@ from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     V,
     blocks,
     in_chunks,
-    longer,
     wrong_integers,
 )
+from attnspec.conformance.values import longer
 from attnspec.reference.linear.lightning_attention_2_batches import attend_packed, attend_padded
 
 

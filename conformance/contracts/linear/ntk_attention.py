@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.values import make_values
 from attnspec.reference.conventions import causal_mask
@@ -86,22 +87,6 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         x[np.broadcast_to(unread[:, None], x.shape[:-1])] = np.nan
         arguments[name] = x
     return arguments
-
-
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
 
 
 def _parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
@@ -205,15 +190,15 @@ CONTRACTS = (
         poison=poison_hidden,
         neutral={"key_mask": lambda case: np.ones(case.shape("batch keys"), bool)},
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
-            "left": _padded("left"),
-            "right": _padded("right"),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             *BAD_TOKENS,

@@ -14,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
 
 SIZES = {
@@ -96,10 +97,6 @@ def one_rate(place: int, change: Any) -> Any:
     return lambda a: tuple(change(x) if i == place else x for i, x in enumerate(a["rates"]))
 
 
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _padded(case: Case) -> Case:
     return case.with_(options=tuple({*case.options, "valid"}))
 
@@ -114,9 +111,9 @@ CELLS = {
     "causal self": lambda case: case,
     "left": _padded,
     "right": _padded,
-    "MHA": _heads(2, 1),
-    "GQA": _heads(2, 3),
-    "MQA": _heads(1, 4),
+    "MHA": heads_cell(2, 1),
+    "GQA": heads_cell(2, 3),
+    "MQA": heads_cell(1, 4),
 }
 BAD_SCALES = (
     ("a loss scale of 0", "loss_scale", lambda a: 0.0),

@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
@@ -93,18 +94,6 @@ def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | N
     return parts
 
 
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 RESULT = (Output("out"), Output("lse", dtype="float32", row_axes=0))
 
 CONTRACTS = (
@@ -126,14 +115,14 @@ CONTRACTS = (
         poison=poison_beyond,
         split=halves,
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
             "right": lambda case: case.with_(seed=1),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
@@ -107,10 +108,6 @@ def _sized(**sizes: int) -> Any:
     return move
 
 
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
-
-
 def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, cross=True)
 
@@ -186,8 +183,8 @@ CONTRACTS = (
         cells={
             "causal self": _sized(past=0),
             "causal cross": _sized(past=3),
-            "left": _padded("left"),
-            "right": _padded("right"),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
             "MHA": _sized(kv_heads=2, group=1),
             "GQA": _sized(kv_heads=2, group=3),
             "MQA": _sized(kv_heads=1, group=4),

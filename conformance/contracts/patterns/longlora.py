@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, BadValue, Contract, Output
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
@@ -112,10 +113,6 @@ def _run(trial: Trial, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
         raise Violation(trial.contract.operation, f"refused a case it claims: {refusal}") from None
 
 
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _grouped(contract: Contract, kernel: Kernel) -> bool:
     return contract.spec.function is grouped_attend
 
@@ -151,9 +148,9 @@ CONTRACTS = (
             "right": lambda case: case.with_(
                 options=("right",), parameters={"variant": "segments"}
             ),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),

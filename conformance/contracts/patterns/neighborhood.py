@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.reference.patterns.neighborhood_windows import window_tokens
 
@@ -111,10 +112,6 @@ def _cell(causal: bool) -> Callable[[Case], Case]:
     return move
 
 
-def _heads(kv_heads: int, group: int) -> Callable[[Case], Case]:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def all_axes(name: str, value: Any) -> Callable[[Mapping[str, Any]], Any]:
     """The same wrong `value` for every axis of the grid."""
     return lambda arguments: (value,) * len(arguments["shape"])
@@ -160,9 +157,9 @@ CONTRACTS = (
         cells={
             "noncausal self": _cell(False),
             "causal self": _cell(True),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             *BAD_GRID,

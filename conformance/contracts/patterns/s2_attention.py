@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.reference.patterns.s2_attention_patterns import (
     block_pattern,
@@ -130,10 +131,6 @@ def _heads(kv_heads: int, group: int) -> Any:
     return move
 
 
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
-
-
 def bad_integers(name: str) -> tuple[tuple[str, str, Any], ...]:
     """Values that are no integer of at least 1."""
     return tuple(
@@ -161,8 +158,8 @@ SHARED: dict[str, Any] = {
         "causal self": _cell(True, 0),
         "noncausal cross": _cell(False, 16),
         "causal cross": _cell(True, 16),
-        "left": _padded("left"),
-        "right": _padded("right"),
+        "left": padded_cell("left"),
+        "right": padded_cell("right"),
         "MHA": _heads(2, 1),
         "GQA": _heads(2, 3),
         "MQA": _heads(1, 4),

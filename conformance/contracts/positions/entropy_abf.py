@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.reference.positions.entropy_abf import visible
 
@@ -82,7 +83,7 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     return arguments
 
 
-def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | None:
+def placed_halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | None:
     """The keys in two parts, each with its positions, whatever the order."""
     if "pk" not in arguments or "pq" not in arguments:
         return None
@@ -95,22 +96,6 @@ def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | N
                 part[name] = arguments[name][..., keys]
         parts.append(part)
     return parts
-
-
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
 
 
 def in_order(case: Case) -> bool:
@@ -179,17 +164,17 @@ CONTRACTS = (
         Output("lse", dtype="float32", row_axes=0),
         key_arrays=("k", "v", "pk", "key_mask"),
         permutable=lambda case: "pk" in case.options,
-        split=halves,
+        split=placed_halves,
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
-            "left": _padded("left"),
-            "right": _padded("right"),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
     ),
 )

@@ -9,7 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.contracts.positions.entropy_abf import placed_halves
 from attnspec.reference.positions.giraffe import State, attend
 from attnspec.reference.positions.giraffe_masks import visible
 
@@ -73,33 +75,7 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
 
 def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | None:
     """The keys in two parts, each with its positions; causal order needs them whole."""
-    if arguments["causal"] or "pk" not in arguments or "pq" not in arguments:
-        return None
-    cut = case.sizes["keys"] // 2
-    parts = []
-    for keys in (slice(None, cut), slice(cut, None)):
-        part = {**arguments, **{n: arguments[n][..., keys, :] for n in ("k", "v")}}
-        for name in ("pk", "key_mask"):
-            if name in arguments:
-                part[name] = arguments[name][..., keys]
-        parts.append(part)
-    return parts
-
-
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
-def _padded(side: str) -> Any:
-    return lambda case: case.with_(options=("key_mask", side))
+    return None if arguments["causal"] else placed_halves(arguments, case)
 
 
 def decay(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
@@ -163,15 +139,15 @@ def _attention(name: str, arrays: tuple[Array, ...], parameters: Any, bad: Any) 
         },
         split=halves,
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
-            "left": _padded("left"),
-            "right": _padded("right"),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
+            "left": padded_cell("left"),
+            "right": padded_cell("right"),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(*BAD_PLACES, *BAD_KEYS, *bad),
     )

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.scores.music_transformer_steps import (
     BAD_TABLES,
@@ -40,10 +41,6 @@ def _order(causal: bool) -> Any:
     return lambda case: case.with_(parameters={"causal": causal})
 
 
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 EV = Array("Ev", "heads rows dv", make=make_table("dv"), optional=True)
 BAD_TOKENS = (
     *OTHER_KEYS,
@@ -51,7 +48,7 @@ BAD_TOKENS = (
     ("v with fewer tokens", "v", lambda a: a["v"][..., :-1, :]),
     ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
 )
-HEADS = {"MHA": _heads(2, 1), "GQA": _heads(2, 3), "MQA": _heads(1, 4)}
+HEADS = {"MHA": heads_cell(2, 1), "GQA": heads_cell(2, 3), "MQA": heads_cell(1, 4)}
 SHARED: dict[str, Any] = {
     "sizes": SIZES,
     "arrays": (Q, K, V, E, EV),

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.dense.attention import (
     SIZES,
@@ -59,18 +60,6 @@ def make_weights(rng: np.random.Generator, case: Case) -> np.ndarray:
     weights *= rng.random((weights.shape[0], 1, 1, weights.shape[-1])) < 0.67
     total = weights.sum(axis=-1, keepdims=True)
     return weights / np.where(total == 0, 1.0, total)
-
-
-def _cell(causal: bool, extra_keys: int) -> Any:
-    def move(case: Case) -> Case:
-        keys = case.sizes["queries"] + extra_keys
-        return case.with_(sizes={"keys": keys}, parameters={"causal": causal})
-
-    return move
-
-
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
 
 
 def _whole(name: str, size: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -171,15 +160,15 @@ CONTRACTS = (
             "tau": lambda case: 1.0,
         },
         cells={
-            "noncausal self": _cell(False, 0),
-            "causal self": _cell(True, 0),
-            "noncausal cross": _cell(False, 3),
-            "causal cross": _cell(True, 3),
+            "noncausal self": keys_cell(False, 0),
+            "causal self": keys_cell(True, 0),
+            "noncausal cross": keys_cell(False, 3),
+            "causal cross": keys_cell(True, 3),
             "left": padding_mask("left"),
             "right": padding_mask("right"),
-            "MHA": _heads(2, 1),
-            "GQA": _heads(2, 3),
-            "MQA": _heads(1, 4),
+            "MHA": heads_cell(2, 1),
+            "GQA": heads_cell(2, 3),
+            "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
             *OTHER_KEYS,

@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Ranking
 from attnspec.conformance.contracts.selection.seer_attention_selection import (
     BAD_RULES,
@@ -82,10 +83,6 @@ def _rank(arguments: Mapping[str, Any]) -> Ranking:
     return rank_blocks(**{n: x for n, x in arguments.items() if n not in ("v", "scale")})
 
 
-def _heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 def _more_queries(a: Mapping[str, Any]) -> np.ndarray:
     return np.concatenate([a["q"], a["q"]], axis=-2)
 
@@ -103,9 +100,9 @@ V = Array("v", "batch kv_heads tokens dv", role="value")
 RESULT = (Output("out"), Output("lse", dtype="float32", row_axes=0))
 CELLS = {
     "causal self": lambda case: case,
-    "MHA": _heads(2, 1),
-    "GQA": _heads(2, 3),
-    "MQA": _heads(1, 4),
+    "MHA": heads_cell(2, 1),
+    "GQA": heads_cell(2, 3),
+    "MQA": heads_cell(1, 4),
 }
 BAD_BLOCKS = tuple(
     (f"b = {value}", "b", lambda a, value=value: value) for value in (0, 2.5, None, True)
