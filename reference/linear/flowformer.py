@@ -47,8 +47,9 @@ they are: without a clamp it may overflow.
 
 S12. **Padding.** A padded key has b = 0, is left out of the softmax and of m, its value is not
 read; a padded query has a = 0 in all sums, is left out of n, and its output is 0. n and m are
-counted for each batch entry, a quotient of a padded token is 0 and never 0 / 0. No real key means
-outputs of 0. The causal form takes no mask: a padded token would advance N and every sum.
+counted for each batch entry, a quotient of a padded token is 0 and never 0 / 0; so is one by a flow
+of 0, which :math:`\epsilon = 0` allows (ours). No real key means outputs of 0. The causal form
+takes no mask: a padded token would advance N and every sum.
 
 S13. **Gradient.** Through all of S1 to S10, none through :math:`\hat O` where it is clamped.
 

@@ -196,7 +196,8 @@ def dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def quotient(x: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """S3, S12: x / flow, (..., tokens, d) by (..., tokens), and 0 for a token without features.
+    """S3, S12: x / flow, (..., tokens, d) by (..., tokens); 0 for a token without features, or
+    if the flow is 0.
 
     >>> quotient(np.array([[2.0], [0.0]]), np.array([4.0, 0.0]))
     array([[0.5],
