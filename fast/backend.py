@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,6 +48,16 @@ def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
     if backend == "triton" and not tensor.is_cuda and not interpreting():
         raise ValueError("backend: got 'triton' with CPU tensors, expected CUDA tensors")
     return backend
+
+
+def load(module: str) -> ModuleType:
+    """A module of kernels, imported on first use; one sentence if what it needs is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
+        ) from error
 
 
 def check_tensor(

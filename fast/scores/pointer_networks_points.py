@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend
+from attnspec.fast.backend import choose_backend, load
 from attnspec.fast.growing import checkable
 
 FLOATS = (torch.float32, torch.float64)
@@ -18,12 +17,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def kernels() -> ModuleType:
     """The geometry engine; ImportError names the extra that brings what it needs."""
-    try:
-        return importlib.import_module("attnspec.fast.engines.geometry.numba_cpu")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load("attnspec.fast.engines.geometry.numba_cpu")
 
 
 def check_coordinates(name: str, x: Any, least: int) -> None:

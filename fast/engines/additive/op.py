@@ -6,25 +6,19 @@ A score is sum_a v_a tanh(q_ia + k_ja). The kernels hold a tile of scores and wa
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor, choose_backend
+from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor, choose_backend, load
 
 
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.additive.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.additive.{module}")
 
 
 def _wide(x: Tensor) -> torch.dtype:

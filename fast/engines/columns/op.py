@@ -5,7 +5,6 @@ None of them is differentiable: they feed selections, or targets that are consta
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +19,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    load,
 )
 
 POOLS = ("avg", "max")
@@ -29,12 +29,7 @@ REDUCTIONS = ("mean", "max")
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.columns.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.columns.{module}")
 
 
 def _wide(q: Tensor) -> torch.dtype:

@@ -7,7 +7,6 @@ no gradient, no tracer), it goes there directly; else through the custom op.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    load,
     unobserved,
 )
 from attnspec.fast.engines.decode.configs import forced_config
@@ -38,12 +38,7 @@ _launches: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.decode.{MODULES[backend]}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.decode.{MODULES[backend]}")
 
 
 @torch.library.custom_op("attnspec::decode", mutates_args=())

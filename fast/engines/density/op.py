@@ -9,13 +9,14 @@ x w, and the kernels never store anything of the size of x but this and w.
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from attnspec.fast.backend import load
 
 
 class Options(NamedTuple):
@@ -35,12 +36,7 @@ class Options(NamedTuple):
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.density.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.density.{module}")
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend
+from attnspec.fast.backend import choose_backend, load
 from attnspec.fast.engines.flash import checks
 from attnspec.fast.engines.flash.blocks import BlockLists
 
@@ -104,14 +103,7 @@ def flash(
 
 def _kernel(backend: str, part: str) -> Any:
     """The function that computes `part` on `backend`; its module is imported on first use."""
-    try:
-        module: ModuleType = importlib.import_module(
-            f"attnspec.fast.engines.flash.{DEVICE_MODULES[backend, part]}"
-        )
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    module: ModuleType = load(f"attnspec.fast.engines.flash.{DEVICE_MODULES[backend, part]}")
     return getattr(module, part)
 
 

@@ -7,7 +7,6 @@ kept for the backward pass, which walks the group again. No per-token weights ar
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import load
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 
 GROUP = 8
@@ -25,12 +25,7 @@ GROUP = 8
 def scalar_kernels(backend: str) -> ModuleType:
     """The coefficients' implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_scalars"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.memory.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.memory.{module}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend
+from attnspec.fast.backend import choose_backend, load
 from attnspec.fast.engines.neighborhood.grid import (
     Grid,
     flatten,
@@ -60,14 +59,7 @@ def window_values(p: Tensor, v: Tensor, grid: Grid, *, backend: str | None = Non
 
 def _device(backend: str) -> Any:
     """The module that computes on `backend`, imported on first use."""
-    try:
-        module: ModuleType = importlib.import_module(
-            f"attnspec.fast.engines.neighborhood.{DEVICE_MODULES[backend]}"
-        )
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    module: ModuleType = load(f"attnspec.fast.engines.neighborhood.{DEVICE_MODULES[backend]}")
     return module
 
 

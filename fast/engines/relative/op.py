@@ -7,13 +7,12 @@ and block lists of the flash engine do not promise, and its loop stays as lean a
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor, choose_backend
+from attnspec.fast.backend import check_integer, check_tensor, choose_backend, load
 from attnspec.fast.engines.flash import checks
 
 
@@ -62,12 +61,7 @@ def relative(
 def _kernel(backend: str, part: str) -> Any:
     """The function that computes `part` on `backend`; its module is imported on first use."""
     name = "numba_cpu" if backend == "numba" else f"triton_{part}"
-    try:
-        module = importlib.import_module(f"attnspec.fast.engines.relative.{name}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    module = load(f"attnspec.fast.engines.relative.{name}")
     return getattr(module, part)
 
 

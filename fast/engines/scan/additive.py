@@ -7,7 +7,6 @@ recurrence ends. Two custom ops with their gradients.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,19 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, unobserved
+from attnspec.fast.backend import choose_backend, load, unobserved
 
 
 @cache
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_additive" if backend == "numba" else "triton_additive"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.scan.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.scan.{module}")
 
 
 def _wide(k: Tensor) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import load
+
 
 @cache
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_host"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.scan.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.scan.{module}")
 
 
 def state_dtype(q: Tensor) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    load,
 )
 from attnspec.fast.engines.flash import BlockLists
 
@@ -28,12 +28,7 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 def _kernels(backend: str, part: str) -> ModuleType:
     """The implementation of `part` on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else f"triton_{part}"
-    try:
-        return importlib.import_module(f"attnspec.fast.engines.select.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load(f"attnspec.fast.engines.select.{module}")
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:

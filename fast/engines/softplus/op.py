@@ -7,14 +7,13 @@ Who sees whom, the tiles and their walk are the flash engine's.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend
+from attnspec.fast.backend import choose_backend, load
 from attnspec.fast.engines.flash import checks
 
 
@@ -68,12 +67,7 @@ def softplus(
 def _kernel(backend: str, part: str) -> Any:
     """The function that computes `part` on `backend`; its module is imported on first use."""
     name = "numba_cpu" if backend == "numba" else f"triton_{part}"
-    try:
-        module = importlib.import_module(f"attnspec.fast.engines.softplus.{name}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    module = load(f"attnspec.fast.engines.softplus.{name}")
     return getattr(module, part)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import ModuleType
 from typing import Any
@@ -10,17 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, load
 
 
 def _kernels() -> ModuleType:
     """The Numba kernels, imported on first use."""
-    try:
-        return importlib.import_module("attnspec.fast.engines.taylor.numba_kernels")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load("attnspec.fast.engines.taylor.numba_kernels")
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import load
 from attnspec.fast.engines.taylor.layout import packed_count
 
 
 def _host() -> ModuleType:
     """The Triton implementation, imported on first use."""
-    try:
-        return importlib.import_module("attnspec.fast.engines.taylor.triton_host")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed: pip install "attnspec[fast]"', name=error.name
-        ) from error
+    return load("attnspec.fast.engines.taylor.triton_host")
 
 
 @torch.library.custom_op("attnspec::taylor", mutates_args=())
