@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 
+# Processes of make conform.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+
 # Cases are small: one thread inside NumPy and torch, two where Numba's own parallelism is tested.
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
@@ -28,8 +31,8 @@ help:
 	@echo "make clean      remove $(VENV), build and caches"
 
 conform: $(READY)
-	$(BIN)/attnspec conform --device cpu --profile ci --json build/conformance.json \
-	    --junit build/conformance.xml --html build/conformance.html
+	$(BIN)/attnspec conform --device cpu --profile ci --jobs $(JOBS) \
+	    --json build/conformance.json --junit build/conformance.xml --html build/conformance.html
 
 test: lint types unit interpret mutants docs
 

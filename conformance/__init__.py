@@ -11,6 +11,7 @@ from typing import Any
 
 try:
     from attnspec.conformance.case import Case, SavedCase
+    from attnspec.conformance.certification import certify
     from attnspec.conformance.contract import (
         Array,
         Contract,
@@ -21,7 +22,7 @@ try:
     )
     from attnspec.conformance.kernel import Kernel, Known
     from attnspec.conformance.report import Failure, Report, Result
-    from attnspec.conformance.runner import PROFILES, Profile, certify
+    from attnspec.conformance.runner import PROFILES, Profile
     from attnspec.conformance.violation import Violation
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":

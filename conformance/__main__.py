@@ -17,12 +17,13 @@ except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f'attnspec: {missing.name} is not installed; pip install "attnspec[conformance]"')
 
 from attnspec.conformance import listing, registry
+from attnspec.conformance.certification import certify
 from attnspec.conformance.contract import find_contract
 from attnspec.conformance.dtypes import DTYPES
 from attnspec.conformance.killing import kill_all
 from attnspec.conformance.laws import laws
 from attnspec.conformance.mutants import mutants as all_mutants
-from attnspec.conformance.runner import PROFILES, certify, plan
+from attnspec.conformance.runner import PROFILES, plan
 from attnspec.conformance.runner import replay as replay_case
 from attnspec.conformance.saved import StaleCase, load_case
 from attnspec.conformance.terminal import (
@@ -112,6 +113,7 @@ def conform(
     law: Annotated[list[str] | None, typer.Option(help="Only these laws.")] = None,
     profile: Annotated[str, typer.Option(help="smoke, ci or thorough")] = "ci",
     cases: Annotated[Path, typer.Option(help="Counterexamples: read first, written to.")] = CASES,
+    jobs: Annotated[int, typer.Option(help="Processes at a time.", min=1)] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds a law may take in its process.")] = 300.0,
     json_file: JsonFile = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
@@ -142,6 +144,7 @@ def conform(
                 dtypes=dtype,
                 laws=law,
                 cases=cases,
+                jobs=jobs,
                 timeout=timeout,
                 progress=advance,
             )
@@ -217,10 +220,8 @@ def mutants(
             progress=lambda m: progress.update(bar, advance=1, description=m.name),
         )
     survivors = [kill for kill in kills if kill.survived]
-    write_json(
-        json_file,
-        {"mutants": [kill.to_dict() for kill in kills], "survivors": len(survivors)},
-    )
+    record = {"mutants": [kill.to_dict() for kill in kills], "survivors": len(survivors)}
+    write_json(json_file, record)
     show_kills(kills, console)
     console.print(
         f"{len(kills)} mutants, {len(survivors)} survive",

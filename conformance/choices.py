@@ -73,7 +73,9 @@ def close_calls(ranking: Ranking, tau: np.ndarray | float) -> np.ndarray:
     allowed, forced, _ = _masks(ranking)
     scores, free = ranking.scores, allowed & ~forced
     if ranking.threshold is not None:
-        return np.any(free & (np.abs(scores - ranking.threshold) <= tau), axis=-1)
+        low, high = _between(ranking, tau)
+        open_entries = free & (low <= ranking.threshold) & (ranking.threshold <= high)
+        return np.any(open_entries, axis=-1)
     best = best_selection(ranking)
     low = np.where(best & free, scores - tau, np.inf).min(axis=-1, initial=np.inf)
     high = np.where(free & ~best, scores + tau, -np.inf).max(axis=-1, initial=-np.inf)
@@ -85,13 +87,27 @@ def _judge_threshold(
 ) -> Violation | None:
     allowed, forced, extra = _masks(ranking)
     free = allowed & ~forced & ~extra
-    above = free & (ranking.scores - tau > threshold)
-    below = free & (ranking.scores + tau <= threshold)
+    low, high = _between(ranking, tau)
+    above, below = free & (low > threshold), free & (high <= threshold)
     if np.any(above & ~chosen):
         return _at(name, "left out an entry above the threshold", above & ~chosen)
     if np.any(below & chosen):
         return _at(name, "chose an entry not above the threshold", below & chosen)
     return None
+
+
+def _between(ranking: Ranking, tau: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest that each score, or its softmax, can be within the budget."""
+    low, high = ranking.scores - tau, ranking.scores + tau
+    if not ranking.softmax:
+        return low, high
+    top = np.max(high, axis=-1, keepdims=True, initial=-np.inf)
+    with np.errstate(invalid="ignore"):
+        small, large = (np.exp(x - np.where(np.isfinite(top), top, 0.0)) for x in (low, high))
+        others_small, others_large = (
+            np.maximum(np.sum(x, axis=-1, keepdims=True) - x, 0.0) for x in (small, large)
+        )
+        return small / (small + others_large), large / (large + others_small)
 
 
 def _masks(ranking: Ranking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -96,7 +96,9 @@ class Output:
 class Ranking:
     """What a selection must achieve: the best `k` of `scores` (..., n).
 
-    With a `threshold`, all scores strictly above it instead. `allowed`, `forced` and `extra` are
+    With a `threshold`, all scores strictly above it instead, or with `softmax` as well, all whose
+    softmax over the last axis is: scores are compared as logits, since huge ones decide for one
+    entry or another within their error. `allowed`, `forced` and `extra` are
     bool, shaped as the scores: entries that may, and that must, be chosen. `k` counts the forced
     ones; the extra ones are added after the choice, so that `k` counts those of them that are
     among the best. `exact` says when the scores carry no rounding error, so
@@ -111,6 +113,7 @@ class Ranking:
     forced: np.ndarray | None = None
     extra: np.ndarray | None = None
     threshold: float | None = None
+    softmax: bool = False
 
 
 @dataclass(frozen=True)

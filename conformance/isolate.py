@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnspec.conformance.case import Case, SavedCase
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 START_UP = 120.0
 """Seconds a fresh process may take before its first law, beyond the time of that law."""
+
+POLL = 1.0
+"""Seconds between looks at whether the process is still alive, and still wanted."""
 
 
 class Child:
@@ -35,6 +40,7 @@ class Child:
         self.saved = list(saved)
         self.context = multiprocessing.get_context("spawn")
         self.process: Any = None
+        self.cancelled = False
 
     def run(self, task: Task, timeout: float) -> Result:
         """The task's result; "crash" with the case it was on if the child did not come back."""
@@ -48,11 +54,15 @@ class Child:
         while True:
             try:
                 left = max(0.0, deadline - time.monotonic())
-                kind, payload = self.outbox.get(timeout=left)
+                kind, payload = self.outbox.get(timeout=min(left, POLL))
             except queue.Empty:
                 reason = f"did not finish within {timeout:g} s"
                 if not self.process.is_alive():
                     reason = f"killed its process (exit code {self.process.exitcode})"
+                elif self.cancelled:
+                    reason = "was cancelled"
+                elif left > POLL:
+                    continue
                 self._stop()
                 return self._crash(task, reason, current)
             if kind == "case":
@@ -105,12 +115,59 @@ class Child:
         )  # fmt: skip
 
 
+def run_side_by_side(
+    groups: Sequence[Sequence[tuple[int, Task]]],
+    make_child: Callable[[], Child],
+    jobs: int,
+    timeout: float,
+) -> Generator[tuple[int, Result], None, None]:
+    """Numbers and results of all tasks as they come, from so many processes at a time.
+
+    A group of tasks runs in one process. Closing the iterator cancels what has not finished.
+    """
+    waiting: queue.SimpleQueue[Sequence[tuple[int, Task]]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Result] | Exception] = queue.SimpleQueue()
+    for group in groups:
+        waiting.put(group)
+    children = [make_child() for _ in range(min(jobs, len(groups)))]
+
+    def work(child: Child) -> None:
+        try:
+            while not child.cancelled:
+                for number, task in waiting.get_nowait():
+                    if not child.cancelled:
+                        done.put((number, child.run(task, timeout)))
+        except queue.Empty:
+            return
+        except Exception as error:
+            done.put(error)
+        finally:
+            child.close()
+
+    threads = [threading.Thread(target=work, args=(child,)) for child in children]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(sum(len(group) for group in groups)):
+            outcome = done.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
+    finally:
+        for child in children:
+            child.cancelled = True
+        for thread in threads:
+            thread.join()
+
+
 def _work(
     kernels: list[Kernel], profile: Profile, saved: list[SavedCase], inbox: Any, outbox: Any
 ) -> None:
     from attnspec.conformance.laws import laws
     from attnspec.conformance.runner import Task, run_task
 
+    # An interrupt from the keyboard reaches every process; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (order := inbox.get()) is not None:
         number, law, dtype = order
         task = Task(kernels[number], laws()[law], dtype)

@@ -41,24 +41,37 @@ class Model:
 
     dtype: str
     generator: np.random.Generator
+    alike: bool = False
 
     @property
     def compute(self) -> str:
         return accumulator(self.dtype)
 
     def operand(self, x: np.ndarray) -> np.ndarray:
-        """`x` as an operand of a contraction: entries the dtype lacks are off by half a unit.
+        """`x` as an operand of a contraction: entries the dtype lacks are off, at most half a unit.
 
-        Which way they fall is a kernel's choice too, since it may scale them before it rounds.
+        Which way they fall is a kernel's choice too, since it may scale them before it rounds. No
+        error is near 0, or a row of one entry would have next to no budget. If they are `alike`,
+        equal entries fall the same way, as in a kernel; where many are equal that does not average
+        out.
         """
         nearest = round_to(x, self.dtype).astype(np.float64)
         if self.dtype == self.compute:
             return nearest
         unit = np.maximum(np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1), TINY[self.dtype])
         with np.errstate(invalid="ignore"):
-            error = self.generator.uniform(-0.5, 0.5, x.shape) * unit
             inside = (nearest != x) & np.isfinite(nearest)
-            return np.where(inside, x + error, nearest)
+            return np.where(inside, x + self._fall(x) * unit, nearest)
+
+    def _fall(self, x: np.ndarray) -> np.ndarray:
+        """Where entries fall, in units: 0.15 to 0.4 up or down, as large in the mean as uniform."""
+        if self.alike:
+            values, place = np.unique(x, return_inverse=True)
+            return self._falls(values.shape)[place].reshape(x.shape)
+        return self._falls(x.shape)
+
+    def _falls(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.generator.choice((-1.0, 1.0), shape) * self.generator.uniform(0.15, 0.4, shape)
 
     def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
         """`exact` off by about one unit of accumulation error relative to `size`, sign at random.
@@ -76,9 +89,9 @@ _model: ContextVar[Model] = ContextVar("model")
 
 
 @contextmanager
-def rounded_arithmetic(dtype: str, seed: int) -> Iterator[None]:
+def rounded_arithmetic(dtype: str, seed: int, alike: bool = False) -> Iterator[None]:
     """Within this context `Rounded` arrays compute as a kernel of `dtype` does."""
-    token = _model.set(Model(dtype, np.random.default_rng(seed)))
+    token = _model.set(Model(dtype, np.random.default_rng(seed), alike))
     try:
         yield
     finally:

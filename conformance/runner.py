@@ -1,4 +1,4 @@
-"""Search for a counterexample to each law, law by law, and put together a report."""
+"""Search for a counterexample to one law on one kernel in one dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -19,8 +18,7 @@ from attnspec.conformance.explain import conditions
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws import laws, laws_for
 from attnspec.conformance.laws.base import Law
-from attnspec.conformance.report import Failure, Report, Result
-from attnspec.conformance.saved import load_case, load_cases
+from attnspec.conformance.report import Failure, Result
 from attnspec.conformance.trial import Refused, Trial
 from attnspec.conformance.violation import Violation
 
@@ -225,76 +223,3 @@ def replay(kernel: Kernel, saved: SavedCase) -> Failure | None:
     except Violation as violation:
         return _failure(task, saved.case, violation)
     return None
-
-
-def unexpected_passes(kernels: Iterable[Kernel]) -> list[Result]:
-    """Known failures whose witness case passes by now: the entry must go."""
-    results = []
-    for kernel in kernels:
-        for known in kernel.known:
-            saved = load_case(Path(known.witness))
-            if known.quarantine:
-                continue
-            trial = Trial(kernel, find_contract(kernel.operation), saved.case)
-            try:
-                check_case(laws()[known.law], trial)
-            except Violation:
-                continue
-            results.append(
-                Result(kernel.name, kernel.operation, known.law, saved.case.dtype,
-                       "unexpected pass", 1, 0.0, {}, None, note=known.issue)
-            )  # fmt: skip
-    return results
-
-
-def certify(
-    kernel: Kernel | Sequence[Kernel],
-    *,
-    profile: str | Profile = "ci",
-    dtypes: Sequence[str] | None = None,
-    laws: Sequence[str] | None = None,
-    cases: str | Path | None = None,
-    isolate: bool | None = None,
-    timeout: float = 120.0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Report:
-    """Certify one kernel, or several, against the reference.
-
-    profile: "smoke", "ci" or "thorough". cases: folder of counterexamples, replayed first and
-    written to; `StaleCase` if one of these kernels' no longer fits. isolate: run in a child process
-    with `timeout` seconds a law, so that a crash or a hang is a result; by default only for CUDA
-    kernels. Returns a `Report`; an interrupted run returns what it has.
-    """
-    kernels = [kernel] if isinstance(kernel, Kernel) else list(kernel)
-    if isinstance(profile, str):
-        if profile not in PROFILES:
-            raise ValueError(f"profile: got {profile!r}, expected one of {tuple(PROFILES)}")
-        profile = PROFILES[profile]
-    tasks = plan(kernels, dtypes, laws)
-    folder = Path(cases) if cases is not None else None
-    saved = load_cases(folder, kernels) if folder else []
-    report = Report(profile=profile.name)
-    from attnspec.conformance.isolate import Child
-
-    child: Child | None = None
-    try:
-        for number, task in enumerate(tasks):
-            if progress:
-                progress(number, len(tasks), str(task))
-            alone = task.kernel.device == "cuda" if isolate is None else isolate
-            if alone:
-                child = child or Child(kernels, profile, saved)
-                result = child.run(task, timeout)
-            else:
-                result = run_task(task, profile, saved)
-            report.add(result)
-            if result.failure is not None and folder is not None:
-                result.failure.save(folder)
-    except KeyboardInterrupt:
-        report.interrupted = True
-    finally:
-        if child is not None:
-            child.close()
-    for result in unexpected_passes(kernels):
-        report.add(result)
-    return report

@@ -9,9 +9,9 @@ from typing import Any
 
 from attnspec.conformance.bench.model import Benchmark, Unavailable
 from attnspec.conformance.bench.timing import Ceilings, measure_ceilings, time_call
+from attnspec.conformance.certification import certify
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.report import environment
-from attnspec.conformance.runner import certify
 
 
 def run_benchmarks(

@@ -134,8 +134,9 @@ def call_starts(
 ) -> Tensor:
     """int64: the first token of the call of each token from `first`, itself the start of one."""
     begin = starts.index(first)
-    repeats = torch.tensor(sizes[begin:])
-    return torch.tensor(starts[begin:]).repeat_interleave(repeats).to(device)
+    repeats, tokens = torch.tensor(sizes[begin:]), sum(sizes[begin:])
+    begins = torch.tensor(starts[begin:]).repeat_interleave(repeats, output_size=tokens)
+    return begins.to(device)
 
 
 def call_ranges(

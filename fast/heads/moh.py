@@ -155,7 +155,9 @@ def mix_heads(
     """
     check_tensor("head_outputs", head_outputs, ("batch", "H", "tokens", "dv"), FLOATS)
     _check_mix(gates, head_outputs, head_outputs.shape, Wo, bo)
-    mixed = (gates[..., None] * head_outputs.transpose(1, 2)).to(head_outputs.dtype)
+    # A gate's gradient is a sum over dv: like the product itself it is taken in float32 or wider.
+    wide = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    mixed = (wide[..., None] * head_outputs.transpose(1, 2)).to(head_outputs.dtype)
     out = product(mixed.flatten(2), Wo.mT)
     return out if bo is None else out + bo
 

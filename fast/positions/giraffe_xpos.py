@@ -142,5 +142,7 @@ def _grown(x: Tensor, p: Tensor, N: int, b: float, base: float, sign: int) -> Te
 def _amplitudes(d: int, p: Tensor, N: int, b: float) -> Tensor:
     """Amplitudes (..., d/2), float64; a negative `b` gives their inverse."""
     pairs = torch.arange(0, d, 2, device=p.device, dtype=torch.float64)
-    zeta = (pairs + 0.4 * d) / (1.4 * d)
-    return zeta ** ((p.double() - N // 2) / float(b))[..., None]
+    # On CUDA torch turns division by a number into a product with its reciprocal, one unit off.
+    width, scale = pairs.new_full((), 1.4 * d), pairs.new_full((), float(b))
+    zeta = (pairs + 0.4 * d) / width
+    return zeta ** ((p.double() - N // 2) / scale)[..., None]

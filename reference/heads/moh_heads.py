@@ -100,7 +100,7 @@ def mix_heads_backward(
     wide = dout @ Wo
     split = wide.reshape(*wide.shape[:-1], gates.shape[-1], head_outputs.shape[-1])
     dmixed = np.swapaxes(split, -2, -3)
-    dgates = np.swapaxes(np.sum(dmixed * head_outputs, axis=-1), -1, -2)
+    dgates = np.einsum("...htv,...htv->...th", dmixed, head_outputs)
     leading = tuple(range(dout.ndim - 2))
     mixed = _concatenated(factors * head_outputs)
     dWo = np.sum(np.einsum("...to,...tw->...ow", dout, mixed), axis=leading)

@@ -13,6 +13,7 @@ from attnspec.fast.engines.decode import decode
 from tests.decode_cases import CASES, Case, arguments, check, compare, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LAUNCHING = [name for name in CASES if name not in ("no queries", "no batch")]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,7 +55,7 @@ def test_cases(name: str, dtype: torch.dtype) -> None:
         check(name, dtype, "cuda")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LAUNCHING)
 def test_a_graph_serves_other_data(name: str) -> None:
     """Capture, change every tensor in place, lengths too, and replay."""
     (q, k, v, options, _), expected = arguments(name, torch.bfloat16, "cuda")
@@ -62,7 +63,7 @@ def test_a_graph_serves_other_data(name: str) -> None:
     graph.replay()
     compare(got, expected, torch.bfloat16)
     for x in (q, k, v):
-        x.nan_to_num_(0.5).copy_(x.flip(0) * 0.75)
+        x.nan_to_num_(0.5, posinf=0.5).copy_(x.flip(0) * 0.75)
     if "lengths" in options:
         options["lengths"].copy_(options["lengths"] // 2)
     if "index" in options:

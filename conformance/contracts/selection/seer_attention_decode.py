@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Ranking
 from attnspec.conformance.contracts.selection.seer_attention_selection import KINDS, even
-from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.selection.seer_attention_decode import (
     GateCache,
 )
@@ -83,7 +82,7 @@ def rank(scores: np.ndarray, b: int, tau: float | None, budget: int | None) -> R
     nb = scores.shape[-1]
     last = np.broadcast_to(np.arange(nb) == nb - 1, scores.shape)
     if tau is not None:
-        return Ranking(softmax(scores), threshold=tau, extra=last)
+        return Ranking(scores, threshold=tau, softmax=True, extra=last)
     return Ranking(scores, (4096 if budget is None else budget) // b, "always", extra=last)
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Ranking
 from attnspec.conformance.values import make_values
-from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.selection.seer_attention_gate import gate_rope, gate_scores, pool_blocks
 from attnspec.reference.selection.seer_attention_selection import ratio_to_k
 
@@ -58,7 +57,7 @@ def rank_blocks(
     last_dense: bool,
     force_diagonal: bool,
 ) -> Ranking:
-    """The gate's scores, or their softmax where a threshold decides."""
+    """The gate's scores, of which a ratio or a threshold on their softmax chooses."""
     pq, pk = pool_blocks(q, b, q_kinds), pool_blocks(k, b, k_kinds)
     nb = pq.shape[-2]
     cos, sin = gate_rope(nb, b, Wk.shape[-1], base)
@@ -66,8 +65,9 @@ def rank_blocks(
     if rho is not None:
         return rank_ratio(G, rho, last_dense, force_diagonal, exact="never")
     return Ranking(
-        softmax(G),
+        G,
         threshold=2e-3 if tau is None else tau,
+        softmax=True,
         allowed=np.broadcast_to(np.tri(nb, dtype=bool), G.shape),
         extra=np.broadcast_to(finish(nb, last_dense, force_diagonal), G.shape),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,11 @@ def _rank_whole(a: Mapping[str, Any]) -> Ranking:
     for t in range(T):
         one = rank(np.repeat(_gate(a, t), group, axis=-2), a["b"], a["tau"], a["budget"])
         missing = [(0, 0), (0, 0), (0, most - one.scores.shape[-1])]
-        scores.append(np.pad(one.scores, missing))
+        scores.append(np.pad(one.scores, missing, constant_values=-np.inf))
         allowed.append(np.pad(np.ones(one.scores.shape, bool), missing))
         extra.append(np.pad(np.asarray(one.extra), missing))
     rows = [np.concatenate(part, axis=-2) for part in (scores, allowed, extra)]
-    return Ranking(rows[0], one.k, allowed=rows[1], extra=rows[2], threshold=one.threshold)
+    return replace(one, scores=rows[0], allowed=rows[1], extra=rows[2])
 
 
 def _start(a: Mapping[str, Any]) -> State:

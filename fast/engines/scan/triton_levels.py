@@ -129,14 +129,13 @@ def weigh_rows(Q, g, dtype: tl.constexpr, C: tl.constexpr, REACH: tl.constexpr):
         near = sum_rows(group_weights(SOME, C), g, dtype)
         level = tl.where(tl.min(tl.min(near, 1), 0) >= lowest, SOME, 0)
         near = tl.where(level > 0, near, 0.0)
-        down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        until = sum_rows(tl.where(down >= across, 1.0, 0.0), g, dtype)
-        behind = sum_rows(tl.where(down < across, 1.0, 0.0), g, dtype)
     else:
         level = tl.full((), 0, tl.int32)
         near = tl.zeros_like(g)
-        until = tl.cumsum(g, 0) * LOG2E
-        behind = tl.sum(g, 0)[None, :] * LOG2E - until
+    # Not the total less what is until a row: where little is left, that difference is all error.
+    down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    until = sum_rows(tl.where(down >= across, 1.0, 0.0), g, dtype)
+    behind = sum_rows(tl.where(down < across, 1.0, 0.0), g, dtype)
     return Q, g, level, near, until, behind
 
 
