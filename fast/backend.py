@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -93,6 +95,14 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an integer >= {least}")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """`value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, expected a finite number > 0")
+    if not (float(value) > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -20,18 +20,20 @@ class Room:
 
 
 def append(
-    room: Room | None, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
+    room: Room | None, old: tuple[Tensor, ...], new: tuple[Tensor, ...], first: int = 0
 ) -> tuple[tuple[Tensor, ...], Room]:
     """The tensors `old` with the tokens of `new` behind them, and the room they live in.
 
-    Each is (batch, heads, tokens, ...). If `old` ends where `room` is used up to, the new tokens
+    Each is (batch, heads, tokens, ...); `old` begins at place `first` of its room, before which
+    lie tokens that are read no more. If `old` ends where `room` is used up to, the new tokens
     are written IN PLACE behind it; `old` itself, a view of what is before, keeps its values. Else
     (no room, too little of it, or another continuation of `old` has taken it) everything moves to
     new buffers, an eighth larger than needed, so that a copy is paid for by many steps.
     """
     tokens, added = old[0].shape[TOKENS], new[0].shape[TOKENS]
-    total = tokens + added
-    if room is None or room.used != tokens or room.buffers[0].shape[TOKENS] < total:
+    total = first + tokens + added
+    if room is None or room.used != first + tokens or room.buffers[0].shape[TOKENS] < total:
+        first, total = 0, tokens + added
         capacity = total + max(64, total // 8)
         buffers = []
         for x in old:
@@ -40,9 +42,9 @@ def append(
             buffers.append(buffer)
         room = Room(tuple(buffers), tokens)
     for buffer, x in zip(room.buffers, new, strict=True):
-        buffer[:, :, tokens:total] = x
+        buffer[:, :, total - added : total] = x
     room.used = total
-    return tuple(buffer[:, :, :total] for buffer in room.buffers), room
+    return tuple(buffer[:, :, first:total] for buffer in room.buffers), room
 
 
 def checkable(x: Tensor) -> bool:

@@ -149,6 +149,21 @@ def check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
         )
 
 
+def check_lengths(lengths: np.ndarray, leading: tuple[int, ...], tokens: int) -> None:
+    """K14: `lengths`, the real tokens of sequences padded on the right to `tokens`, are integers of
+    0 to `tokens` with the leading axes of the sequences.
+
+    >>> check_lengths(np.array([2, 5]), (2,), 4)
+    Traceback (most recent call last):
+    ValueError: lengths: got [2, 5], expected 0 to 4 tokens
+    """
+    check_array("lengths", lengths, (), dtype="int")
+    if lengths.shape != leading:
+        raise ValueError(f"lengths: got shape {lengths.shape}, expected {leading}, as q")
+    if np.any((lengths < 0) | (lengths > tokens)):
+        raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {tokens} tokens")
+
+
 def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
     """K1, K7, K14: q, k and v fit one another.
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size, check_tensor
+from attnspec.fast.backend import check_attention_inputs, check_size
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
-from attnspec.fast.growing import checkable
+from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.longlora_groups import (
     check_bool,
     check_groups,
@@ -107,10 +107,7 @@ def grouped_attend(
         else:
             parts.append(_cut(*inputs, G, G // 2 if shifted else G, options))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-    if real is None:
-        return out, lse
-    rows = real[:, None]
-    return out.where(rows[..., None], 0.0), lse.where(rows, -float("inf"))
+    return (out, lse) if real is None else without_padding(out, lse, real)
 
 
 def _shares(H: int, kv_heads: int) -> list[tuple[slice, slice, bool]]:
@@ -155,11 +152,4 @@ def _real(q: Tensor, lengths: Any, variant: str) -> Tensor:
     """bool (batch, T), which tokens are real."""
     if variant == "roll":
         raise ValueError("lengths: got some with variant 'roll', expected None")
-    check_tensor("lengths", lengths, ("batch",), INTEGERS)
-    check_size("lengths", lengths.shape[0], q.shape[0], "batch, as in q")
-    if lengths.device != q.device:
-        raise ValueError(f"lengths: got device {lengths.device}, expected {q.device}, as q")
-    T = q.shape[2]
-    if checkable(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
-        raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {T} tokens")
-    return torch.arange(T, device=q.device) < lengths[:, None]
+    return real_tokens(q, lengths)

@@ -19,6 +19,7 @@ from attnspec.fast.backend import (
     DTYPES,
     check_choice,
     check_integer,
+    check_positive,
     check_same,
     check_tensor,
     choose_backend,
@@ -136,7 +137,7 @@ def axis_stats(
     """Mean and unbiased variance plus `eps` of z along `axis`, which is kept with length 1."""
     axis = _check_input("z", z, axis)
     _check_mask(mask, z)
-    _check_positive("eps", eps)
+    check_positive("eps", eps)
     _check_flag("exact_mask", exact_mask)
     entries = z.shape[axis]
     if entries < 2:
@@ -188,7 +189,7 @@ def normalise(
 ) -> Tensor:
     """Weights along `axis` from the log of raw ones; those hidden by `mask` are 0."""
     axis = _check_input("logw", logw, axis)
-    _check_positive("eps", eps)
+    check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     _check_mask(mask, logw)
     log = logw.to(wide(logw))
@@ -258,7 +259,7 @@ def _backend(backend: str | None, x: Tensor) -> str:
 
 
 def _options(eps: Any, clamp: Any, combine: Any, exact_mask: Any, residual: bool) -> Options:
-    _check_positive("eps", eps)
+    check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     check_choice("combine", combine, COMBINATIONS)
     _check_flag("exact_mask", exact_mask)
@@ -331,13 +332,6 @@ def _check_gaussians(
     fine = torch.isfinite(delta).all() & (torch.isfinite(c) & (c != 0)).all()
     if not bool(fine):
         raise ValueError(f"{name or 'c'}: expected finite offsets and widths, no width of 0")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a finite number > 0")
-    if not (float(value) > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 
 def _check_flag(name: str, value: Any) -> None:

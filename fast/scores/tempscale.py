@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs
+from attnspec.fast.backend import check_attention_inputs, check_positive
 from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.engines.flash.checks import FLOATS, check_heads
 
@@ -43,11 +39,11 @@ def tempered_attention(
     if bias is not None:
         raise ValueError("bias: got one, expected None: the flash engine adds no bias")
     if scale is not None:
-        _check_positive("scale", scale)
+        check_positive("scale", scale)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     options = {"causal": causal, "backend": backend, **mask_options(k, mask)}
     if not isinstance(tau, Tensor):
-        _check_positive("tau", tau)
+        check_positive("tau", tau)
         return flash(q, k, v, scale=scale / float(tau), **options)
     _check_temperatures(q, tau)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -61,10 +57,3 @@ def _check_temperatures(q: Tensor, tau: Tensor) -> None:
     known = not tau.is_cuda and not torch.compiler.is_compiling()
     if known and not bool(((tau > 0) & torch.isfinite(tau)).all()):
         raise ValueError(f"tau: got {tau.tolist()}, expected finite numbers > 0")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a finite number > 0")
-    if not (float(value) > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: got {value}, expected a finite number > 0")

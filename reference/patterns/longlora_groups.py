@@ -16,6 +16,7 @@ from attnspec.reference.conventions import (
     check_attention_inputs,
     check_choice,
     check_integer,
+    check_lengths,
     check_size,
 )
 
@@ -180,8 +181,4 @@ def check_inputs(q: Any, k: Any, v: Any, G: Any, variant: Any, lengths: Any, cau
         return
     if variant == "roll":
         raise ValueError("lengths: got some with variant 'roll', expected None")
-    check_array("lengths", lengths, (), dtype="int")
-    if lengths.shape != q.shape[:-3]:
-        raise ValueError(f"lengths: got shape {lengths.shape}, expected {q.shape[:-3]}, as q")
-    if np.any((lengths < 0) | (lengths > T)):
-        raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {T} tokens")
+    check_lengths(lengths, q.shape[:-3], T)
