@@ -21,6 +21,7 @@ from attnspec.fast.backend import (
     product,
 )
 from attnspec.fast.engines.relative import relative
+from attnspec.fast.engines.weights import average
 
 FLOATS = (*DTYPES, torch.float64)
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -220,15 +221,7 @@ def attend(logits: Tensor, mask: Tensor | None, v: Tensor) -> tuple[Tensor, Tens
                 f"{tuple(logits.shape)}"
             )
         logits = torch.where(mask, logits, -float("inf"))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    top = logits.to(wide).amax(-1, keepdim=True) if logits.shape[3] else logits.to(wide)
-    weights = torch.exp(logits.to(wide) - torch.where(torch.isneginf(top), 0.0, top))
-    total = weights.sum(-1, keepdim=True)
-    P = weights / torch.where(total == 0, 1.0, total)
-    values = v.to(wide).repeat_interleave(logits.shape[1] // v.shape[1], 1)
-    unread = (P == 0).all(-2)[..., None]
-    out = product(P, torch.where(unread, 0.0, values))
-    return out.to(v.dtype), P.to(logits.dtype)
+    return average(logits, v.repeat_interleave(logits.shape[1] // v.shape[1], 1))
 
 
 def decode_relative(q_row: Tensor, E: Tensor, n_keys: int, scale: float | None = None) -> Tensor:

@@ -6,6 +6,7 @@ the results rounded back. All strides are read in place.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     table: Tensor,
+    table_bias: Tensor | None,
+    key_bias: Tensor | None,
     zero: int,
     scale: float,
     causal: bool,
@@ -37,8 +40,9 @@ def forward(
     )
     tiles = flash_host.tile_table(q_tokens, k_tokens, 0, None, None)
     arguments = [
-        wide.numpy(), *(flash_host.widened(x).numpy() for x in (k, v, table)), out.numpy(),
-        lse.numpy(), zero, scale, *see, tiles,
+        wide.numpy(), *(flash_host.widened(x).numpy() for x in (k, v, table)),
+        *biases(table_bias, key_bias, wide.dtype), out.numpy(), lse.numpy(), zero, scale, *see,
+        tiles,
     ]  # fmt: skip
     flash_host.run_parts(
         numba_kernels.forward_kernel(flash_host.number_type(wide)), arguments,
@@ -48,6 +52,16 @@ def forward(
     return out.to(q.dtype), lse
 
 
+def biases(
+    table_bias: Tensor | None, key_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of the biases, empty where absent."""
+    return (
+        flash_host.option_array(table_bias, 2, dtype),
+        flash_host.option_array(key_bias, 3, dtype),
+    )
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor,
@@ -55,14 +69,16 @@ def backward(
     k: Tensor,
     v: Tensor,
     table: Tensor,
+    table_bias: Tensor | None,
+    key_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     zero: int,
     scale: float,
     causal: bool,
     row_start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dtable in the inputs' dtype."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dtable and those of the biases in the inputs' dtype; empty for absent ones."""
     wide, wide_dout = flash_host.widened(q), flash_host.widened(dout)
     batch, heads, q_tokens, d = q.shape
     kv_heads, k_tokens, d_v = k.shape[1], k.shape[2], v.shape[3]
@@ -78,10 +94,15 @@ def backward(
     dk = torch.zeros(shares, batch, kv_heads, k_tokens, d_padded, dtype=wide.dtype)
     dv = torch.zeros(shares, batch, kv_heads, k_tokens, dv_padded, dtype=wide.dtype)
     dtable = torch.zeros(shares, batch, heads, table.shape[1], d_padded, dtype=wide.dtype)
+    rows, keys = table.shape[1] * (table_bias is not None), k_tokens * (key_bias is not None)
+    dtable_bias = torch.zeros(shares, batch, heads, rows, dtype=wide.dtype)
+    dkey_bias = torch.zeros(shares, batch, heads, keys, dtype=wide.dtype)
     arguments = [
-        wide.numpy(), *(flash_host.widened(x).numpy() for x in (k, v, table)), wide_dout.numpy(),
-        lse.detach().numpy(), shift.numpy(), dq.numpy(), dk.numpy(), dv.numpy(), dtable.numpy(),
-        zero, scale, *see, tiles,
+        wide.numpy(), *(flash_host.widened(x).numpy() for x in (k, v, table)),
+        *biases(table_bias, key_bias, wide.dtype), wide_dout.numpy(), lse.detach().numpy(),
+        shift.numpy(),
+        *(x.numpy() for x in (dq, dk, dv, dtable, dtable_bias, dkey_bias)), zero, scale, *see,
+        tiles,
     ]  # fmt: skip
     flash_host.run_parts(
         numba_kernels.backward_kernel(flash_host.number_type(wide)), arguments,
@@ -89,10 +110,12 @@ def backward(
         wide.dtype, numba_kernels.backward_scratch(d_padded, dv_padded),
         flash_host.most_spans_of(k_tokens, see[7], 0),
     )  # fmt: skip
-    grad = dtable.sum((0, 1))[..., :d]
+    grad, bias_grad = dtable.sum((0, 1))[..., :d], dtable_bias.sum((0, 1))
     if table.shape[0] == 1:
-        grad = grad.sum(0, keepdim=True)
+        grad, bias_grad = grad.sum(0, keepdim=True), bias_grad.sum(0, keepdim=True)
     return (
         dq.to(q.dtype), dk.sum(0)[..., :d].to(k.dtype).contiguous(),
         dv.sum(0)[..., :d_v].to(v.dtype).contiguous(), grad.to(table.dtype).contiguous(),
+        bias_grad if rows else bias_grad.new_empty(0),
+        dkey_bias.sum(0) if keys else dkey_bias.new_empty(0),
     )  # fmt: skip

@@ -95,7 +95,39 @@ def band_of(grads, band, keys, rows):
 
 
 @njit(**INNER)
-def attend_tile(q, k, v, table, out, lse, zero, scale, see, batch, head, tile, scratch, spans):
+def add_table_bias(band, bias, head, first, count, columns, factor):
+    """Add to row n of the band (count, QUERIES) the bias of table row first + n, if it is there."""
+    head = head if bias.shape[0] > 1 else 0
+    for n in range(max(0, -first), min(count, bias.shape[1] - first)):
+        value = bias[head, first + n] * factor
+        for row in range(columns):
+            put(band, n * QUERIES + row, get(band, n * QUERIES + row) + value)
+
+
+@njit(**INNER)
+def add_key_bias(scores, bias, batch, head, start, keys, columns, factor):
+    """Add to row n of scores (keys, QUERIES) the bias of key start + n."""
+    for n in range(keys):
+        value = bias[batch, head, start + n] * factor
+        for row in range(columns):
+            put(scores, n * QUERIES + row, get(scores, n * QUERIES + row) + value)
+
+
+@njit(**INNER)
+def sum_rows(x, count, rows, factor, sums):
+    """Add to sums[n] the sum of the `rows` numbers in row n of x (count, QUERIES)."""
+    for n in range(count):
+        total = 0.0
+        for row in range(rows):
+            total += get(x, n * QUERIES + row)
+        sums[n] += total * factor
+
+
+@njit(**INNER)
+def attend_tile(
+    q, k, v, table, table_bias, key_bias, out, lse, zero, scale, see, batch, head, tile, scratch,
+    spans,
+):  # fmt: skip
     """Output and lse of the queries of one tile of one head."""
     first, last, _, _, shift = tile
     d, dv, rows = q.shape[3], v.shape[3], last - first
@@ -109,7 +141,8 @@ def attend_tile(q, k, v, table, out, lse, zero, scale, see, batch, head, tile, s
     total = offset(most, QUERIES)
     band = offset(total, QUERIES)
     entries = offset(band, BAND * QUERIES)
-    load_transposed(q, batch, head, first, last, scale / math.log(2), columns, queries)
+    factor = scale / math.log(2)
+    load_transposed(q, batch, head, first, last, factor, columns, queries)
     for row in range(columns):
         put(most, row, -np.inf)
         put(total, row, 0.0)
@@ -120,9 +153,13 @@ def attend_tile(q, k, v, table, out, lse, zero, scale, see, batch, head, tile, s
         keys = stop - start
         at, row, step = row_address(k, batch, kv_head, start)
         multiply(at, row, step, queries, QUERIES, scores, QUERIES, keys, d, columns, True)
+        if key_bias.size:
+            add_key_bias(scores, key_bias, batch, head, start, keys, columns, factor)
         low, count = zero + start - (last - 1 + shift), keys + rows - 1
         if load_band(table, head, low, count, d, entries):
             multiply(entries, d, 1, queries, QUERIES, band, QUERIES, count, d, columns, True)
+            if table_bias.size:
+                add_table_bias(band, table_bias, head, low, count, columns, factor)
             add_band(scores, band, keys, rows)
         if span_state(see, batch, head, tile, start, stop) != FULL:
             hide(see, batch, head, tile, start, stop, scores, -np.inf)
@@ -141,9 +178,10 @@ def attend_tile(q, k, v, table, out, lse, zero, scale, see, batch, head, tile, s
 
 
 @njit(**INNER)
-def backward_tile(q, k, v, table, dout, lse, shifts_of, dq, dk, dv, dtable, zero, scale, see, batch,
-                  head, tile, scratch, spans):  # fmt: skip
-    """Write dq of one tile of one head, and add to dk, dv and dtable, the sums of this task."""
+def backward_tile(q, k, v, table, table_bias, key_bias, dout, lse, shifts_of, dq, dk, dv, dtable,
+                  dtable_bias, dkey_bias, zero, scale, see, batch, head, tile, scratch,
+                  spans):  # fmt: skip
+    """Write dq of one tile of one head, and add to the others, the sums of this task."""
     first, last, _, _, shift = tile
     d, d_v, rows = q.shape[3], v.shape[3], last - first
     d_padded, dv_padded = dk.shape[1], dv.shape[1]
@@ -168,7 +206,8 @@ def backward_tile(q, k, v, table, dout, lse, shifts_of, dq, dk, dv, dtable, zero
         put(shifts, row, shifts_of[batch, head, first + row] if there else 0.0)
     load_rows(q, batch, head, first, rows, scale, d_padded, q_rows)
     load_rows(dout, batch, head, first, rows, 1.0, dv_padded, dout_rows)
-    load_transposed(q, batch, head, first, last, scale / math.log(2), columns, across)
+    factor = scale / math.log(2)
+    load_transposed(q, batch, head, first, last, factor, columns, across)
     load_transposed(dout, batch, head, first, last, 1.0, columns, dout_across)
     for at in range(QUERIES * d):
         put(dq_across, at, 0.0)
@@ -178,10 +217,14 @@ def backward_tile(q, k, v, table, dout, lse, shifts_of, dq, dk, dv, dtable, zero
         k_at, k_row, k_step = row_address(k, batch, kv_head, start)
         v_at, v_row, v_step = row_address(v, batch, kv_head, start)
         multiply(k_at, k_row, k_step, across, QUERIES, weights, QUERIES, keys, d, columns, True)
+        if key_bias.size:
+            add_key_bias(weights, key_bias, batch, head, start, keys, columns, factor)
         low, count = zero + start - (last - 1 + shift), keys + rows - 1
         banded = load_band(table, head, low, count, d_padded, entries)
         if banded:
             multiply(entries, d_padded, 1, across, QUERIES, band, QUERIES, count, d, columns, True)
+            if table_bias.size:
+                add_table_bias(band, table_bias, head, low, count, columns, factor)
             add_band(weights, band, keys, rows)
         full = span_state(see, batch, head, tile, start, stop) == FULL
         if not full:
@@ -197,6 +240,8 @@ def backward_tile(q, k, v, table, dout, lse, shifts_of, dq, dk, dv, dtable, zero
         multiply(grads, QUERIES, 1, q_rows, d_padded, address(dk[start:]), d_padded, keys, rows,
                  d_padded, False)  # fmt: skip
         multiply(k_at, k_step, k_row, grads, QUERIES, dq_across, QUERIES, d, keys, columns, False)
+        if key_bias.size:
+            sum_rows(grads, keys, rows, scale, dkey_bias[start:])
         if banded:
             band_of(grads, band, keys, rows)
             multiply(entries, 1, d_padded, band, QUERIES, dq_across, QUERIES, d, count, columns,
@@ -206,14 +251,19 @@ def backward_tile(q, k, v, table, dout, lse, shifts_of, dq, dk, dv, dtable, zero
             multiply(offset(band, skipped * QUERIES), QUERIES, 1, q_rows, d_padded,
                      address(dtable[low + skipped:]), d_padded, there, rows, d_padded,
                      False)  # fmt: skip
+            if table_bias.size:
+                sum_rows(
+                    offset(band, skipped * QUERIES), there, rows, scale,
+                    dtable_bias[low + skipped :],
+                )  # fmt: skip
     for row in range(rows):
         for channel in range(d):
             dq[batch, head, first + row, channel] = get(dq_across, channel * QUERIES + row) * scale
 
 
 def _forward(
-    q, k, v, table, out, lse, zero, scale, causal, window, sinks, row_start, row_end, key_mask,
-    mask,
+    q, k, v, table, table_bias, key_bias, out, lse, zero, scale, causal, window, sinks, row_start,
+    row_end, key_mask, mask,
     block_index, block_count, block_full, q_block, k_block, tiles, part, parts, scratch, spans,
 ):  # fmt: skip
     """Fill one part of out and lse: every task congruent to `part`."""
@@ -225,19 +275,20 @@ def _forward(
     for task in range(part, batches * heads * per_head, parts):
         pair, tile = task // per_head, tile_at(tiles, task % per_head)
         attend_tile(
-            q, k, v, table, out, lse, zero, scale, see, pair // heads, pair % heads, tile, scratch,
-            spans,
+            q, k, v, table, table_bias, key_bias, out, lse, zero, scale, see, pair // heads,
+            pair % heads, tile, scratch, spans,
         )  # fmt: skip
 
 
 def _backward(
-    q, k, v, table, dout, lse, shift, dq, dk, dv, dtable, zero, scale, causal, window, sinks,
+    q, k, v, table, table_bias, key_bias, dout, lse, shift, dq, dk, dv, dtable, dtable_bias,
+    dkey_bias, zero, scale, causal, window, sinks,
     row_start, row_end, key_mask, mask, block_index, block_count, block_full, q_block, k_block,
-    tiles, part, parts,
-    scratch, spans,
+    tiles, part, parts, scratch, spans,
 ):  # fmt: skip
     """Fill one part of dq, and add to its zeros in dk, dv (shares, batch, kv_heads, k_tokens,
-    padded) and dtable (shares, batch, heads, rows, padded), as the flash engine's `_backward`.
+    padded), dtable (shares, batch, heads, rows, padded) and the biases' gradients, laid out as
+    theirs behind (shares, batch), as the flash engine's `_backward`.
     """
     see = Visible(
         causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
@@ -251,9 +302,11 @@ def _backward(
         for head in range(kv_head * group, (kv_head + 1) * group):
             for index in range(share, tiles.shape[0], shares):
                 backward_tile(
-                    q, k, v, table, dout, lse, shift, dq, dk[share, batch, kv_head],
-                    dv[share, batch, kv_head], dtable[share, batch, head], zero, scale, see, batch,
-                    head, tile_at(tiles, index), scratch, spans,
+                    q, k, v, table, table_bias, key_bias, dout, lse, shift, dq,
+                    dk[share, batch, kv_head], dv[share, batch, kv_head],
+                    dtable[share, batch, head], dtable_bias[share, batch, head],
+                    dkey_bias[share, batch, head], zero, scale, see, batch, head,
+                    tile_at(tiles, index), scratch, spans,
                 )  # fmt: skip
 
 
@@ -262,8 +315,8 @@ def forward_kernel(real: types.Type) -> Any:
     """The compiled kernel for numbers of type `real`: one signature, whatever the strides."""
     tensor, rows = strided(real, 4), strided(real, 3)
     signature = types.void(
-        tensor, tensor, tensor, rows, tensor, rows, types.int64, types.float64, *VISIBLE,
-        *work_types(real),
+        tensor, tensor, tensor, rows, strided(real, 2), rows, tensor, rows, types.int64,
+        types.float64, *VISIBLE, *work_types(real),
     )  # fmt: skip
     return njit(signature, **KERNEL)(_forward)
 
@@ -272,8 +325,9 @@ def forward_kernel(real: types.Type) -> Any:
 def backward_kernel(real: types.Type) -> Any:
     """The compiled kernel for numbers of type `real`: one signature, whatever the strides."""
     tensor, rows, sums = strided(real, 4), strided(real, 3), real[:, :, :, :, ::1]
+    flat = real[:, :, :, ::1]
     signature = types.void(
-        tensor, tensor, tensor, rows, tensor, rows, rows, tensor, sums, sums, sums, types.int64,
-        types.float64, *VISIBLE, *work_types(real),
+        tensor, tensor, tensor, rows, strided(real, 2), rows, tensor, rows, rows, tensor, sums,
+        sums, sums, flat, flat, types.int64, types.float64, *VISIBLE, *work_types(real),
     )  # fmt: skip
     return njit(signature, **KERNEL)(_backward)

@@ -24,14 +24,16 @@ def backward(
     k: Tensor,
     v: Tensor,
     table: Tensor,
+    table_bias: Tensor | None,
+    key_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     zero: int,
     scale: float,
     causal: bool,
     row_start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dtable in the inputs' dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dtable in the inputs' dtype, those of the biases, empty if absent, in float32.
 
     An upstream gradient whose rows are not aligned is copied, as in the flash engine.
     """
@@ -47,6 +49,8 @@ def backward(
             **host.inputs(q, k, v, table, chosen, dout),
             **host.shared_arguments(q, k, v, chosen, zero, scale, causal),
             "row_start": row_start,
+            "table_bias": table_bias,
+            "key_bias": key_bias,
             "lse2": lse2,
             "delta": delta,
         }
@@ -63,7 +67,11 @@ def backward(
     dv = v.new_empty((batch, heads, *v.shape[2:]), dtype=buffer)
     chosen, arguments = prepared("dkdv")
     place = host.grid(k_tokens, KEYS, batch * heads, q_tokens * token_bytes)
-    arguments |= {**place, "dk": dk, "dv": dv, "row_end": row_ends(row_start, k_tokens)}
+    dkey_bias = lse.new_empty(0 if key_bias is None else key_bias.shape)
+    arguments |= {
+        **place, "dk": dk, "dv": dv, "dkey_bias": dkey_bias,
+        "row_end": row_ends(row_start, k_tokens),
+    }  # fmt: skip
     host.launch(relative_dkdv_kernel, place["tiles"] * batch * heads, chosen, arguments)
     if heads != kv_heads:
         dk = dk.unflatten(1, (kv_heads, -1)).sum(2).to(k.dtype)
@@ -72,11 +80,13 @@ def backward(
     dtable = torch.empty(heads, *table.shape[1:], dtype=torch.float32, device=q.device)
     chosen, arguments = prepared("dtable")
     place = host.grid(table.shape[1], KEYS, heads, 2 * k_tokens * token_bytes)
-    arguments |= {**place, "dtable": dtable, "batches": batch}
+    dtable_bias = lse.new_empty((heads, table.shape[1]) if table_bias is not None else 0)
+    arguments |= {**place, "dtable": dtable, "dtable_bias": dtable_bias, "batches": batch}
     host.launch(relative_dtable_kernel, place["tiles"] * heads, chosen, arguments)
     if table.shape[0] == 1:
         dtable = dtable.sum(0, keepdim=True)
-    return dq, dk, dv, dtable.to(table.dtype)
+        dtable_bias = dtable_bias if table_bias is None else dtable_bias.sum(0, keepdim=True)
+    return dq, dk, dv, dtable.to(table.dtype), dtable_bias, dkey_bias
 
 
 def row_ends(row_start: Tensor | None, k_tokens: int) -> Tensor | None:

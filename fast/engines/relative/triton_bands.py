@@ -42,6 +42,26 @@ def load_within(
 
 
 @triton.jit
+def with_bias(products, bias, base, first, stop):
+    """Products with the entries [first, first + 64) as columns, plus the numbers of these at `base`
+    in `bias`, if there is one; entries outside [0, stop) have none.
+    """
+    if bias is not None:
+        at = first + tl.arange(0, 64)
+        number = tl.load(bias + base + at, mask=(at >= 0) & (at < stop), other=0.0)
+        # Not a plain sum, which would become the start of the product and make it wait.
+        products = tl.fma(products, 1.0, number[None, :] + tl.zeros_like(products))
+    return products
+
+
+@triton.jit
+def sum_columns(x, sums, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """`sums` (64, 16) plus, in its first column, the sums of the columns of x (ROWS, 64)."""
+    first = (tl.arange(0, 16)[None, :] + tl.zeros([ROWS, 1], tl.int32)) == 0
+    return tl.dot(x.T, first.to(x.dtype), sums, input_precision=PRECISION)
+
+
+@triton.jit
 def chunk_of(slant, ROWS: tl.constexpr):
     """Which of a tile's chunks of 64 table rows holds what ring column c of row r needs, from 0.
 

@@ -22,6 +22,7 @@ from attnspec.fast.engines.relative.triton_bands import (
     load_within,
     lowest,
     seen_pairs,
+    with_bias,
 )
 from attnspec.fast.engines.relative.triton_rotate import rotate
 
@@ -29,6 +30,7 @@ from attnspec.fast.engines.relative.triton_rotate import rotate
 @triton.jit
 def attend_tiles(
     begin, end, sums, bands, q_tile, k_source, v_source, table_source, place, factor,
+    table_bias, key_bias, at_table, at_keys, table_rows,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
@@ -49,6 +51,7 @@ def attend_tiles(
         k_tile = load_within(k_source, at, 64, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         ring = rotate(tl.where(chunk == NEWEST, new, waiting), slant & 63, ROWS)
+        ring = with_bias(ring, key_bias, at_keys, at, k_tokens)
         # Not a plain sum, which would become the start of the product and make it wait.
         scores = tl.fma(scores, 1.0, ring)
         # Each element keeps the chunks that it still needs. Passing `new` on as it is would keep
@@ -71,12 +74,13 @@ def attend_tiles(
         # One tile ahead, so that this product runs beside the others.
         band_tile = load_within(table_source, band + (i + 1) * 64, 64, WIDTH, D, ACCESS)
         new = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+        new = with_bias(new, table_bias, at_table, band + (i + 1) * 64, table_rows)
     return (top, total, mixed), (new, waiting, later)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def relative_forward_kernel(
-    q, k, v, table, out, lse, row_start,
+    q, k, v, table, table_bias, key_bias, out, lse, row_start,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -115,12 +119,17 @@ def relative_forward_kernel(
     band = zero + base - first - shift - (ROWS - 1) + 64 * (1 + WIDE)
     band_tile = load_within(table_source, band, 64, WIDTH, D, ACCESS)
     new = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+    at_table = h_table.to(tl.int64) * table_rows
+    at_keys = (b * HEADS + h).to(tl.int64) * k_tokens
+    new = with_bias(new, table_bias, at_table, band, table_rows)
     band_tile = load_within(table_source, band - 64, 64, WIDTH, D, ACCESS)
     waiting = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+    waiting = with_bias(waiting, table_bias, at_table, band - 64, table_rows)
     later = waiting
     if WIDE:
         band_tile = load_within(table_source, band - 128, 64, WIDTH, D, ACCESS)
         oldest = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+        oldest = with_bias(oldest, table_bias, at_table, band - 128, table_rows)
         waiting = tl.where(chunk_of(ROWS - 1 - tl.arange(0, ROWS), ROWS) == 0, oldest, waiting)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
@@ -130,14 +139,17 @@ def relative_forward_kernel(
     if row_start is not None:
         sums, bands = attend_tiles(
             0, full_from, sums, bands, q_tile, k_source, v_source, table_source, place, factor,
+            table_bias, key_bias, at_table, at_keys, table_rows,
             D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, True,
         )  # fmt: skip
     sums, bands = attend_tiles(
         full_from, full_to, sums, bands, q_tile, k_source, v_source, table_source, place, factor,
+        table_bias, key_bias, at_table, at_keys, table_rows,
         D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, False,
     )  # fmt: skip
     sums, bands = attend_tiles(
         full_to, count, sums, bands, q_tile, k_source, v_source, table_source, place, factor,
+        table_bias, key_bias, at_table, at_keys, table_rows,
         D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, True,
     )  # fmt: skip
     log_total, mixed = finish(sums, None, h)
@@ -151,6 +163,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     table: Tensor,
+    table_bias: Tensor | None,
+    key_bias: Tensor | None,
     zero: int,
     scale: float,
     causal: bool,
@@ -168,6 +182,8 @@ def forward(
         **host.shared_arguments(q, k, v, chosen, zero, scale, causal),
         **place,
         "row_start": row_start,
+        "table_bias": table_bias,
+        "key_bias": key_bias,
         "out": out,
         "lse": lse,
     }

@@ -17,7 +17,9 @@ from attnspec.fast.engines.relative.triton_bands import (
     load_within,
     lowest,
     seen_pairs,
+    sum_columns,
     unsheared,
+    with_bias,
 )
 from attnspec.fast.engines.relative.triton_rotate import rotate
 
@@ -25,7 +27,7 @@ from attnspec.fast.engines.relative.triton_rotate import rotate
 @triton.jit
 def differentiate_tiles(
     begin, end, dq_tile, old, dband, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source,
-    table_source, place, factor,
+    table_source, place, factor, table_bias, key_bias, at_table, at_keys, table_rows,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
@@ -40,9 +42,11 @@ def differentiate_tiles(
         k_tile = load_within(k_source, at, 64, WIDTH, D, ACCESS)
         v_tile = load_within(v_source, at, 64, WIDTH_V, DV, ACCESS)
         new = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+        new = with_bias(new, table_bias, at_table, band + (i + 1) * 64, table_rows)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
         ring = rotate(tl.where(chunk == 1, new, old), slant, ROWS)
+        ring = with_bias(ring, key_bias, at_keys, at, k_tokens)
         scores = tl.fma(scores, 1.0, ring)
         old = new
         weights = tl.exp2(scores * factor - row_lse2[:, None])
@@ -64,7 +68,7 @@ def differentiate_tiles(
 
 @triton.jit(do_not_specialize=VARYING)
 def relative_dq_kernel(
-    q, k, v, table, dout, lse2, delta, dq, row_start,
+    q, k, v, table, table_bias, key_bias, dout, lse2, delta, dq, row_start,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -106,6 +110,9 @@ def relative_dq_kernel(
     band = zero + base - first - shift - (ROWS - 1)
     band_tile = load_within(table_source, band, 64, WIDTH, D, ACCESS)
     old = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+    at_table = h_table.to(tl.int64) * table_rows
+    at_keys = (b * HEADS + h).to(tl.int64) * k_tokens
+    old = with_bias(old, table_bias, at_table, band, table_rows)
     dband = tl.zeros([ROWS, 64], tl.float32)
     dq_tile = tl.zeros([ROWS, WIDTH], tl.float32)
     place = (row, low, stop, k_tokens, shift, base, band)
@@ -114,16 +121,19 @@ def relative_dq_kernel(
         dq_tile, old, dband = differentiate_tiles(
             0, full_from, dq_tile, old, dband, q_tile, dout_tile, row_lse2, row_delta,
             k_source, v_source, table_source, place, factor,
+            table_bias, key_bias, at_table, at_keys, table_rows,
             D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, True,
         )  # fmt: skip
     dq_tile, old, dband = differentiate_tiles(
         full_from, full_to, dq_tile, old, dband, q_tile, dout_tile, row_lse2, row_delta,
         k_source, v_source, table_source, place, factor,
+        table_bias, key_bias, at_table, at_keys, table_rows,
         D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, False,
     )  # fmt: skip
     dq_tile, old, dband = differentiate_tiles(
         full_to, count, dq_tile, old, dband, q_tile, dout_tile, row_lse2, row_delta,
         k_source, v_source, table_source, place, factor,
+        table_bias, key_bias, at_table, at_keys, table_rows,
         D, DV, WIDTH, WIDTH_V, ROWS, CAUSAL, ACCESS, PRECISION, True,
     )  # fmt: skip
     band_tile = load_within(table_source, band + count * 64, 64, WIDTH, D, ACCESS)
@@ -133,7 +143,7 @@ def relative_dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def relative_dkdv_kernel(
-    q, k, v, table, dout, lse2, delta, dk, dv, row_start, row_end,
+    q, k, v, table, table_bias, key_bias, dout, lse2, delta, dk, dv, dkey_bias, row_start, row_end,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -172,6 +182,9 @@ def relative_dkdv_kernel(
     slant = ROWS - 1 - tl.arange(0, ROWS)
     chunk = chunk_of(slant, ROWS)
     at_head = (b * HEADS + h).to(tl.int64) * q_tokens
+    at_table = h_table.to(tl.int64) * table_rows
+    at_keys = (b * HEADS + h).to(tl.int64) * k_tokens
+    sums = tl.zeros([64, 16], tl.float32)
     for i in range(count):
         at = base + i * ROWS
         row = at + tl.arange(0, ROWS)
@@ -180,10 +193,13 @@ def relative_dkdv_kernel(
         dout_tile = load_within(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
         band_tile = load_within(table_source, band, 64, WIDTH, D, ACCESS)
         old = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+        old = with_bias(old, table_bias, at_table, band, table_rows)
         band_tile = load_within(table_source, band + 64, 64, WIDTH, D, ACCESS)
         new = tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
+        new = with_bias(new, table_bias, at_table, band + 64, table_rows)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         ring = rotate(tl.where(chunk == 1, new, old), slant, ROWS)
+        ring = with_bias(ring, key_bias, at_keys, first, stop)
         scores = tl.fma(scores, 1.0, ring)
         row_lse2 = tl.load(lse2 + at_head + row, mask=row < q_tokens, other=float("inf"))
         row_delta = tl.load(delta + at_head + row, mask=row < q_tokens, other=0.0)
@@ -201,14 +217,18 @@ def relative_dkdv_kernel(
         dv_tile = tl.dot(weights.T, dout_tile, dv_tile, input_precision=PRECISION)
         dscores = dscores.to(q_tile.dtype)
         dk_tile = tl.dot(dscores.T, q_tile, dk_tile, input_precision=PRECISION)
-    at_key = (b * HEADS + h).to(tl.int64) * k_tokens + key
+        if key_bias is not None:
+            sums = sum_columns(dscores, sums, ROWS, PRECISION)
+    at_key = at_keys + key
+    if key_bias is not None:
+        tl.store(dkey_bias + at_key, tl.sum(sums, axis=1) * scale, mask=key < stop)
     store_rows(dk, dk_tile * scale, at_key, key < stop, WIDTH, D)
     store_rows(dv, dv_tile, at_key, key < stop, WIDTH_V, DV)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def relative_dtable_kernel(
-    q, k, v, table, dout, lse2, delta, dtable, row_start,
+    q, k, v, table, table_bias, key_bias, dout, lse2, delta, dtable, dtable_bias, row_start,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -241,7 +261,9 @@ def relative_dtable_kernel(
     end = tl.minimum(k_tokens + zero - chunk - shift, q_tokens)
     if CAUSAL:
         end = tl.where(chunk > zero, 0, end)
+    at_entry = h_table.to(tl.int64) * table_rows
     grad = tl.zeros([64, WIDTH], tl.float32)
+    sums = tl.zeros([64, 16], tl.float32)
     for b in range(batches):
         q_source = (q, b, h, q_tokens, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
         dout_source = (
@@ -250,6 +272,7 @@ def relative_dtable_kernel(
         k_source = (k, b, h // GROUP, k_tokens, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
         v_source = (v, b, h // GROUP, k_tokens, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
         at_head = (b * HEADS + h).to(tl.int64) * q_tokens
+        at_keys = (b * HEADS + h).to(tl.int64) * k_tokens
         for at in range(begin, end, ROWS):
             row = at + slant
             start = chunk - zero + at + shift
@@ -257,9 +280,12 @@ def relative_dtable_kernel(
             dout_tile = load_within(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
             k_tile = load_within(k_source, start, 64, WIDTH, D, ACCESS)
             near = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            near = with_bias(near, key_bias, at_keys, start, k_tokens)
             k_tile = load_within(k_source, start + 64, 64, WIDTH, D, ACCESS)
             far = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            far = with_bias(far, key_bias, at_keys, start + 64, k_tokens)
             scores = rotate(tl.where(column >= slant[:, None], near, far), slant, ROWS)
+            scores = with_bias(scores, table_bias, at_entry, chunk, table_rows)
             scores += tl.dot(q_tile, band_tile.T, input_precision=PRECISION)
             v_tile = load_within(v_source, start, 64, WIDTH_V, DV, ACCESS)
             near = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
@@ -275,6 +301,11 @@ def relative_dtable_kernel(
             seen = seen_pairs(row[:, None], key, low[:, None], q_tokens, k_tokens, shift, CAUSAL)
             dscores = tl.where(seen, dscores, 0.0).to(q_tile.dtype)
             grad = tl.dot(dscores.T, q_tile, grad, input_precision=PRECISION)
+            if table_bias is not None:
+                sums = sum_columns(dscores, sums, ROWS, PRECISION)
     at_table = chunk + tl.arange(0, 64)
     at_row = h.to(tl.int64) * table_rows + at_table
+    if table_bias is not None:
+        inside = at_table < table_rows
+        tl.store(dtable_bias + at_row, tl.sum(sums, axis=1) * scale, mask=inside)
     store_rows(dtable, grad * scale, at_row, at_table < table_rows, WIDTH, D)
