@@ -1,0 +1,102 @@
+"""Synaptic Resonance (reconstruction) on the scan and flash engines.
+
+The memory is a scan with a constant decay, its trace another one over the keys, and the softmax is
+plain flash attention, with a window if wished. Nothing here is the paper's: see the chapter. S and
+c come back in float32. With padding and a window together, tokens are gathered so that the window
+counts real ones only; nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.scan import CANDIDATES, use_config
+from attnspec.fast.linear.synaptic_resonance_decode import (
+    State,
+    check_softmax,
+    init_state,
+    step,
+)
+from attnspec.fast.linear.synaptic_resonance_memory import (
+    as_state,
+    blank,
+    check_memory,
+    check_number,
+    memory_chunked,
+    memory_recurrent,
+    relevance,
+    remember,
+    resonate,
+    unit,
+)
+
+__all__ = [
+    "State",
+    "init_state",
+    "memory_chunked",
+    "memory_recurrent",
+    "relevance",
+    "step",
+    "synaptic_resonance",
+]
+
+CLAIMS = {
+    "relevance": {"gradient": True, "compiled": True, "triton": {"graph": True}},
+    "memory_recurrent": {"gradient": True},
+    "memory_chunked": {
+        "compiled": True,
+        "triton": {
+            "graph": True,
+            "configs": {str(c): functools.partial(use_config, c) for c in CANDIDATES},
+        },
+    },
+    "synaptic_resonance": {
+        "gradient": True,
+        "compiled": True,
+        "blocks": (16, 64),
+        "triton": {"graph": True},
+    },
+}
+"""What the suite is told beyond the defaults."""
+
+
+def synaptic_resonance(
+    q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None = None, c0: Tensor | None = None, *,
+    eta: float = 0.1, lam: float = 0.99, mu: float = 0.9, beta: float = 0.5,
+    window: int | None = None, valid: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """y (batch, heads, T, dv), and the state: S (batch, kv_heads, d, dv), c (batch, kv_heads, d).
+
+    q (batch, heads, T, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, dv); S0 and c0 are a
+    state, in any float dtype; `valid` bool (batch, T), True at real tokens. d and dv up to 256.
+    Differentiable in q, k, v, S0 and c0.
+    """
+    check_memory(q, k, v, eta, lam, valid)
+    check_number("mu", mu, 0.0, 1.0, below=True)
+    check_softmax(beta, window)
+    S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
+    c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
+    q, k, v = (blank(x, valid) for x in (q, k, v))
+    kh = unit(k)
+    rho, c = resonate(kh, mu, valid, c0, backend)
+    m, S = remember(unit(q), kh, v, rho, eta, lam, S0, valid, None, backend)
+    o = _softmax(q, k, v, window, valid, backend)
+    return blank(torch.add(o, m, alpha=beta), valid), (S, c)
+
+
+def _softmax(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None, backend: str | None
+) -> Tensor:
+    """Causal attention to the real tokens, or to the last `window` of them."""
+    if valid is None or window is None:
+        return flash(q, k, v, causal=True, window=window, key_mask=valid, backend=backend)[0]
+    # A window counts places: real tokens are moved together, padding behind them is never seen.
+    order = torch.argsort(valid.logical_not().to(torch.int8), dim=1, stable=True)
+    packed = (torch.take_along_dim(x, order[:, None, :, None], 2) for x in (q, k, v))
+    o = flash(*packed, causal=True, window=window, backend=backend)[0]
+    place = (valid.cumsum(1) - 1).clamp(min=0)
+    return torch.take_along_dim(o, place[:, None, :, None], 2)

@@ -1,0 +1,204 @@
+"""Synaptic Resonance, the memory on the scan engine: two recurrences with a constant decay.
+
+The trace is a scan whose queries and keys are one number: its output is the moving average itself.
+The memory reads before it writes, the engine writes before it reads: so queries are moved one token
+on, as a view, the first of them asks the state that came in, and the last write is added behind.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import (
+    DTYPES,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    check_tensor,
+    product,
+)
+from attnspec.fast.engines.scan import scan
+
+FLOATS = (*DTYPES, torch.float64)
+FLOOR = 1e-6
+FORGETS = 1e4
+"""The slope of a decay of 0: its exponential is 0 in every dtype, and 0 times it is 0."""
+
+
+def relevance(
+    k: Tensor, mu: float = 0.9, valid: Tensor | None = None, c0: Tensor | None = None, *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rho (batch, kv_heads, T) and the last trace c (batch, kv_heads, d), both float32.
+
+    k (batch, kv_heads, T, d) without positions; `valid` bool (batch, T), True at real tokens; c0
+    (batch, kv_heads, d) in any float dtype. Differentiable in k and c0.
+    """
+    check_tensor("k", k, ("batch", "kv_heads", "tokens", "d"), FLOATS)
+    check_number("mu", mu, 0.0, 1.0, below=True)
+    check_valid(valid, k)
+    c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
+    return resonate(unit(blank(k, valid)), mu, valid, c0, backend)
+
+
+def resonate(
+    kh: Tensor, mu: float, valid: Tensor | None, c0: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """rho and c of unit keys kh (batch, kv_heads, T, d), float32 or wider, 0 at padding."""
+    one = kh.new_ones(()).expand(*kh.shape[:3], 1)
+    state = None if c0 is None else c0[:, :, None]
+    options = decay(mu, kh, kh.shape[1], valid)
+    trace, c = scan(one, one * (1 - mu), kh, state=state, backend=backend, **options)
+    first = kh[:, :, :1]
+    begun = first.new_ones(first.shape[:3]) if state is None else _cosine(first, state)
+    rho = torch.cat([begun, _cosine(kh[:, :, 1:], trace[:, :, :-1])], 2)
+    return rho if valid is None else torch.where(valid[:, None], rho, 0.0), c[:, :, 0]
+
+
+def memory_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, eta: float = 0.1, lam: float = 0.99,
+    S0: Tensor | None = None, valid: Tensor | None = None, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `memory_chunked`, which it is: the two forms compute the same."""
+    return memory_chunked(q, k, v, rho, eta, lam, S0, valid, backend=backend)
+
+
+def memory_chunked(
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, eta: float = 0.1, lam: float = 0.99,
+    S0: Tensor | None = None, valid: Tensor | None = None, *, chunk: int = 64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m (batch, heads, T, dv) and the last state S, float32 (batch, kv_heads, d, dv).
+
+    q (batch, heads, T, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, dv), rho (batch,
+    kv_heads, T) and S0 (batch, kv_heads, d, dv) in any float dtype, `valid` bool (batch, T). The
+    result does not depend on `chunk`, which is a hint for the kernels. Differentiable in q, k, v,
+    rho and S0.
+    """
+    check_memory(q, k, v, eta, lam, valid)
+    check_integer("chunk", chunk, least=1)
+    wide_rho = as_state("rho", rho, tuple(k.shape[:3]), k)
+    if wide_rho is None:
+        raise TypeError("rho: got NoneType, expected torch.Tensor")
+    S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
+    q, k, v = (blank(x, valid) for x in (q, k, v))
+    if valid is not None:
+        wide_rho = torch.where(valid[:, None], wide_rho, 0.0)
+    return remember(unit(q), unit(k), v, wide_rho, eta, lam, S0, valid, chunk, backend)
+
+
+def remember(
+    qh: Tensor, kh: Tensor, v: Tensor, rho: Tensor, eta: float, lam: float, S0: Tensor | None,
+    valid: Tensor | None, chunk: int | None, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m and S of unit queries and keys, float32 or wider; what is at padding is 0."""
+    heads, T = qh.shape[1], kh.shape[2]
+    group = heads // kh.shape[1]
+    gates = eta * rho[..., None] * kh
+    state = None if S0 is None else S0.repeat_interleave(group, 1)
+    options = decay(lam, kh, heads, valid)
+    if T < 2:
+        asked = qh.new_zeros(*qh.shape[:2], qh.shape[3], v.shape[3]) if state is None else state
+        _, S = scan(qh, gates, wide(v), state=state, block=chunk, backend=backend, **options)
+        return product(qh, asked).to(v.dtype), S[:, ::group]
+    if "log_decay" in options:
+        options["log_decay"] = options["log_decay"][:, :, :-1]
+    queries, written = qh.to(v.dtype), gates[:, :, :-1].to(v.dtype)
+    rest, S = scan(
+        queries[:, :, 1:], written, v[:, :, :-1], state=state, block=chunk, backend=backend,
+        **options,
+    )  # fmt: skip
+    first = torch.zeros_like(rest[:, :, :1])
+    if state is not None:
+        first = product(queries[:, :, :1].to(state.dtype), state).to(v.dtype)
+    S = S[:, ::group]
+    last = lam * S + gates[:, :, -1, :, None] * wide(v[:, :, -1, None])
+    if valid is not None:
+        last = torch.where(valid[:, -1, None, None, None], last, S)
+    return blank(torch.cat([first, rest], 2), valid), last
+
+
+def decay(kept: float, like: Tensor, heads: int, valid: Tensor | None) -> dict[str, Any]:
+    """How the scan engine is told to keep a share `kept` of its state at every real token."""
+    slope = min(-math.log(kept), FORGETS) if kept > 0 else FORGETS
+    if slope == 0:
+        return {}
+    if valid is None:
+        return {"slopes": like.new_full((heads,), slope)}
+    steps = torch.where(valid, like.new_full((), -slope), 0.0)
+    return {"log_decay": steps[:, None].expand(-1, heads, -1)}
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x (..., d) divided by their norm, or by the floor if that is larger; in float32."""
+    # Widened first: the two terms of the gradient cancel, and are added before they are rounded.
+    x = wide(x)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=FLOOR)
+
+
+def blank(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x (batch, heads, tokens, d) with 0 in the rows of padded tokens."""
+    return x if valid is None else torch.where(valid[:, None, :, None], x, 0.0)
+
+
+def wide(x: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def as_state(name: str, x: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """`x` of this shape in float32 (float64 for float64 tokens), or None."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected a float dtype")
+    if x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {like.device}, as k")
+    return x.to(wide(like[..., :0]).dtype)
+
+
+def check_memory(q: Any, k: Any, v: Any, eta: Any, lam: Any, valid: Any) -> None:
+    """Tokens that fit one another, and numbers in their range."""
+    check_attention_inputs(q, k, v, FLOATS)
+    check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
+    check_number("eta", eta, 0.0, math.inf)
+    check_number("lam", lam, 0.0, 1.0)
+    check_valid(valid, k)
+
+
+def check_valid(valid: Any, k: Tensor) -> None:
+    """`valid` bool (batch, tokens), on the device of k, or None."""
+    if valid is None:
+        return
+    check_tensor("valid", valid, ("batch", "tokens"), (torch.bool,))
+    expected = (k.shape[0], k.shape[2])
+    if tuple(valid.shape) != expected:
+        raise ValueError(f"valid: got shape {tuple(valid.shape)}, expected {expected}")
+    if valid.device != k.device:
+        raise ValueError(f"valid: got device {valid.device}, expected {k.device}, as k")
+
+
+def check_number(name: str, value: Any, least: float, most: float, below: bool = False) -> None:
+    """`value` is a finite number, not a bool, in this range."""
+    wanted = f"a number from {least:g} to {most:g}" + (f", below {most:g}" if below else "")
+    if math.isinf(most):
+        wanted = "a finite number" + ("" if math.isinf(least) else f" >= {least:g}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected {wanted}")
+    if not (math.isfinite(value) and least <= value <= most) or (below and value == most):
+        raise ValueError(f"{name}: got {value}, expected {wanted}")
+
+
+def _cosine(kh: Tensor, c: Tensor) -> Tensor:
+    """rho (batch, kv_heads, tokens) of unit keys and the traces before them."""
+    norm = torch.linalg.vector_norm(c, dim=-1)
+    rho = torch.relu((kh * c).sum(-1) / norm.clamp(min=FLOOR))
+    return torch.where((c == 0).all(-1), 1.0, rho)
