@@ -1,5 +1,6 @@
-"""The second pass over the keys, which knows the lse: column sums, rows and block maxima."""
+"""Passes over the keys that know the norms of the rows: column sums, rows, sums over blocks."""
 
+from attnspec.fast.engines.columns.influence import block_influence
 from attnspec.fast.engines.columns.op import (
     block_max,
     column_sums,
@@ -8,4 +9,4 @@ from attnspec.fast.engines.columns.op import (
     weight_rows,
 )
 
-__all__ = ["block_max", "column_sums", "row_lse", "smooth", "weight_rows"]
+__all__ = ["block_influence", "block_max", "column_sums", "row_lse", "smooth", "weight_rows"]
