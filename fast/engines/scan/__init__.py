@@ -1,6 +1,7 @@
 """The scan engine: chunked linear recurrences with no decay, a constant one or one that depends on
 the data, for a head or for every channel; initial and last states, packing, gradients. Also the
-gates of an additive recurrence, whose decay is a ratio of running sums.
+gates of an additive recurrence, whose decay is a ratio of running sums, and scans without matrix
+products: number by number, and with a state of its own for every channel.
 """
 
 from attnspec.fast.engines.scan.additive import additive_gates, time_summary
@@ -12,15 +13,19 @@ from attnspec.fast.engines.scan.api import (
     step,
 )
 from attnspec.fast.engines.scan.configs import CANDIDATES, ScanConfig, use_config
+from attnspec.fast.engines.scan.elementwise import elementwise
+from attnspec.fast.engines.scan.selective import selective
 
 __all__ = [
     "CANDIDATES",
     "ScanConfig",
     "additive_gates",
+    "elementwise",
     "scan",
     "scan_backward",
     "segment_outputs",
     "segment_states",
+    "selective",
     "step",
     "time_summary",
     "use_config",

@@ -1,0 +1,83 @@
+"""h_t = a_t h_(t-1) + x_t, number by number: the scan of gated RNNs, with its gradient.
+
+a is any number, also 0, negative or above 1. A custom op; states are float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspec.fast.backend import choose_backend, load, unobserved
+
+
+@cache
+def _kernels(backend: str) -> ModuleType:
+    """The implementation on `backend`, imported on first use."""
+    module = "numba_elementwise" if backend == "numba" else "triton_elementwise"
+    return load(f"attnspec.fast.engines.scan.{module}")
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of states: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def run(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(x):
+        return _kernels(backend).forward(a, x, h0)
+
+
+elementwise_op = torch.library.custom_op("attnspec::elementwise", run, mutates_args=())
+
+
+@elementwise_op.register_fake
+def _(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    batch, _, channels = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=wide(x))
+
+
+@torch.library.custom_op("attnspec::elementwise_backward", mutates_args=())
+def elementwise_backward_op(
+    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, dx and the gradient of the state before the first token."""
+    with torch.cuda.device_of(h):
+        return _kernels(backend).backward(dh, dlast, a, h, h0)
+
+
+@elementwise_backward_op.register_fake
+def _(
+    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return a.new_empty(a.shape), h.new_empty(h.shape), dlast.new_empty(dlast.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, _, h0, ctx.backend = inputs
+    ctx.save_for_backward(a, output[0], h0)
+
+
+def _gradient(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    a, h, h0 = ctx.saved_tensors
+    da, dx, dh0 = elementwise_backward_op(dh, dlast, a, h, h0, ctx.backend)
+    return da, dx, None if h0 is None else dh0.to(h0.dtype), None
+
+
+elementwise_op.register_autograd(_gradient, setup_context=_setup)
+
+
+def elementwise(
+    a: Tensor, x: Tensor, h0: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every h (batch, tokens, channels) in the dtype of x, and the last in float32.
+
+    a and x (batch, tokens, channels), each in its own float dtype, h0 (batch, channels) likewise.
+    Differentiable in all three; the gradient of a sees h as it was rounded to the dtype of x.
+    """
+    forward = run if unobserved(a, x, h0) else elementwise_op
+    return forward(a, x, h0, choose_backend(backend, x))

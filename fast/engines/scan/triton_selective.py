@@ -1,0 +1,366 @@
+"""The selective scan in Triton: the state (n, channels) of a warp's channels in its registers.
+
+Segments in parallel: each one's own state from 0, a chain over the segments, and each segment again
+from what enters it. The gradient marks the state before every tile of rows, and behind it the
+gradient of the state, and then treats all tiles at once, one of the n numbers after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.scan.triton_elementwise import join
+from attnspec.fast.engines.scan.triton_plan import device_of
+
+ROWS = 16
+"""Rows of a tile of the gradient, which a thread holds."""
+CHANNELS = 32
+"""Channels of a program: one for each thread of a warp."""
+LEAST = 64
+"""Rows of the shortest segment."""
+
+FREE = [
+    "d_b", "d_t", "b_b", "b_t", "c_b", "c_t", "u_b", "u_t", "y_b", "y_t", "tokens", "length",
+    "segments", "tiles",
+]  # fmt: skip
+"""Arguments whose values compile nothing anew."""
+
+
+@triton.jit
+def rates_of(A, lanes, inside, N: tl.constexpr, BN: tl.constexpr):
+    """-A in powers of 2, (BN, channels), and where it lies in (channels, N)."""
+    numbers = tl.arange(0, BN)
+    at = lanes[None, :] * N + numbers[:, None]
+    known = (numbers < N)[:, None] & inside[None, :]
+    return tl.load(A + at, mask=known, other=0.0) * -1.4426950408889634, at, known
+
+
+@triton.jit(do_not_specialize=FREE)
+def forward_kernel(
+    Delta, d_b, d_t, d_c, A, b, b_b, b_t, b_n, c, c_b, c_t, c_n, u, u_b, u_t, u_c, D, h0, states,
+    totals, marks, y, last, tokens, length, segments, tiles, channels,
+    N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr,
+    STARTED: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """MODE 0: a segment's own state and its sum of Delta. Else from the state that enters it: 1 its
+    y, and the last state; 2 the state before every tile.
+    """
+    parts = tl.cdiv(channels, BC)
+    program = tl.program_id(0)
+    lanes = (program % parts) * BC + tl.arange(0, BC)
+    segment = (program // parts) % segments
+    row = ((program // parts) // segments).to(tl.int64)
+    inside = lanes < channels
+    numbers = tl.arange(0, BN)
+    real = numbers < N
+    rates, at, known = rates_of(A, lanes, inside, N, BN)
+    wide = lanes.to(tl.int64)
+    Delta += row * d_b + wide * d_c
+    u += row * u_b + wide * u_c
+    b += row * b_b + numbers.to(tl.int64) * b_n
+    c += row * c_b + numbers.to(tl.int64) * c_n
+    size = tl.cast(channels, tl.int64) * N
+    here = (row * segments + segment) * size + at
+    h = tl.zeros((BN, BC), tl.float32)
+    total = tl.zeros((BC,), tl.float32)
+    skip = tl.zeros((BC,), tl.float32)
+    if MODE > 0:
+        if segments > 1:
+            h = tl.load(states + here, mask=known, other=0.0)
+        elif STARTED:
+            h = tl.load(h0 + row * size + at, mask=known, other=0.0)
+    if SKIP:
+        skip = tl.load(D + lanes, mask=inside, other=0.0)
+    start = segment.to(tl.int64) * length
+    stop = tl.minimum(start + length, tokens)
+    for first in range(start, stop, ROWS):
+        if MODE == 2:
+            tl.store(marks + (row * tiles + first // ROWS) * size + at, h, mask=known)
+        for t in range(first, tl.minimum(first + ROWS, stop)):
+            d = tl.load(Delta + t * d_t, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(u + t * u_t, mask=inside, other=0.0).to(tl.float32)
+            B = tl.load(b + t * b_t, mask=real, other=0.0).to(tl.float32)
+            h = tl.exp2(d[None, :] * rates) * h + (d * value)[None, :] * B[:, None]
+            if MODE == 0:
+                total += d
+            if MODE == 1:
+                C = tl.load(c + t * c_t, mask=real, other=0.0).to(tl.float32)
+                out = tl.sum(h * C[:, None], 0)
+                if SKIP:
+                    out += skip * value
+                place = (row * tokens + t) * channels + lanes
+                tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+    if MODE == 0:
+        tl.store(states + here, h, mask=known)
+        tl.store(totals + (row * segments + segment) * channels + lanes, total, mask=inside)
+    if MODE == 1 and segment == segments - 1:
+        tl.store(last + row * size + at, h, mask=known)
+
+
+@triton.jit(do_not_specialize=FREE)
+def reverse_kernel(
+    Delta, d_b, d_t, d_c, A, c, c_b, c_t, c_n, dy, y_b, y_t, y_c, states, totals, marks, tokens,
+    length, segments, tiles, channels,
+    N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    """The gradient g of the states, from the end: a segment's own and its sum of Delta one row
+    later; or, if MARK, the g behind every tile.
+    """
+    parts = tl.cdiv(channels, BC)
+    program = tl.program_id(0)
+    lanes = (program % parts) * BC + tl.arange(0, BC)
+    segment = (program // parts) % segments
+    row = ((program // parts) // segments).to(tl.int64)
+    inside = lanes < channels
+    numbers = tl.arange(0, BN)
+    real = numbers < N
+    rates, at, known = rates_of(A, lanes, inside, N, BN)
+    wide = lanes.to(tl.int64)
+    Delta += row * d_b + wide * d_c
+    dy += row * y_b + wide * y_c
+    c += row * c_b + numbers.to(tl.int64) * c_n
+    size = tl.cast(channels, tl.int64) * N
+    here = (row * segments + segment) * size + at
+    g = tl.zeros((BN, BC), tl.float32)
+    total = tl.zeros((BC,), tl.float32)
+    if MARK:
+        g = tl.load(states + here, mask=known, other=0.0)
+    start = segment.to(tl.int64) * length
+    stop = tl.minimum(start + length, tokens)
+    many = tl.cdiv(stop - start, ROWS)
+    for n in range(many):
+        first = start + (many - 1 - n) * ROWS
+        end = tl.minimum(first + ROWS, stop)
+        if MARK:
+            tl.store(marks + (row * tiles + first // ROWS) * size + at, g, mask=known)
+        for i in range(end - first):
+            t = end - 1 - i
+            later = inside & (t + 1 + tl.zeros_like(wide) < tokens)
+            d = tl.load(Delta + (t + 1) * d_t, mask=later, other=0.0).to(tl.float32)
+            up = tl.load(dy + t * y_t, mask=inside, other=0.0).to(tl.float32)
+            C = tl.load(c + t * c_t, mask=real, other=0.0).to(tl.float32)
+            g = tl.exp2(d[None, :] * rates) * g + up[None, :] * C[:, None]
+            total += d
+    if not MARK:
+        tl.store(states + here, g, mask=known)
+        tl.store(totals + (row * segments + segment) * channels + lanes, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def chain_kernel(
+    A, states, totals, first, last, segments, channels,
+    N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr, STARTED: tl.constexpr,
+):  # fmt: skip
+    """Turn segments' own states into those that enter them, in place, and `first` into `last`."""
+    parts = tl.cdiv(channels, BC)
+    program = tl.program_id(0)
+    lanes = (program % parts) * BC + tl.arange(0, BC)
+    row = (program // parts).to(tl.int64)
+    inside = lanes < channels
+    rates, at, known = rates_of(A, lanes, inside, N, BN)
+    size = tl.cast(channels, tl.int64) * N
+    h = tl.zeros((BN, BC), tl.float32)
+    if STARTED:
+        h = tl.load(first + row * size + at, mask=known, other=0.0)
+    for n in tl.range(0, segments, num_stages=4):
+        segment = row * segments + (segments - 1 - n if BACK else n)
+        own = tl.load(states + segment * size + at, mask=known, other=0.0)
+        total = tl.load(totals + segment * channels + lanes, mask=inside, other=0.0)
+        tl.store(states + segment * size + at, h, mask=known)
+        h = tl.exp2(total[None, :] * rates) * h + own
+    tl.store(last + row * size + at, h, mask=known)
+
+
+@triton.jit(do_not_specialize=FREE)
+def gradient_kernel(
+    Delta, d_b, d_t, d_c, A, b, b_b, b_t, b_n, c, c_b, c_t, c_n, u, u_b, u_t, u_c, D,
+    dy, y_b, y_t, y_c, before, behind, dDelta, db, dc, du, tokens, tiles, rows_all, channels,
+    N: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile from the state `before` it, which becomes its part of dA, and from g
+    `behind` it; db and dc (parts, all rows, N) are those of this program's channels.
+    """
+    parts = tl.cdiv(channels, BC)
+    program = tl.program_id(0)
+    part = program % parts
+    lanes = part * BC + tl.arange(0, BC)
+    tile = (program // parts) % tiles
+    row = ((program // parts) // tiles).to(tl.int64)
+    inside = lanes < channels
+    rows = tl.arange(0, ROWS)
+    t = tile.to(tl.int64) * ROWS + rows
+    valid = t < tokens
+    mask = valid[:, None] & inside[None, :]
+    past = mask & (rows > 0)[:, None]
+    wide = lanes.to(tl.int64)
+    Delta += row * d_b + wide[None, :] * d_c + t[:, None] * d_t
+    u += row * u_b + wide[None, :] * u_c + t[:, None] * u_t
+    dy += row * y_b + wide[None, :] * y_c + t[:, None] * y_t
+    b += row * b_b + t * b_t
+    c += row * c_b + t * c_t
+    d = tl.load(Delta, mask=mask, other=0.0).to(tl.float32)
+    d_past = tl.load(Delta - d_t, mask=past, other=0.0).to(tl.float32)
+    d_next = tl.load(
+        Delta + d_t, mask=(t + 1 < tokens)[:, None] & inside[None, :], other=0.0
+    ).to(tl.float32)  # fmt: skip
+    value = tl.load(u, mask=mask, other=0.0).to(tl.float32)
+    into_past = d_past * tl.load(u - u_t, mask=past, other=0.0).to(tl.float32)
+    up = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
+    rate = tl.zeros((ROWS, BC), tl.float32)
+    strength = tl.zeros((ROWS, BC), tl.float32)
+    into = d * value
+    size = tl.cast(channels, tl.int64) * N
+    here = (row * tiles + tile) * size + lanes * N
+    line = (tl.cast(part, tl.int64) * rows_all + row * tokens + t) * N
+    for s in range(N):
+        A_s = tl.load(A + lanes * N + s, mask=inside, other=0.0)
+        power = A_s * -1.4426950408889634
+        B = tl.load(b + s * b_n, mask=valid, other=0.0).to(tl.float32)
+        B_past = tl.load(b - b_t + s * b_n, mask=valid & (rows > 0), other=0.0).to(tl.float32)
+        C = tl.load(c + s * c_n, mask=valid, other=0.0).to(tl.float32)
+        h_in = tl.load(before + here + s, mask=inside, other=0.0)
+        g_in = tl.load(behind + here + s, mask=inside, other=0.0)
+        F, H = tl.associative_scan(
+            (tl.exp2(d_past * power[None, :]), into_past * B_past[:, None]), 0, join
+        )
+        kept = tl.exp2(d * power[None, :]) * (H + F * h_in[None, :])
+        F, G = tl.associative_scan(
+            (tl.exp2(d_next * power[None, :]), up * C[:, None]), 0, join, reverse=True
+        )
+        G += F * g_in[None, :]
+        strength += G * B[:, None]
+        tl.store(dc + line + s, tl.sum((kept + into * B[:, None]) * up, 1), mask=valid)
+        tl.store(db + line + s, tl.sum(G * into, 1), mask=valid)
+        kept *= G
+        rate += kept * A_s[None, :]
+        tl.store(before + here + s, -tl.sum(kept * d, 0), mask=inside)
+    place = (row * tokens + t[:, None]) * channels + lanes[None, :]
+    made = strength * value - rate
+    tl.store(dDelta + place, made.to(dDelta.dtype.element_ty), mask=mask)
+    through = strength * d
+    if SKIP:
+        through += tl.load(D + lanes, mask=inside, other=0.0)[None, :] * up
+    tl.store(du + place, through.to(du.dtype.element_ty), mask=mask)
+
+
+class _Plan:
+    """Sizes, scratch and the arguments that several launches share."""
+
+    def __init__(self, A: Tensor, u: Tensor) -> None:
+        self.batch, self.tokens, self.channels = u.shape
+        self.n = A.shape[1]
+        self.parts = -(-self.channels // CHANNELS)
+        processors, _ = device_of(u)
+        many = max(1, 16 * processors // max(1, self.batch * self.parts))
+        length = max(-(-self.tokens // many), LEAST)
+        self.length = -(-length // ROWS) * ROWS
+        self.segments = max(1, -(-self.tokens // self.length))
+        self.tiles = -(-self.tokens // ROWS)
+        self.device = u.device
+        self.shape = {"N": self.n, "BN": max(1, 1 << (self.n - 1).bit_length()), "BC": CHANNELS}
+        self.state = self.empty(self.batch, self.channels, self.n)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """A state for each segment, and a sum of Delta."""
+        many = (self.batch, self.segments, self.channels)
+        return self.empty(*many, self.n), self.empty(*many)
+
+    def forward(
+        self, inputs: tuple[Any, ...], mode: int, h0: Any, states: Any, totals: Any, marks: Any,
+        y: Any,
+    ) -> None:  # fmt: skip
+        """One launch of `forward_kernel`; inputs are Delta, A, b, c, u, D."""
+        Delta, A, b, c, u, D = inputs
+        unused = self.state
+        count_launch()
+        forward_kernel[(self.batch * self.segments * self.parts,)](
+            Delta, *Delta.stride(), A, b, *b.stride(), c, *c.stride(), u, *u.stride(),
+            *(unused if x is None else x for x in (D, h0, states, totals, marks, y)), self.state,
+            self.tokens, self.length, self.segments, self.tiles, self.channels,
+            **self.shape, ROWS=ROWS, MODE=mode, STARTED=h0 is not None, SKIP=D is not None,
+            num_warps=1,
+        )  # fmt: skip
+
+    def chain(
+        self, A: Tensor, states: Tensor, totals: Tensor, first: Tensor | None, back: bool
+    ) -> Tensor:
+        """What is left at the end of the chain."""
+        last = self.empty(self.batch, self.channels, self.n)
+        count_launch()
+        chain_kernel[(self.batch * self.parts,)](
+            A, states, totals, last if first is None else first, last, self.segments,
+            self.channels, **self.shape, BACK=back, STARTED=first is not None, num_warps=1,
+        )  # fmt: skip
+        return last
+
+    def entering(self, inputs: tuple[Any, ...], h0: Tensor | None) -> Tensor | None:
+        """The state that enters each segment, None if there is but one."""
+        if self.segments == 1:
+            return None
+        states, totals = self.own()
+        self.forward(inputs, 0, None, states, totals, None, None)
+        self.chain(inputs[1], states, totals, h0, back=False)
+        return states
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def forward(
+    Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor, D: Tensor | None, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y in the dtype of u, and the last state."""
+    plan, first = _Plan(A, u), _float(h0)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    if u.numel() == 0:
+        return y, plan.state.zero_() if first is None else plan.state.copy_(first)
+    inputs = (Delta, _float(A), b, c, u, _float(D))
+    plan.forward(inputs, 1, first, plan.entering(inputs, first), None, None, y)
+    return y, plan.state
+
+
+def backward(
+    dy: Tensor, dlast: Tensor, Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor,
+    D: Tensor | None, h0: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dDelta, dA, db, dc, du and the gradient of the state before the first token."""
+    plan, first, rates = _Plan(A, u), _float(h0), A.to(torch.float32).contiguous()
+    dDelta, du = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(2))
+    if u.numel() == 0:
+        return dDelta, torch.zeros_like(A), torch.zeros_like(b), torch.zeros_like(c), du, dlast + 0
+    batch, tokens, channels = u.shape
+    inputs = (Delta, rates, b, c, u, _float(D))
+    marks = (batch, plan.tiles, channels, plan.n)
+    before, behind = plan.empty(*marks), plan.empty(*marks)
+    plan.forward(inputs, 2, first, plan.entering(inputs, first), None, before, None)
+    states, totals = plan.own()
+    for mark in (False, True):
+        count_launch()
+        reverse_kernel[(batch * plan.segments * plan.parts,)](
+            Delta, *Delta.stride(), rates, c, *c.stride(), dy, *dy.stride(), states, totals, behind,
+            tokens, plan.length, plan.segments, plan.tiles, channels,
+            **plan.shape, ROWS=ROWS, MARK=mark, num_warps=1,
+        )  # fmt: skip
+        if not mark:
+            zeroth = plan.chain(rates, states, totals, dlast.contiguous(), back=True)
+    db, dc = plan.empty(2, plan.parts, batch, tokens, plan.n).unbind()
+    count_launch()
+    gradient_kernel[(batch * plan.tiles * plan.parts,)](
+        Delta, *Delta.stride(), rates, b, *b.stride(), c, *c.stride(), u, *u.stride(),
+        plan.state if D is None else inputs[5], dy, *dy.stride(), before, behind, dDelta, db, dc,
+        du, tokens, plan.tiles, batch * tokens, channels,
+        N=plan.n, BC=CHANNELS, ROWS=ROWS, SKIP=D is not None, num_warps=1,
+    )  # fmt: skip
+    dh0 = torch.exp(-Delta[:, 0].float()[..., None] * rates) * zeroth
+    dA, db, dc = before.sum((0, 1)), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
+    return dDelta, dA, db, dc, du, dh0
