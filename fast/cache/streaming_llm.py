@@ -30,6 +30,7 @@ from attnspec.fast.cache.streaming_llm_rows import (
     rope,
     sink_window_distances,
     sink_window_mask,
+    unrounded,
 )
 from attnspec.fast.cache.streaming_llm_sinks import (
     attend_with_sink_logit,
@@ -145,7 +146,7 @@ def step(
     queries, rotated, mixed = q.detach(), keys, values
     if rope_base is not None:
         p_k = torch.arange(n + w, device=q.device)
-        queries, rotated, mixed = _unrounded(queries, keys, values)
+        queries, rotated, mixed = unrounded(queries, keys, values)
         queries, rotated = rope(queries, p_k[n:], rope_base), rope(rotated, p_k, rope_base)
     if alibi_slopes is not None:
         slopes = alibi_slopes.detach()
@@ -190,7 +191,7 @@ def streaming_attend(
     positions = torch.arange(T, device=q.device)
     dtype, slopes = q.dtype, alibi_slopes
     if rope_base is not None:
-        q, k, v = _unrounded(q, k, v)
+        q, k, v = unrounded(q, k, v)
         queries, keys = rope(q, positions, rope_base), rope(k, positions, rope_base)
     else:
         queries, keys = q, k
@@ -221,14 +222,6 @@ def streaming_attend(
     )  # fmt: skip
     late, _ = merge(*recent, *sinks)
     return torch.cat([early, late], dim=2).to(dtype), trace
-
-
-def _unrounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """What is about to be rotated, wide on the CPU: its kernels widen 16-bit inputs in any case, so
-    rotated queries and keys need not be rounded before.
-    """
-    half = q.dtype in (torch.float16, torch.bfloat16) and not q.is_cuda
-    return tuple(x.float() if half else x for x in (q, k, v))
 
 
 def _check_call(q: Any, k: Any, v: Any, S: Any, R: Any, rope_base: Any, alibi_slopes: Any) -> None:

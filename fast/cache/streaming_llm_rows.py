@@ -70,6 +70,14 @@ def rope(x: Tensor, pos: Tensor, base: float = 10000.0, *, backend: str | None =
     return turned.to(x.dtype)
 
 
+def unrounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What is about to be rotated, wide on the CPU: its kernels widen 16-bit inputs in any case, so
+    rotated queries and keys need not be rounded before.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16) and not q.is_cuda
+    return tuple(x.float() if half else x for x in (q, k, v))
+
+
 def alibi_bias(
     alibi_slopes: Tensor, p_q: Tensor, p_k: Tensor, *, backend: str | None = None
 ) -> Tensor:

@@ -22,7 +22,9 @@ from attnspec.fast.patterns.longlora_groups import (
     check_groups,
     choose_group_size,
     group_starts,
+    head_shares,
     s2_mask,
+    segment_bounds,
     shift_heads,
 )
 from attnspec.fast.patterns.longlora_tuning import (
@@ -100,7 +102,7 @@ def grouped_attend(
         q = q.where(real[:, None, :, None], 0.0)
     options = {"causal": causal, "scale": scale, "backend": backend, "key_mask": real}
     parts = []
-    for heads, served, shifted in _shares(H, kv_heads):
+    for heads, served, shifted in head_shares(H // 2, H, kv_heads):
         inputs = q[:, heads], k[:, served], v[:, served]
         if variant == "roll" and shifted:
             parts.append(_rolled(*inputs, G, options))
@@ -110,27 +112,12 @@ def grouped_attend(
     return (out, lse) if real is None else without_padding(out, lse, real)
 
 
-def _shares(H: int, kv_heads: int) -> list[tuple[slice, slice, bool]]:
-    """Query heads with the kv heads that serve them alike, and whether they are shifted."""
-    half, group = H // 2, H // kv_heads
-    whole, upper = half // group, -(-half // group)
-    shares = [
-        (slice(0, whole * group), slice(0, whole), False),
-        (slice(whole * group, half), slice(whole, upper), False),
-        (slice(half, upper * group), slice(whole, upper), True),
-        (slice(upper * group, H), slice(upper, kv_heads), True),
-    ]
-    return [share for share in shares if share[0].start < share[0].stop]
-
-
 def _cut(q: Tensor, k: Tensor, v: Tensor, G: int, first: int, options: dict[str, Any]) -> Results:
     """Attention in segments: the first has `first` tokens, all others G, the last may be short."""
     T = q.shape[2]
     if first >= T:
         return flash(q, k, v, **options)
-    t = torch.arange(T, device=q.device, dtype=torch.int32)
-    ends = torch.div(t + (G - first), G, rounding_mode="floor") * G + first
-    starts = (ends - G).clamp(min=0)
+    starts, ends = segment_bounds(T, G, first, q.device)
     return flash(q, k, v, row_start=starts, row_end=None if options["causal"] else ends, **options)
 
 

@@ -83,6 +83,31 @@ def rows_and_groups(
     return row, (row + torch.where(shifted, G - g, 0)) // G
 
 
+def head_shares(plain: int, H: int, kv_heads: int) -> list[tuple[slice, slice, bool]]:
+    """Query heads with the kv heads that serve them alike, and whether they are shifted.
+
+    The first `plain` of H heads are not. A kv head that serves both kinds is in two shares.
+    """
+    group = H // kv_heads
+    whole, upper = plain // group, -(-plain // group)
+    shares = [
+        (slice(0, whole * group), slice(0, whole), False),
+        (slice(whole * group, plain), slice(whole, upper), False),
+        (slice(plain, upper * group), slice(whole, upper), True),
+        (slice(upper * group, H), slice(upper, kv_heads), True),
+    ]
+    return [share for share in shares if share[0].start < share[0].stop]
+
+
+def segment_bounds(T: int, G: int, first: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """int32 (T) each, where a token's segment starts and ends: the first has `first` tokens, all
+    others G. The last end may be beyond T.
+    """
+    t = torch.arange(T, device=device, dtype=torch.int32)
+    ends = torch.div(t + (G - first), G, rounding_mode="floor") * G + first
+    return (ends - G).clamp(min=0), ends
+
+
 def shift_heads(x: Tensor, G: int, sign: int, *, backend: str | None = None) -> Tensor:
     """x (batch, H, T, d) with the heads from H // 2 on rolled by sign G / 2 tokens, copied.
 

@@ -104,7 +104,10 @@ def _row_norms(
     k += b * k_b + kv_head * k_h
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    for start in range(split * chunk, tl.minimum(columns, (split + 1) * chunk), N):
+    stop = tl.minimum(columns, (split + 1) * chunk)
+    if CAUSAL:
+        stop = tl.minimum(stop, tl.max(tl.where(exists, row, -1), axis=0) + columns - rows + 1)
+    for start in range(split * chunk, stop, N):
         token = start + tl.arange(0, N)
         k_tile = _keys(k, start, columns, k_t, k_d, d, N, D)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
