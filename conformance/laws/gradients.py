@@ -72,18 +72,25 @@ def check(trial: Trial) -> None:
 
 
 def _leaf_names(name: str, argument: Any) -> list[str]:
-    """The gradients of an argument: one, or one for each array of a tuple."""
+    """The gradients of an argument: one, or one for each array of a tuple or a dictionary."""
+    if isinstance(argument, dict):
+        return [f"d{name}.{key}" for key, value in argument.items() if value is not None]
     if not isinstance(argument, tuple):
         return [f"d{name}"]
     return [f"d{name}[{place}]" for place in range(len(flatten(argument)))]
 
 
+def _leaves(argument: Any) -> list[Any]:
+    """The arrays of an argument; what is None has no gradient."""
+    return [leaf for leaf in flatten(argument) if leaf is not None]
+
+
 def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:
-    """The gradients of the present arguments, those of a tuple one after the other."""
+    """The gradients of the present arguments, those of a container one after the other."""
     if len(contract.differentiable) == 1:
         gradients = (gradients,)
     by_name = dict(zip(contract.differentiable, gradients, strict=True))
-    return tuple(leaf for name in present for leaf in flatten(by_name[name]))
+    return tuple(leaf for name in present for leaf in _leaves(by_name[name]))
 
 
 def _explicit(
@@ -113,7 +120,7 @@ def _autograd(
     placed = place_arguments(kernel.arrays, arguments, trial.case.layout, trial.case.dtype)
     # An upstream gradient in transposed storage is what a following matmul hands back.
     above = place_arguments(kernel.arrays, upstream, "transposed", trial.case.dtype)
-    leaves = [leaf.requires_grad_() for name in present for leaf in flatten(placed[name])]
+    leaves = [leaf.requires_grad_() for name in present for leaf in _leaves(placed[name])]
     with trial.guarded():
         outputs = contract.outputs_of(contract.call(kernel.call, placed))
         pairs = [

@@ -1,0 +1,131 @@
+"""Laws of TransNormerLLM alone: what is relative, what the joint norm takes away, who is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnspec.conformance.contract import Contract
+from attnspec.conformance.kernel import Kernel
+from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.trial import Trial
+from attnspec.reference.linear.lightning_attention_1 import tnl_gla
+
+LAYERS = ("lightning_attention_1.tnl_gla", "lightning_attention_1.tnl_block")
+
+
+def _fresh(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, options=())
+
+
+def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype)
+
+
+def check_offset(trial: Trial) -> None:
+    """From a zero state only differences of positions count; the states' phases do not agree.
+
+    Frequencies are multiples of 1/64, so that every angle is exact however far it is.
+    """
+    arguments = trial.arguments()
+    theta = arguments["params"]["theta"]
+    if theta is not None:
+        exact = {**arguments["params"], "theta": np.round(64 * theta) / 64}
+        arguments = {**arguments, "params": exact}
+    moved = {**arguments, "offset": arguments["offset"] + 5}
+    outputs = trial.run(moved)
+    trial.judge({**outputs, "state": trial.run(arguments)["state"]}, arguments)
+
+
+def check_joint_norm(trial: Trial) -> None:
+    """All of v four times as large, and epsilon sixteen times: the norm takes the factor away."""
+    arguments = {**trial.arguments(), "v_activation": False, "eps": 1e-2, "norm": "srms"}
+    D = arguments["x"].shape[-1]
+    W = arguments["params"]["Wqkvu"].copy()
+    W[:, 2 * D : 3 * D] *= 4.0
+    larger = {**arguments, "params": {**arguments["params"], "Wqkvu": W}, "eps": 0.16}
+    outputs = trial.run(larger)
+    trial.judge({**outputs, "state": outputs["state"] / 4.0}, arguments)
+
+
+def check_alone(trial: Trial) -> None:
+    """What lies in other sequences, NaN included, does not reach a packed one."""
+    arguments = trial.arguments()
+    offsets = arguments["offsets"]
+    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
+    own = slice(int(offsets[n]), int(offsets[n + 1]))
+    x = np.full_like(arguments["x"], np.nan)
+    x[own] = arguments["x"][own]
+    outputs = trial.run({**arguments, "x": x})
+    whole = one_by_one(arguments)
+    y, states = (part.copy() for part in whole)
+    y[own], states[n] = outputs["y"][own], outputs["states"][n]
+    trial.judge({"y": y, "states": states}, arguments)
+
+
+def one_by_one(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Packed sequences as the layer computes them one by one."""
+    offsets, states = arguments["offsets"], arguments.get("states")
+    flags = {name: arguments[name] for name in ("v_activation", "gate", "norm", "eps")}
+    starts = arguments.get("starts", np.zeros(len(offsets) - 1, int))
+    parts = [
+        tnl_gla(
+            arguments["x"][offsets[n] : offsets[n + 1]],
+            arguments["params"],
+            None if states is None else states[n],
+            int(starts[n]),
+            **flags,
+        )
+        for n in range(len(offsets) - 1)
+    ]
+    return np.concatenate([y for y, _ in parts]), np.stack([state for _, state in parts])
+
+
+def check_degree(trial: Trial) -> None:
+    """Rows twice as large give a result four times as large: exact in binary."""
+    arguments = trial.arguments()
+    outputs = trial.run({**arguments, "x": 2.0 * arguments["x"]})
+    trial.judge({"y": outputs["y"] / 4.0}, arguments)
+
+
+LAWS = (
+    Law(
+        "common-offset",
+        "Moving every position by a common offset changes no output of a fresh layer.",
+        ("K13",),
+        _fresh,
+        check_offset,
+        applies=lambda contract, kernel: contract.operation in LAYERS,
+        examples=0.3,
+    ),
+    Law(
+        "joint-norm",
+        "A factor of all values is taken away by the norm, whose epsilon grows with its square.",
+        ("K10",),
+        _fresh,
+        check_joint_norm,
+        applies=lambda contract, kernel: contract.operation == LAYERS[0],
+        examples=0.3,
+    ),
+    Law(
+        "packed-alone",
+        "What a packed neighbour holds, NaN included, does not matter.",
+        ("K11",),
+        _anywhere,
+        check_alone,
+        applies=lambda contract, kernel: (
+            contract.operation == "lightning_attention_1.tnl_gla_packed"
+        ),
+        examples=0.3,
+    ),
+    Law(
+        "second-degree",
+        "The channel mixer is homogeneous of degree two.",
+        ("K10",),
+        _anywhere,
+        check_degree,
+        applies=lambda contract, kernel: contract.operation == "lightning_attention_1.sglu",
+        examples=0.3,
+    ),
+)

@@ -1,0 +1,10 @@
+"""The rows engine: what surrounds a linear attention token by token, each in one pass over memory.
+
+`gated_norm` merges heads, divides by the root mean square of the whole row and multiplies by a
+gate; `lift` activates queries and keys and turns positions into phases.
+"""
+
+from attnspec.fast.engines.rows.configs import CANDIDATES, RowsConfig, use_config
+from attnspec.fast.engines.rows.op import gated_norm, lift
+
+__all__ = ["CANDIDATES", "RowsConfig", "gated_norm", "lift", "use_config"]

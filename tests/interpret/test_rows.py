@@ -1,0 +1,106 @@
+"""The rows engine's Triton kernels in the interpreter against the CPU kernels in float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, use_config
+from attnspec.fast.linear.lightning_attention_1 import (
+    layer_slopes,
+    lrpe_frequencies,
+    tnl_block,
+    tnl_gla_packed,
+)
+
+
+def gradients(function: Any, inputs: list[Tensor], upstream: Tensor, backend: str) -> list[Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, backend=backend)
+    return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def compare(function: Any, inputs: list[Tensor], upstream: Tensor, bound: float = 2e-5) -> None:
+    got = gradients(function, inputs, upstream, "triton")
+    expected = gradients(function, [x.double() for x in inputs], upstream, "numba")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=bound, atol=bound * 10)
+
+
+@pytest.mark.parametrize("d", [1, 20, 40])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_norm(d: int, eps: float) -> None:
+    torch.manual_seed(d)
+    o, wide = torch.randn(2, 3, 5, d), torch.randn(2, 5, 12 * d)
+    o[0, :, 2] = 0
+    u, up = wide[..., 3 * d : 6 * d], torch.randn(2, 3 * d, 5).mT
+    with use_config(RowsConfig(64, 1)):
+        compare(
+            lambda o, backend: gated_norm(o, eps=eps, backend=backend), [o.mT.contiguous().mT], up
+        )
+        compare(lambda o, u, backend: gated_norm(o, u, eps=eps, backend=backend), [o, u], up)
+
+
+def test_rows_wider_than_a_tile() -> None:
+    torch.manual_seed(0)
+    o, up = torch.randn(1, 1, 2, 1100), torch.randn(1, 2, 1100)
+    compare(lambda o, backend: gated_norm(o, eps=1e-6, backend=backend), [o], up)
+    theta = torch.rand(1, 1100)
+    up = torch.randn(1, 1, 2, 2200)
+    compare(lambda x, t, backend: lift(x, t, offset=3, backend=backend), [o, theta], up)
+
+
+@pytest.mark.parametrize("activate", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_lift(activate: bool, placed: bool) -> None:
+    torch.manual_seed(1)
+    x = 3 * torch.randn(2, 5, 3, 10).transpose(1, 2)[..., ::2]
+    positions = torch.tensor([0, 7, 3, 3, 1]) if placed else None
+    options: dict[str, Any] = {"activate": activate, "positions": positions, "offset": 2}
+    with use_config(RowsConfig(32, 1)):
+        up = torch.randn(2, 3, 10, 5).mT
+        theta = torch.rand(3, 5)
+        compare(lambda x, t, backend: lift(x, t, backend=backend, **options), [x, theta], up)
+        compare(lambda x, backend: lift(x, backend=backend, **options), [x], up[..., :5])
+
+
+def test_half_precision() -> None:
+    x, theta = torch.randn(1, 2, 4, 8).half(), lrpe_frequencies(2, 8).float()
+    got = lift(x, theta, activate=True, backend="triton")
+    expected = lift(x.double(), theta, activate=True)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        gated_norm(x, eps=1e-6, backend="triton").double(),
+        gated_norm(x.double(), eps=1e-6),
+        rtol=2e-3,
+        atol=2e-3,
+    )
+
+
+def test_a_block_and_packed_sequences() -> None:
+    torch.manual_seed(2)
+    shapes = {"Wqkvu": (8, 32), "Wo": (8, 8), "Wv": (8, 6), "Wu": (8, 6), "Wd": (6, 8)}
+    params: dict[str, Tensor] = {n: torch.randn(s) / s[0] ** 0.5 for n, s in shapes.items()}
+    params["slopes"] = layer_slopes(2, 0, 3).float()
+    params["theta"] = lrpe_frequencies(2, 4).float()
+    wide = {name: x.double() for name, x in params.items()}
+    x = torch.randn(1, 9, 8)
+    for got, expected in zip(
+        tnl_block(x, params, backend="triton"), tnl_block(x.double(), wide), strict=True
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    offsets, starts = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 5, 2])
+    for got, expected in zip(
+        tnl_gla_packed(x[0], params, offsets, None, starts, backend="triton"),
+        tnl_gla_packed(x[0].double(), wide, offsets, None, starts),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
