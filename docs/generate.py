@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pictures
-from pages import book, chapter
+from pages import book, chapter, studies
 
 from attnspec.reference import mechanisms
 
@@ -21,6 +21,7 @@ PAGES = {
     "status.rst": book.status,
     "engines.rst": book.engines,
     "command.rst": book.commands,
+    "studies/index.rst": studies.contents,
 }
 
 
@@ -32,9 +33,9 @@ def write(path: Path, text: str) -> None:
 
 
 def write_pages(folder: Path = CHAPTERS) -> None:
-    """All derived pages; the pages of mechanisms that are gone are removed."""
+    """All derived pages; the pages of what is gone are removed."""
     for old in folder.glob("*/*.rst"):
-        if old.stem not in {"index", *mechanisms()}:
+        if old.stem not in {"index", *mechanisms(), *studies.studies()}:
             old.unlink()
     for family in book.families():
         write(folder / family / "index.rst", book.part(family))
@@ -43,6 +44,12 @@ def write_pages(folder: Path = CHAPTERS) -> None:
         place.mkdir(parents=True, exist_ok=True)
         caption = pictures.draw(slug, place)
         write(place / f"{slug}.rst", chapter.chapter(mechanism, slug if caption else "", caption))
+    place = folder / "studies"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, module in studies.studies().items():
+        numbers = studies.results(name)
+        studies.draw(name, module, numbers, place)
+        write(place / f"{name}.rst", studies.study(name, module, numbers))
     for name, make in PAGES.items():
         write(folder / name, make())
 

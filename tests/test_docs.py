@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     yield lambda name: importlib.import_module(name)
     for name in [
-        n for n in sys.modules if n.partition(".")[0] in ("pages", "pictures", "generate")
+        n
+        for n in sys.modules
+        if n.partition(".")[0] in ("pages", "pictures", "studies", "generate")
     ]:
         del sys.modules[name]
 
@@ -206,3 +209,42 @@ def test_benchmarks_are_read(site: Any, tmp_path: Path) -> None:
     for shown in ("some GPU", "1.5", "66%", "cuDNN 1.8 ms (1.20 x)", "other unavailable"):
         assert shown in text
     assert "not measured: gate red: wrong" in text
+
+
+STUDIES = sorted(path.stem.removesuffix("_page") for path in ROOT.glob("docs/studies/*_page.py"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_say_what_they_are(site: Any, name: str) -> None:
+    module = site(f"studies.{name}_page")
+    assert module.TITLE
+    assert set(module.MECHANISMS) <= set(mechanisms())
+    assert all(caption.endswith(".") for caption, _ in module.FIGURES.values())
+    assert (ROOT / "docs" / "studies" / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_and_its_page_is_drawn(site: Any, name: str, tmp_path: Path) -> None:
+    """A few steps on the CPU; what the numbers are is the business of a real run."""
+    script, numbers = ROOT / "docs" / "studies" / f"{name}.py", tmp_path / f"{name}.json"
+    options = ["--smoke", "--device", "cpu", "--json", str(numbers)]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(numbers.read_text())
+    assert results["runs"]
+    assert not [run["error"] for run in results["runs"] if "error" in run]
+    pages, module = site("pages.studies"), site(f"studies.{name}_page")
+    page = pages.study(name, module, results)
+    pages.draw(name, module, results, tmp_path)
+    for figure in module.FIGURES:
+        for theme in ("light", "dark"):
+            assert f"{name}-{figure}-{theme}.svg" in page
+            assert (tmp_path / f"{name}-{figure}-{theme}.svg").stat().st_size > 0
+    assert all(f"<chapter-{slug}>" in page for slug in module.MECHANISMS)
+
+
+def test_without_numbers_a_study_has_no_page(site: Any, tmp_path: Path) -> None:
+    pages = site("pages.studies")
+    (tmp_path / "unknown_page.py").write_text("")
+    assert pages.studies(tmp_path) == {}
+    assert "None has been run yet." in pages.contents({})

@@ -52,9 +52,7 @@ def run_benchmarks(
             rows.append(row)
         del arguments
     return {
-        "environment": environment() | _hardware(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **provenance(),
         "ceilings": [
             {
                 "device": device,
@@ -124,6 +122,15 @@ def _measure(
         except Exception as error:
             entry["unavailable"] = f"{type(error).__name__}: {str(error)[:200]}"
         row["rivals"].append(entry)
+
+
+def provenance() -> dict[str, Any]:
+    """What a measurement depends on, and when and from which sources it was made."""
+    return {
+        "environment": environment() | _hardware(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
 
 
 def _hardware() -> dict[str, str]:

@@ -13,7 +13,7 @@ from attnspec.conformance.contract import contracts
 from attnspec.conformance.laws import laws_for
 from attnspec.reference import Mechanism, Operation
 from attnspec.reference.spec import HEADS, PADDINGS, PATTERNS, PHASES
-from pages import docstrings, evidence, rest
+from pages import docstrings, evidence, rest, studies
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,7 +27,7 @@ def chapter(mechanism: Mechanism, picture: str = "", caption: str = "") -> str:
         rest.heading(mechanism.title, rest.TITLE),
         f".. rst-class:: lead\n\n{rest.escape(mechanism.idea)}",
         _source_line(mechanism),
-        _picture(picture, caption, slug),
+        rest.picture(picture, caption, docstrings.link(caption, slug)) if picture else "",
         docstrings.link(text.lead, slug),
         *_definitions(mechanism),
         *_section("Complexity", text.sections.get("Complexity", ""), slug),
@@ -47,6 +47,7 @@ def chapter(mechanism: Mechanism, picture: str = "", caption: str = "") -> str:
         evidence.kill_matrix(mechanism),
         rest.heading("Speed"),
         evidence.benchmarks(mechanism),
+        *_section("Studies", studies.links(slug), slug),
     )
 
 
@@ -58,24 +59,6 @@ def _source_line(mechanism: Mechanism) -> str:
     if paper.code:
         parts.append(f"`{paper.code} <https://github.com/{paper.code}>`__")
     return f"{rest.escape(paper.title)}. {' · '.join(parts)}"
-
-
-def _picture(picture: str, caption: str, slug: str) -> str:
-    if not picture:
-        return ""
-    return rest.page(
-        *(
-            rest.directive(
-                "figure",
-                f"{picture}-{theme}.svg",
-                docstrings.link(caption, slug),
-                alt=caption,
-                figclass=f"only-{theme}",
-                width="100%",
-            )
-            for theme in ("light", "dark")
-        )
-    )
 
 
 def _section(name: str, body: str, slug: str) -> list[str]:
@@ -180,7 +163,21 @@ def fast_path(mechanism: Mechanism) -> str:
         rest.directive("automodule", name),
         rest.table(header, rows) if rows else "",
         *(_autodoc(value) for value in shown),
+        *_layers(mechanism),
     )
+
+
+def _layers(mechanism: Mechanism) -> list[str]:
+    """The layers for PyTorch models, in the module that is named for them."""
+    if not (ROOT / "fast" / mechanism.family / f"{mechanism.slug}_module.py").exists():
+        return []
+    name = f"attnspec.fast.{mechanism.family}.{mechanism.slug}_module"
+    module = importlib.import_module(name)
+    return [
+        rest.heading("As a layer", rest.SUBSECTION),
+        rest.directive("automodule", name),
+        *(_autodoc(value) for value in public(module)),
+    ]
 
 
 def _autodoc(value: Any) -> str:

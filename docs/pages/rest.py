@@ -24,6 +24,23 @@ def directive(name: str, argument: str = "", body: str = "", **options: str) -> 
     return "\n".join(lines) + "\n" + (f"\n{textwrap.indent(body, '   ')}\n" if body else "")
 
 
+def picture(stem: str, caption: str, body: str = "") -> str:
+    """The drawings of a picture for light and for dark pages; `body` is the caption marked up."""
+    return page(
+        *(
+            directive(
+                "figure",
+                f"{stem}-{theme}.svg",
+                body or caption,
+                alt=caption,
+                figclass=f"only-{theme}",
+                width="100%",
+            )
+            for theme in ("light", "dark")
+        )
+    )
+
+
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], widths: str = "auto", css: str = ""
 ) -> str:

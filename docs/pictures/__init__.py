@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,18 @@ def draw(slug: str, folder: Path) -> str:
     if importlib.util.find_spec(f"pictures.{slug}") is None:
         return ""
     module = importlib.import_module(f"pictures.{slug}")
+    save(slug, folder, module.draw)
+    return str(module.CAPTION)
+
+
+def save(stem: str, folder: Path, make: Callable[[Ink], Any]) -> None:
+    """``<stem>-light.svg`` and ``<stem>-dark.svg`` of the figures that `make` draws."""
     for ink in INKS:
         with mpl.rc_context(_style(ink)):
-            figure = module.draw(ink)
-            path = folder / f"{slug}-{ink.name}.svg"
+            figure = make(ink)
+            path = folder / f"{stem}-{ink.name}.svg"
             figure.savefig(path, transparent=True, metadata={"Date": None})
             plt.close(figure)
-    return str(module.CAPTION)
 
 
 def _style(ink: Ink) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def gate(
 
 def mac_segment(
     seg: Tensor, P: Tensor, W: Any, S: Any, attn: Any, mem: Any, rates: Any, gains: Any, b: int, *,
-    loss_scale: float = 2.0, tokenwise: bool = False, backend: str | None = None,
+    loss_scale: float = 2.0, tokenwise: bool = False, normalise: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Layers, Layers]:  # fmt: skip
     """o (batch, C, D) of one segment seg (batch, C, D), and the memory that has stored it.
 
@@ -79,7 +80,7 @@ def mac_segment(
     prefixed = persistent_prefix(P, seg)
     check_matrices("attn", attn, seg)
     check_matrices("mem", mem, seg)
-    query = _project(seg, mem[0])
+    query = directed(_project(seg, mem[0]), normalise)
     layers, momentum = check_states(W, S, query)
     h = mlp_memory(layers, query)
     check_size("W", h.shape[-1], seg.shape[-1], "D, the width of the segment's rows")
@@ -93,15 +94,17 @@ def mac_segment(
     else:
         y = flash(q, k, v, causal=True, backend=backend)[0][:, 0]
     check_gains(gains, y)
-    read, layers, momentum = _memory(y, layers, momentum, mem, rates, b, loss_scale, backend)
+    read, layers, momentum = _memory(
+        y, layers, momentum, mem, rates, b, loss_scale, normalise, backend
+    )
     if not tokenwise:
-        read = mlp_memory(layers, _project(y, mem[0]))
+        read = mlp_memory(layers, directed(_project(y, mem[0]), normalise))
     return gate(y, read, gains), layers, momentum
 
 
 def mag(
     x: Tensor, P: Tensor, W: Any, S: Any, attn: Any, mem: Any, rates: Any, gains: Any, w: int,
-    b: int, *, loss_scale: float = 2.0, backend: str | None = None,
+    b: int, *, loss_scale: float = 2.0, normalise: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, Layers, Layers]:  # fmt: skip
     """o (batch, T, dv) of x (batch, T, D), and the memory; rates of the N_p + T rows stored."""
     check_tensor("x", x, ("batch", "T", "D"), FLOATS)
@@ -111,21 +114,21 @@ def mag(
     check_integer("w", w, least=1)
     y = _windowed(xt, attn, w, P.shape[0], backend)
     check_gains(gains, y)
-    h, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, backend)
+    h, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise, backend)
     check_size("W", h.shape[-1], y.shape[-1], "the width of the attention's rows")
     return gate(y, h, gains)[:, P.shape[0] :], layers, momentum
 
 
 def mal(
     x: Tensor, P: Tensor, W: Any, S: Any, attn: Any, mem: Any, rates: Any, w: int, b: int, *,
-    loss_scale: float = 2.0, backend: str | None = None,
+    loss_scale: float = 2.0, normalise: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, Layers, Layers]:  # fmt: skip
     """o (batch, T, dv) of x (batch, T, D), and the memory; rates of the N_p + T rows stored."""
     check_tensor("x", x, ("batch", "T", "D"), FLOATS)
     xt = persistent_prefix(P, x)
     check_matrices("mem", mem, x)
     check_integer("w", w, least=1)
-    y, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, backend)
+    y, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise, backend)
     check_matrices("attn", attn, y)
     return _windowed(y, attn, w, 0, backend)[:, P.shape[0] :], layers, momentum
 
@@ -137,10 +140,11 @@ def _windowed(x: Tensor, attn: Any, w: int, sinks: int, backend: str | None) -> 
 
 
 def _memory(
-    x: Tensor, W: Any, S: Any, mem: Any, rates: Any, b: int, loss_scale: float, backend: str | None
-) -> tuple[Tensor, Layers, Layers]:
+    x: Tensor, W: Any, S: Any, mem: Any, rates: Any, b: int, loss_scale: float, normalise: bool,
+    backend: str | None,
+) -> tuple[Tensor, Layers, Layers]:  # fmt: skip
     """The memory over rows x (batch, rows, D), stored and read in order."""
-    q, k = (_project(x, matrix)[:, None] for matrix in mem[:2])
+    q, k = (directed(_project(x, matrix), normalise)[:, None] for matrix in mem[:2])
     # Values enter no product: they need not be rounded to the dtype of the rows.
     v = product(wide(x), wide(mem[2]))[:, None]
     layers, momentum = check_states(W, S, k[:, 0])
@@ -154,6 +158,14 @@ def _memory(
         first, second, k, v, q, full, b, loss_scale=loss_scale, backend=backend
     )
     return y[:, 0], tuple(w[:, 0] for w in last_W), tuple(s[:, 0] for s in last_S)
+
+
+def directed(x: Tensor, normalise: bool) -> Tensor:
+    """Rows x, of norm 1 if `normalise`."""
+    if not normalise:
+        return x
+    rows = wide(x)
+    return (rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + EPSILON)).to(x.dtype)
 
 
 def _project(x: Tensor, matrix: Tensor) -> Tensor:

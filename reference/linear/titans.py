@@ -60,7 +60,8 @@ and its tokens up to r. MAG: the last w tokens and, at any distance, P.
 
 S14. **MAC.** A segment asks the old memory, :math:`h = M(x M_q)`; attention over [P | h | x] gives
 y for its rows; y is stored; :math:`o = gate(y, M'(y M_q))` with the new weights, those behind the
-segment or, `tokenwise`, behind each row's own store.
+segment or, `tokenwise`, behind each row's own store. Here and in S15 and S16 `normalise` divides
+the memory's queries and keys by their norm as S11 does: without it a memory can outgrow any number.
 
 S15. **MAG.** On [P | x], gate(windowed attention that always sees P, memory), the last T rows.
 

@@ -88,7 +88,7 @@ def gate(y: np.ndarray, h: np.ndarray, gains: tuple[np.ndarray, np.ndarray]) -> 
 def mac_segment(
     seg: np.ndarray, P: np.ndarray, W: Any, S: Any, attn: Three, mem: Three, rates: Any,
     gains: tuple[np.ndarray, np.ndarray], b: int, *, loss_scale: float = 2.0,
-    tokenwise: bool = False,
+    tokenwise: bool = False, normalise: bool = False,
 ) -> tuple[np.ndarray, Layers, Layers]:  # fmt: skip
     """S14: o (..., C, D) of one segment seg (..., C, D), and the memory that has stored it.
 
@@ -104,22 +104,24 @@ def mac_segment(
     prefixed = persistent_prefix(P, seg)
     check_matrices("attn", attn, seg)
     check_matrices("mem", mem, seg)
-    layers, momentum = check_states(W, S, seg @ mem[0])
-    h = mlp_memory(layers, seg @ mem[0])
+    asking = _directed(seg @ mem[0], normalise)
+    layers, momentum = check_states(W, S, asking)
+    h = mlp_memory(layers, asking)
     check_size("W", h.shape[-1], seg.shape[-1], "D, the width of the segment's rows")
     N_p, C = P.shape[0], seg.shape[-2]
     z = np.concatenate([prefixed[..., :N_p, :], h, seg], axis=-2)
     y = _attend(seg, z, attn, titans_mask_mac(C, max(C, 1), N_p, tokenwise))
     check_gains(gains, y)
-    read, layers, momentum = _memory(y, layers, momentum, mem, rates, b, loss_scale)
+    read, layers, momentum = _memory(y, layers, momentum, mem, rates, b, loss_scale, normalise)
     if not tokenwise:
-        read = mlp_memory(layers, y @ mem[0])
+        read = mlp_memory(layers, _directed(y @ mem[0], normalise))
     return gate(y, read, gains), layers, momentum
 
 
 def mag(
     x: np.ndarray, P: np.ndarray, W: Any, S: Any, attn: Three, mem: Three, rates: Any,
     gains: tuple[np.ndarray, np.ndarray], w: int, b: int, *, loss_scale: float = 2.0,
+    normalise: bool = False,
 ) -> tuple[np.ndarray, Layers, Layers]:  # fmt: skip
     """S15: o (..., T, dv) of x (..., T, D), and the memory; rates of the N_p + T rows stored.
 
@@ -133,14 +135,14 @@ def mag(
     check_matrices("mem", mem, x)
     y = _attend(xt, xt, attn, titans_mask_mag(x.shape[-2], w, P.shape[0]))
     check_gains(gains, y)
-    h, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale)
+    h, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise)
     check_size("W", h.shape[-1], y.shape[-1], "the width of the attention's rows")
     return gate(y, h, gains)[..., P.shape[0] :, :], layers, momentum
 
 
 def mal(
     x: np.ndarray, P: np.ndarray, W: Any, S: Any, attn: Three, mem: Three, rates: Any, w: int,
-    b: int, *, loss_scale: float = 2.0,
+    b: int, *, loss_scale: float = 2.0, normalise: bool = False,
 ) -> tuple[np.ndarray, Layers, Layers]:  # fmt: skip
     """S16, K8: o (..., T, dv) of x (..., T, D), and the memory; rates of the N_p + T rows stored.
 
@@ -151,24 +153,30 @@ def mal(
     xt = persistent_prefix(P, x)
     check_matrices("mem", mem, x)
     check_integer("w", w, least=1)
-    y, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale)
+    y, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise)
     check_matrices("attn", attn, y)
     o = _attend(y, y, attn, _window(y.shape[-2], w))
     return o[..., P.shape[0] :, :], layers, momentum
 
 
 def _memory(
-    x: np.ndarray, W: Any, S: Any, mem: Three, rates: Any, b: int, loss_scale: float
-) -> tuple[np.ndarray, Layers, Layers]:
+    x: np.ndarray, W: Any, S: Any, mem: Three, rates: Any, b: int, loss_scale: float,
+    normalise: bool,
+) -> tuple[np.ndarray, Layers, Layers]:  # fmt: skip
     """The memory over rows x (..., T, D), stored and read in order; one head is one axis more."""
-
     q, k, v = ((x @ matrix)[..., None, :, :] for matrix in mem)
+    q, k = _directed(q, normalise), _directed(k, normalise)
     W, S = check_states(W, S, k[..., 0, :, :])
     y, W, S = titans_chunk_mlp(
         tuple(w[..., None, :, :] for w in W), tuple(s[..., None, :, :] for s in S), k, v, q,
         _by_head(rates), b, loss_scale=loss_scale,
     )  # fmt: skip
     return y[..., 0, :, :], tuple(w[..., 0, :, :] for w in W), tuple(s[..., 0, :, :] for s in S)
+
+
+def _directed(x: np.ndarray, normalise: bool) -> np.ndarray:
+    """Rows x, of norm 1 if `normalise`."""
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + EPSILON) if normalise else x
 
 
 def _by_head(rates: Any) -> Any:

@@ -84,6 +84,7 @@ def _chunks(sizes: Any) -> dict[str, Any]:
     return {
         "b": st.sampled_from([1, 2, 4, 16, 64]),
         "loss_scale": st.sampled_from([2.0, 0.5]),
+        "normalise": st.booleans(),
     }
 
 

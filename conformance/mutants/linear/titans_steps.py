@@ -168,6 +168,8 @@ MUTANTS = (
            replacing(MAG, titans_mask_mag=prefix_falls_out), "mag"),
     mutant("raw-memory", "agreement", "the gate opens by unnormalised rows",
            replacing(MAG, gate=unnormalised), "mag"),
+    mutant("raw-keys", "agreement", "keys and queries keep their length although asked not to",
+           altering(MAG, lambda a: a.update(normalise=False)), "mag"),
     mutant("wide-window", "agreement", "a window of w keeps w + 1 keys",
            replacing(MAL, _window=short_window), "mal"),
 )  # fmt: skip

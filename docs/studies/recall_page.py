@@ -1,0 +1,176 @@
+"""The page of the recall study: what it asked, what came out, drawn from its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pages import rest
+from pictures import Ink, panels
+
+TITLE = "Recall and the size of the state"
+MECHANISMS = (
+    "attention",
+    "based",
+    "lightning_attention_2",
+    "lightnet",
+    "flowformer",
+    "titans",
+)
+MARKERS = "osD^vP*Xh<"
+
+
+def text(results: dict[str, Any]) -> str:
+    """The task, the budget, a table of all runs, and how to read it."""
+    s, environment = results["settings"], results["environment"]
+    hardest = str(s["pairs"][-1])
+    *fewer, most = map(str, s["pairs"])
+    pairs = f"{', '.join(fewer)} or {most}"
+    versions = ", ".join(
+        f"{name} {environment[name]}"
+        for name in ("torch", "triton", "numba")
+        if name in environment
+    )
+    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
+    return rest.page(
+        "Can a layer look up in the context what it was told there, and how much must a decoder "
+        "carry for it? Models of two mixers, all else equal, are trained on one task with one "
+        "budget.",
+        rest.heading("The task"),
+        f"Multi-query associative recall in {s['length']} tokens. A sequence begins with {pairs} "
+        "pairs, each number as often, of a key and a value, the keys distinct among "
+        f"{s['keys']}, the values uniform among {s['values']}. In the places that remain every key "
+        "is asked once, at a random place, in random order; all else is one filler token. The loss "
+        f"and the recall are those of the values asked for; guessing recalls 1 in {s['values']}.",
+        rest.heading("The models"),
+        "An embedding, two times a gated convolution of three tokens and the mixer, a norm, a "
+        "linear read-out; no positions and no MLP. Based is one Taylor layer and one window layer. "
+        "A window holds 16 tokens, a segment and a chunk of Titans too; its memories are linear.",
+        rest.heading("The budget"),
+        f"{s['steps']} steps of {s['batch']} fresh sequences, AdamW with a learning rate of "
+        f"{s['learning_rate']:g} that rises and then falls along a cosine, {results['dtype']}, one "
+        "seed. Nothing was tuned for any mixer, so a low figure is not the best that a "
+        "mixer can do, and a difference of a few points is noise.",
+        rest.heading("What came out"),
+        "Recall of sequences not trained on, by the number of pairs. The state is what the layers "
+        f"of the whole model carry for one sequence after {s['length']} tokens, in numbers of four "
+        "bytes.",
+        rest.table(
+            ("Model", "Size", "Parameters", "State, numbers", *_heads(s), "Tokens/s", "Note"),
+            [_row(run, s) for run in results["runs"]],
+            css="figures",
+        ),
+        _best(results, hardest),
+        f"Measured on {rest.escape(where)}, {results['date']}, commit "
+        f"{results['commit'] or 'unknown'}, {versions}. Tokens per second include everything in a "
+        "step of training.",
+        rest.directive("code-block", "console", "$ python docs/studies/recall.py"),
+    )
+
+
+def _heads(settings: dict[str, Any]) -> list[str]:
+    return [f"{pairs} pairs" for pairs in settings["pairs"]]
+
+
+def _row(run: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    if "recall" not in run:
+        reason = f"failed: {run['error']}" if "error" in run else "interrupted"
+        blank = [""] * (3 + len(settings["pairs"]))
+        return [run["name"], run["size"], *blank, rest.escape(reason)]
+    done = run["curve"]["step"][-1]
+    note = f"out of time after {done} steps" if run["stopped"] else ""
+    if run["diverged"]:
+        note = f"diverged within {done} steps"
+    return [
+        run["name"],
+        run["size"],
+        f"{run['parameters']:,}",
+        f"{run['state_numbers']:,}",
+        *(f"{run['recall'][str(pairs)]:.1%}" for pairs in settings["pairs"]),
+        f"{run['tokens_per_second']:,}",
+        note,
+    ]
+
+
+def _best(results: dict[str, Any], pairs: str) -> str:
+    """Which runs nothing smaller beats, in words."""
+    done = sorted(
+        (run for run in results["runs"] if "recall" in run), key=lambda run: run["state_numbers"]
+    )
+    frontier: list[dict[str, Any]] = []
+    for run in done:
+        if not frontier or run["recall"][pairs] > frontier[-1]["recall"][pairs]:
+            frontier.append(run)
+    if not frontier:
+        return ""
+    steps = (
+        f"{run['name']} ({run['size']}) {run['recall'][pairs]:.1%} with {run['state_numbers']:,}"
+        for run in frontier
+    )
+    return f"The frontier at {pairs} pairs, by numbers of state: {'; '.join(steps)}."
+
+
+def draw_frontier(results: dict[str, Any], ink: Ink) -> Any:
+    """Recall at the most pairs against the numbers in the state, a mark a mixer."""
+    figure, (axes,) = panels(1, height=4.2)
+    pairs = str(results["settings"]["pairs"][-1])
+    for marker, (name, runs) in zip(MARKERS, _by_name(results).items(), strict=False):
+        points = sorted((r["state_numbers"], r["recall"][pairs]) for r in runs if "recall" in r)
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker=marker, color=_colour(name, ink), lw=0.8, label=name)
+    axes.axhline(1 / results["settings"]["values"], color=ink.text, lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set(xlabel="numbers in the state", ylabel=f"recall of {pairs} pairs")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_curves(results: dict[str, Any], ink: Ink) -> Any:
+    """Loss and recall while training, of the first run of every mixer."""
+    figure, axes = panels(2, height=3.4)
+    for marker, (name, runs) in zip(MARKERS, _by_name(results).items(), strict=False):
+        curve = runs[0].get("curve", {"step": []})
+        for panel, what in zip(axes, ("loss", "recall"), strict=True):
+            if curve["step"]:
+                panel.plot(
+                    curve["step"], curve[what], marker=marker, ms=3, lw=1,
+                    color=_colour(name, ink), label=name,
+                )  # fmt: skip
+            panel.set(xlabel="step", ylabel=what)
+    axes[0].set_ylabel("loss, nats a question")
+    axes[1].set_ylabel(f"recall of {results['settings']['pairs'][-1]} pairs")
+    axes[1].set_ylim(-0.02, 1.02)
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+FIGURES = {
+    "frontier": (
+        "Recall of the most pairs against the numbers that a decoder carries; up and to the left "
+        "is better, the dotted line is guessing. Points of one mixer differ in width, heads or "
+        "memory.",
+        draw_frontier,
+    ),
+    "curves": (
+        "Left, the loss in training; right, the recall of the most pairs, of the first size of "
+        "every mixer.",
+        draw_curves,
+    ),
+}
+
+
+def _by_name(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        found.setdefault(run["name"], []).append(run)
+    return found
+
+
+def _colour(name: str, ink: Ink) -> str:
+    """The baselines in the colour of text, Titans in one accent, the linear mixers in two."""
+    if name in ("attention", "window"):
+        return ink.text
+    if name.startswith("Titans"):
+        return ink.third
+    return ink.second if name == "Based" else ink.first
