@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 
-# Processes of make conform.
+# Of make conform: how hard it searches (smoke, ci or thorough), and in how many processes.
+PROFILE ?= smoke
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 # Cases are small: one thread inside NumPy and torch, two where Numba's own parallelism is tested.
@@ -31,7 +32,7 @@ help:
 	@echo "make clean      remove $(VENV), build and caches"
 
 conform: $(READY)
-	$(BIN)/attnspec conform --device cpu --profile ci --jobs $(JOBS) \
+	$(BIN)/attnspec conform --device cpu --profile $(PROFILE) --jobs $(JOBS) \
 	    --json build/conformance.json --junit build/conformance.xml --html build/conformance.html
 
 test: lint types unit interpret mutants docs

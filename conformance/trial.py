@@ -282,5 +282,6 @@ def _fingerprint(arguments: Mapping[str, Any]) -> int:
     parts = []
     for name, value in arguments.items():
         for leaf in flatten(value):
-            parts.append((name, leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf)))
+            array = isinstance(leaf, np.ndarray)
+            parts.append((name, (leaf.shape, leaf.tobytes()) if array else repr(leaf)))
     return hash(tuple(parts))
