@@ -49,7 +49,7 @@ class Settings:
     pairs: tuple[int, ...] = (8, 16, 32, 64)
     batch: int = 128
     steps: int = 1200
-    learning_rate: float = 4e-3
+    learning_rates: tuple[float, ...] = (1e-3, 4e-3)
     weight_decay: float = 0.01
     warm_up: float = 0.05
     evaluations: int = 20
@@ -109,13 +109,12 @@ def mixers(run: Run) -> list[Block]:
 RUNS = (
     Run("attention"),
     Run("window"),
-    *(Run("Based", width, 16) for width in (64, 128)),
+    Run("Based", 128, 16),
     *(Run(name, 128, 64) for name in ("lightning", "LightNet", "Flowformer")),
     *(Run("Titans", 128, layout=layout) for layout in ("mag", "mal", "mac", "memory")),
     *(Run(name, 256, 64) for name in ("lightning", "LightNet", "Flowformer")),
     *(Run(name, 128, 16) for name in ("lightning", "LightNet", "Flowformer")),
     Run("Based", 128, 8),
-    Run("Titans", 128, layout="mag", memory_width=16),
     Run("attention", 64),
 )
 """All models, in an order that has one of each kind first."""
@@ -176,7 +175,9 @@ def recall(model: Model, settings: Settings, pairs: int, size: int, device: str)
     return float(torch.cat(right).mean())
 
 
-def train(run: Run, settings: Settings, device: str, deadline: float) -> Iterator[dict[str, Any]]:
+def train(
+    run: Run, settings: Settings, learning_rate: float, device: str, deadline: float
+) -> Iterator[dict[str, Any]]:
     """Train one model; its record so far after every evaluation.
 
     Past the `deadline` (of `time.perf_counter`) training stops, and the record says so.
@@ -187,7 +188,7 @@ def train(run: Run, settings: Settings, device: str, deadline: float) -> Iterato
     order = torch.Generator().manual_seed(settings.seed)
     draws = torch.randint(len(settings.pairs), (settings.steps,), generator=order).tolist()
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(), lr=learning_rate, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, settings))
     sizes = model.state_sizes(settings.length)
@@ -196,6 +197,7 @@ def train(run: Run, settings: Settings, device: str, deadline: float) -> Iterato
         "name": run.name,
         "size": run.size,
         **asdict(run),
+        "learning_rate": learning_rate,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_numbers": sum(sizes),
         "state_bytes": 4 * sum(sizes),
@@ -262,14 +264,18 @@ def learn(
 
 def compile_kernels(run: Run, settings: Settings, device: str) -> None:
     """One step of a model, after which its kernels are in the compiler's cache on disk."""
-    for _ in train(run, replace(settings, steps=1, tested=settings.batch), device, math.inf):
+    short = replace(settings, steps=1, tested=settings.batch)
+    for _ in train(run, short, settings.learning_rates[0], device, math.inf):
         pass
 
 
 def study(
     runs: tuple[Run, ...], settings: Settings, device: str, minutes: float, path: Path
 ) -> dict[str, Any]:
-    """All runs one after the other, within `minutes`; `path` has what is known at any time."""
+    """All runs one after the other, within `minutes`; `path` has what is known at any time.
+
+    A model is trained once with each learning rate, and the better one counts.
+    """
     start = time.perf_counter()
     end = start + 60 * minutes
     if device == "cuda":
@@ -283,20 +289,35 @@ def study(
         "prepared_seconds": round(time.perf_counter() - start, 1),
         "runs": [],
     }
+    left = len(runs) * len(settings.learning_rates)
     for n, run in enumerate(runs):
-        now = time.perf_counter()
-        deadline = now + (end - now) / (len(runs) - n)
-        results["runs"].append({"name": run.name, "size": run.size, **asdict(run)})
-        try:
-            for record in train(run, settings, device, deadline):
-                results["runs"][-1] = record
-                write(path, results)
-        except Exception as error:
-            results["runs"][-1]["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        nothing = {"name": run.name, "size": run.size, **asdict(run), "tried": []}
+        results["runs"].append(nothing)
+        tried: list[dict[str, Any]] = []
+        for learning_rate in settings.learning_rates:
+            now = time.perf_counter()
+            deadline, left = now + (end - now) / left, left - 1
+            try:
+                for record in train(run, settings, learning_rate, device, deadline):
+                    if better(record, results["runs"][-1]):
+                        results["runs"][-1] = record
+                    write(path, results)
+                tried.append({"learning_rate": learning_rate, "recall": record["recall"]})
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error)[:300]}"
+                tried.append({"learning_rate": learning_rate, "error": said})
+            results["runs"][-1]["tried"] = tried
         report(results["runs"][-1], n, len(runs))
     results["total_seconds"] = round(time.perf_counter() - start, 1)
     write(path, results)
     return results
+
+
+def better(record: dict[str, Any], than: dict[str, Any]) -> bool:
+    """Whether a record shows more recall: at the end, else nothing is said against the latest."""
+    if "recall" not in than or than["learning_rate"] == record["learning_rate"]:
+        return True
+    return "recall" in record and sum(record["recall"].values()) > sum(than["recall"].values())
 
 
 def warm(runs: tuple[Run, ...], settings: Settings, device: str) -> None:
@@ -316,10 +337,14 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def report(record: dict[str, Any], n: int, runs: int) -> None:
     """A line on a finished run."""
-    said = record.get("error") or (
+    if "recall" not in record:
+        said = "; ".join(one.get("error", "no result") for one in record["tried"])
+        print(f"{n + 1:>2}/{runs} {record['name']:<14} {record['size']:<28} {said}", flush=True)
+        return
+    said = (
         f"{record['state_numbers']:>7} numbers, "
         + ", ".join(f"{pairs}: {share:.3f}" for pairs, share in record["recall"].items())
-        + f", {record['seconds']:.1f} s"
+        + f", {record['seconds']:.1f} s at {record['learning_rate']:g}"
         + (", stopped early" if record["stopped"] else "")
         + (", diverged" if record["diverged"] else "")
     )

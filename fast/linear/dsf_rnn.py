@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, logsigmoid, softplus
+from torch.nn.functional import gelu, logsigmoid, softplus
 
-from attnspec.fast.backend import check_same, check_tensor
+from attnspec.fast.backend import check_same, check_tensor, product
 from attnspec.fast.engines.scan import elementwise
 from attnspec.fast.linear.dsf_ssm import wide
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
@@ -80,16 +80,16 @@ def qlstm_layer(
     _check_layer(x, input_weight, conv_weight, conv_bias, gates_weight, gates_bias, output_weight)
     hidden, width = conv_weight.shape
     h0, rows = _layer_state(state, x, hidden, width)
-    gate, branch = linear(x, input_weight).split(hidden, -1)
+    gate, branch = product(x, input_weight.mT).split(hidden, -1)
     seen = torch.cat([rows, branch], 1)
     T = x.shape[1]
     z = wide(conv_bias) + torch.zeros_like(wide(branch))
     for n in range(width):
         z = z + wide(seen[:, n : n + T]) * wide(conv_weight[:, n])
-    gates = linear(z, wide(gates_weight), wide(gates_bias))
+    gates = product(z, wide(gates_weight).mT) + wide(gates_bias)
     f, i, o = gates.split(hidden, -1)
     y, h = qlstm(f, i, o, z, alpha, reversed, h0, backend=backend)
-    out = linear((gelu(wide(gate)) * y).to(x.dtype), output_weight)
+    out = product((gelu(wide(gate)) * y).to(x.dtype), output_weight.mT)
     return out, (h, seen[:, seen.shape[1] - width + 1 :].clone())
 
 

@@ -13,7 +13,7 @@ from attnspec.reference.linear.dsf_mixers import (
     linear_attention,
     normalised_attention,
 )
-from attnspec.reference.linear.dsf_ssm import ssd_as_attention, ssd_scan
+from attnspec.reference.linear.dsf_ssm import ssd_as_attention
 
 
 def last_state(
@@ -44,5 +44,13 @@ def normalised_in_chunks(q: Any, k: Any, v: Any, n: Any, h0: Any = None) -> Any:
 
 
 def ssd_in_chunks(Delta: Any, a: Any, b: Any, c: Any, u: Any, h0: Any = None) -> Any:
-    _, k, v, log_decay = ssd_as_attention(Delta, a, b, c, u)
-    return ssd_scan(Delta, a, b, c, u, h0)[0], last_state(k, v, h0, log_decay)
+    """What is left of a key at a query is a difference of two sums of log decays."""
+    q, k, v, log_decay = ssd_as_attention(Delta, a, b, c, u)
+    total = np.cumsum(log_decay, axis=-1)
+    tokens = np.arange(total.shape[-1])
+    between = total[..., :, None] - total[..., None, :]
+    left = np.exp(np.where(tokens[:, None] >= tokens, between, -np.inf))
+    y = (left * (q @ np.swapaxes(k, -1, -2))) @ v
+    if h0 is not None:
+        y = y + np.exp(total)[..., None] * (q @ np.swapaxes(h0, -1, -2))
+    return y, last_state(k, v, h0, log_decay)
