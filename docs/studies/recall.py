@@ -112,7 +112,6 @@ RUNS = (
     Run("Based", 128, 16),
     *(Run(name, 128, 64) for name in ("lightning", "LightNet", "Flowformer")),
     *(Run("Titans", 128, layout=layout) for layout in ("mag", "mal", "mac", "memory")),
-    *(Run(name, 256, 64) for name in ("lightning", "LightNet", "Flowformer")),
     *(Run(name, 128, 16) for name in ("lightning", "LightNet", "Flowformer")),
     Run("Based", 128, 8),
     Run("attention", 64),
@@ -356,8 +355,9 @@ def smoke() -> tuple[tuple[Run, ...], Settings]:
     kinds = {run.name: run for run in RUNS}
     runs = tuple(replace(run, width=16, d=8, memory_width=8) for run in kinds.values())
     settings = Settings(
-        keys=16, values=16, length=32, pairs=(2, 4), batch=4, steps=3, evaluations=3, tested=8
-    )
+        keys=16, values=16, length=32, pairs=(2, 4), batch=4, steps=2, evaluations=2, tested=8,
+        learning_rates=(1e-3,),
+    )  # fmt: skip
     return runs, settings
 
 
