@@ -19,9 +19,7 @@ from attnspec.fast.cache.streaming_llm_rows import (
     Trace,
     alibi_bias,
     cache_positions,
-    call_ranges,
-    call_sizes,
-    call_starts,
+    calls_of,
     check_rotary,
     check_slopes,
     evict_rows,
@@ -181,13 +179,11 @@ def streaming_attend(
     of w tokens, then decoding. Returns out (batch, heads, T, dv), differentiable, and the trace.
     """
     _check_call(q, k, v, S, R, rope_base, alibi_slopes)
-    sizes = call_sizes(q.shape[2], chunk)
-    trace = Trace(sizes, S, R)
-    starts = [end - size for end, size in zip(trace.ends, sizes, strict=True)]
-    T = q.shape[2]
+    calls, T = calls_of(q.shape[2], chunk), q.shape[2]
+    trace = Trace(calls, S, R)
     # Up to the first call that comes after an eviction, every token sees all before it.
-    dense_calls = sum(start <= S + R for start in starts)
-    dense = T if dense_calls == len(starts) else starts[dense_calls]
+    dense_calls = calls.until(S + R)
+    dense = T if dense_calls == len(calls.starts) else calls.starts[dense_calls]
     positions = torch.arange(T, device=q.device)
     dtype, slopes = q.dtype, alibi_slopes
     if rope_base is not None:
@@ -198,7 +194,7 @@ def streaming_attend(
 
     def window(first: int, low: int, sinks: int) -> tuple[Tensor, Tensor]:
         """Tokens from `first` on against those from `low` on, within their calls' windows."""
-        ranges = call_ranges(starts, sizes, first, low, S, R, q.device)
+        ranges = calls.ranges(first, low, S, R, q.device)
         return flash(
             queries[:, :, first:], keys[:, :, low:], v[:, :, low:], causal=True, sinks=sinks,
             slopes=slopes, backend=backend, **ranges,
@@ -212,7 +208,7 @@ def streaming_attend(
         backend=backend,
     )  # fmt: skip
     recent = window(dense, dense - R, 0)
-    seen_from = S + R + positions[dense:] - call_starts(starts, sizes, dense, q.device)
+    seen_from = S + R + positions[dense:] - calls.begins(dense, q.device)
     sink_queries = q[:, :, dense:]
     if rope_base is not None:
         sink_queries = rope(sink_queries, seen_from, rope_base)

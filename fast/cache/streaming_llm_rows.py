@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,61 +106,78 @@ def sink_window_distances(
     return torch.where(mask, t.clamp(max=S + R) - row, -1)
 
 
-def call_sizes(T: int, chunk: int | Sequence[int]) -> list[int]:
-    """How many of `T` tokens come in each call: `chunk` at a time, or as the list says."""
+class Calls(NamedTuple):
+    """Where the calls that a stream of T tokens comes in begin: a range where all are as long."""
+
+    starts: Sequence[int]
+    T: int
+
+    def end(self, call: int) -> int:
+        """Behind the last token of the call."""
+        number = range(len(self.starts))[call] + 1
+        return self.starts[number] if number < len(self.starts) else self.T
+
+    def until(self, place: int) -> int:
+        """How many calls begin at `place` or before."""
+        if isinstance(self.starts, range):
+            return min(len(self.starts), place // self.starts.step + 1)
+        return sum(start <= place for start in self.starts)
+
+    @property
+    def single(self) -> bool:
+        """Whether every token comes in a call of its own."""
+        return len(self.starts) == self.T
+
+    def begins(self, first: int, device: torch.device) -> Tensor:
+        """int64: the first token of each token's call, from `first` on, where a call begins."""
+        if isinstance(self.starts, range):
+            tokens = torch.arange(first, self.T, device=device)
+            return tokens - tokens % self.starts.step
+        starts = self.starts[self.until(first - 1) :]
+        sizes = torch.tensor([*starts[1:], self.T]) - torch.tensor(starts)
+        begins = torch.tensor(starts).repeat_interleave(sizes, output_size=self.T - first)
+        return begins.to(device)
+
+    def ranges(self, first: int, low: int, S: int, R: int, device: torch.device) -> dict[str, Any]:
+        """The flash engine's ranges of the tokens from `first` on over those from `low` on."""
+        if self.single:
+            return {"window": R + 1}
+        begin = self.begins(first, device)
+        return {"row_start": torch.where(begin > S + R, begin - (R + low), 0)}
+
+
+def calls_of(T: int, chunk: int | Sequence[int]) -> Calls:
+    """`chunk` tokens at a time, or as many as the list says."""
     check_integer("T", T, least=0)
     if not isinstance(chunk, Sequence):
         check_integer("chunk", chunk, least=1)
-        return [min(chunk, T - start) for start in range(0, T, chunk)]
+        return Calls(range(0, T, chunk), T)
     for size in chunk:
         check_integer("chunk", size, least=1)
     check_size("chunk", sum(chunk), T, "the sum of the sizes is the number of tokens")
-    return list(chunk)
+    return Calls([end - size for end, size in zip(accumulate(chunk), chunk, strict=True)], T)
 
 
 class Trace(list[Tensor]):
     """For each call the numbers of the tokens kept after it, int64 (kept), made when asked for."""
 
-    def __init__(self, sizes: Sequence[int], S: int, R: int) -> None:
+    def __init__(self, calls: Calls, S: int, R: int) -> None:
         super().__init__()
-        self.ends, self.S, self.R = list(accumulate(sizes)), S, R
+        self.calls, self.S, self.R = calls, S, R
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.calls.starts)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (evict_rows(end, self.S, self.R) for end in self.ends)
+        return (self._kept(call) for call in range(len(self)))
 
     def __getitem__(self, call: Any) -> Any:
         if isinstance(call, slice):
-            return [evict_rows(end, self.S, self.R) for end in self.ends[call]]
-        return evict_rows(self.ends[call], self.S, self.R)
+            return [self._kept(one) for one in range(len(self))[call]]
+        return self._kept(call)
 
-
-def call_starts(
-    starts: Sequence[int], sizes: Sequence[int], first: int, device: torch.device
-) -> Tensor:
-    """int64: the first token of the call of each token from `first`, itself the start of one."""
-    begin = starts.index(first)
-    repeats, tokens = torch.tensor(sizes[begin:]), sum(sizes[begin:])
-    begins = torch.tensor(starts[begin:]).repeat_interleave(repeats, output_size=tokens)
-    return begins.to(device)
-
-
-def call_ranges(
-    starts: Sequence[int],
-    sizes: Sequence[int],
-    first: int,
-    low: int,
-    S: int,
-    R: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The flash engine's ranges of the tokens from `first` on over those from `low` on."""
-    if all(size == 1 for size in sizes):
-        return {"window": R + 1}
-    begin = call_starts(starts, sizes, first, device) if starts else torch.zeros(0).long()
-    return {"row_start": torch.where(begin > S + R, begin - (R + low), 0)}
+    def _kept(self, call: int) -> Tensor:
+        return evict_rows(self.calls.end(call), self.S, self.R)
 
 
 def check_rotary(name: str, x: Tensor, base_name: str, base: Any) -> None:
