@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterable
@@ -11,13 +10,22 @@ from typing import Annotated, Any
 
 try:
     import hypothesis  # noqa: F401
+    import rich  # noqa: F401
     import typer
-    from rich.console import Console
 except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f'attnspec: {missing.name} is not installed; pip install "attnspec[conformance]"')
 
 from attnspec.conformance import listing, registry
+from attnspec.conformance.bench.commands import bench, tune
 from attnspec.conformance.certification import certify
+from attnspec.conformance.console import (
+    JsonFile,
+    Select,
+    console,
+    tell,
+    usage_error,
+    write_json,
+)
 from attnspec.conformance.contract import find_contract
 from attnspec.conformance.dtypes import DTYPES
 from attnspec.conformance.killing import kill_all
@@ -28,7 +36,6 @@ from attnspec.conformance.runner import replay as replay_case
 from attnspec.conformance.saved import StaleCase, load_case
 from attnspec.conformance.terminal import (
     progress_bar,
-    show_benchmarks,
     show_failure,
     show_kills,
     show_report,
@@ -41,38 +48,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 CASES = Path("build/counterexamples")
-
-Select = Annotated[
-    list[str] | None,
-    typer.Argument(help="Mechanisms, operations or kernel names; all if none."),
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")]
-
-
-def usage_error(message: str) -> typer.Exit:
-    """Print what was wrong with the call; exit status 2."""
-    _tell(message, "red")
-    return typer.Exit(2)
-
-
-def _tell(message: str, style: str) -> None:
-    """A line on the error stream, as it is: brackets are no markup, and commands stay in one."""
-    said = f"attnspec: {message}"
-    Console(stderr=True).print(said, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_choice(option: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
     for name in given or ():
         if name not in known:
             raise ValueError(f"{option}: got {name!r}, expected one of: {', '.join(known)}")
-
-
-def write_json(path: Path | None, data: Any) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 @app.command("list")
@@ -82,7 +64,7 @@ def list_command(json_file: JsonFile = None) -> None:
         kernels = registry.registered_kernels()
     except registry.Unavailable as error:
         kernels = []
-        _tell(f"no kernels: {error}", "yellow")
+        tell(f"no kernels: {error}", "yellow")
     rows = listing.mechanism_rows(kernels, all_mutants())
     write_json(json_file, {"mechanisms": rows})
     listing.show_mechanisms(rows, console)
@@ -230,40 +212,8 @@ def mutants(
     raise typer.Exit(1 if survivors else 0)
 
 
-@app.command()
-def bench(
-    select: Select = None,
-    against: Annotated[str | None, typer.Option(help="Rivals, comma separated.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only benchmarks of cpu or cuda.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure kernels beside their rivals. A kernel that is not right gets no number (exit 1)."""
-    from attnspec.conformance.bench import benchmarks, run_benchmarks
-
-    wanted = select or []
-    chosen = [
-        b
-        for b in benchmarks()
-        if device in (None, b.device)
-        and (not wanted or {b.name, b.operation, b.operation.partition(".")[0]} & set(wanted))
-    ]
-    if not chosen:
-        raise usage_error(f"select: got {wanted}, which no benchmark of this device matches")
-    try:
-        kernels = registry.registered_kernels()
-    except registry.Unavailable as error:
-        raise usage_error(str(error)) from None
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=None)
-        result = run_benchmarks(
-            chosen,
-            kernels,
-            against=against.split(",") if against else None,
-            progress=lambda what: progress.update(bar, advance=1, description=what),
-        )
-    write_json(json_file, result)
-    show_benchmarks(result, console)
-    raise typer.Exit(1 if any("timing" not in row for row in result["results"]) else 0)
+app.command()(bench)
+app.command()(tune)
 
 
 @app.command("new-kernel")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from attnspec.conformance.arrays import ArrayKind, array_kind
 from attnspec.conformance.dtypes import DTYPES
@@ -27,6 +27,21 @@ class Known:
     quarantine: bool = False
 
 
+class Tuner(Protocol):
+    """What chooses a kernel's configurations by key, from candidates that are plain data. A kernel
+    that is sent to another process takes its tuner with it, so pickle must be able to.
+    """
+
+    def watch(self) -> AbstractContextManager[set[str]]:
+        """The keys that calls inside the block ask for; all of them, even in a repeated call."""
+
+    def candidates(self, key: str) -> Sequence[Mapping[str, Any]]:
+        """The configurations worth trying, the one in force first."""
+
+    def force(self, key: str, fields: Mapping[str, Any], /) -> AbstractContextManager[None]:
+        """Run calls inside the block with one of the candidates of a key."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Anything that claims to compute one operation.
@@ -40,6 +55,7 @@ class Kernel:
         limit: other sizes are claimed, only not tried.
     blocks: the kernel's tile sizes; ragged lengths are drawn around them.
     configs: name -> context manager that forces one tuning configuration; each is tested alone.
+    tuner: what ``attnspec tune`` asks for the choices a call makes, and forces them through.
     ties: "lowest" claims rule K6 exactly, "any" lets equal scores fall either way.
     launches: a counter that rises with every real launch, so that a fallback shows.
     reads_values: False for a device kernel that would have to wait for the device to see what an
@@ -62,6 +78,7 @@ class Kernel:
     draws: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     blocks: tuple[int, ...] = (16, 64)
     configs: Mapping[str, Callable[[], AbstractContextManager[Any]]] = field(default_factory=dict)
+    tuner: Tuner | None = None
     ties: str = "lowest"
     deterministic: bool = True
     launches: Callable[[], int] | None = None

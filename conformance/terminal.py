@@ -183,3 +183,32 @@ def _rival(entry: Mapping[str, Any]) -> str:
     if "timing" not in entry:
         return f"{entry['name']}: {entry['unavailable']}"
     return f"{entry['name']} {entry['timing']['median'] * 1e3:.4g} ({entry['ratio']:.2f}x)"
+
+
+def show_tuning(result: Mapping[str, Any], console: Console) -> None:
+    """For each choice: the candidates by what they change, how many times faster than the one in
+    force each is, and why some have no number; then the benchmarks that did not run.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("choice", "candidate", "benchmarks", "speed-up", ""):
+        table.add_column(name, justify="right" if name in ("benchmarks", "speed-up") else "left")
+    present = {row["key"]: row["candidate"] for row in result["summary"] if row["in_force"]}
+    for row in result["summary"]:
+        before = present[row["key"]]
+        changed = [f"{name}={x}" for name, x in row["candidate"].items() if x != before[name]]
+        mark = "chosen" if row["chosen"] else ""
+        table.add_row(
+            row["key"] if row["in_force"] else "",
+            " ".join(changed) or "in force",
+            str(row["benchmarks"]),
+            f"{row['ratio']:.3f}" if "ratio" in row else "-",
+            Text(row.get("note", mark), style="bold green" if row["chosen"] else ""),
+        )
+    console.print(table)
+    for row in result["measured"]:
+        if "error" in row:
+            console.print(
+                f"{row['operation']} {row['benchmark']}: {row['error']}", style="red", markup=False
+            )
+    better = sum(row["chosen"] and not row["in_force"] for row in result["summary"])
+    console.print(f"{len(result['choices'])} choices, {better} changed", style="green")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 try:
-    from attnspec.fast import backend, mechanism_modules
+    from attnspec.fast import backend, mechanism_modules, tuning
 except ModuleNotFoundError as missing:
     raise ImportError(
         f'{missing.name} is not installed: pip install "attnspec[fast]"', name=missing.name
@@ -58,6 +58,7 @@ def _claims(module: Any, name: str, kind: str) -> dict[str, Any] | None:
     claims: dict[str, Any] = {"dtypes": ("float32", *HALF), "launches": backend.launch_count}
     if kind == "triton":
         claims["reads_values"] = False
+        claims["tuner"] = tuning.Tuner()
         claims["draws"] = {"d": (16, 80), "dv": (16, 48), "group": (1, 3)}
     own = dict(getattr(module, "CLAIMS", {}).get(name, {}))
     special = {other: own.pop(other, {}) for other in backend.BACKENDS}

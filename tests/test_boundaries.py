@@ -81,7 +81,16 @@ def test_no_second_copy_of_a_module() -> None:
 
 ALLOWED = {
     "reference": {"attnspec.reference", "numpy"},
-    "fast": {"attnspec.fast", "numpy", "torch", "triton", "numba", "llvmlite", "transformers"},
+    "fast": {
+        "attnspec.fast",
+        "numpy",
+        "torch",
+        "triton",
+        "numba",
+        "llvmlite",
+        "transformers",
+        "scipy",
+    },
     "conformance": {
         "attnspec.reference",
         "attnspec.conformance",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,22 @@ CANDIDATES = (
     ColumnsConfig(128, 32, 4, 3),
 )
 
-_forced: list[ColumnsConfig] = []
+LARGE = (
+    ColumnsConfig(64, 32, 4, 2),
+    ColumnsConfig(64, 32, 4, 1),
+    ColumnsConfig(64, 64, 4, 2),
+    ColumnsConfig(64, 64, 8, 2),
+    ColumnsConfig(128, 32, 8, 2),
+)
+"""For float32 and heads of more than 128, whose tiles take twice the shared memory."""
+
+TABLE = Table("columns", {("16-bit",): CANDIDATES, ("large",): LARGE})
 
 
 def config(d: int, dtype: torch.dtype) -> ColumnsConfig:
-    """The configuration for head size `d`: a float32 tile takes twice the shared memory."""
-    if _forced:
-        return _forced[-1]
-    if dtype == torch.float32 or d > 128:
-        return ColumnsConfig(64, 32, 4, 2)
-    return CANDIDATES[0]
+    """The configuration in force for head size `d` and inputs of `dtype`."""
+    key = "large" if dtype == torch.float32 or d > 128 else "16-bit"
+    return TABLE.forced() or TABLE.choose(key)
 
 
-@contextmanager
-def use_config(forced: ColumnsConfig) -> Iterator[None]:
-    """Run every columns kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

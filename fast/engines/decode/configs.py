@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,37 @@ TILE_BYTES = 32768
 """The most a tile of keys or of queries takes."""
 LARGEST_BLOCK = 128
 
-_forced: list[DecodeConfig] = []
+SINGLE = (
+    DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=2),
+    DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=3),
+    DecodeConfig(tile=64, rows=16, workers=2, warps=4, stages=2),
+    DecodeConfig(tile=32, rows=16, workers=4, warps=4, stages=2),
+    DecodeConfig(tile=64, rows=32, workers=1, warps=8, stages=2),
+)
+"""Worth trying for float32, which the matrix units do not serve."""
+
+
+def _default(packed: str, found: str, d: int) -> DecodeConfig:
+    stages, tile = 5 if found == "indirect" else 3, {256: 32, 128: 64}.get(d, 128)
+    if packed == "many":
+        return DecodeConfig(min(tile, 64), rows=64, workers=1, warps=8, stages=stages)
+    return DecodeConfig(tile, rows=32, workers=2, warps=4, stages=stages)
+
+
+TABLE = Table(
+    "decode",
+    {
+        ("32-bit",): SINGLE,
+        **{
+            (packed, found, d): (_default(packed, found, d), *CANDIDATES)
+            for packed in ("few", "many")
+            for found in ("direct", "indirect")
+            for d in (64, 128, 256)
+        },
+    },
+)
+"""By query rows of a kv head (more than 32 are many), how keys are found, and head size. One choice
+for every GPU, cut to what fits on chip."""
 
 
 def config(
@@ -53,16 +83,12 @@ def config(
     a kv head; `indirect`: keys are found through an index or a block table, whose loads take stages
     too; `rows` and `tile`, unless 0, are the caller's own.
     """
-    if _forced:
-        chosen = _forced[-1]
-    elif element_size >= 4:
-        chosen = DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=2)
-    else:
-        stages, tile_of = 5 if indirect else 3, {256: 32, 128: 64}.get(d, 128)
-        if packed > 32:
-            chosen = DecodeConfig(min(tile_of, 64), rows=64, workers=1, warps=8, stages=stages)
-        else:
-            chosen = DecodeConfig(tile_of, rows=32, workers=2, warps=4, stages=stages)
+    chosen = TABLE.forced()
+    if chosen is None and element_size >= 4:
+        chosen = TABLE.choose("32-bit")
+    elif chosen is None:
+        found, width = "indirect" if indirect else "direct", d if d in (128, 256) else 64
+        chosen = TABLE.choose("many" if packed > 32 else "few", found, width)
     largest = max(16, TILE_BYTES // (d * element_size))
     tile = min(tile or chosen.tile, largest)
     rows = min(rows or chosen.rows, largest, LARGEST_BLOCK)
@@ -72,16 +98,4 @@ def config(
     return replace(chosen, tile=tile, rows=rows, stages=max(stages, 2))
 
 
-def forced_config() -> DecodeConfig | None:
-    """What `use_config` has put in force, if anything."""
-    return _forced[-1] if _forced else None
-
-
-@contextmanager
-def use_config(forced: DecodeConfig) -> Iterator[None]:
-    """Run every decode call inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -25,7 +25,7 @@ from attnspec.fast.backend import (
     load,
     unobserved,
 )
-from attnspec.fast.engines.decode.configs import forced_config
+from attnspec.fast.engines.decode.configs import TABLE
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
@@ -101,7 +101,7 @@ def _kind(
     """What checks and launches depend on: all but addresses, strides and the cached tokens."""
     k_pages, k_heads, k_tokens, k_d = k.shape
     v_pages, v_heads, v_tokens, v_d = v.shape
-    rest: list[Any] = [forced_config()]
+    rest: list[Any] = [TABLE.state()]
     for x in (lengths, index, block_table, sink_logit):
         rest.append(None if x is None else (x.shape, x.dtype, x.device))
     if bias is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,12 @@ CANDIDATES = (
     DensityConfig(tile=1024, fibres=16, least=4, num_warps=2),
 )
 
-_forced: list[DensityConfig] = []
+TABLE = Table("density", {("all",): CANDIDATES})
 
 
 def config() -> DensityConfig:
     """The configuration in force."""
-    return _forced[-1] if _forced else CANDIDATES[0]
+    return TABLE.forced() or TABLE.choose("all")
 
 
-@contextmanager
-def use_config(forced: DensityConfig) -> Iterator[None]:
-    """Run every density kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,12 @@ CANDIDATES = (
 )
 """The first is in force."""
 
-_forced: list[FilterConfig] = []
+TABLE = Table("filters", {("all",): CANDIDATES})
 
 
 def config() -> FilterConfig:
     """The configuration in force."""
-    return _forced[-1] if _forced else CANDIDATES[0]
+    return TABLE.forced() or TABLE.choose("all")
 
 
-@contextmanager
-def use_config(forced: FilterConfig) -> Iterator[None]:
-    """Run every filter kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

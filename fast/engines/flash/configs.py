@@ -5,11 +5,13 @@ The first candidate of an entry is the one in force; `use_config` forces any oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from attnspec.fast.tuning import Table, place, places
+
 KINDS = ("forward", "dq", "dkdv")
+PATTERNS = ("dense", "ranged", "listed")
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -113,7 +115,24 @@ SMALL_MEMORY = {
 SINGLE = FlashConfig(32, 32, 8, 2)
 """float32 inputs, which the matrix units do not serve."""
 
-_forced: list[Mapping[str, FlashConfig]] = []
+TABLE = Table(
+    "flash",
+    {
+        key: candidates
+        for kind, other in SMALL_MEMORY.items()
+        for pattern in PATTERNS
+        for key, candidates in places(
+            (kind, pattern),
+            {
+                width: CANDIDATES.get((kind, pattern, width), CANDIDATES[kind, "dense", width])
+                for width in (64, 128, 256)
+            },
+            other={128: other, 256: replace(other, stages=1)},
+            single={128: SINGLE, 256: replace(SINGLE, rows=16)},
+        ).items()
+    },
+    KINDS,
+)
 
 
 def config(
@@ -123,32 +142,14 @@ def config(
     "ranged", "listed"), an architecture (90 is Hopper), bytes an element, the larger head size
     padded to a power of two, and the number of queries.
     """
-    if _forced and kind in _forced[-1]:
-        return _forced[-1][kind]
-    if element_size == 4:
-        chosen = replace(SINGLE, rows=16) if width > 128 else SINGLE
-    elif arch not in (90, 100, 103):
-        chosen = replace(SMALL_MEMORY[kind], stages=1) if width > 128 else SMALL_MEMORY[kind]
-    else:
-        width = max(width, 64)
-        known = CANDIDATES.get((kind, pattern, width), CANDIDATES[kind, "dense", width])
-        chosen = known[0]
+    forced = TABLE.forced(kind)
+    if forced is not None:
+        return forced
+    chosen = TABLE.choose(kind, pattern, *place(arch, element_size, width))
     if kind != "dkdv" and q_tokens <= chosen.rows // 2:
         rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
         chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
     return chosen
 
 
-@contextmanager
-def use_config(**forced: FlashConfig) -> Iterator[None]:
-    """Run every flash call inside the block with the given configurations, by kernel name:
-    ``use_config(forward=..., dq=..., dkdv=...)``.
-    """
-    unknown = set(forced) - set(KINDS)
-    if unknown:
-        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

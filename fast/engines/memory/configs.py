@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,33 @@ FLOAT32 = MemoryConfig(
 OLDER = MemoryConfig(piece=32, walk_items=2048, walk_stages=1, tile=32, tile_stages=1)
 """16-bit inputs on processors before Hopper: less shared memory."""
 
-_forced: list[MemoryConfig] = []
+TABLE = Table(
+    "memory",
+    {
+        ("16-bit",): CANDIDATES,
+        ("16-bit", "other"): (
+            OLDER,
+            replace(OLDER, piece=64),
+            replace(OLDER, walk_items=4096),
+            replace(OLDER, walk_stages=2),
+            replace(OLDER, tile=64),
+            *CANDIDATES,
+        ),
+        ("32-bit",): (
+            FLOAT32,
+            replace(FLOAT32, piece=16),
+            replace(FLOAT32, walk_items=1024),
+            replace(FLOAT32, walk_warps=4),
+            replace(FLOAT32, tile_warps=8),
+        ),
+    },
+)
 
 
 def config(itemsize: int, hopper: bool) -> MemoryConfig:
     """The configuration in force for numbers of `itemsize` bytes."""
-    if _forced:
-        return _forced[-1]
-    if itemsize >= 4:
-        return FLOAT32
-    return CANDIDATES[0] if hopper else OLDER
+    key = ("32-bit",) if itemsize >= 4 else ("16-bit",) if hopper else ("16-bit", "other")
+    return TABLE.forced() or TABLE.choose(*key)
 
 
-@contextmanager
-def use_config(forced: MemoryConfig) -> Iterator[None]:
-    """Run every kernel of the engine inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

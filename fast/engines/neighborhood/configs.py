@@ -5,11 +5,13 @@ The first candidate of an entry is the one in force; `use_config` forces any oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-KINDS = ("forward", "dq", "dkdv", "scores", "values", "keys")
+from attnspec.fast.tuning import Table, place, places
+
+OWN_KINDS = ("forward", "dq", "dkdv")
+KINDS = (*OWN_KINDS, "scores", "values", "keys")
 
 
 @dataclass(frozen=True)
@@ -79,33 +81,31 @@ SMALL_MEMORY = NeighborhoodConfig(32, 32, 4, 2)
 SINGLE = NeighborhoodConfig(32, 32, 8, 2)
 """float32 inputs, which the matrix units do not serve."""
 
-_forced: list[Mapping[str, NeighborhoodConfig]] = []
+TABLE = Table(
+    "neighborhood",
+    {
+        key: candidates
+        for kind in OWN_KINDS
+        for key, candidates in places(
+            (kind,),
+            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
+            other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
+            single={128: SINGLE, 256: replace(SINGLE, owned=16)},
+        ).items()
+    },
+    KINDS,
+)
 
 
 def config(kind: str, arch: int, element_size: int, width: int) -> NeighborhoodConfig:
     """The configuration in force for one of `KINDS`, an architecture (90 is Hopper), bytes an
     element and the larger head size padded to a power of two.
     """
-    if _forced and kind in _forced[-1]:
-        return _forced[-1][kind]
-    if element_size == 4:
-        return replace(SINGLE, owned=16) if width > 128 else SINGLE
-    if arch not in (90, 100, 103):
-        return replace(SMALL_MEMORY, stages=1) if width > 128 else SMALL_MEMORY
-    known = kind if kind in ("forward", "dq", "dkdv") else "forward"
-    return CANDIDATES[known, max(width, 64)][0]
+    forced = TABLE.forced(kind)
+    if forced is not None:
+        return forced
+    own = kind if kind in OWN_KINDS else "forward"
+    return TABLE.choose(own, *place(arch, element_size, width))
 
 
-@contextmanager
-def use_config(**forced: NeighborhoodConfig) -> Iterator[None]:
-    """Run every call inside the block with the given configurations, by kernel name:
-    ``use_config(forward=..., dq=..., dkdv=...)``.
-    """
-    unknown = set(forced) - set(KINDS)
-    if unknown:
-        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv", "dtable")
 KEYS = 64
@@ -53,33 +54,36 @@ SMALL_MEMORY = RelativeConfig(32, 4, 1)
 SINGLE = RelativeConfig(32, 8, 1)
 """float32 inputs, which the matrix units do not serve."""
 
-_forced: list[Mapping[str, RelativeConfig]] = []
+TABLE = Table(
+    "relative",
+    {
+        key: candidates
+        for kind in KINDS
+        for key, candidates in places(
+            (kind,),
+            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
+            other={128: SMALL_MEMORY, 256: SMALL_MEMORY},
+            single={128: SINGLE, 256: SINGLE},
+        ).items()
+    },
+    KINDS,
+)
 
 
 def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -> RelativeConfig:
     """The configuration in force for a kernel, an architecture (90 is Hopper), bytes an element,
     the larger head size padded to a power of two, and the number of queries.
     """
-    if _forced and kind in _forced[-1]:
-        return _forced[-1][kind]
-    if element_size == 4:
-        return SINGLE
-    if arch not in (90, 100, 103):
-        return SMALL_MEMORY
-    chosen = CANDIDATES[kind, max(width, 64)][0]
+    forced = TABLE.forced(kind)
+    if forced is not None:
+        return forced
+    where = place(arch, element_size, width)
+    chosen = TABLE.choose(kind, *where)
+    if len(where) > 1:
+        return chosen
     if q_tokens <= 16:
         return RelativeConfig(16, 4, 1)
     return RelativeConfig(64, 4, chosen.stages) if q_tokens <= 64 else chosen
 
 
-@contextmanager
-def use_config(**forced: RelativeConfig) -> Iterator[None]:
-    """Run every call inside the block with the given configurations, by kernel name."""
-    unknown = set(forced) - set(KINDS)
-    if unknown:
-        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

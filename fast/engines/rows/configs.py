@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,12 @@ class RowsConfig:
 
 CANDIDATES = (RowsConfig(), RowsConfig(1024), RowsConfig(4096), RowsConfig(4096, 8))
 
-_forced: list[RowsConfig] = []
+TABLE = Table("rows", {("all",): CANDIDATES})
 
 
 def config() -> RowsConfig:
     """The configuration in force."""
-    return _forced[-1] if _forced else CANDIDATES[0]
+    return TABLE.forced() or TABLE.choose("all")
 
 
-@contextmanager
-def use_config(forced: RowsConfig) -> Iterator[None]:
-    """Run every kernel of the engine inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

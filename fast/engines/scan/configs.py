@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -93,30 +93,47 @@ REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
 factors of the two sides reach e^(REACH / 2), which the type must hold with the inputs' own size. A
 float32 product would not gain: it runs on no matrix unit."""
 
-_forced: list[ScanConfig] = []
+TABLE = Table(
+    "scan",
+    {
+        ("16-bit",): CANDIDATES,
+        ("16-bit", "wide"): [
+            replace(each, states_stages=min(each.states_stages, 2)) for each in CANDIDATES
+        ],
+        ("16-bit", "other"): (
+            OLDER,
+            replace(OLDER, block=64),
+            replace(OLDER, states_items=8192, states_warps=8),
+            replace(OLDER, walk_items=8192),
+            replace(OLDER, walk_items=2048),
+            replace(OLDER, states_stages=2, walk_stages=2),
+            replace(OLDER, programs=4.0),
+            replace(OLDER, least_segment=1024),
+            replace(OLDER, pairs_tile=16, gates_tile=16),
+        ),
+        ("32-bit",): (
+            FLOAT32,
+            replace(FLOAT32, block=32),
+            replace(FLOAT32, states_items=4096, walk_items=4096),
+            replace(FLOAT32, walk_warps=4),
+            replace(FLOAT32, programs=4.0),
+            replace(FLOAT32, least_segment=1024),
+            replace(FLOAT32, pairs_tile=16, gates_tile=16),
+        ),
+    },
+)
+"""Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
 
 
 def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
     """The configuration in force for numbers of `itemsize` bytes and keys of width `d`."""
-    if _forced:
-        return _forced[-1]
     if itemsize == 4:
-        return FLOAT32
-    if not hopper:
-        return OLDER
-    return CANDIDATES[0] if d <= 128 else replace(CANDIDATES[0], states_stages=2)
+        key: tuple[str, ...] = ("32-bit",)
+    elif not hopper:
+        key = ("16-bit", "other")
+    else:
+        key = ("16-bit",) if d <= 128 else ("16-bit", "wide")
+    return TABLE.forced() or TABLE.choose(*key)
 
 
-def forced_config() -> ScanConfig | None:
-    """The configuration that `use_config` has put in force."""
-    return _forced[-1] if _forced else None
-
-
-@contextmanager
-def use_config(forced: ScanConfig) -> Iterator[None]:
-    """Run every scan kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.scan.configs import forced_config
+from attnspec.fast.engines.scan.configs import TABLE
 
 MOST_KINDS = 1024
 """Kinds of calls that are kept."""
@@ -28,7 +28,7 @@ def kind(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
         for x in tensors
     ]
-    return (*parts, *options, *map(type, options), forced_config())
+    return (*parts, *options, *map(type, options), TABLE.state())
 
 
 def known(key: Hashable) -> Replay | None:

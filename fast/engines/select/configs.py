@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,12 @@ CANDIDATES = (
     SelectConfig(row_items=2048, chunk_items=2048, chunk_warps=4),
 )
 
-_forced: list[SelectConfig] = []
+TABLE = Table("select", {("all",): CANDIDATES})
 
 
 def config() -> SelectConfig:
     """The configuration in force."""
-    return _forced[-1] if _forced else CANDIDATES[0]
+    return TABLE.forced() or TABLE.choose("all")
 
 
-@contextmanager
-def use_config(forced: SelectConfig) -> Iterator[None]:
-    """Run every select kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
 from attnspec.fast.engines.flash.configs import FlashConfig
+from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "sharp", "rows", "dq", "dkdv")
 CANDIDATES: Mapping[tuple[str, int], tuple[FlashConfig, ...]] = {
@@ -54,35 +54,34 @@ SMALL_MEMORY = FlashConfig(32, 32, 4, 2)
 SINGLE = FlashConfig(32, 32, 8, 2)
 """float32 inputs, which the matrix units do not serve."""
 
-_forced: list[Mapping[str, FlashConfig]] = []
+TABLE = Table(
+    "softplus",
+    {
+        key: candidates
+        for kind in KINDS
+        for key, candidates in places(
+            (kind,),
+            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
+            other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
+            single={128: SINGLE, 256: replace(SINGLE, rows=16)},
+        ).items()
+    },
+    KINDS,
+)
 
 
 def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -> FlashConfig:
     """The configuration in force for a kernel, an architecture (90 is Hopper), bytes an element,
     the larger head size padded to a power of two, and the number of queries.
     """
-    if _forced and kind in _forced[-1]:
-        return _forced[-1][kind]
-    if element_size == 4:
-        chosen = replace(SINGLE, rows=16) if width > 128 else SINGLE
-    elif arch not in (90, 100, 103):
-        chosen = replace(SMALL_MEMORY, stages=1) if width > 128 else SMALL_MEMORY
-    else:
-        chosen = CANDIDATES[kind, max(width, 64)][0]
+    forced = TABLE.forced(kind)
+    if forced is not None:
+        return forced
+    chosen = TABLE.choose(kind, *place(arch, element_size, width))
     if kind != "dkdv" and q_tokens <= chosen.rows // 2:
         rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
         chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
     return chosen
 
 
-@contextmanager
-def use_config(**forced: FlashConfig) -> Iterator[None]:
-    """Run every call inside the block with the given configurations, by kernel name."""
-    unknown = set(forced) - set(KINDS)
-    if unknown:
-        raise ValueError(f"use_config: got {sorted(unknown)}, expected some of {KINDS}")
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from attnspec.fast.tuning import Table
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,26 @@ WIDE = TaylorConfig(
 )  # fmt: skip
 """Operands of 32 bits: float32, and float16, whose products need the range of float32."""
 
-_forced: list[TaylorConfig] = []
+TABLE = Table(
+    "taylor",
+    {
+        ("bfloat16",): CANDIDATES,
+        ("wide",): (
+            WIDE,
+            replace(WIDE, segment=64),
+            replace(WIDE, segment=256),
+            replace(WIDE, segment=1024),
+            replace(WIDE, rows=64),
+            replace(WIDE, warps=8, back_warps=8),
+            replace(WIDE, features=32, sum_features=32),
+        ),
+    },
+)
 
 
 def config(dtype: torch.dtype) -> TaylorConfig:
     """The configuration in force for inputs of `dtype`."""
-    if _forced:
-        return _forced[-1]
-    return CANDIDATES[0] if dtype == torch.bfloat16 else WIDE
+    return TABLE.forced() or TABLE.choose("bfloat16" if dtype == torch.bfloat16 else "wide")
 
 
-@contextmanager
-def use_config(forced: TaylorConfig) -> Iterator[None]:
-    """Run every Taylor kernel inside the block with `forced`."""
-    _forced.append(forced)
-    try:
-        yield
-    finally:
-        _forced.pop()
+use_config = TABLE.use
