@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,12 @@ def make_values(
 ) -> np.ndarray:
     """float64 data of a `kind` for an array that plays `role`."""
     return KINDS[kind](rng, shape, role)
+
+
+def bad_integers(name: str, least: int = 1) -> tuple[tuple[str, str, Any], ...]:
+    """For `Contract.bad_inputs`: values of `name` that are no integer of at least `least`."""
+    wrong = (least - 1, 2.5, True)
+    return tuple((f"{name} = {value}", name, lambda a, value=value: value) for value in wrong)
 
 
 def longer(x: np.ndarray) -> np.ndarray:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnspec.fast.backend import check_same
 
 TOKENS = 2
 """The axis of (batch, heads, tokens, ...) that grows."""
@@ -45,6 +48,17 @@ def append(
         buffer[:, :, total - added : total] = x
     room.used = total
     return tuple(buffer[:, :, first:total] for buffer in room.buffers), room
+
+
+def check_continues(state: Any, k: Tensor, v: Tensor) -> None:
+    """New keys and values are shaped as those of `state` but for tokens, and of their dtype."""
+    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
+        check_same(name, new, f"state.{name}", cached)
+        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
+            raise ValueError(
+                f"{name}: got shape {tuple(new.shape)}, "
+                f"expected the state's {tuple(cached.shape)} but for tokens"
+            )
 
 
 def checkable(x: Tensor) -> bool:

@@ -183,3 +183,12 @@ def check_attention_inputs(q: Any, k: Any, v: Any) -> None:
     check_size("v", v.shape[-3], k.shape[-3], "kv_heads, as in k")
     check_size("v", v.shape[-2], k.shape[-2], "k_tokens, as in k")
     group_size(q.shape[-3], k.shape[-3])
+
+
+def check_continues(state: Any, k: np.ndarray, v: np.ndarray) -> None:
+    """K14: new keys and values have the shapes of those in `state` but for tokens."""
+    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
+        if cached.shape[:-2] != new.shape[:-2] or cached.shape[-1] != new.shape[-1]:
+            raise ValueError(
+                f"{name}: got shape {new.shape}, expected the state's {cached.shape} but for tokens"
+            )

@@ -131,3 +131,5 @@ def test_contracts_fit_their_operations(slug: str) -> None:
         if contract is not None:
             names = {array.name for array in contract.arrays}
             assert names <= set(operation.signature.parameters), operation.name
+            gradients = {f"d{name}" for name in operation.differentiable}
+            assert set(contract.cancelling) <= gradients, operation.name

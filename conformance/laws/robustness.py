@@ -31,9 +31,9 @@ def around_blocks(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 def check_repeatable(trial: Trial) -> None:
     """The same call gives the same bits."""
     arguments = trial.arguments()
-    first = _run(trial, arguments)
+    first = trial.run(arguments)
     for _ in range(REPEATS - 1):
-        _same(first, _run(trial, arguments), "differs between two equal calls")
+        _same(first, trial.run(arguments), "differs between two equal calls")
 
 
 def check_launched(trial: Trial) -> None:
@@ -44,7 +44,7 @@ def check_launched(trial: Trial) -> None:
     count = trial.kernel.launches
     assert count is not None
     before, arguments = count(), trial.arguments()
-    outputs = list(_run(trial, arguments).values())
+    outputs = list(trial.run(arguments).values())
     given = [x for value in arguments.values() for x in flatten(value)]
     handed_back = all(not x.size or any(np.array_equal(x, y) for y in given) for x in outputs)
     if count() == before and not handed_back:
@@ -54,14 +54,14 @@ def check_launched(trial: Trial) -> None:
 def check_stateless(trial: Trial) -> None:
     """A call with other data and parameters in between leaves no trace."""
     arguments = trial.arguments()
-    first = _run(trial, arguments)
+    first = trial.run(arguments)
     other = trial.arguments(trial.case.with_(seed=trial.case.seed + 1))
     for name, value in arguments.items():
         if isinstance(value, float) and name in other and not isinstance(value, bool):
             other[name] = 2.0 * value
     with suppress(Refused):
         trial.run(other)
-    _same(first, _run(trial, arguments), "depends on an earlier call")
+    _same(first, trial.run(arguments), "depends on an earlier call")
 
 
 def check_configs(trial: Trial) -> None:
@@ -79,7 +79,7 @@ def check_far(trial: Trial) -> None:
     """An array whose entries lie more than 2^31 elements apart is read where it is."""
     kind = trial.kernel.arrays
     arguments = trial.arguments()
-    near = _run(trial, arguments)
+    near = trial.run(arguments)
     for array in trial.contract.arrays:
         value = arguments.get(array.name)
         if not (isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2):
@@ -130,7 +130,7 @@ def check_compiled(trial: Trial) -> None:
     import torch
 
     arguments = trial.arguments()
-    eager = _run(trial, arguments)
+    eager = trial.run(arguments)
     placed = place_arguments(trial.kernel.arrays, arguments, "contiguous", trial.case.dtype)
     torch._dynamo.reset()
     compiled = torch.compile(trial.kernel.call, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -176,13 +176,6 @@ def _form(value: Any) -> list[Any]:
     """Shape and dtype of every array of an argument, and what is no array as it is."""
     leaves = flatten(value)
     return [(x.shape, x.dtype) if isinstance(x, np.ndarray) else x for x in leaves]
-
-
-def _run(trial: Trial, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    try:
-        return trial.run(arguments)
-    except Refused as refusal:
-        raise Violation(trial.contract.operation, f"refused a case it claims: {refusal}") from None
 
 
 def _same(first: dict[str, np.ndarray], second: dict[str, np.ndarray], message: str) -> None:

@@ -35,7 +35,7 @@ from attnspec.fast.cache.snapkv_selection import (
 from attnspec.fast.engines.columns import column_sums
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.growing import Room, append, checkable
+from attnspec.fast.growing import Room, append, check_continues, checkable
 
 __all__ = [
     "State",
@@ -177,13 +177,7 @@ def step(
             f"k: got {k.shape[1]} kv heads, expected {slot_heads}, the heads of the state's slots"
         )
     k, v = (x.repeat_interleave(slot_heads // x.shape[1], 1) for x in (k, v))
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
-            raise ValueError(
-                f"{name}: got shape {tuple(new.shape)}, "
-                f"expected the state's {tuple(cached.shape)} but for tokens"
-            )
-        check_same(name, new, f"state.{name}", cached)
+    check_continues(state, k, v)
     here = state.pos.new_full((*state.pos.shape[:2], 1), state.seen)
     old = (state.k, state.v, state.pos)
     (keys, values, pos), room = append(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_same, check_size
+from attnspec.fast.backend import check_attention_inputs, check_integer, check_size
 from attnspec.fast.cache.streaming_llm_rows import (
     Trace,
     alibi_bias,
@@ -41,6 +41,7 @@ from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.engines.merge import merge
+from attnspec.fast.growing import check_continues
 
 __all__ = [
     "State",
@@ -129,13 +130,7 @@ def step(
     ALiBi, neither for no positions at all. For inference: there is no gradient.
     """
     _check_call(q, k, v, S, R, rope_base, alibi_slopes)
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        check_same(name, new, f"state.{name}", cached)
-        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
-            raise ValueError(
-                f"{name}: got shape {tuple(new.shape)}, "
-                f"expected the state's {tuple(cached.shape)} but for tokens"
-            )
+    check_continues(state, k, v)
     n, w = state.k.shape[2], q.shape[2]
     new_pos = torch.arange(state.seen, state.seen + w, device=q.device)
     keys = torch.cat([state.k, k.detach()], dim=2)

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
-    check_same,
     check_size,
     check_tensor,
 )
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.engines.flash.checks import FLOATS
-from attnspec.fast.growing import Room, append
+from attnspec.fast.growing import Room, append, check_continues
 
 CLAIMS = {
     "attend": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
@@ -115,13 +114,7 @@ def step(
     """
     check_attention_inputs(q, k, v, FLOATS)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        check_same(name, new, f"state.{name}", cached)
-        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
-            raise ValueError(
-                f"{name}: got shape {tuple(new.shape)}, "
-                f"expected the state's {tuple(cached.shape)} but for tokens"
-            )
+    check_continues(state, k, v)
     room = getattr(state, "room", None)
     (keys, values), room = append(room, (state.k, state.v), (k.detach(), v.detach()))
     attention = decode if q.shape[2] <= MOST_DECODED else flash

@@ -73,10 +73,14 @@ def decode_step(
     check_span(span)
     if scale is not None:
         check_positive("scale", scale)
-    tokens, seen = q.shape[2], cache.seen
+    tokens = q.shape[2]
     check_size("k", k.shape[2], tokens, "tokens, as in q")
+    if not {"k", "v", "seen"} <= set(getattr(cache, "_fields", ())):
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a Cache")
+    seen = cache.seen
     rows = cache_rows_needed(seen - 1, span) if seen else 0
     for name, old, new in (("cache.k", cache.k, k), ("cache.v", cache.v, v)):
+        check_tensor(name, old, ("batch", "Hk", "rows", "d"), FLOATS)
         check_same(name, old, "q", q)
         expected = (*new.shape[:2], rows, new.shape[3])
         if tuple(old.shape) != expected:

@@ -103,7 +103,8 @@ def cache_update(
 def update_in_place(
     cache: Cache, k: Tensor, v: Tensor, s: Sizes, c: Sizes, valid_mask: Tensor | None = None
 ) -> Cache:
-    """As `cache_update`, but the slots are written IN PLACE: `cache` holds the new tokens too.
+    """As `cache_update`, but the slots are written IN PLACE: `cache` holds the new tokens too, and
+    its count alone is the old one. Go on with the cache that is returned.
 
     What a decoder calls for every token, before `decode`.
     """

@@ -131,10 +131,9 @@ class _Program:
         layers = 0 if most is None else heads // size
         self.extra = layers * R
         one_rule = sparse.kron(sparse.eye(heads), np.ones((1, R)))
-        low, high = lower * bounds, bounds
         self.constraints = [
             self._limit(one_rule, np.ones(heads), np.ones(heads)),
-            self._limit(cost.reshape(len(cost), -1), low - SLACK * low, high + SLACK * high),
+            self._limit(cost.reshape(len(cost), -1), *_widened(lower * bounds, bounds)),
         ]
         if most is not None:
             # x[h, r] <= y[layer of h, r], and the y of a layer sum to at most `most`.
@@ -163,9 +162,8 @@ class _Program:
     def best(self, primary: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """int64 (heads), or -1s."""
         profiles, heads, R = self.loss.shape
-        low = np.where(np.isinf(low), low, low - SLACK * np.abs(low))
-        high = np.where(np.isinf(high), high, high + SLACK * np.abs(high))
-        limits = [*self.constraints, self._limit(self.loss.reshape(profiles, -1), low, high)]
+        ends = _widened(low, high)
+        limits = [*self.constraints, self._limit(self.loss.reshape(profiles, -1), *ends)]
         aim = np.concatenate([self.loss[primary].ravel(), np.zeros(self.extra)])
         # The solver's presolve fails on a few problems, which it solves without.
         for presolve in (True, False):
@@ -194,6 +192,14 @@ class _Program:
 
 def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy()
+
+
+def _widened(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of intervals, those that are finite moved apart by the slack."""
+    return (
+        np.where(np.isinf(low), low, low - SLACK * np.abs(low)),
+        np.where(np.isinf(high), high, high + SLACK * np.abs(high)),
+    )
 
 
 def _totals(values: np.ndarray, plans: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from torch import Tensor
 from attnspec.fast.backend import (
     check_attention_inputs,
     check_integer,
-    check_same,
     check_size,
     check_tensor,
 )
@@ -28,6 +27,7 @@ from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.engines.select import top_k, top_k_mask
+from attnspec.fast.growing import check_continues
 
 
 class State(NamedTuple):
@@ -238,10 +238,12 @@ def _check_call(q: Any, k: Any, v: Any, state: Any, hh: Any, rec: Any, rope_base
     check_budgets(hh, rec)
     if rope_base is not None:
         check_rotary("q", q, "rope_base", rope_base)
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        check_same(name, new, f"state.{name}", cached)
-        if cached.shape[:2] != new.shape[:2] or cached.shape[3] != new.shape[3]:
+    if not {"k", "v", "a", "pos", "seen"} <= set(getattr(state, "_fields", ())):
+        raise TypeError(f"state: got {type(state).__name__}, expected a State")
+    check_continues(state, k, v)
+    rows = tuple(state.k.shape[1:3])
+    for name, got in (("v", state.v.shape[1:3]), ("a", state.a.shape), ("pos", state.pos.shape)):
+        if tuple(got) != rows:
             raise ValueError(
-                f"{name}: got shape {tuple(new.shape)}, "
-                f"expected the state's {tuple(cached.shape)} but for tokens"
+                f"state.{name}: got {tuple(got)}, expected {rows} (kv_heads, rows), as k"
             )

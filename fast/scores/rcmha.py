@@ -128,18 +128,16 @@ def content_scores(q: Tensor, u: Tensor, k: Tensor) -> Tensor:
     return product(q.to(wide) + u.to(wide)[:, None], k.to(wide).mT).to(q.dtype)
 
 
-def _check_tables(q: Any, R: Any, b: Any, M: int) -> int:
-    """Tables R (2 P, heads, dk) and b (2 P, heads), P at least M + T; returns P."""
-    check_tensor("q", q, ("batch", "heads", "T", "dk"), FLOATS)
+def _check_tables(R: Any, b: Any, tokens: Tensor, heads: int, dk: int, S: int) -> int:
+    """Tables R (2 P, heads, dk) and b (2 P, heads), P at least the S = M + T tokens; returns P."""
     check_tensor("R", R, ("2 P", "heads", "dk"), FLOATS)
-    _check_like("R", R, q, (R.shape[0], q.shape[1], q.shape[3]))
-    check_integer("M", M, least=0)
-    P, S = R.shape[0] // 2, M + q.shape[2]
+    _check_like("R", R, tokens, (R.shape[0], heads, dk))
+    P = R.shape[0] // 2
     if R.shape[0] % 2 or P < S:
         raise ValueError(
             f"R: got {R.shape[0]} rows, expected 2 P of them with P >= M + T = {S} tokens"
         )
-    _check_like("b", b, q, (R.shape[0], q.shape[1]))
+    _check_like("b", b, tokens, (R.shape[0], heads))
     return P
 
 
@@ -148,8 +146,10 @@ def relative_scores(q: Tensor, R: Tensor, b: Tensor, M: int) -> Tensor:
 
     q (batch, heads, T, dk), R (2 P, heads, dk), b (2 P, heads), `M` tokens of memory before the T.
     """
-    P = _check_tables(q, R, b, M)
+    check_tensor("q", q, ("batch", "heads", "T", "dk"), FLOATS)
+    check_integer("M", M, least=0)
     T = q.shape[2]
+    P = _check_tables(R, b, q, q.shape[1], q.shape[3], M + T)
     rows = slice(P - (M + T), P + T)
     wide = torch.promote_types(q.dtype, torch.float32)
     products = product(q.to(wide), R[rows].to(wide).permute(1, 2, 0))
@@ -208,7 +208,7 @@ def relative_attention(
         raise ValueError(f"k: got {S} tokens, expected at least the {T} of q")
     check_size("v", v.shape[2], S, "S tokens, as in k")
     _check_like("u", u, q, (q.shape[1], q.shape[3]))
-    P = _check_tables(q, R, b, S - T)
+    P = _check_tables(R, b, q, q.shape[1], q.shape[3], S)
     wide = torch.promote_types(q.dtype, torch.float32)
     first, stop = P - max(S - 1, 0), P + (1 if causal else max(T, 1))
     key_bias = product(k.to(wide), u.to(wide)[..., None])[..., 0]
@@ -246,7 +246,7 @@ def attend_segment(
     """
     check_tensor("x", x, ("batch", "T", "D"), FLOATS)
     check_tensor("u", u, ("heads", "dk"), FLOATS)
-    (batch, T, D), (heads, dk) = x.shape, u.shape
+    (_, T, D), (heads, dk) = x.shape, u.shape
     _check_like("W", W, x, (4, D, D))
     _check_like("biases", biases, x, (2, D))
     check_same("u", u, "x", x)
@@ -257,7 +257,7 @@ def attend_segment(
     if memory is not None:
         _check_memory("memory", memory, x)
         kvx = torch.cat([memory, x], 1)
-    _check_tables(x.new_empty(batch, heads, T, dk), R, b, kvx.shape[1] - T)
+    _check_tables(R, b, x, heads, dk, kvx.shape[1])
     source = kvx if q_conv_state == "carry" else x
     q, k, v = (
         causal_filter(
@@ -321,7 +321,7 @@ def step(
     _check_heads("state", state.k, q)
     _check_like("state", state.v, q, tuple(state.k.shape))
     check_size("state", state.k.shape[3], q.shape[3], "dk, as in q")
-    _check_tables(q, R, b, state.k.shape[2])
+    _check_tables(R, b, q, q.shape[1], q.shape[3], state.k.shape[2] + q.shape[2])
     (qf, q_rows), (kf, k_rows), (vf, v_rows) = (
         depthwise_causal_conv(x, w[n], c[n], rows, backend=backend)
         for n, (x, rows) in enumerate(zip((q, k, v), state[:3], strict=True))

@@ -85,6 +85,7 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_choice,
+    check_continues,
     check_integer,
     check_size,
     group_size,
@@ -216,11 +217,7 @@ def step(state: State, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.
             f"k: got {k.shape[-3]} kv heads, expected {slot_heads}, the heads of the state's slots"
         )
     k, v = repeat_heads(k, slot_heads), repeat_heads(v, slot_heads)
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        if cached.shape[:-2] != new.shape[:-2] or cached.shape[-1] != new.shape[-1]:
-            raise ValueError(
-                f"{name}: got shape {new.shape}, expected the state's {cached.shape} but for tokens"
-            )
+    check_continues(state, k, v)
     here = np.full((*state.pos.shape[:-1], 1), state.seen)
     after = State(
         np.concatenate([state.k, k], axis=-2),

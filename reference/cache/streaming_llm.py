@@ -94,6 +94,7 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_continues,
     check_integer,
     check_size,
 )
@@ -160,11 +161,7 @@ def step(
     (array([0, 2]), 3)
     """
     _check_call(q, k, v, S, R, rope_base, alibi_slopes)
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        if cached.shape[:-2] != new.shape[:-2] or cached.shape[-1] != new.shape[-1]:
-            raise ValueError(
-                f"{name}: got shape {new.shape}, expected the state's {cached.shape} but for tokens"
-            )
+    check_continues(state, k, v)
     w = q.shape[-2]
     rows = State(
         np.concatenate([state.k, k], axis=-2),

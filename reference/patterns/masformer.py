@@ -22,7 +22,8 @@ S4. **Window layer.** Token t sees :math:`u \le t` if :math:`t - u \le w`: at mo
 that in the terms of K8 the window is w + 1. Without causal order :math:`|t - u| \le w`.
 
 S5. **Attend.** Softmax over the visible keys. The scale is :math:`1 / \sqrt d` (K2), but 1 for
-weights of GPT-Neo, which were trained without any. Every row sees at least itself.
+weights of GPT-Neo, which were trained without any and with scores in float32. Every row sees at
+least itself.
 
 S6. **Padding.** On the right only, by lengths: what is padded is seen by none, has output 0 and
 lse -inf (K4). Blocks count from the first token; padding on the left would move their borders, and
@@ -55,7 +56,9 @@ S13. **Gradient.** That of S5 over the visible pairs. Keys of a block layer with
 gradients from their own block only.
 
 S14. **Training.** The schedule replaces the masks of a trained model; pre-training goes on with
-texts of the new length, then the model is tuned for its task.
+texts of the new length (the Pile, 8192 tokens), then the model is tuned for its task: articles to
+continue, meetings and reports to summarise. The paper compares l full layers with all layers full,
+all of blocks and all of windows.
 
 S1, the masks, S11 and S12 are in `masformer_spans`, S9 and S10 in `masformer_decoding`, S13 in
 `masformer_gradient`.
@@ -63,15 +66,16 @@ S1, the masks, S11 and S12 are in `masformer_spans`, S9 and S10 in `masformer_de
 Complexity
 ----------
 :math:`O(T b (n + 1) (d + dv))` time for a block layer instead of :math:`O(T^2 (d + dv))`, and
-:math:`b (n + 1)` rows of cache instead of T.
+:math:`b (n + 1)` rows of cache instead of T. By S12, 4 full layers of 24 with b = 1024 score
+0.271 of the pairs of 8192 tokens, 8 of them 0.417: the paper saves up to 75 %.
 
 Paper and code
 --------------
 The authors published no code, so that every choice is a parameter. The paper's figure shows blocks
 and windows (b = 3, w = 1) mixed with full attention. That blocks see no neighbours (n = 0), and a
-default of b = 1024 in texts of 8192 tokens, are our reading, and unverified; so are "top" and
-"every". Full layers at the bottom, 4 to 8 of 24, are what others report of it. Attention without
-causal order, padding, lse and the cache are ours.
+default of b = 1024 in texts of 8192 tokens, are our reading, and unverified; so are "top", "every"
+and the data of S14. Full layers at the bottom, 4 to 8 of 24, are what others report of it.
+Attention without causal order, padding, lse and the cache are ours.
 """
 
 from __future__ import annotations

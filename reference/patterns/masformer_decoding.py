@@ -67,6 +67,8 @@ def decode_step(
     check_scale(scale)
     tokens = q.shape[-2]
     check_size("k", k.shape[-2], tokens, "tokens, as in q")
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a Cache")
     rows = cache_rows_needed(cache.seen - 1, span) if cache.seen else 0
     for name, old, new in (("cache.k", cache.k, k), ("cache.v", cache.v, v)):
         expected = (*new.shape[:-2], rows, new.shape[-1])

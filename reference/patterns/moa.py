@@ -62,6 +62,7 @@ Paper and code
   group to one number it takes heads h, h + kv_heads, ... together, while its attention gives kv
   head h the heads h group, h group + 1, ... (K7). Both are in `group_influence`; K7 is the default.
 - The code turns the solver's 0.999 into rule 0 by cutting it; we round, and check the plan again.
+  That a plan found twice is listed once is ours.
 - Padding of a batch in prefill, a prefill on top of a cache, and prompts of less than a block are
   gaps that the authors state; the last is no special case here.
 - Defaults: sink 64, minimum 128, split and block 64, up to 1024 new tokens; profiles of 2048, 4096

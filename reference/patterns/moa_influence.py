@@ -17,8 +17,9 @@ u <= t. The influences of calibration samples of one length are averaged; those 
 that share a kv head, whose rule they share, are reduced to their maximum.
 
 The loss is the mean cross entropy of the tokens of the answer alone, and the answers are those of
-the dense model: it is asked about something far back in the text. Profiles are taken at several
-lengths. The softmax is in float32, and :math:`\varepsilon` is the machine epsilon of that dtype.
+the dense model: it is asked about something far back in a text of several news articles. Profiles
+are taken at several lengths. The softmax is in float32, :math:`\varepsilon` the machine epsilon of
+that dtype, and the weights are then rounded to the model's.
 """
 
 from __future__ import annotations

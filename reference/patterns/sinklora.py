@@ -21,8 +21,9 @@ shifted: if :math:`\lfloor (t-g)/G \rfloor = \lfloor (u-g)/G \rfloor`. T need no
 G. Call this :math:`A_h[t,u]`.
 
 S3. **Roll** (`wrap`). G even, T a multiple of G. Shifted heads are rolled by g before attention and
-back by g after it; the others never are. Their groups are those of plain heads, causal *by row*, so
-that the first g tokens see the last g of the text: :math:`R_h[t,u]`, as in LongLoRA.
+back by g after it; the others never are. (To roll on one side only is the worst of the paper's
+variants.) Their groups are those of plain heads, causal *by row*, so that the first g tokens see
+the last g of the text: :math:`R_h[t,u]`, as in LongLoRA.
 
 S4. **Global tokens.** All tokens see the first s, which see all tokens: with the causal order last,
 :math:`M_h[t,u] = (A_h[t,u] \lor u < s \lor t < s) \land u \le t`. Rolled: :math:`M_h[t,u] =
@@ -34,7 +35,9 @@ merge, by lse (K5), of the attention to the sinks and of that to the rest of the
 
 S6. **Gradient.** That of dense attention with the mask M; a sink collects from all later tokens.
 
-S7. **What is trained.** As in `longlora`: adapters (rank 8), embeddings and norms.
+S7. **What is trained.** As in `longlora`: adapters (rank 8), embeddings and norms. Three epochs in
+bfloat16, one text a step, at a learning rate of 2e-5 after 20 steps of warming up. Inference is
+dense, or with the cache below.
 
 *Inference.* One sequence. w tokens come in a call and see n rows, their own included; hh heavy and
 rec recent rows are kept, C = hh + rec.

@@ -15,9 +15,9 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_continues,
     check_integer,
     check_size,
-    group_size,
 )
 from attnspec.reference.dense.attention import combine, score
 from attnspec.reference.primitives.softmax import softmax_lse
@@ -237,9 +237,10 @@ def _check_call(q: Any, k: Any, v: Any, state: Any, hh: Any, rec: Any, rope_base
     check_budgets(hh, rec)
     if rope_base is not None:
         check_rotary("q", q, "rope_base", rope_base)
-    for name, cached, new in (("k", state.k, k), ("v", state.v, v)):
-        if cached.shape[:-2] != new.shape[:-2] or cached.shape[-1] != new.shape[-1]:
-            raise ValueError(
-                f"{name}: got shape {new.shape}, expected the state's {cached.shape} but for tokens"
-            )
-    group_size(q.shape[-3], k.shape[-3])
+    if not isinstance(state, State):
+        raise TypeError(f"state: got {type(state).__name__}, expected a State")
+    check_continues(state, k, v)
+    rows = state.k.shape[-3:-1]
+    for name, got in (("v", state.v.shape[-3:-1]), ("a", state.a.shape), ("pos", state.pos.shape)):
+        if got != rows:
+            raise ValueError(f"state.{name}: got {got}, expected {rows} (kv_heads, rows), as k")

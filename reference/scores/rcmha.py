@@ -26,13 +26,14 @@ them: :math:`q_i \cdot R_r + b_r = B_{i, T+j-i}`. One zero column on the right, 
 without their last T, read as (T, S + T): the last S columns.
 
 S5. **Attend.** All four terms are scaled by :math:`1/\sqrt{dk}` (K2). Visible are the memory and
-j - M <= i (K3); :math:`P = \operatorname{softmax}` over these, :math:`o = P v`.
+j - M <= i (K3). The weights, called P as the size of the tables is, are the softmax over these;
+:math:`o = P v`.
 
 S6. **Output.** The heads side by side, times Wo, plus bo.
 
-S7. **Layer and memory.** The layer adds S1-S6 of norm(x) and norm(memory) to x, then a feed-forward
-net of its norm. The memory of the next segment is the layer's *input*, without gradient: the last
-`mem_len` tokens of old and new.
+S7. **Layer and memory.** The layer adds S1-S6 of norm(x) and norm(memory), the same norm, to x, and
+to that a feed-forward net of its own norm. The memory of the next segment is the layer's *input*,
+without gradient: the last `mem_len` tokens of old and new.
 
 S8. **Gradient.** With dS that of the unscaled scores: :math:`db_r` is the sum of dS over batch and
 pairs of distance r, :math:`dR_r` that of :math:`dS_{ij} q_i`, :math:`du = \sum_{ij} dS_{ij} k_j`,
@@ -54,7 +55,8 @@ Paper and code
   is what is written here.
 - Results of the source depend on where a text is cut, since the filters of q start anew at each
   segment. "reset" is the source, "carry" is ours.
-- Defaults there: 8 heads, 128 channels, K = 3, P = 4096, all tables and u zero at first.
+- Defaults there: 6 layers of 8 heads and 128 channels, 256 in the net, K = 3, P = 4096, all tables
+  and u zero at first; 128 tokens of memory, in the released script 32 for segments of 2.
 - K = 1, which the source's slices do not bear, is plain here. A memory of 0 tokens keeps nothing.
 - `causal=False` is ours: S3 is defined for j - M > i, but S2 stays causal.
 - Grouped heads are not defined. Dropout on P, 0.1 in the class and 0 in its configuration, is left
@@ -66,11 +68,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_size, default_scale
+from attnspec.reference.conventions import check_choice, default_scale
 from attnspec.reference.scores.rcmha_gradients import relative_attention_backward, visible
 from attnspec.reference.scores.rcmha_layer import State, check_segment, check_step, init_state
 from attnspec.reference.scores.rcmha_scores import (
-    check_heads,
+    check_tokens,
     content_scores,
     relative_scores,
     relative_shift,
@@ -108,13 +110,8 @@ def relative_attention(
     array([[[1. , 0. ],
             [0.5, 0.5]]])
     """
-    check_array("q", q, ("heads", "T", "dk"))
-    check_heads("k", k, q)
-    check_heads("v", v, q)
+    check_tokens(q, k, v)
     T, S = q.shape[-2], k.shape[-2]
-    if S < T:
-        raise ValueError(f"k: got {S} tokens, expected at least the {T} of q")
-    check_size("v", v.shape[-2], S, "S tokens, as in k")
     s = content_scores(q, u, k) + relative_scores(q, R, b, S - T)
     scale = default_scale(q.shape[-1]) if scale is None else scale
     return attend(s * scale, visible(T, S - T, causal), v)[0]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, default_scale
+from attnspec.reference.conventions import default_scale
 from attnspec.reference.primitives.softmax import (
     softmax_backward,
     softmax_lse,
     weights_given_lse,
 )
-from attnspec.reference.scores.rcmha_scores import check_tables, content_scores, relative_scores
-from attnspec.reference.scores.rcmha_steps import memory_mask
+from attnspec.reference.scores.rcmha_scores import (
+    check_tables,
+    check_tokens,
+    content_scores,
+    relative_scores,
+)
+from attnspec.reference.scores.rcmha_steps import check_like, memory_mask
 
 
 def visible(T: int, M: int, causal: bool) -> np.ndarray:
@@ -38,7 +43,8 @@ def relative_attention_backward(
     >>> dv.ravel()
     array([1.5, 0.5])
     """
-    check_array("dout", dout, ("heads", "T", "dv"))
+    check_tokens(q, k, v)
+    check_like("dout", dout, q, (*q.shape[:-1], v.shape[-1]))
     T, S = q.shape[-2], k.shape[-2]
     M, P = S - T, check_tables(q, R, b, S - T)
     scale = default_scale(q.shape[-1]) if scale is None else scale

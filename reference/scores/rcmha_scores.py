@@ -33,6 +33,17 @@ def check_heads(name: str, x: np.ndarray, q: np.ndarray) -> None:
     check_like(name, x, q, (*q.shape[:-2], *x.shape[-2:]))
 
 
+def check_tokens(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """K14: q of T tokens, k and v of at least as many, S."""
+    check_array("q", q, ("heads", "T", "dk"))
+    check_heads("k", k, q)
+    check_heads("v", v, q)
+    T, S = q.shape[-2], k.shape[-2]
+    if S < T:
+        raise ValueError(f"k: got {S} tokens, expected at least the {T} of q")
+    check_size("v", v.shape[-2], S, "S tokens, as in k")
+
+
 def content_scores(q: np.ndarray, u: np.ndarray, k: np.ndarray) -> np.ndarray:
     """S3: (q_i + u) . k_j, unscaled, (..., heads, T, S).
 

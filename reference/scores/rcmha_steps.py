@@ -105,6 +105,7 @@ def depthwise_causal_conv_backward(
         met = rows[..., u : u + T, :].reshape(-1, dk)
         dw[:, u] = np.einsum("tc,tc->c", flat, met)
     if dnew_state is not None:
+        check_like("dnew_state", dnew_state, p, (*p.shape[:-2], K - 1, dk))
         drows[..., T:, :] += dnew_state
     return drows[..., K - 1 :, :], dw, np.sum(flat, axis=0), drows[..., : K - 1, :]
 

@@ -12,6 +12,8 @@ import torch
 from attnspec.fast.engines import columns
 from attnspec.fast.patterns import moa
 from attnspec.fast.patterns.moa_flex import mask_mod
+from attnspec.fast.patterns.moa_influence import EPSILON
+from attnspec.reference.patterns.moa_influence import block_influence
 from attnspec.reference.patterns.moa_masks import moa_block_mask, moa_token_mask
 
 
@@ -90,6 +92,39 @@ def test_plans_may_be_tensors_of_the_cpu() -> None:
     out, _ = moa.moa_attend(q, k, v, s, c)
     expected, _ = moa.moa_attend(q, k, v, tuple(s.tolist()), tuple(c.tolist()))
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_decoding_reads_pages_of_the_slots_of_long_caches() -> None:
+    """Sizes as the rules give them: multiples of 64, which are the pages of the block table."""
+    q, k, v = tokens(330)
+    plan = (64, 64), (64, 192)
+    cache = moa.cache_update(moa.init_cache(k, v, *plan), k, v, *plan)
+    out, lse = moa.decode(q[:, :, -1:], cache, *plan)
+    expected = moa.moa_attend(q, k, v, *plan)
+    torch.testing.assert_close(out, expected[0][:, :, -1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected[1][:, :, -1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [EPSILON, 0.0])
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_influence_with_the_smallest_epsilons(eps: float, scale: float | None) -> None:
+    """In float64, where 1 - P is exact enough to be divided by."""
+    q, k, v = (x.double() for x in tokens(24))
+    g = torch.randn(2, 4, 24, 8, dtype=torch.float64)
+    got = moa.block_influence(q, k, v, g, 4, eps=eps, scale=scale)
+    arrays = (x.numpy() for x in (q, k, v, g))
+    expected = block_influence(*arrays, 4, eps=eps, scale=scale)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
+
+
+def test_the_influence_of_earlier_blocks_does_not_feel_later_tokens() -> None:
+    q, k, v = tokens(24)
+    g = torch.randn(2, 4, 24, 8)
+    before = moa.block_influence(q, k, v, g, 6)
+    for x in (q, k, v, g):
+        x[:, :, 18:] = torch.nan
+    after = moa.block_influence(q, k, v, g, 6)
+    torch.testing.assert_close(after[:, :, :3], before[:, :, :3], rtol=0, atol=0)
 
 
 def test_a_search_without_scipy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -424,6 +424,7 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (decode_step, (Q, K[..., 1:, :], V[..., 1:, :], EMPTY, BLOCK), {}, ValueError, "k"),
     (decode_step, (Q, K, V, EMPTY, BLOCK), {"scale": -1.0}, ValueError, "scale"),
     (decode_step, (Q, K, V, EMPTY, ("block", 4)), {}, ValueError, "span"),
+    (decode_step, (Q, K, V, (K, V), BLOCK), {}, TypeError, "cache"),
     (decode_step, (Q, K, V, Cache(K, V, 8), ("window", 2)), {}, ValueError, "cache.k"),
     (decode_step, (Q, K, V, EMPTY._replace(v=V), BLOCK), {}, ValueError, "cache.v"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.longlora import bad_integers
+from attnspec.conformance.values import bad_integers
 
 
 def _mask_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:

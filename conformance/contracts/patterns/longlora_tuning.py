@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, BadValue, Contract, Output
-from attnspec.conformance.contracts.patterns.longlora import bad_integers
+from attnspec.conformance.values import bad_integers
 
 WEIGHTS = {"n_out": (2, 12), "n_in": (1, 12), "r": (1, 4)}
 ALPHA = st.sampled_from([16.0, 1.0, 3])

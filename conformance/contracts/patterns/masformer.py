@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, BadValue, Contract, Output
-from attnspec.conformance.contracts.patterns.longlora import bad_integers
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
-from attnspec.conformance.trial import Refused, Trial
+from attnspec.conformance.trial import Trial
+from attnspec.conformance.values import bad_integers
 from attnspec.conformance.violation import Violation
 from attnspec.reference.patterns.masformer import layer_attend
 from attnspec.reference.patterns.masformer_spans import span_mask
@@ -43,7 +43,7 @@ def shared_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[A
 def block_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
     return {
         "b": st.sampled_from([4, 3, 2, 16, 5, 1]),
-        "n": st.sampled_from([0, 1, 2]),
+        "n": st.sampled_from([1, 0, 2]),
         **shared_parameters(sizes),
     }
 
@@ -129,25 +129,19 @@ BAD: tuple[tuple[str, str, Any], ...] = (
              lambda a: np.full(len(a["q"]), a["q"].shape[2] + 1)),
     BadValue("a negative length", "lengths", lambda a: np.full(len(a["q"]), -1)),
 )  # fmt: skip
-NEGATIVE: tuple[tuple[str, Any], ...] = (("-1", -1), ("2.5", 2.5), ("True", True))
-
-
-def bad_counts(name: str) -> tuple[tuple[str, str, Any], ...]:
-    """Values that are no integer of at least 0."""
-    return tuple((f"{name} = {text}", name, lambda a, x=x: x) for text, x in NEGATIVE)
 
 
 CONTRACTS = (
     Contract(
         operation="masformer.block_attend",
         parameters=block_parameters,
-        bad_inputs=(*BAD, *bad_integers("b"), *bad_counts("n")),
+        bad_inputs=(*BAD, *bad_integers("b"), *bad_integers("n", 0)),
         **SHARED,
     ),
     Contract(
         operation="masformer.window_attend",
         parameters=window_parameters,
-        bad_inputs=(*BAD, *bad_counts("w")),
+        bad_inputs=(*BAD, *bad_integers("w", 0)),
         **SHARED,
     ),
     Contract(
@@ -173,7 +167,7 @@ def check_hidden(trial: Trial) -> None:
     changed = dict(arguments)
     for name in ("k", "v"):
         changed[name] = np.where(hidden[:, None], -3.0 * arguments[name], arguments[name])
-    before, after = _run(trial, arguments), _run(trial, changed)
+    before, after = trial.run(arguments), trial.run(changed)
     for name, row in (("out", np.s_[..., t, :]), ("lse", np.s_[..., t])):
         if not np.array_equal(before[name][row], after[name][row]):
             raise Violation(name, f"row {t} depends on tokens outside its span")
@@ -184,14 +178,7 @@ def check_layers(trial: Trial) -> None:
     arguments = trial.arguments()
     for span in (("full",), trial.case.parameters["span"], ("block", 2, 0), ("full",)):
         given = {**arguments, "span": span}
-        trial.judge(_run(trial, given), given)
-
-
-def _run(trial: Trial, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    try:
-        return trial.run(arguments)
-    except Refused as refusal:
-        raise Violation(trial.contract.operation, f"refused a case it claims: {refusal}") from None
+        trial.judge(trial.run(given), given)
 
 
 ATTENDING = tuple(contract.operation for contract in CONTRACTS)

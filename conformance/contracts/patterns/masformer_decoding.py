@@ -64,6 +64,7 @@ CONTRACTS = (
              lambda a: a["cache"]._replace(v=np.concatenate([a["cache"].v, a["v"]], axis=2))),
             ("a cache of another time", "cache",
              lambda a: a["cache"]._replace(seen=0 if a["cache"].seen else 5)),
+            ("keys and values that are no cache", "cache", lambda a: (a["k"], a["v"])),
             ("scale = -1", "scale", lambda a: -1.0),
             *BAD_SPANS,
         ),

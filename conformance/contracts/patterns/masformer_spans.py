@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, BadValue, Contract, Output
-from attnspec.conformance.contracts.patterns.longlora import bad_integers
-from attnspec.conformance.contracts.patterns.masformer import BAD_SPANS, SPANS, bad_counts
+from attnspec.conformance.contracts.patterns.masformer import BAD_SPANS, SPANS
+from attnspec.conformance.values import bad_integers
 
 T = st.sampled_from([9, 16, 5, 12, 1, 0, 23])
 CAUSAL = st.sampled_from([True, True, False])
@@ -66,7 +66,7 @@ CONTRACTS = (
         parameters=_schedule,
         bad_inputs=(
             *bad_integers("L"),
-            *bad_counts("l"),
+            *bad_integers("l", 0),
             ("more full layers than there are", "l", lambda a: a["L"] + 1),
             ("a fourth placement", "placement", lambda a: "middle"),
             ("a layer too few", "placement", lambda a: list(range(a["l"] + 1))[1:][:-1]
@@ -96,7 +96,7 @@ CONTRACTS = (
         bad_inputs=(
             *BAD_T,
             *bad_integers("b"),
-            *bad_counts("n"),
+            *bad_integers("n", 0),
             ("causal = 1", "causal", lambda a: 1),
             ("one length for all", "lengths", lambda a: 1),
             ("lengths as floats", "lengths", lambda a: np.zeros(2)),
@@ -112,7 +112,7 @@ CONTRACTS = (
         parameters=lambda sizes: {
             "T": T, "w": st.sampled_from([2, 1, 0, 5, 40]), "causal": CAUSAL,
         },
-        bad_inputs=(*BAD_T, *bad_counts("w"), ("causal = 1", "causal", lambda a: 1)),
+        bad_inputs=(*BAD_T, *bad_integers("w", 0), ("causal = 1", "causal", lambda a: 1)),
     ),
     Contract(
         operation="masformer.cache_rows_needed",
@@ -120,7 +120,7 @@ CONTRACTS = (
         arrays=(),
         outputs=(Output("rows", "exact", plain=True),),
         parameters=lambda sizes: {"t": st.integers(0, 40), "span": st.sampled_from(SPANS)},
-        bad_inputs=(*bad_counts("t"), *BAD_SPANS),
+        bad_inputs=(*bad_integers("t", 0), *BAD_SPANS),
     ),
     Contract(
         operation="masformer.reachability",

@@ -13,11 +13,10 @@ from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.patterns.moa import (
     SIZES,
-    bad_integers,
     bad_plans,
     one_a_head,
 )
-from attnspec.conformance.values import longer
+from attnspec.conformance.values import bad_integers, longer
 from attnspec.reference.patterns.moa import moa_attend
 from attnspec.reference.patterns.moa_cache import Cache, cache_update, init_cache
 

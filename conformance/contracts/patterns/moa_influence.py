@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.moa import SIZES, bad_integers
-from attnspec.conformance.values import longer
+from attnspec.conformance.contracts.patterns.moa import SIZES
+from attnspec.conformance.values import bad_integers, longer
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.primitives.softmax import softmax_lse
 
@@ -101,7 +101,7 @@ CONTRACTS = (
         parameters=lambda sizes: {
             "b": st.sampled_from(BLOCKS),
             "eps": st.sampled_from(EPSILONS),
-            "scale": st.sampled_from([None, 0.5, -0.25]),
+            "scale": st.sampled_from([None, 0.5, -0.25, 0.0]),
         },
         cells={
             "causal self": lambda case: case,

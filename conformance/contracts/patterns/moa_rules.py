@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.moa import bad_integers, bad_plans, one_a_head
+from attnspec.conformance.contracts.patterns.moa import bad_plans, one_a_head
 from attnspec.conformance.contracts.patterns.moa_influence import poison_above
+from attnspec.conformance.values import bad_integers
 from attnspec.reference.patterns.moa_rules import layout
 
 HEADS = {"kv_heads": (1, 4)}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.values import bad_integers
 from attnspec.reference.patterns.s2_attention_patterns import (
     block_pattern,
     pattern_of_heads,
@@ -129,13 +130,6 @@ def _heads(kv_heads: int, group: int) -> Any:
         )
 
     return move
-
-
-def bad_integers(name: str) -> tuple[tuple[str, str, Any], ...]:
-    """Values that are no integer of at least 1."""
-    return tuple(
-        (f"{name} = {value}", name, lambda a, value=value: value) for value in (0, 2.5, True)
-    )
 
 
 Q = Array("q", "batch heads queries d", role="query")

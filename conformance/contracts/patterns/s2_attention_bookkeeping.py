@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.s2_attention import bad_integers
+from attnspec.conformance.values import bad_integers
 
 GRID = {"heads_of_it": (1, 3), "rows": (0, 9), "columns": (0, 9)}
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Stream
-from attnspec.conformance.contracts.patterns.s2_attention import SIZES, bad_integers
+from attnspec.conformance.contracts.patterns.s2_attention import SIZES
+from attnspec.conformance.values import bad_integers
 from attnspec.reference.patterns.s2_attention import s2_attend
 from attnspec.reference.patterns.s2_attention_decoding import State, decode_step, init_state
 

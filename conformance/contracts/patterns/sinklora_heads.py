@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.longlora import bad_integers
 from attnspec.conformance.contracts.patterns.sinklora import BAD_PATTERN, RHO
+from attnspec.conformance.values import bad_integers
 
 BAD_SHARES = (
     ("rho = -0.5", "rho", lambda a: -0.5),

@@ -150,6 +150,22 @@ CONTRACTS = (
             ("kv heads that do not divide", "k", lambda a: a["k"].repeat(17, axis=-3)),
             ("two sequences in v", "v", lambda a: a["v"].repeat(2, axis=0)),
             ("values of another width than the state's", "v", lambda a: a["v"].repeat(2, axis=-1)),
+            ("keys and values that are no state", "state", lambda a: (a["k"], a["v"])),
+            (
+                "scores of other rows",
+                "state",
+                lambda a: a["state"]._replace(a=np.pad(a["state"].a, [(0, 0), (0, 1)])),
+            ),
+            (
+                "positions of one head",
+                "state",
+                lambda a: a["state"]._replace(pos=a["state"].pos.repeat(2, axis=0)),
+            ),
+            (
+                "a state with more values than keys",
+                "state",
+                lambda a: a["state"]._replace(v=np.concatenate([a["state"].v, a["v"]], axis=-2)),
+            ),
             ("a base of 0", "rope_base", lambda a: 0.0 if a["q"].shape[-1] % 2 == 0 else "a"),
             *wrong_integers("hh", "rec"),
         ),

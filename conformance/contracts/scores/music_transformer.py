@@ -54,7 +54,7 @@ SHARED: dict[str, Any] = {
     "arrays": (Q, K, V, E, EV),
     "outputs": (Output("out", cancels=True),),
     "poison": poison_far_rows,
-    "cancelling": ("E",),
+    "cancelling": ("dE",),
     **ON_TOKENS,
 }
 CONTRACTS = (

@@ -102,7 +102,7 @@ SHARED: dict[str, Any] = {
     "causal": lambda case: case.parameters["causal"],
     "poison": poison_hidden,
     "neutral": {"mask": lambda case: np.ones(case.shape("batch queries keys"), bool)},
-    "cancelling": ("q", "k"),
+    "cancelling": ("dq", "dk"),
     "cells": {
         "noncausal self": keys_cell(False, 0),
         "causal self": keys_cell(True, 0),

@@ -131,7 +131,7 @@ CONTRACTS = (
         sizes={"batch": (1, 2), "heads": (1, 3), "queries": (1, 24), "d": (1, 24)},
         arrays=(Array("x", "batch heads queries d", role="query"),),
         outputs=(Output("out"),),
-        cancelling=("x",),
+        cancelling=("dx",),
     ),
     Contract(
         operation="softplus_attention.lssa_logits",

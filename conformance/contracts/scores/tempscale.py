@@ -110,7 +110,7 @@ CONTRACTS = (
         outputs=(Output("out"),),
         linear_in=("scores",),
         bad_inputs=NO_TEMPERATURES,
-        cancelling=("tau",),
+        cancelling=("dtau",),
     ),
     Contract(
         operation="tempscale.softmax_rows",

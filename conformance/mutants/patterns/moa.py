@@ -133,14 +133,16 @@ def attends_before_writing(
 
 
 def no_mean(P: Any, V: Any, g: Any, eps: float) -> Any:
-    """The row is not renormalised."""
+    """The mean of the row is not taken off."""
     slopes = g @ np.swapaxes(np.repeat(V, P.shape[-3] // V.shape[-3], axis=-3), -1, -2)
     return -P * slopes / np.where(P == 1, 1, 1 - P + eps)
 
 
 def over_weight(P: Any, V: Any, g: Any, eps: float) -> Any:
-    """Divided by P + eps, not by 1 - P + eps."""
-    return INFLUENCE(P, V, g, eps) * (1 - P + eps) / (P + eps)
+    """Divided by P + eps, not by 1 - P + eps; row 0 is divided by nothing."""
+    E = INFLUENCE(P, V, g, eps)
+    first = np.arange(P.shape[-2])[:, None] == 0
+    return np.where(first, E, E * (1 - P + eps) / (P + eps))
 
 
 def first_row_too(P: Any, V: Any, g: Any, eps: float) -> Any:
@@ -215,7 +217,7 @@ MUTANTS = (
        attends_before_writing),
     of("decode_step", "step-sinks", "stream", "sinks are overwritten",
        replacing(STEP, cache_update=replacing(UPDATE, circular_slots=no_static_offset))),
-    of("influence", "no-mean", "agreement", "the row is not renormalised", no_mean),
+    of("influence", "no-mean", "agreement", "the row's mean is not taken off", no_mean),
     of("influence", "over-weight", "agreement", "divided by P, not by 1 - P", over_weight),
     of("block_influence", "first-row", "agreement", "row 0 is treated like the others",
        replacing(BLOCKS, influence=first_row_too)),

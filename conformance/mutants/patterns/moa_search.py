@@ -71,6 +71,17 @@ def no_lower_bound(arguments: dict[str, Any]) -> None:
     arguments["lower"] = 0.0
 
 
+def one_interval(
+    loss: Any, cost: Any, bounds: Any, primary: Any, low: Any, high: Any, *rest: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Of the other losses only the first is held in its interval."""
+    others = np.delete(np.arange(len(low)), primary)[1:]
+    low, high = low.copy(), high.copy()
+    low[others], high[others] = -np.inf, np.inf
+    return SOLVE(loss, cost, bounds, primary, low, high, *rest, **options)
+
+
 def cut_plan(plan: np.ndarray) -> np.ndarray:
     """0.999999 becomes rule 0."""
     return np.where(plan > 0, plan - 1, plan)
@@ -111,6 +122,8 @@ MUTANTS = (
        altering(SOLVE, no_lower_bound)),
     of("solve", "cut", "agreement", "the solver's 0.999 becomes rule 0",
        spoiling(SOLVE, cut_plan)),
+    of("solve", "one-interval", "agreement", "of three losses only one is held in its interval",
+       one_interval),
     of("search", "dominated", "agreement", "dominated plans stay",
        replacing(SEARCH, pareto=all_stay)),
     of("pareto", "strictly", "agreement", "a plan must be worse everywhere to go", strictly),

@@ -103,22 +103,35 @@ def table_gradient_off(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return dq, dk, dv, np.roll(dR, 1, axis=0), db, du
 
 
+def gradient_of_scores(
+    q: Any, k: Any, v: Any, R: Any, b: Any, u: Any, dout: Any, *, scale: Any = None,
+    causal: bool = True,
+) -> Any:  # fmt: skip
+    """dS of the unscaled scores."""
+    T, S = q.shape[-2], k.shape[-2]
+    factor = default_scale(q.shape[-1]) if scale is None else scale
+    s = (CONTENT(q, u, k) + RELATIVE(q, R, b, S - T)) * factor
+    P = ATTEND(s, rcmha.visible(T, S - T, causal), v)[1]
+    dP = dout @ np.swapaxes(v, -1, -2)
+    return factor * P * (dP - np.sum(P * dP, axis=-1, keepdims=True))
+
+
 def keys_meet_the_query_alone(
     q: Any, k: Any, v: Any, R: Any, b: Any, u: Any, dout: Any, **options: Any
 ) -> Any:
     """dk is made of q, without u."""
-    dq, dk, dv, dR, db, du = BACKWARD(q, k, v, R, b, u, dout, **options)
-    T, S = q.shape[-2], k.shape[-2]
-    ones = np.zeros_like(q, shape=(*q.shape[:-3], q.shape[-3], S))
-    scale = options.get("scale")
-    factor = default_scale(q.shape[-1]) if scale is None else scale
-    causal = options.get("causal", True)
-    s = (CONTENT(q, u, k) + RELATIVE(q, R, b, S - T)) * factor
-    P = ATTEND(s, rcmha.visible(T, S - T, causal), v)[1]
-    dP = dout @ np.swapaxes(v, -1, -2)
-    ds = factor * P * (dP - np.sum(P * dP, axis=-1, keepdims=True))
-    by_key = np.sum(ds, axis=-2) + ones
-    return dq, (dk - by_key[..., None] * u[:, None]).astype(dk.dtype), dv, dR, db, du
+    dq, dk, *rest = BACKWARD(q, k, v, R, b, u, dout, **options)
+    by_key = np.sum(gradient_of_scores(q, k, v, R, b, u, dout, **options), axis=-2)
+    return dq, (dk - by_key[..., None] * u[:, None]).astype(dk.dtype), *rest
+
+
+def query_meets_keys_alone(
+    q: Any, k: Any, v: Any, R: Any, b: Any, u: Any, dout: Any, **options: Any
+) -> Any:
+    """dq is made of k, without the rows of the table."""
+    dq, *rest = BACKWARD(q, k, v, R, b, u, dout, **options)
+    ds = gradient_of_scores(q, k, v, R, b, u, dout, **options)
+    return (ds @ k).astype(dq.dtype), *rest
 
 
 def query_always_carried(arguments: dict[str, Any]) -> None:
@@ -199,6 +212,8 @@ MUTANTS = (
            spoiling(BACKWARD, table_gradient_off)),
     mutant("key-gradient-without-vector", "relative_attention", "gradient", ATTENTION,
            keys_meet_the_query_alone),
+    mutant("query-gradient-without-table", "relative_attention", "gradient", ATTENTION,
+           query_meets_keys_alone),
     mutant("segment-query-carried", "attend_segment", "agreement",
            altering(SEGMENT, query_always_carried)),
     mutant("segment-query-reset", "attend_segment", "rcmha-segments",

@@ -7,13 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import (
-    check_attention_inputs,
-    check_integer,
-    check_same,
-    choose_backend,
-    load,
-)
+from attnspec.fast.backend import check_integer, check_same, choose_backend, load
+from attnspec.fast.engines.columns.op import positive
 from attnspec.fast.engines.flash.checks import check_inputs
 
 MODULES = {"numba": "numba_influence", "triton": "triton_influence"}
@@ -61,7 +56,6 @@ def block_influence(
     """
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     check_inputs(q, k, v, backend)
-    check_attention_inputs(q, k, v, (q.dtype,))
     check_same("g", g, "q", q)
     check_integer("block", block, least=1)
     for name, x, shape in (
@@ -73,8 +67,5 @@ def block_influence(
     if q.shape[2] % block:
         raise ValueError(f"q: got {q.shape[2]} tokens, expected a multiple of {block}")
     q, k, v, g = (x.detach() for x in (q, k, v, g))
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if scale < 0:
-        # The kernels look for the largest product.
-        q, scale = -q, -scale
+    q, scale = positive(q, scale)
     return _block_influence(q, k, v, g, block, float(eps), scale, backend)

@@ -68,7 +68,7 @@ def _check_lse(lse: Any, q: Tensor) -> None:
         raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected {tuple(q.shape[:3])}")
 
 
-def _positive(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+def positive(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """q and a positive scale that give the same scores: kernels look for the largest product."""
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     # A scale of 0 is a tiny one: all scores are 0 to rounding, and 0 * inf does not arise.
@@ -108,7 +108,7 @@ def row_lse(
     """
     backend = _check(q, k, backend)
     _check_key_mask(key_mask, k)
-    q, scale = _positive(q.detach(), scale)
+    q, scale = positive(q.detach(), scale)
     top, total = _row_norms(q, k.detach(), key_mask, scale, causal, backend)
     return top * scale + total.log()
 
@@ -166,7 +166,7 @@ def column_sums(
     check_integer("columns", columns, least=0)
     if columns > k.shape[2]:
         raise ValueError(f"columns: got {columns}, expected at most the {k.shape[2]} keys")
-    (q, scale), k = _positive(q.detach(), scale), k.detach()
+    (q, scale), k = positive(q.detach(), scale), k.detach()
     norm, total = _norms(q, k, lse, key_mask, scale, causal, backend)
     return _column_sums(q, k, norm, total, key_mask, scale, causal, columns, backend)
 
@@ -203,7 +203,7 @@ def weight_rows(
     """
     backend = _check(q, k, backend)
     _check_key_mask(key_mask, k)
-    (q, scale), k = _positive(q.detach(), scale), k.detach()
+    (q, scale), k = positive(q.detach(), scale), k.detach()
     norm, total = _norms(q, k, lse, key_mask, scale, causal, backend)
     return _weight_rows(q, k, norm, total, key_mask, scale, causal, backend)
 
@@ -238,7 +238,7 @@ def block_max(
     """
     backend = _check(q, k, backend)
     check_integer("block", block, least=1)
-    q, scale = _positive(q.detach(), scale)
+    q, scale = positive(q.detach(), scale)
     return _block_max(q, k.detach(), block, scale, causal, backend)
 
 
