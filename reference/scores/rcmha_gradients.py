@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import default_scale
-from attnspec.reference.primitives.softmax import (
-    softmax_backward,
-    softmax_lse,
-    weights_given_lse,
-)
+from attnspec.reference.dense.attention import combine
+from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 from attnspec.reference.scores.rcmha_scores import (
     check_tables,
     check_tokens,
@@ -53,7 +50,8 @@ def relative_attention_backward(
     # Recomputed from the normaliser, as a kernel that kept only this does.
     weights = weights_given_lse(s, softmax_lse(s, seen)[1], seen)
     dweights = np.where(seen, dout @ np.swapaxes(v, -1, -2), np.zeros_like(weights))
-    ds = scale * softmax_backward(weights, dweights)
+    row_term = np.einsum("...d,...d->...", dout, combine(weights, v))[..., None]
+    ds = scale * weights * (dweights - row_term)
 
     # Pair (i, j) read row P + (j - M) - i: a product with one-hot rows moves ds there.
     first = P - S

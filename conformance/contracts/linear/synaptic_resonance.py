@@ -16,12 +16,13 @@ from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.synaptic_resonance_forms import (
     memory_by_token,
+    memory_in_chunks,
     step_by_token,
+    trace_held,
     whole_by_token,
 )
 from attnspec.reference.linear.synaptic_resonance import synaptic_resonance
 from attnspec.reference.linear.synaptic_resonance_decode import State, init_state
-from attnspec.reference.linear.synaptic_resonance_memory import memory_chunked
 
 SIZES = {
     "batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "tokens": (1, 24), "d": (1, 16),
@@ -194,6 +195,7 @@ CONTRACTS = (
         arrays=(K, VALID, C0),
         outputs=(Output("rho", dtype="float32", row_axes=0, by_query=False), LAST_C),
         parameters=traces,
+        form=trace_held,
         poison=poison_padding,
         neutral={"valid": NEUTRAL["valid"], **FRESH},
         cells={name: CELLS[name] for name in ("causal self", "left", "right")},
@@ -203,7 +205,7 @@ CONTRACTS = (
             *BAD_VALID,
         ),
     ),
-    memory("memory_recurrent", writes, form=memory_chunked, bad_inputs=BAD_MEMORY),
+    memory("memory_recurrent", writes, form=memory_in_chunks, bad_inputs=BAD_MEMORY),
     memory(
         "memory_chunked",
         chunks,

@@ -1,7 +1,8 @@
-"""Synaptic Resonance with its memory written token by token: see `Contract.form`.
+"""Synaptic Resonance as kernels compute it: see `Contract.form`.
 
 A kernel may walk single tokens where the chapter has products of chunks, and rounds the state then
-at every one of them.
+at every one of them. It may also hold the logarithm of a decay instead of the decay: the error of
+that one number grows with the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,21 +13,42 @@ import numpy as np
 
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.linear.synaptic_resonance_decode import State, recent_tokens
-from attnspec.reference.linear.synaptic_resonance_memory import memory_recurrent, relevance
+from attnspec.reference.linear.synaptic_resonance_memory import (
+    memory_chunked,
+    memory_recurrent,
+    relevance,
+)
+
+
+def held(decay: float) -> float:
+    """What a logarithm in float32 makes of a decay."""
+    return float(np.exp(np.float64(np.float32(np.log(decay))))) if decay > 0 else decay
+
+
+def trace_held(k: Any, mu: float = 0.9, valid: Any = None, c0: Any = None) -> Any:
+    return relevance(k, held(mu), valid, c0)
+
+
+def memory_in_chunks(
+    q: Any, k: Any, v: Any, rho: Any, eta: float = 0.1, lam: float = 0.99, S0: Any = None,
+    valid: Any = None,
+) -> Any:  # fmt: skip
+    return memory_chunked(q, k, v, rho, eta, held(lam), S0, valid)
 
 
 def memory_by_token(
-    q: Any, k: Any, v: Any, rho: Any, *args: Any, chunk: int = 64, **rest: Any
-) -> Any:
-    return memory_recurrent(q, k, v, rho, *args, **rest)
+    q: Any, k: Any, v: Any, rho: Any, eta: float = 0.1, lam: float = 0.99, S0: Any = None,
+    valid: Any = None, *, chunk: int = 64,
+) -> Any:  # fmt: skip
+    return memory_recurrent(q, k, v, rho, eta, held(lam), S0, valid)
 
 
 def whole_by_token(
     q: Any, k: Any, v: Any, S0: Any = None, c0: Any = None, *, eta: float = 0.1, lam: float = 0.99,
     mu: float = 0.9, beta: float = 0.5, window: int | None = None, valid: Any = None,
 ) -> Any:  # fmt: skip
-    rho, c = relevance(k, mu, valid, c0)
-    m, S = memory_recurrent(q, k, v, rho, eta, lam, S0, valid)
+    rho, c = relevance(k, held(mu), valid, c0)
+    m, S = memory_recurrent(q, k, v, rho, eta, held(lam), S0, valid)
     return attend(q, k, v, mask=recent_tokens(k, window, valid))[0] + beta * m, (S, c)
 
 
@@ -36,7 +58,7 @@ def step_by_token(
 ) -> Any:  # fmt: skip
     keys = np.concatenate([state.k, k], axis=-2)
     values = np.concatenate([state.v, v], axis=-2)
-    rho, c = relevance(k, mu, None, state.c)
-    m, S = memory_recurrent(q, k, v, rho, eta, lam, state.S)
+    rho, c = relevance(k, held(mu), None, state.c)
+    m, S = memory_recurrent(q, k, v, rho, eta, held(lam), state.S)
     mask = recent_tokens(keys, window, None)[..., state.k.shape[-2] :, :]
     return attend(q, keys, values, mask=mask)[0] + beta * m, State(keys, values, S, c)
