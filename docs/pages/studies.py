@@ -1,4 +1,4 @@
-"""Studies: what models learn with the mechanisms, from numbers that are checked in.
+"""Studies: what models do with the mechanisms, from numbers that are checked in.
 
 A study ``<name>`` is two modules and a file in ``docs/studies``: ``<name>.py``, a script that makes
 ``<name>.json``, and ``<name>_page.py``, which says and draws what is in it:
@@ -65,7 +65,7 @@ def draw(name: str, module: ModuleType, numbers: Any, place: Path) -> None:
 def contents(found: dict[str, ModuleType] | None = None) -> str:
     """The list of studies."""
     found = studies() if found is None else found
-    lead = "What small models learn with the mechanisms, each measured by a script in docs/studies."
+    lead = "What models do with the mechanisms, each measured by a script in docs/studies."
     return rest.page(
         rest.heading("Studies", rest.TITLE),
         lead if found else f"{lead} None has been run yet.",
