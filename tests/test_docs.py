@@ -212,9 +212,6 @@ def test_benchmarks_are_read(site: Any, tmp_path: Path) -> None:
 
 
 STUDIES = sorted(path.stem.removesuffix("_page") for path in ROOT.glob("docs/studies/*_page.py"))
-NEEDS = {"collapse": "transformers"}
-
-
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_say_what_they_are(site: Any, name: str) -> None:
     module = site(f"studies.{name}_page")
@@ -227,8 +224,8 @@ def test_studies_say_what_they_are(site: Any, name: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_and_its_page_is_drawn(site: Any, name: str, tmp_path: Path) -> None:
     """A few steps on the CPU; what the numbers are is the business of a real run."""
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
+    for package in getattr(site(f"studies.{name}_page"), "NEEDS", ()):
+        pytest.importorskip(package)
     script, numbers = ROOT / "docs" / "studies" / f"{name}.py", tmp_path / f"{name}.json"
     options = ["--smoke", "--device", "cpu", "--json", str(numbers)]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)

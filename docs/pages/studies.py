@@ -4,6 +4,7 @@ A study ``<name>`` is two modules and a file in ``docs/studies``: ``<name>.py``,
 ``<name>.json``, and ``<name>_page.py``, which says and draws what is in it:
 
 - `TITLE`, and `MECHANISMS`, the slugs whose pages link to the study;
+- `NEEDS`, if the script imports packages that are not the library's, their names;
 - ``text(results)``, the body of the page in reStructuredText;
 - `FIGURES`, by name a caption and a function ``draw(results, ink)`` that returns the figure.
 

@@ -9,6 +9,7 @@ from pictures import Ink, panels
 
 TITLE = "The embeddings of long texts, and a temperature"
 MECHANISMS = ("tempscale",)
+NEEDS = ("transformers",)
 
 
 def text(results: dict[str, Any]) -> str:

@@ -101,22 +101,24 @@ def _streaming(options: Mapping[str, Any]) -> Plan:
 
 
 def _plain(mechanism: str, options: Mapping[str, Any]) -> Plan:
-    """Any operation of q, k, v, `causal` and parameters that its keywords can carry."""
+    """Any operation of q, k, v, `causal` and parameters that `options` can carry."""
     slug, dot, name = mechanism.partition(".")
     if slug not in mechanism_modules():
-        known = ", ".join(sorted(s for s in mechanism_modules() if _operations(s)))
+        known = ", ".join(sorted(s for s in mechanism_modules() if _operations(s, {})))
         raise ValueError(f"mechanism: got {mechanism!r}, expected one of: {known}")
-    operations = _operations(slug)
-    if not dot and len(operations) == 1:
-        (name,) = operations
+    operations = _operations(slug, options)
+    if not dot:
+        fitting = [n for n, o in operations.items() if options.keys() <= _parameters(o).keys()]
+        fitting = fitting or list(operations)
+        name = fitting[0] if len(fitting) == 1 else ""
     if name not in operations:
         known = ", ".join(f"{slug}.{operation}" for operation in operations) or "another mechanism"
         raise ValueError(
             f"mechanism: got {mechanism!r}, expected an operation of queries, keys and values "
-            f"alone: {known}"
+            f"alone but for its options: {known}{_missing(slug, options)}"
         )
     operation = operations[name]
-    names = set(inspect.signature(operation).parameters)
+    names = _parameters(operation).keys()
     ours = {"causal", "mask", "key_mask", "scale"}
     _check_options(options, sorted(names - ours - {"q", "k", "v"}))
 
@@ -151,20 +153,41 @@ def _plain(mechanism: str, options: Mapping[str, Any]) -> Plan:
     )
 
 
-def _operations(slug: str) -> dict[str, Callable[..., Any]]:
-    """Operations of a mechanism that take q, k, v and `causal`, and need nothing else."""
+def _operations(slug: str, options: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    """Operations of a mechanism that take q, k, v and `causal`, and else need `options` alone."""
+    found = _attentions(slug)
+    return {name: found[name] for name in found if not _needs(found[name]) - options.keys()}
+
+
+def _missing(slug: str, options: Mapping[str, Any]) -> str:
+    """Which options would make other operations fit, in words."""
+    lacks = {name: _needs(o) - options.keys() for name, o in _attentions(slug).items()}
+    said = (f"{slug}.{name} with {', '.join(sorted(some))}" for name, some in lacks.items() if some)
+    return "".join(f", or {operation}" for operation in said)
+
+
+def _attentions(slug: str) -> dict[str, Callable[..., Any]]:
+    """Operations of a mechanism that take q, k, v and `causal`."""
     module: ModuleType = importlib.import_module(mechanism_modules()[slug])
-    found: dict[str, Callable[..., Any]] = {}
-    for name, function in vars(module).items():
-        if not inspect.isfunction(function) or name.startswith("_"):
-            continue
-        if function.__module__ != module.__name__:
-            continue
-        parameters = list(inspect.signature(function).parameters.values())
-        needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-        if needed == ["q", "k", "v"] and any(p.name == "causal" for p in parameters):
-            found[name] = function
-    return found
+    return {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and not name.startswith("_")
+        and function.__module__ == module.__name__
+        and list(_parameters(function))[:3] == ["q", "k", "v"]
+        and "causal" in _parameters(function)
+    }
+
+
+def _needs(operation: Callable[..., Any]) -> set[str]:
+    """What an operation must be given besides q, k and v."""
+    parameters = _parameters(operation).values()
+    return {p.name for p in parameters if p.default is p.empty} - {"q", "k", "v"}
+
+
+def _parameters(operation: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(operation).parameters
 
 
 def _check_options(options: Mapping[str, Any], known: tuple[str, ...] | list[str]) -> None:

@@ -27,8 +27,10 @@ def register(name: str | None = None, mechanism: str = "attention", **options: A
 
     Without a name, the `PRESETS`. ``mechanism`` is "attention" (exact; the default),
     "streaming_llm" (``sinks``, ``window``) or any mechanism with an operation of queries, keys and
-    values alone, written "slug" or "slug.operation"; options are that operation's keywords. The
-    name goes where the library takes an ``attn_implementation``.
+    values and else of `options` alone, written "slug" or "slug.operation"; options are that
+    operation's parameters. The name goes where the library takes an ``attn_implementation``; a
+    model that is trained with one and read with another changes by its own
+    ``set_attn_implementation``.
 
     TypeError or ValueError for an unknown mechanism or option or a name that the library reserves;
     ImportError if the library is not installed.

@@ -13,7 +13,10 @@ import torch
 
 from attnspec import fast
 from attnspec.fast.backend import launch_count
+from attnspec.fast.transformers.plans import make_plan
 from attnspec.reference.cache.streaming_llm import sink_window_mask
+from attnspec.reference.patterns.longlora import s2_mask
+from attnspec.reference.patterns.sinklora import sf_mask
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -26,6 +29,12 @@ SIZES = {
 }
 SINKS, WINDOW = 2, 5
 TOKENS = 23
+GROUP = 6
+HEADS = SIZES["num_attention_heads"]
+GROUPS = {
+    "test-s2": s2_mask(TOKENS, GROUP, HEADS),
+    "test-sf": sf_mask(TOKENS, GROUP, HEADS, s=SINKS),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +44,8 @@ def names() -> list[str]:
         "test-streaming", mechanism="streaming_llm", sinks=SINKS, window=WINDOW
     )
     registered += fast.transformers.register("test-tempscale", mechanism="tempscale", tau=0.5)
+    registered += fast.transformers.register("test-s2", mechanism="longlora", G=GROUP)
+    registered += fast.transformers.register("test-sf", mechanism="sinklora", G=GROUP, s=SINKS)
     return registered
 
 
@@ -205,6 +216,33 @@ def test_any_plain_mechanism_can_be_registered() -> None:
     assert_equal(got, real_logits(sharper, inputs))
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_train_and_dense_attention_reads(name: str) -> None:
+    """Loss and gradients of grouped attention, then logits of the same model without groups."""
+    ids = batch(2)["input_ids"]
+    found = []
+    for implementation, mask in (
+        (name, {}), ("sdpa", {"attention_mask": torch.from_numpy(GROUPS[name])[None]}),
+    ):  # fmt: skip
+        model = decoder(implementation).train()
+        loss = model(ids, labels=ids, **mask).loss
+        loss.backward()
+        found.append({"loss": loss, **{n: p.grad for n, p in model.named_parameters()}})
+    for what, expected in found[1].items():
+        torch.testing.assert_close(found[0][what], expected, rtol=1e-3, atol=1e-6, msg=what)
+    model = decoder(name)
+    model.set_attn_implementation("attnspec")
+    inputs = batch(2)
+    assert_equal(real_logits(model, inputs), real_logits(decoder("sdpa"), inputs))
+
+
+def test_what_an_operation_lacks_is_said() -> None:
+    assert not make_plan("longlora", {"G": 4}).takes_mask
+    assert not make_plan("longlora.grouped_attend", {"G": 4, "variant": "roll"}).takes_padding
+    with pytest.raises(ValueError, match=r"longlora\.grouped_attend with G$"):
+        make_plan("longlora.grouped_attend", {})
+
+
 def test_switching_a_model_over() -> None:
     model, inputs = decoder("sdpa"), batch()
     expected = real_logits(model, inputs)
@@ -248,6 +286,8 @@ MANY = torch.ones(2, 1, 3, 3, dtype=torch.bool)
         (lambda: register("mine", mechanism="nothing"), ValueError, "mechanism"),
         (lambda: register("mine", mechanism="snapkv"), ValueError, "mechanism"),
         (lambda: register("mine", mechanism="tempscale.attend"), ValueError, "mechanism"),
+        (lambda: register("mine", mechanism="longlora"), ValueError, "mechanism"),
+        (lambda: register("mine", mechanism="longlora", G=4, s=4), TypeError, "s"),
         (lambda: register("mine", tau=0.5), TypeError, "tau"),
         (lambda: register("mine", mechanism="tempscale", sinks=4), TypeError, "sinks"),
         (lambda: register("mine", mechanism="streaming_llm", R=4), TypeError, "R"),
@@ -266,6 +306,8 @@ def test_bad_input(call: Callable[[], Any], error: type[Exception], argument: st
         (lambda: decoder("attnspec", "Gemma2", head_dim=8)(**batch()), "softcap"),
         (lambda: decoder("attnspec", attention_dropout=0.1).train()(**batch()), "dropout"),
         (lambda: decoder("attnspec")(**batch(), output_attentions=True), "output_attentions"),
+        (lambda: decoder("test-s2")(**batch(side="right")), "attention_mask"),
+        (lambda: generate(decoder("test-sf"), batch(1)), "k"),
         (lambda: encoder("attnspec_streaming")(**batch(side="right")), "is_causal"),
         (
             lambda: decoder("attnspec_streaming", "Mistral", sliding_window=7)(**batch()),
