@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -46,6 +47,25 @@ class ScanConfig:
     least_segment: int = 2048
     gate_segment: int = 2048
 
+
+@dataclass(frozen=True)
+class LaneConfig:
+    """Tiles and splits of the scans without matrix products, where a thread owns a channel or two.
+
+    `rows` of a tile, a power of two, and at most `channels` of a program, another. Sequences are
+    cut in segments so that about `programs` programs a multiprocessor exist, but not below
+    `least_segment` tokens.
+    """
+
+    rows: int
+    channels: int
+    least_segment: int
+    programs: int
+
+
+ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
+SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
+"""Candidates, of which the first is in force."""
 
 CANDIDATES = (
     ScanConfig(),
@@ -94,6 +114,7 @@ factors of the two sides reach e^(REACH / 2), which the type must hold with the 
 float32 product would not gain: it runs on no matrix unit."""
 
 _forced: list[ScanConfig] = []
+_forced_lanes: list[LaneConfig] = []
 
 
 def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
@@ -112,11 +133,17 @@ def forced_config() -> ScanConfig | None:
     return _forced[-1] if _forced else None
 
 
+def lanes(candidates: tuple[LaneConfig, ...]) -> LaneConfig:
+    """The configuration in force for a scan without matrix products, out of its `candidates`."""
+    return _forced_lanes[-1] if _forced_lanes else candidates[0]
+
+
 @contextmanager
-def use_config(forced: ScanConfig) -> Iterator[None]:
-    """Run every scan kernel inside the block with `forced`."""
-    _forced.append(forced)
+def use_config(forced: ScanConfig | LaneConfig) -> Iterator[None]:
+    """Run every scan kernel inside the block that takes such a configuration with `forced`."""
+    held: list[Any] = _forced if isinstance(forced, ScanConfig) else _forced_lanes
+    held.append(forced)
     try:
         yield
     finally:
-        _forced.pop()
+        held.pop()
