@@ -79,6 +79,11 @@ def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor)
     """`x` has the dtype and the device of `other`."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected {other.dtype}, as {other_name}")
+    check_device(name, x, other_name, other)
+
+
+def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`x` lies where `other` lies."""
     if x.device != other.device:
         raise ValueError(f"{name}: got device {x.device}, expected {other.device}, as {other_name}")
 
@@ -148,6 +153,11 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
 
 
 FAR = 1 << 31
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -212,6 +212,8 @@ def test_benchmarks_are_read(site: Any, tmp_path: Path) -> None:
 
 
 STUDIES = sorted(path.stem.removesuffix("_page") for path in ROOT.glob("docs/studies/*_page.py"))
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_say_what_they_are(site: Any, name: str) -> None:
     module = site(f"studies.{name}_page")

@@ -8,13 +8,20 @@ would stall it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_size, check_tensor
-from attnspec.fast.engines.scan import elementwise
+from attnspec.fast.backend import check_size, check_tensor, wide
+from attnspec.fast.engines.scan import (
+    ELEMENTWISE,
+    SELECTIVE,
+    LaneConfig,
+    elementwise,
+    use_config,
+)
 from attnspec.fast.growing import checkable
 from attnspec.fast.linear.dsf_maps import (
     from_attention,
@@ -38,7 +45,6 @@ from attnspec.fast.linear.dsf_ssm import (
     ssd_as_attention,
     ssd_as_normalised,
     ssd_scan,
-    wide,
 )
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
 
@@ -75,24 +81,23 @@ TORCH = (
     "from_qlstm", "from_rg_lru", "taylor_features", "is_ssd", "ssd_as_attention",
     "ssd_as_normalised", "mqar_sequences", "mqar_accuracy",
 )  # fmt: skip
-TRAINED = {
-    "gradient": True,
-    "compiled": True,
-    "triton": {"graph": True},
-}
-CHUNKED = {
-    "gradient": True,
-    "compiled": True,
-    "triton": {"graph": True, "exact_prefix": False},
-}
+
+
+def _tuned(candidates: tuple[LaneConfig, ...]) -> dict[str, Any]:
+    """What is claimed on a GPU, for each candidate alone too."""
+    return {"graph": True, "configs": {str(c): partial(use_config, c) for c in candidates}}
+
+
+TRAINED: dict[str, Any] = {"gradient": True, "compiled": True, "triton": {"graph": True}}
+CHUNKED = {**TRAINED, "triton": {"graph": True, "exact_prefix": False}}
 CLAIMS = {
     **{name: {"launches": None} for name in TORCH},
     "dsf_scan": TRAINED,
-    "elementwise_scan": {**TRAINED, "blocks": (32, 256)},
-    "s6_scan": {**TRAINED, "blocks": (16, 64)},
+    "elementwise_scan": {**TRAINED, "blocks": (32, 256), "triton": _tuned(ELEMENTWISE)},
+    "s6_scan": {**TRAINED, "blocks": (16, 64), "triton": _tuned(SELECTIVE)},
     "qlstm": TRAINED,
     "rg_lru": TRAINED,
-    "qlstm_layer": {"triton": {"graph": True, "exact_prefix": False}},
+    "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},
     "softmax_attention": CHUNKED,
     "linear_attention": CHUNKED,
     "normalised_attention": CHUNKED,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, logsigmoid, softplus
 
-from attnspec.fast.backend import check_same, check_tensor, product
+from attnspec.fast.backend import check_same, check_tensor, product, wide
 from attnspec.fast.engines.scan import elementwise
-from attnspec.fast.linear.dsf_ssm import wide
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
 
 LayerState = tuple[Tensor, Tensor]
@@ -120,7 +119,9 @@ def rg_lru_gates(r: Tensor, g: Tensor, lam: Tensor, c: float) -> tuple[Tensor, T
     # expm1 differentiates to its result plus 1, which cancels where the decay is strong.
     doubled = 2 * log_decay
     left = torch.where(doubled < -1, 1 - torch.exp(doubled), -torch.expm1(doubled))
-    return log_decay, torch.sqrt(left) * torch.sigmoid(wide(g))
+    # A gate that never forgets lets nothing in: its root is 0, with no slope.
+    root = torch.where(left > 0, torch.sqrt(torch.where(left > 0, left, 1.0)), 0.0)
+    return log_decay, root * torch.sigmoid(wide(g))
 
 
 def _last(x: Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_tensor
+from attnspec.fast.backend import check_tensor, wide
 from attnspec.fast.engines.scan import scan, selective
 from attnspec.fast.growing import checkable
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
@@ -102,11 +102,6 @@ def is_ssd(eta: Tensor, psi: Tensor | None = None, *, backend: str | None = None
         check_upstream("psi", psi, (*eta.shape, psi.shape[-1]), eta)
         fits = fits & ((after > before) | ~(psi[..., 1:, :] != 0).any(-1))
     return fits.all(-1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_s6(Delta: Any, A: Any, b: Any, c: Any, D: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_size, check_tensor, unobserved
+from attnspec.fast.backend import check_device, check_size, check_tensor, unobserved
 from attnspec.fast.engines.rows import CANDIDATES, use_config
 from attnspec.fast.engines.scan import scan, step
 from attnspec.fast.growing import checkable
@@ -79,7 +79,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
     "tnl_gla": {"gradient": True, "compiled": True, "triton": {"graph": True}},
     "tnl_block": {"gradient": True, "compiled": True, "triton": {"graph": True}},
 }
-"""What the suite is told beyond the defaults: tables, and three products, launch no kernel."""
+"""What the suite is told beyond the defaults; what is tables or torch products launches nothing."""
 
 
 def tnl_gla(
@@ -135,12 +135,13 @@ def tnl_gla_packed(
     options = Options(v_activation, gate, norm, eps)
     rows = x[None]
     check_gla(rows, params, None, 0, options)
-    _check_offsets(offsets, x.shape[0])
+    _check_offsets(offsets, x)
     sequences = offsets.shape[0] - 1
     S0 = as_state("states", states, (sequences, *state_shape(params, x.shape[1])), x)
     if starts is not None:
         check_tensor("starts", starts, ("sequences",), (torch.int64, torch.int32))
         check_size("starts", starts.shape[0], sequences, "sequences, as in offsets")
+        check_device("starts", starts, "x", x)
         if checkable(starts) and bool((starts < 0).any()):
             raise ValueError(f"starts: got {starts.tolist()}, expected integers >= 0")
     positions = None
@@ -211,10 +212,12 @@ def tnl_block(
     return x + sglu(srms_norm(x, eps, backend=backend), *channels), last
 
 
-def _check_offsets(offsets: Any, total: int) -> None:
+def _check_offsets(offsets: Any, x: Tensor) -> None:
     check_tensor("offsets", offsets, ("sequences + 1",), (torch.int64, torch.int32))
     if offsets.shape[0] < 2:
         raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
+    check_device("offsets", offsets, "x", x)
+    total = x.shape[0]
     if checkable(offsets):
         ends = int(offsets[0]) == 0 and int(offsets[-1]) == total
         if not ends or bool((offsets.diff() < 0).any()):

@@ -46,6 +46,10 @@ class TransNormerBlock(nn.Module):
             raise ValueError(f"heads: got {heads}, expected a divisor of {width} (width)")
         if hidden is not None:
             check_integer("hidden", hidden, least=1)
+        check_integer("n_layers", n_layers, least=1)
+        check_integer("layer", layer, least=0)
+        if layer >= n_layers:
+            raise ValueError(f"layer: got {layer}, expected an integer below {n_layers} (n_layers)")
         check_choice("decay_rule", decay_rule, DECAY_RULES)
         check_options(Options(v_activation, gate, norm, eps))
         inner = 8 * math.ceil(width / 3) if hidden is None else hidden

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_size, check_tensor, product
+from attnspec.fast.backend import (
+    check_device,
+    check_integer,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+)
 from attnspec.fast.engines.rows import gated_norm, lift
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS
 
@@ -69,8 +76,7 @@ def check_theta(theta: Any, H: int, d: int, x: Tensor) -> None:
     check_tensor("theta", theta, ("H", "d"), FLOATS)
     if tuple(theta.shape) != (H, d):
         raise ValueError(f"theta: got shape {tuple(theta.shape)}, expected {(H, d)}")
-    if theta.device != x.device:
-        raise ValueError(f"theta: got device {theta.device}, expected {x.device}, as x")
+    check_device("theta", theta, "x", x)
 
 
 def check_weight(name: str, W: Any, shape: tuple[int, ...], x: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_device,
     check_integer,
     check_same,
     check_tensor,
@@ -109,7 +110,10 @@ def check_upstream(
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
     if dtypes is not None and x.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected a float dtype")
-    check_same(name, x if dtypes is None else x.to(like.dtype), "q, k and v", like)
+    if dtypes is None:
+        check_same(name, x, "the others", like)
+    else:
+        check_device(name, x, "the others", like)
 
 
 def check_slopes(s: Any, heads: int | None = None) -> None:

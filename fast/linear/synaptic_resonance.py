@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.scan import CANDIDATES, use_config
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 from attnspec.fast.linear.synaptic_resonance_decode import (
     State,
     check_softmax,
@@ -22,7 +23,6 @@ from attnspec.fast.linear.synaptic_resonance_decode import (
     step,
 )
 from attnspec.fast.linear.synaptic_resonance_memory import (
-    as_state,
     blank,
     check_memory,
     check_number,

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
     check_attention_inputs,
     check_integer,
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.engines.scan import scan
+from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
 
-FLOATS = (*DTYPES, torch.float64)
 FLOOR = 1e-6
 FORGETS = 1e4
 """The slope of a decay of 0: its exponential is 0 in every dtype, and 0 times it is 0."""
@@ -143,26 +143,6 @@ def unit(x: Tensor) -> Tensor:
 def blank(x: Tensor, valid: Tensor | None) -> Tensor:
     """x (batch, heads, tokens, d) with 0 in the rows of padded tokens."""
     return x if valid is None else torch.where(valid[:, None, :, None], x, 0.0)
-
-
-def wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def as_state(name: str, x: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """`x` of this shape in float32 (float64 for float64 tokens), or None."""
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected a float dtype")
-    if x.device != like.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {like.device}, as k")
-    return x.to(wide(like[..., :0]).dtype)
 
 
 def check_memory(q: Any, k: Any, v: Any, eta: Any, lam: Any, valid: Any) -> None:

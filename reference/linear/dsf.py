@@ -57,8 +57,9 @@ S11. **qLSTM**, gates that depend on the input alone: :math:`a_t = \sigma(f_t)`,
 :math:`a_t = \sigma(-f_t)^{\mathrm{relu}(\alpha)}` with one :math:`\alpha`; :math:`h_t = a_t h_{t-1}
 + \sigma(i_t) z_t`, :math:`y_t = \sigma(o_t) h_t`. n = 1, :math:`\Lambda = a`, :math:`B =
 \mathrm{diag}(\sigma(i))`, :math:`C = \mathrm{diag}(\sigma(o))`. The layer: [gate | branch] = W x; z
-= causal depthwise convolution of branch with a bias, [f | i | o] = W' z + bias', output W'' (gelu(
-gate) y), the exact GELU. Its state is h and the last width - 1 rows of branch.
+= causal depthwise convolution of branch, 4 wide, with zeros in front, a bias and no activation
+behind; [f | i | o] = W' z + bias'; output W'' (gelu(gate) y), the exact GELU. The state of the
+layer is h and the last width - 1 rows of branch. :math:`\alpha` is learned and starts at 1.
 
 S12. **RG-LRU**: :math:`\Lambda_i = e^{-c\, \mathrm{softplus}(\lambda) \sigma(r_i)}`, :math:`B_i =
 \mathrm{diag}(\sqrt{1 - \Lambda_i^2}\, \sigma(g_i))`, C = 1, with c = 8.
@@ -73,7 +74,8 @@ switch the input off. With queries that turn, linear attention is none.
 
 S15. **Coupling**: one :math:`\Delta` sets decay and input strength of an SSM, one :math:`\eta` both
 of attention; normalised attention only learns the scale of what it reads. The reversed gate with
-:math:`\alpha = a` and f the pre-activation of :math:`\Delta` has the decay of S8 with n = 1.
+:math:`\alpha = a` and f the pre-activation of :math:`\Delta` has the decay of S8 with n = 1, and is
+S8 once :math:`\sigma(i)` is replaced by :math:`\Delta b` and :math:`\sigma(o)` by c.
 
 S16. **Recurrence.** The state alone, for vectors: :math:`h_t = a_t \odot h_{t-1} + x_t` for any a,
 also 0, negative or above 1. Gradient, from the end: :math:`g_t = dh_t + a_{t+1} g_{t+1}`,
@@ -84,7 +86,8 @@ S17. **Recall task.** P keys from [1, V/2) and P values from [V/2, V), distinct:
 then L - 2P + 1 fillers 0. P of the (L - 2P) // 2 slots are drawn without replacement with
 probability :math:`\propto g^{0.01 - 1}`, g = 1, 2, ...; key p is asked for again at position 2P + 2
 slot and labelled there with its value; other labels are -100. The last token is dropped. Fillers
-may be random tokens instead. Accuracy counts exact matches at labels.
+may be random tokens instead, among which a key can occur unasked. Accuracy counts exact matches at
+labels.
 
 Complexity
 ----------
@@ -124,7 +127,6 @@ from attnspec.reference.linear.dsf_mixers import (
 )
 from attnspec.reference.linear.dsf_recall import mqar_accuracy, mqar_batch, mqar_sequences
 from attnspec.reference.linear.dsf_recurrence import (
-    check_shaped,
     elementwise_scan,
     elementwise_scan_backward,
 )
@@ -150,6 +152,7 @@ from attnspec.reference.linear.dsf_system import (
     dsf_scan_backward,
     gauge,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.spec import Coverage, Mechanism, Operation, Paper
 
 

@@ -11,9 +11,10 @@ from itertools import combinations_with_replacement, groupby
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_choice, check_integer
-from attnspec.reference.linear.dsf_recurrence import check_number, check_shaped, sigmoid_power
+from attnspec.reference.linear.dsf_recurrence import check_number, sigmoid_power
 from attnspec.reference.linear.dsf_rnn import forget_gate, rg_lru_gates
 from attnspec.reference.linear.dsf_ssm import check_positive
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 System = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -16,12 +16,12 @@ from attnspec.reference.conventions import (
     check_size,
     default_scale,
 )
-from attnspec.reference.dense.attention_gradient import score_gradient
+from attnspec.reference.dense.attention import attend_backward
 from attnspec.reference.linear.dsf_recurrence import (
-    check_shaped,
     flat_scan,
     flat_scan_backward,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.primitives.softmax import softmax_lse
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -48,9 +48,7 @@ def softmax_attention_backward(
     """
     check_tokens(q, k, v)
     check_shaped("dy", dy, v.shape)
-    weights = _weights(q, k)
-    ds = default_scale(q.shape[-1]) * score_gradient(weights, v, dy)[0]
-    return ds @ k, np.swapaxes(ds, -1, -2) @ q, np.swapaxes(weights, -1, -2) @ dy
+    return attend_backward(q, k, v, dy, causal=True)
 
 
 def linear_attention(

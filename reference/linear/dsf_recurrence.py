@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 def elementwise_scan(
@@ -111,18 +112,6 @@ def check_scan(a: Any, x: Any, h0: Any) -> np.ndarray:
         return np.zeros_like(x, shape=(*x.shape[:-2], x.shape[-1]))
     check_shaped("h0", h0, (*x.shape[:-2], x.shape[-1]))
     return np.asanyarray(h0)
-
-
-def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """K14: a float array of exactly this shape.
-
-    >>> check_shaped("u", np.ones(3), (2,))
-    Traceback (most recent call last):
-    ValueError: u: got shape (3,), expected (2,)
-    """
-    check_array(name, x, ())
-    if x.shape != tuple(shape):
-        raise ValueError(f"{name}: got shape {x.shape}, expected {tuple(shape)}")
 
 
 def check_number(name: str, value: Any) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 from attnspec.reference.conventions import check_array, check_size
 from attnspec.reference.linear.dsf_recurrence import (
     check_number,
-    check_shaped,
     elementwise_scan,
     elementwise_scan_backward,
     sigmoid_power,
     softplus,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 LayerState = tuple[np.ndarray, np.ndarray]
 _erf: Any = np.frompyfunc(math.erf, 1, 1)
@@ -192,7 +192,7 @@ def rg_lru_backward(
     c: float = 8.0,
     h0: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S16: du, dr, dg, dlam of `rg_lru`.
+    """S16: du, dr, dg, dlam of `rg_lru`; a root of 0 counts as a constant (ours).
 
     >>> zero = np.zeros((1, 1))
     >>> [float(np.round(x, 3).squeeze()) for x in rg_lru_backward(
@@ -205,8 +205,9 @@ def rg_lru_backward(
     decay = np.exp(log_decay)
     da, dx, _ = elementwise_scan_backward(decay, strength * u, _given(h0, u), dy)
     lost = -np.expm1(2 * log_decay)
-    droot = dx * u * sigmoid_power(g)
-    dlog = decay * (da - droot * decay / np.sqrt(lost))
+    forgets = lost > 0
+    droot = dx * u * sigmoid_power(g) / np.sqrt(np.where(forgets, lost, np.ones_like(lost)))
+    dlog = decay * (da - np.where(forgets, droot * decay, np.zeros_like(droot)))
     dr = dlog * log_decay * sigmoid_power(-r)
     dlam = -c * dlog * sigmoid_power(r) * sigmoid_power(lam)
     return (

@@ -11,10 +11,10 @@ import numpy as np
 from attnspec.reference.conventions import check_array
 from attnspec.reference.linear.dsf_mixers import read_scan
 from attnspec.reference.linear.dsf_recurrence import (
-    check_shaped,
     flat_scan,
     flat_scan_backward,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 def s6_scan(
@@ -124,8 +124,9 @@ def ssd_scan_backward(
     decay = np.exp(log_decay)[..., None, None] * np.ones_like(new)
     states, _ = flat_scan(decay, new, state)
     dc = np.einsum("...v,...vn->...n", dy, states)
-    ddecay, dnew, _ = flat_scan_backward(decay, new, state, dy[..., :, None] * q[..., None, :])
-    rate = -np.einsum("...vn,...vn->...", ddecay, decay)
+    _, dnew, _ = flat_scan_backward(decay, new, state, dy[..., :, None] * q[..., None, :])
+    # What decays is h less what token i has just added.
+    rate = np.einsum("...vn,...vn->...", dnew, new) - np.einsum("...vn,...vn->...", dnew, states)
     dv = np.einsum("...vn,...n->...v", dnew, k)
     dDelta = a[..., None] * rate + np.einsum("...v,...v->...", dv, u)
     db = np.einsum("...vn,...v->...n", dnew, v)

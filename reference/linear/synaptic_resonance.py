@@ -45,8 +45,9 @@ its keys and values beside them. A step is the same computation on one token or 
 S11. **Closed form.** :math:`m_t = \eta \sum_{j<t} \lambda^{t-1-j} \rho_j (\hat q_t \cdot \hat k_j)
 v_j` and, from a state, :math:`\lambda^t S_0^T \hat q_t` more. With S entering a chunk, its n-th row
 reads :math:`\lambda^n S`, the pairs of the chunk are a masked product, and S leaves as in S4
-(:math:`\lambda^0 = 1`, for :math:`\lambda = 0` too). From :math:`S_0 = 0` both :math:`|S_t|_F` and
-:math:`|m_t|` are at most :math:`\eta \max_j |v_j| / (1 - \lambda)`.
+(:math:`\lambda^0 = 1`, for :math:`\lambda = 0` too). From :math:`S_0 = 0` the size of what t writes
+into, :math:`|S|_F`, is at most :math:`\eta \sum_{j<t} \lambda^{t-1-j} \rho_j |v_j|`, and so is
+:math:`|m_t|`; for :math:`\lambda < 1` both are at most :math:`\eta \max_j |v_j| / (1 - \lambda)`.
 
 S12. **Gradient.** With dS the gradient of the matrix behind t: :math:`d\hat k_t = \eta \rho_t\,
 dS\, v_t`, :math:`dv_t = \eta \rho_t\, dS^T \hat k_t`, :math:`d\rho_t = \eta\, \hat k_t^T dS\, v_t`,
@@ -78,6 +79,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.dense.attention import attend, attend_backward
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.linear.synaptic_resonance_decode import (
     check_inputs,
     recent_tokens,
@@ -88,7 +90,6 @@ from attnspec.reference.linear.synaptic_resonance_gradients import (
     relevance_backward,
 )
 from attnspec.reference.linear.synaptic_resonance_memory import (
-    check_shaped,
     memory_chunked,
     memory_recurrent,
     real_tokens,

@@ -10,11 +10,11 @@ import numpy as np
 
 from attnspec.reference.conventions import check_array, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.linear.synaptic_resonance_memory import (
     FLOOR,
     check_keys,
     check_memory,
-    check_shaped,
     first_state,
     norm_of,
     repeat_rows,

@@ -19,6 +19,7 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 FLOOR = 1e-6
 """S1, S3: the norm below which a row is not brought to length 1."""
@@ -184,18 +185,6 @@ def check_number(name: str, value: Any, least: float, most: float, below: bool =
         raise TypeError(f"{name}: got {value!r}, expected {wanted}")
     if not (math.isfinite(value) and least <= value <= most) or (below and value == most):
         raise ValueError(f"{name}: got {value}, expected {wanted}")
-
-
-def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """K14: `x` is a float array of exactly this shape.
-
-    >>> check_shaped("rho", np.zeros(3), (2,))
-    Traceback (most recent call last):
-    ValueError: rho: got shape (3,), expected (2,)
-    """
-    check_array(name, x, ())
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")
 
 
 def first_state(name: str, state: Any, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:

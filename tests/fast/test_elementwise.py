@@ -1,13 +1,13 @@
-"""Scans without matrix products on the CPU: gradients, states, torch.library; the task."""
+"""Scans without matrix products on the CPU: gradients, states, torch.library."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from attnspec.fast.engines.scan import elementwise, selective
-from attnspec.fast.linear.dsf import mqar_batch, qlstm
+from attnspec.fast.engines.scan.elementwise import elementwise_op
+from attnspec.fast.engines.scan.selective import selective_op
 
 
 def inputs(tokens: int) -> list[torch.Tensor]:
@@ -34,11 +34,21 @@ def test_elementwise_gradients(tokens: int) -> None:
     assert torch.autograd.gradcheck(elementwise, (a, x, h0))
 
 
-def test_opcheck() -> None:
-    single = [x.detach().float().requires_grad_() for x in inputs(4)]
-    torch.library.opcheck(torch.ops.attnspec.selective.default, (*single, "numba"))
-    a, x, h0 = single[0], single[4], single[6][..., 0].detach().requires_grad_()
-    torch.library.opcheck(torch.ops.attnspec.elementwise.default, (a, x, h0, "numba"))
+def test_ops_are_well_registered() -> None:
+    given = inputs(3)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(selective_op, (*given, "numba"), test_utils=checks)
+    a, x, h0 = given[0], given[4], given[6][..., 0].detach().requires_grad_()
+    torch.library.opcheck(elementwise_op, (a, x, h0, "numba"), test_utils=checks)
+
+
+def test_compiles_as_one_graph() -> None:
+    given = inputs(3)
+    made = []
+    for run in (selective, torch.compile(selective, fullgraph=True, backend="aot_eager")):
+        y, last = run(*given)
+        made.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), given)])
+    torch.testing.assert_close(*made)
 
 
 def test_no_tokens_keep_the_state() -> None:
@@ -47,26 +57,3 @@ def test_no_tokens_keep_the_state() -> None:
     y, last = selective(Delta[:, :0], A, b[:, :0], c[:, :0], u[:, :0], D, h0.detach())
     assert y.shape == (2, 0, 4)
     torch.testing.assert_close(last, h0.detach())
-
-
-def test_alpha_is_trained() -> None:
-    torch.manual_seed(2)
-    f, i, o, z = torch.randn(4, 1, 6, 3)
-    alpha = torch.tensor(1.5, requires_grad=True)
-    y, _ = qlstm(f, i, o, z, alpha, True)  # type: ignore[arg-type]
-    (slope,) = torch.autograd.grad(y.sum(), alpha)
-    ahead, behind = (qlstm(f, i, o, z, 1.5 + e, True)[0].sum() for e in (1e-2, -1e-2))
-    torch.testing.assert_close(slope, (ahead - behind) / 2e-2, rtol=1e-3, atol=1e-4)
-
-
-def test_recall_batches_bind_keys_to_values() -> None:
-    inputs, labels = (x.numpy() for x in mqar_batch(np.random.default_rng(0), 256, 64, 4, 50))
-    for row, asked in zip(inputs, labels, strict=True):
-        keys, values = row[0:8:2], row[1:8:2]
-        assert len(set(keys)) == len(set(values)) == 4
-        assert keys.min() >= 1
-        assert keys.max() < 128 <= values.min()
-        bound = dict(zip(keys, values, strict=True))
-        places = np.flatnonzero(asked != -100)
-        assert len(places) == 4
-        assert [bound[key] for key in row[places]] == asked[places].tolist()

@@ -182,11 +182,24 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(compiled(x), block(x))
 
 
+def run_with(**changed: Tensor) -> Any:
+    """A block with some of its weights replaced."""
+    block = block_of().float()
+    params = {name: getattr(block, name) for name in (*WEIGHTS, "slopes", "theta")}
+    return fast.tnl_block(torch.zeros(1, 2, 12), {**params, **changed})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "name"),
     [
         (lambda: TransNormerBlock(12, 5), ValueError, "heads"),
-        (lambda: TransNormerBlock(12, 3, layer=1), ValueError, "l"),
+        (lambda: TransNormerBlock(12, 3, layer=1), ValueError, "layer"),
+        (lambda: TransNormerBlock(12, 3, n_layers=0), ValueError, "n_layers"),
+        (lambda: run_with(Wo=torch.zeros(12, 11)), ValueError, "Wo"),
+        (lambda: run_with(Wqkvu=torch.zeros(12, 48).half()), TypeError, "Wqkvu"),
+        (lambda: run_with(Wd=torch.zeros(7, 11)), ValueError, "Wd"),
+        (lambda: run_with(theta=torch.zeros(3, 5)), ValueError, "theta"),
+        (lambda: run_with(slopes=torch.zeros(5)), ValueError, "slopes"),
         (lambda: TransNormerBlock(12, 3, gate="tanh"), ValueError, "gate"),
         (lambda: TransNormerBlock(12, 3, decay_rule="none"), ValueError, "decay_rule"),
         (lambda: block_of().step(torch.zeros(1, 2, 12), None, 0), ValueError, "x"),

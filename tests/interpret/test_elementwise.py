@@ -6,25 +6,28 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.scan import elementwise, selective
-from attnspec.fast.engines.scan import triton_elementwise as flat
-from attnspec.fast.engines.scan import triton_selective as deep
+from attnspec.fast.engines.scan import (
+    LaneConfig,
+    elementwise,
+    selective,
+    triton_elementwise,
+    use_config,
+)
 
 
 @pytest.fixture(autouse=True)
-def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "ROWS", 4)
-    monkeypatch.setattr(flat, "LEAST", 8)
-    monkeypatch.setattr(flat, "CHANNELS", 4)
-    monkeypatch.setattr(deep, "ROWS", 4)
-    monkeypatch.setattr(deep, "LEAST", 8)
-    monkeypatch.setattr(deep, "CHANNELS", 2)
+def _many_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Segments of two tiles of four rows, two channels a program, as on a large processor."""
+    monkeypatch.setattr(triton_elementwise, "device_of", lambda x: (64, True))
+    with use_config(LaneConfig(4, 2, 8, 8)):
+        yield
 
 
 def compare(function: Any, inputs: list[Tensor | None], bound: float = 1e-5) -> None:
@@ -42,18 +45,16 @@ def compare(function: Any, inputs: list[Tensor | None], bound: float = 1e-5) -> 
         torch.testing.assert_close(a.double(), b.double(), rtol=bound, atol=10 * bound)
 
 
-@pytest.mark.parametrize(("tokens", "started"), [(1, True), (8, False), (17, True)])
-def test_elementwise(tokens: int, started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "device_of", lambda x: (64, True))
+@pytest.mark.parametrize(("tokens", "started"), [(8, False), (17, True)])
+def test_elementwise(tokens: int, started: bool) -> None:
     torch.manual_seed(tokens)
-    a = torch.where(torch.rand(2, tokens, 5) < 0.2, 0.0, torch.randn(2, tokens, 5))
-    x, h0 = torch.randn(2, 5, tokens).mT, torch.randn(2, 5)
+    a = torch.where(torch.rand(2, tokens, 3) < 0.2, 0.0, torch.randn(2, tokens, 3))
+    x, h0 = torch.randn(2, 3, tokens).mT, torch.randn(2, 3)
     compare(elementwise, [a, x, h0 if started else None])
 
 
-@pytest.mark.parametrize(("tokens", "started"), [(1, True), (8, False), (17, True)])
-def test_selective(tokens: int, started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deep, "device_of", lambda x: (64, True))
+@pytest.mark.parametrize(("tokens", "started"), [(1, False), (17, True)])
+def test_selective(tokens: int, started: bool) -> None:
     torch.manual_seed(tokens)
     channels, n = 3, 3
     Delta, u = torch.rand(2, tokens, channels), torch.randn(2, channels, tokens).mT

@@ -35,13 +35,12 @@ def compare(function: Any, inputs: list[Tensor], upstream: Tensor, bound: float 
         torch.testing.assert_close(a.double(), b, rtol=bound, atol=bound * 10)
 
 
-@pytest.mark.parametrize("d", [1, 20, 40])
-@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize(("d", "eps"), [(1, 0.1), (20, 0.0)])
 def test_norm(d: int, eps: float) -> None:
     torch.manual_seed(d)
-    o, wide = torch.randn(2, 3, 5, d), torch.randn(2, 5, 12 * d)
+    o, wide = torch.randn(2, 3, 3, d), torch.randn(2, 3, 12 * d)
     o[0, :, 2] = 0
-    u, up = wide[..., 3 * d : 6 * d], torch.randn(2, 3 * d, 5).mT
+    u, up = wide[..., 3 * d : 6 * d], torch.randn(2, 3 * d, 3).mT
     with use_config(RowsConfig(64, 1)):
         compare(
             lambda o, backend: gated_norm(o, eps=eps, backend=backend), [o.mT.contiguous().mT], up
@@ -58,8 +57,7 @@ def test_rows_wider_than_a_tile() -> None:
     compare(lambda x, t, backend: lift(x, t, offset=3, backend=backend), [o, theta], up)
 
 
-@pytest.mark.parametrize("activate", [False, True])
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(("activate", "placed"), [(False, True), (True, False)])
 def test_lift(activate: bool, placed: bool) -> None:
     torch.manual_seed(1)
     x = 3 * torch.randn(2, 5, 3, 10).transpose(1, 2)[..., ::2]

@@ -141,6 +141,14 @@ def test_reversed_sigmoid(x: float, a: float) -> None:
     np.testing.assert_allclose((1 + math.exp(x)) ** -a, np.exp(expected), rtol=1e-8)
 
 
+def test_a_gate_that_never_forgets_has_no_gradient() -> None:
+    u, g, lam = numbers(31, (1, 4, 3), (1, 4, 3), (3,))
+    r = np.full_like(u, -1e3)
+    assert not dsf.rg_lru(u, r, g, lam)[0].any()
+    for slope in dsf_rnn.rg_lru_backward(u, r, g, lam, np.ones_like(u)):
+        assert not slope.any()
+
+
 def test_what_ssd_equals_and_what_it_does_not() -> None:
     given = s6_inputs(4)
     Delta, a = given["Delta"].swapaxes(1, 2), np.array([0.2, 0.5, 1.0])

@@ -1,7 +1,7 @@
 """TransNormerLLM's layers as fast kernels compute them: in chunks, with results kept in between.
 
-What one product hands to the next step is stored in the inputs' type. A product with the identity
-says so: rounded runs round its operand and nothing else.
+What one step hands to the next is stored in the inputs' type, once. Where the next step is a
+product, rounded runs round its operand already; elsewhere a product with the identity says so.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ def gla(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     slopes = params["slopes"]
     heads = project(x, params["Wqkvu"], slopes.shape[0])
-    q, k, v, u = (stored(part) for part in heads)
+    q, k, u = (stored(part) for part in (heads.q, heads.k, heads.u))
     q, k = silu(q), silu(k)
-    if v_activation:
-        v = stored(silu(v))
+    v = silu(stored(heads.v)) if v_activation else heads.v
     if params["theta"] is not None:
         q, k = lrpe(q, params["theta"], offset), lrpe(k, params["theta"], offset)
     if valid is None:
         o, last = decay_attend_tiled(q, k, v, slopes, 64, state)
     else:
         o, last = attend_padded(q, k, v, slopes, valid, state)
-    return stored(gated_norm(stored(o), u, gate=gate, norm=norm, eps=eps)) @ params["Wo"], last
+    return gated_norm(stored(o), u, gate=gate, norm=norm, eps=eps) @ params["Wo"], last
 
 
 def packed(
@@ -70,8 +69,8 @@ def padded(
 def block(
     x: Any, params: Any, state: Any = None, offset: int = 0, *, eps: float = 1e-6, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    mixed, last = gla(stored(srms_norm(x, eps)), params, state, offset, eps=eps, **options)
+    mixed, last = gla(srms_norm(x, eps), params, state, offset, eps=eps, **options)
     x = stored(x + stored(mixed))
-    rows = stored(srms_norm(x, eps))
+    rows = srms_norm(x, eps)
     channels = stored(rows @ params["Wv"]) * stored(rows @ params["Wu"])
     return x + stored(channels @ params["Wd"]), last

@@ -21,8 +21,15 @@ from attnspec.conformance.values import longer
 from attnspec.reference.linear.lightning_attention_1 import decay_attend, decay_attend_tiled
 
 Drawn = dict[str, st.SearchStrategy[Any]]
-ROWS = {"batch": (1, 3), "tokens": (1, 24), "D": (3, 40)}
+ROWS = {"batch": (1, 3), "tokens": (1, 24), "D": (1, 40)}
 HEADS = {"batch": (1, 2), "kv_heads": (1, 3), "tokens": (1, 24), "d": (1, 24), "dv": (1, 24)}
+
+
+def not_two_channels(sizes: dict[str, int]) -> dict[str, int]:
+    """One channel for two: two are spread by far strides, and NumPy sums such rows differently."""
+    if sizes.get("D", sizes.get("kv_heads", 1) * sizes.get("d", 1)) != 2:
+        return sizes
+    return {**sizes, **{axis: 1 for axis in ("D", "kv_heads", "d") if axis in sizes}}
 
 
 def _matrix(axes: str) -> Any:
@@ -127,6 +134,7 @@ CONTRACTS = (
         sizes=ROWS,
         queries="tokens",
         keys="tokens",
+        fix=not_two_channels,
         arrays=(Array("x", make=_rows_with_zeros),),
         outputs=(Output("y"),),
         parameters=lambda sizes: {"eps": st.sampled_from([1e-6, 0.0, 0.1])},
@@ -140,6 +148,7 @@ CONTRACTS = (
     Contract(
         operation="lightning_attention_1.sglu",
         sizes={**ROWS, "F": (1, 24)},
+        fix=not_two_channels,
         queries="tokens",
         keys="tokens",
         arrays=(

@@ -55,9 +55,10 @@ def divides_by_the_last(phi_q: Any, psi_k: Any, eta: Any, dv: int, form: int = 2
     return (Lam, B / Lam[..., None], C, D) if form == 1 else (Lam, B, C, D)
 
 
-def growing(arguments: dict[str, Any]) -> None:
-    """The sign of a decay is turned: A is taken as if it were stored negative."""
-    arguments["A"] = 0 * arguments["A"]
+def growing(system: Any) -> Any:
+    """A decay's sign is turned, as if A were stored negative."""
+    Lam, *rest = system
+    return (1 / Lam, *rest)
 
 
 def softplus_twice(arguments: dict[str, Any]) -> None:
@@ -164,13 +165,21 @@ def delta_only_decays(
 
 def detached_eta(q: Any, k: Any, v: Any, state: Any, dy: Any) -> tuple[Any, ...]:
     """The normaliser of linear attention counts as a constant."""
-    dq, dk, dv = dsf_mixers.linear_attention_backward(q, k, v, state, dy)
-    return 1.5 * dq, dk, dv
+    h0, z0 = dsf_mixers.check_pair(state, q, v)
+    phi, psi = dsf_mixers.feature_map(q), dsf_mixers.feature_map(k)
+    ones = np.ones_like(v[..., :1])
+    eta, _ = dsf_mixers.read_scan(phi, psi, ones, z0[..., None, :])
+    dphi, dpsi, dv = dsf_mixers.read_scan_backward(phi, psi, v, h0, dy / eta)
+    return dphi * dsf_mixers.feature_slope(q), dpsi * dsf_mixers.feature_slope(k), dv
 
 
 def without_order(chosen: tuple[int, ...]) -> int:
     """Packed features forget how often a product occurs."""
     return 1
+
+
+def double_rate(arguments: dict[str, Any]) -> None:
+    arguments["a"] = 2 * arguments["a"]
 
 
 def not_strict(eta: Any, psi: Any = None) -> Any:
@@ -215,7 +224,8 @@ MUTANTS = (
     mutant("from_attention:upside-down", upside_down, "dsf-map", "The ratio is upside down."),
     mutant("from_attention:last-eta", divides_by_the_last, "dsf-map",
            "B is divided by the normaliser before."),
-    mutant("from_s6:no-decay", altering(S6_MAP, growing), "agreement", "A has no effect."),
+    mutant("from_s6:turned-sign", spoiling(S6_MAP, growing), "agreement",
+           "A is taken as if it were stored negative."),
     mutant("from_s6:softplus-twice", altering(S6_MAP, softplus_twice), "dsf-map",
            "softplus is applied twice."),
     mutant("from_ssd:half-coupled", replacing(SSD_MAP, _separable=decays_twice), "dsf-map",
@@ -230,7 +240,7 @@ MUTANTS = (
            "The normaliser is not handed over."),
     mutant("linear_attention:elu", replacing(LINEAR, feature_map=elu_only), "agreement",
            "elu plus a half."),
-    mutant("linear_attention:detached", LINEAR, "gradient", "A gradient through eta is wrong.",
+    mutant("linear_attention:detached", LINEAR, "gradient", "eta counts as a constant.",
            backward=detached_eta),
     mutant("normalised_attention:positive", altering(NORMALISED, positive_features), "dsf-shift",
            "Features are made positive."),
@@ -247,7 +257,7 @@ MUTANTS = (
            "agreement", "Delta does not scale the input."),
     mutant("ssd_as_attention:growing", spoiling(AS_ATTENTION, lambda r: (*r[:3], -r[3])),
            "dsf-equal", "The log decay has the wrong sign."),
-    mutant("ssd_as_normalised:no-eta", altering(AS_NORMALISED, lambda a: a.update(a=2 * a["a"])),
+    mutant("ssd_as_normalised:double-rate", altering(AS_NORMALISED, double_rate),
            "dsf-equal", "The rate is doubled."),
     mutant("is_ssd:not-strict", not_strict, "agreement", "A standing eta may take inputs."),
     mutant("is_ssd:always", spoiling(IS_SSD, np.ones_like), "dsf-turned", "Everything is an SSD."),

@@ -8,7 +8,12 @@ import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.reference.linear import lightning_attention_1_layers as layers
-from attnspec.reference.linear.lightning_attention_1_rows import lrpe, srms_norm, weight_gradient
+from attnspec.reference.linear.lightning_attention_1_rows import (
+    _inverse_rms,
+    lrpe,
+    srms_norm,
+    weight_gradient,
+)
 
 GLA = right("lightning_attention_1.tnl_gla")
 PACKED = right("lightning_attention_1.tnl_gla_packed")
@@ -44,9 +49,8 @@ def forgets_offset(arguments: dict[str, Any]) -> None:
 
 
 def absolute_queries(x: Any, theta: Any, offset: int = 0) -> Any:
-    """Angles that are no multiple of the position: only differences from 0 would be right."""
-    lifted = lrpe(x, theta, offset)
-    return lifted * np.asarray(1 + 1e-3 * offset, lifted.dtype)
+    """Frequencies that grow with the offset: a gap means something else further on."""
+    return lrpe(x, theta * np.asarray(1 + 1e-2 * offset, theta.dtype), offset)
 
 
 def by_head(o: Any, u: Any, *, gate: str = "linear", norm: str = "srms", eps: float = 1e-6) -> Any:
@@ -76,6 +80,19 @@ def small_keys(q: Any, k: Any, v: Any, s: Any, state: Any = None) -> Any:
     """A scale d^-0.5 slips in; the state tells."""
     scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
     return ATTEND(q, scale * k, v, s, state)
+
+
+class HiddenOffset:
+    """The offset is kept between calls: a new sequence starts where the last one stopped."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(
+        self, x: Any, params: Any, state: Any = None, offset: int = 0, **options: Any
+    ) -> Any:
+        start, self.seen = offset + self.seen, self.seen + x.shape[-2]
+        return GLA(x, params, state, start, **options)
 
 
 def activated_gate(arguments: dict[str, Any]) -> None:
@@ -132,7 +149,7 @@ def unnormed_gradient(
     """The norm's mean of dy * y is left out of the gradient."""
     backward = replacing(
         layers.tnl_gla_backward,
-        srms_norm_backward=lambda rows, eps, dh: dh * srms_norm(np.ones_like(rows), 0.0),
+        srms_norm_backward=lambda rows, eps, dh: dh * _inverse_rms(rows, eps),
     )
     return backward(x, params, state, offset, dy, dstate, **options)
 
@@ -169,6 +186,8 @@ MUTANTS = (
              "LRPE's offset is applied to the cached keys again."),
     tampered("tnl_gla:no-offset", altering(GLA, forgets_offset), "stream",
              "Every call places its tokens from 0 on."),
+    tampered("tnl_gla:hidden-offset", HiddenOffset(), "repeatable",
+             "Positions run on from call to call."),
     tampered("tnl_gla:absolute", through_mix(lrpe=absolute_queries), "common-offset",
              "Products depend on where, not on how far apart."),
     tampered("tnl_gla:norm-by-head", through_mix(gated_norm=by_head), "agreement",

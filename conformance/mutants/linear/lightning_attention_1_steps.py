@@ -8,7 +8,7 @@ import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, right, spoiling
 from attnspec.conformance.mutants.linear.lightning_attention_1 import tampered
-from attnspec.reference.linear.lightning_attention_1_rows import lrpe_backward, srms_norm_backward
+from attnspec.reference.linear.lightning_attention_1_rows import _inverse_rms, lrpe_backward
 
 SLOPES = right("lightning_attention_1.slopes")
 LAYER = right("lightning_attention_1.layer_slopes")
@@ -52,8 +52,7 @@ def zero_over_zero(x: Any, eps: float = 1e-6) -> Any:
 
 def as_a_factor(x: Any, eps: float, dy: Any) -> Any:
     """The gradient without its second term."""
-    full = srms_norm_backward(x, eps, dy)
-    return full + x * np.sum(dy * x, axis=-1, keepdims=True) * np.asarray(1e-3, x.dtype)
+    return dy * _inverse_rms(x, eps)
 
 
 def one_activation(x: Any, Wv: Any, Wu: Any, Wo: Any) -> Any:
@@ -108,7 +107,7 @@ def lost_tail(arguments: dict[str, Any]) -> None:
             arguments[name] = x
 
 
-def swapped(gradients: Any) -> Any:
+def larger_dv(gradients: Any) -> Any:
     dq, dk, dv = gradients
     return dq, dk, dv * np.asarray(1.01, dv.dtype)
 
@@ -152,7 +151,7 @@ MUTANTS: tuple[Mutant, ...] = (
              "A short last block is decayed as a whole one."),
     tampered("decay_attend_tiled:lost-tail", altering(TILED, lost_tail), "ragged",
              "Keys behind the last whole block are skipped."),
-    tampered("decay_attend_backward:wrong-dv", spoiling(GRADIENT, swapped), "agreement",
+    tampered("decay_attend_backward:wrong-dv", spoiling(GRADIENT, larger_dv), "agreement",
              "dv is off by one percent."),
     tampered("decay_attend_backward:undecayed", altering(GRADIENT, no_upstream_decay), "agreement",
              "The sweeps do not decay."),

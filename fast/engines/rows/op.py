@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_size, check_tensor, choose_backend, load, unobserved
+from attnspec.fast.backend import (
+    check_device,
+    check_size,
+    check_tensor,
+    choose_backend,
+    load,
+    unobserved,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -95,6 +102,7 @@ def gated_norm(
     check_tensor("o", o, ("batch", "heads", "tokens", "d"), FLOATS)
     if u is not None:
         check_tensor("u", u, ("batch", "tokens", "width"), (o.dtype,))
+        check_device("u", u, "o", o)
         batch, heads, tokens, d = o.shape
         expected = (batch, tokens, heads * d)
         for size, wanted, axis in zip(u.shape, expected, ("batch", "tokens", "width"), strict=True):
@@ -203,9 +211,11 @@ def lift(
         check_tensor("theta", theta, ("heads", "d"), FLOATS)
         check_size("theta", theta.shape[0], x.shape[1], "heads, as in x")
         check_size("theta", theta.shape[1], x.shape[3], "d, as in x")
+        check_device("theta", theta, "x", x)
     if positions is not None:
         check_tensor("positions", positions, ("tokens",), (torch.int64,))
         check_size("positions", positions.shape[0], x.shape[2], "tokens, as in x")
+        check_device("positions", positions, "x", x)
     run = run_lift if unobserved(x, theta) else lift_op
     return run(x, theta, positions, offset, activate, _backend(backend, x))
 

@@ -12,12 +12,22 @@ from attnspec.fast.engines.scan.api import (
     segment_states,
     step,
 )
-from attnspec.fast.engines.scan.configs import CANDIDATES, ScanConfig, use_config
+from attnspec.fast.engines.scan.configs import (
+    CANDIDATES,
+    ELEMENTWISE,
+    SELECTIVE,
+    LaneConfig,
+    ScanConfig,
+    use_config,
+)
 from attnspec.fast.engines.scan.elementwise import elementwise
 from attnspec.fast.engines.scan.selective import selective
 
 __all__ = [
     "CANDIDATES",
+    "ELEMENTWISE",
+    "SELECTIVE",
+    "LaneConfig",
     "ScanConfig",
     "additive_gates",
     "elementwise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -46,6 +47,25 @@ class ScanConfig:
     least_segment: int = 2048
     gate_segment: int = 2048
 
+
+@dataclass(frozen=True)
+class LaneConfig:
+    """Tiles and splits of the scans without matrix products, where a thread owns a channel or two.
+
+    `rows` of a tile, a power of two, and at most `channels` of a program, another. Sequences are
+    cut in segments so that about `programs` programs a multiprocessor exist, but not below
+    `least_segment` tokens.
+    """
+
+    rows: int
+    channels: int
+    least_segment: int
+    programs: int
+
+
+ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
+SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
+"""Candidates, of which the first is in force."""
 
 CANDIDATES = (
     ScanConfig(),
@@ -93,7 +113,7 @@ REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
 factors of the two sides reach e^(REACH / 2), which the type must hold with the inputs' own size. A
 float32 product would not gain: it runs on no matrix unit."""
 
-TABLE = Table(
+TABLE: Table[Any] = Table(
     "scan",
     {
         ("16-bit",): CANDIDATES,
@@ -120,6 +140,8 @@ TABLE = Table(
             replace(FLOAT32, least_segment=1024),
             replace(FLOAT32, pairs_tile=16, gates_tile=16),
         ),
+        ("elementwise",): ELEMENTWISE,
+        ("selective",): SELECTIVE,
     },
 )
 """Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
@@ -133,7 +155,14 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
         key = ("16-bit", "other")
     else:
         key = ("16-bit",) if d <= 128 else ("16-bit", "wide")
-    return TABLE.forced() or TABLE.choose(*key)
+    forced = TABLE.forced()
+    return forced if isinstance(forced, ScanConfig) else TABLE.choose(*key)
+
+
+def lanes(kernel: str) -> LaneConfig:
+    """The configuration in force for a scan without matrix products: elementwise or selective."""
+    forced = TABLE.forced()
+    return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)
 
 
 use_config = TABLE.use

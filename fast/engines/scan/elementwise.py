@@ -22,6 +22,14 @@ def _kernels(backend: str) -> ModuleType:
     return load(f"attnspec.fast.engines.scan.{module}")
 
 
+def choose(backend: str | None, name: str, x: Tensor) -> str:
+    """The backend for `x`; float64 is for the CPU alone, whose states are float64 then."""
+    chosen = choose_backend(backend, x)
+    if chosen == "triton" and x.dtype == torch.float64:
+        raise TypeError(f"{name}: got dtype torch.float64, expected float32, float16 or bfloat16")
+    return chosen
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of states: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -80,4 +88,4 @@ def elementwise(
     Differentiable in all three; the gradient of a sees h as it was rounded to the dtype of x.
     """
     forward = run if unobserved(a, x, h0) else elementwise_op
-    return forward(a, x, h0, choose_backend(backend, x))
+    return forward(a, x, h0, choose(backend, "x", x))

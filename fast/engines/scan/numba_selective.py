@@ -13,6 +13,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.numba_math import exp
 from attnspec.fast.engines.scan.numba_elementwise import array, start
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp", "afn"}
@@ -35,7 +36,7 @@ def _forward(Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, state: Any, y: 
                 into = d * u[row, t, e]
                 out = D[e] * u[row, t, e]
                 for s in range(n):
-                    h = np.exp(-d * A[e, s]) * state[row, e, s] + into * b[row, t, s]
+                    h = exp(-d * A[e, s]) * state[row, e, s] + into * b[row, t, s]
                     state[row, e, s] = h
                     out += h * c[row, t, s]
                 y[row, t, e] = out
@@ -64,14 +65,14 @@ def _backward(
                 d = Delta[row, t, e]
                 into = d * u[row, t, e]
                 for s in range(n):
-                    past[t + 1, s] = np.exp(-d * A[e, s]) * past[t, s] + into * b[row, t, s]
+                    past[t + 1, s] = exp(-d * A[e, s]) * past[t, s] + into * b[row, t, s]
             for back in range(tokens):
                 t = tokens - 1 - back
                 d, value, up = Delta[row, t, e], u[row, t, e], dy[row, t, e]
                 rate, strength = zero, zero
                 for s in range(n):
                     g = carry[row, e, s] + up * c[row, t, s]
-                    decay = np.exp(-d * A[e, s])
+                    decay = exp(-d * A[e, s])
                     kept = g * decay * past[t, s]
                     dc[strip, row, t, s] += past[t + 1, s] * up
                     db[strip, row, t, s] += g * d * value

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, unobserved
-from attnspec.fast.engines.scan.elementwise import wide
+from attnspec.fast.backend import load, unobserved
+from attnspec.fast.engines.scan.elementwise import choose, wide
 
 
 @cache
@@ -107,4 +107,4 @@ def selective(
     """
     tensors = (Delta, A, b, c, u, D, h0)
     forward = run if unobserved(*tensors) else selective_op
-    return forward(*tensors, choose_backend(backend, u))
+    return forward(*tensors, choose(backend, "u", u))

@@ -14,14 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.scan.configs import LaneConfig, lanes
 from attnspec.fast.engines.scan.triton_plan import device_of, power
-
-ROWS = 32
-"""Rows of a tile, which a thread holds."""
-CHANNELS = 64
-"""Most channels of a program."""
-LEAST = 256
-"""Rows of the shortest segment."""
 
 
 @triton.jit
@@ -130,6 +124,14 @@ def walk_kernel(
         tl.store(last + row * channels + lanes, state, mask=inside)
 
 
+def segment_length(chosen: LaneConfig, x: Tensor, lines: int, tokens: int) -> int:
+    """Tokens of a segment, whole tiles, if `lines` programs walk each segment of x."""
+    processors, _ = device_of(x)
+    many = max(1, chosen.programs * processors // max(1, lines))
+    least = max(-(-tokens // many), chosen.least_segment)
+    return -(-least // chosen.rows) * chosen.rows
+
+
 def _run(
     a: Tensor, x: Tensor, h0: Tensor | None, out: Tensor, back: bool,
     h: Tensor | None = None, before: Tensor | None = None, da: Tensor | None = None,
@@ -137,15 +139,13 @@ def _run(
     """The last state, or from the end the gradient of the first; out and da are filled."""
     batch, tokens, channels = x.shape
     last = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-    width = min(CHANNELS, power(channels))
+    chosen = lanes("elementwise")
+    width = min(chosen.channels, power(channels))
     parts = -(-channels // width)
-    processors, _ = device_of(x)
-    many = max(1, 8 * processors // max(1, batch * parts))
-    length = max(-(-tokens // many), LEAST)
-    length = -(-length // ROWS) * ROWS
+    length = segment_length(chosen, x, batch * parts, tokens)
     segments = -(-tokens // length)
     entering = last
-    options = {"BC": width, "ROWS": ROWS, "num_warps": 1}
+    options = {"BC": width, "ROWS": chosen.rows, "num_warps": 1}
     if segments > 1:
         products, sums, entering = torch.empty(
             3, batch, segments, channels, dtype=torch.float32, device=x.device

@@ -15,19 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.scan.triton_elementwise import join
-from attnspec.fast.engines.scan.triton_plan import device_of
-
-ROWS = 16
-"""Rows of a tile of the gradient, which a thread holds."""
-CHANNELS = 32
-"""Channels of a program: one for each thread of a warp."""
-LEAST = 64
-"""Rows of the shortest segment."""
+from attnspec.fast.engines.scan.configs import lanes
+from attnspec.fast.engines.scan.triton_elementwise import join, segment_length
 
 FREE = [
     "d_b", "d_t", "b_b", "b_t", "c_b", "c_t", "u_b", "u_t", "y_b", "y_t", "tokens", "length",
-    "segments", "tiles",
+    "segments", "tiles", "rows_all",
 ]  # fmt: skip
 """Arguments whose values compile nothing anew."""
 
@@ -48,8 +41,8 @@ def forward_kernel(
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr,
     STARTED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """MODE 0: a segment's own state and its sum of Delta. Else from the state that enters it: 1 its
-    y, and the last state; 2 the state before every tile.
+    """By MODE, 0: a segment's own state and its sum of Delta. From the state that enters it, 1: its
+    y, and the last state; 2: the state before every tile.
     """
     parts = tl.cdiv(channels, BC)
     program = tl.program_id(0)
@@ -219,11 +212,12 @@ def gradient_kernel(
     here = (row * tiles + tile) * size + lanes * N
     line = (tl.cast(part, tl.int64) * rows_all + row * tokens + t) * N
     for s in range(N):
+        wide_s = tl.cast(s, tl.int64)
         A_s = tl.load(A + lanes * N + s, mask=inside, other=0.0)
         power = A_s * -1.4426950408889634
-        B = tl.load(b + s * b_n, mask=valid, other=0.0).to(tl.float32)
-        B_past = tl.load(b - b_t + s * b_n, mask=valid & (rows > 0), other=0.0).to(tl.float32)
-        C = tl.load(c + s * c_n, mask=valid, other=0.0).to(tl.float32)
+        B = tl.load(b + wide_s * b_n, mask=valid, other=0.0).to(tl.float32)
+        B_past = tl.load(b - b_t + wide_s * b_n, mask=valid & (rows > 0), other=0.0).to(tl.float32)
+        C = tl.load(c + wide_s * c_n, mask=valid, other=0.0).to(tl.float32)
         h_in = tl.load(before + here + s, mask=inside, other=0.0)
         g_in = tl.load(behind + here + s, mask=inside, other=0.0)
         F, H = tl.associative_scan(
@@ -255,15 +249,14 @@ class _Plan:
     def __init__(self, A: Tensor, u: Tensor) -> None:
         self.batch, self.tokens, self.channels = u.shape
         self.n = A.shape[1]
-        self.parts = -(-self.channels // CHANNELS)
-        processors, _ = device_of(u)
-        many = max(1, 16 * processors // max(1, self.batch * self.parts))
-        length = max(-(-self.tokens // many), LEAST)
-        self.length = -(-length // ROWS) * ROWS
+        chosen = lanes("selective")
+        self.rows, width = chosen.rows, chosen.channels
+        self.parts = -(-self.channels // width)
+        self.length = segment_length(chosen, u, self.batch * self.parts, self.tokens)
         self.segments = max(1, -(-self.tokens // self.length))
-        self.tiles = -(-self.tokens // ROWS)
+        self.tiles = -(-self.tokens // self.rows)
         self.device = u.device
-        self.shape = {"N": self.n, "BN": max(1, 1 << (self.n - 1).bit_length()), "BC": CHANNELS}
+        self.shape = {"N": self.n, "BN": max(1, 1 << (self.n - 1).bit_length()), "BC": width}
         self.state = self.empty(self.batch, self.channels, self.n)
 
     def empty(self, *shape: int) -> Tensor:
@@ -286,7 +279,7 @@ class _Plan:
             Delta, *Delta.stride(), A, b, *b.stride(), c, *c.stride(), u, *u.stride(),
             *(unused if x is None else x for x in (D, h0, states, totals, marks, y)), self.state,
             self.tokens, self.length, self.segments, self.tiles, self.channels,
-            **self.shape, ROWS=ROWS, MODE=mode, STARTED=h0 is not None, SKIP=D is not None,
+            **self.shape, ROWS=self.rows, MODE=mode, STARTED=h0 is not None, SKIP=D is not None,
             num_warps=1,
         )  # fmt: skip
 
@@ -349,7 +342,7 @@ def backward(
         reverse_kernel[(batch * plan.segments * plan.parts,)](
             Delta, *Delta.stride(), rates, c, *c.stride(), dy, *dy.stride(), states, totals, behind,
             tokens, plan.length, plan.segments, plan.tiles, channels,
-            **plan.shape, ROWS=ROWS, MARK=mark, num_warps=1,
+            **plan.shape, ROWS=plan.rows, MARK=mark, num_warps=1,
         )  # fmt: skip
         if not mark:
             zeroth = plan.chain(rates, states, totals, dlast.contiguous(), back=True)
@@ -359,7 +352,7 @@ def backward(
         Delta, *Delta.stride(), rates, b, *b.stride(), c, *c.stride(), u, *u.stride(),
         plan.state if D is None else inputs[5], dy, *dy.stride(), before, behind, dDelta, db, dc,
         du, tokens, plan.tiles, batch * tokens, channels,
-        N=plan.n, BC=CHANNELS, ROWS=ROWS, SKIP=D is not None, num_warps=1,
+        N=plan.n, BC=plan.shape["BC"], ROWS=plan.rows, SKIP=D is not None, num_warps=1,
     )  # fmt: skip
     dh0 = torch.exp(-Delta[:, 0].float()[..., None] * rates) * zeroth
     dA, db, dc = before.sum((0, 1)), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
