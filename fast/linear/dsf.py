@@ -92,6 +92,7 @@ TRAINED: dict[str, Any] = {"gradient": True, "compiled": True, "triton": {"graph
 CHUNKED = {**TRAINED, "triton": {"graph": True, "exact_prefix": False}}
 CLAIMS = {
     **{name: {"launches": None} for name in TORCH},
+    "dsf_matrix": {"launches": None, "blocks": (4, 8)},
     "dsf_scan": TRAINED,
     "elementwise_scan": {**TRAINED, "blocks": (32, 256), "triton": _tuned(ELEMENTWISE)},
     "s6_scan": {**TRAINED, "blocks": (16, 64), "triton": _tuned(SELECTIVE)},
