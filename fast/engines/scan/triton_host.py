@@ -1,4 +1,8 @@
-"""The scan on Triton: forward, backward, the states and outputs of segments, and one step."""
+"""The scan on Triton: forward, backward, the states and outputs of segments, and one step.
+
+16-bit operands whose rows are not aligned are copied to rows that are, as in the flash engine: read
+through registers, the tiles of a product were out of bounds on a device.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import triton
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_gates import (
@@ -48,6 +53,7 @@ def forward(
     if replay is not None:
         out, final = replay(tensors)
         return out, final
+    q, k, v = readable(q, k, v)
     call = Call.plan(
         q,
         v,
@@ -78,6 +84,7 @@ def segment_states(
     heads: int, segment: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states (batch, heads, segments, d, dv) entering segments, and the last."""
+    k, v = readable(k, v)
     call = Call.plan(k, v, heads, slopes, log_decay, None, 1.0, 0, segment=segment)
     state = None if state is None else state.contiguous()
     final = call.last_states(state, None)
@@ -98,6 +105,7 @@ def segment_outputs(
     entering: Tensor, scale: float, segment: int,
 ) -> Tensor:  # fmt: skip
     """o (batch, heads, tokens, dv) from the states entering segments."""
+    q, k, v = readable(q, k, v)
     call = Call.plan(q, v, q.shape[1], slopes, log_decay, None, scale, 0, segment=segment)
     if call.nothing:
         return call.rows(call.dv, call.dtype)
@@ -124,6 +132,7 @@ def backward(
         )  # fmt: skip
         narrow = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
         return *narrow, ddecay.to(log_decay.dtype), dstate
+    do, q, k, v = readable(do, q, k, v)
     call = Call.plan(
         q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient
     )
