@@ -1,8 +1,8 @@
 """Synaptic Resonance as kernels compute it: see `Contract.form`.
 
 A kernel may walk single tokens where the chapter has products of chunks, and rounds the state then
-at every one of them. It may also hold the logarithm of a decay instead of the decay: the error of
-that one number grows with the number of tokens.
+at every one of them. It may also raise a decay to the n by the exponential of n times its logarithm:
+the exponent is rounded to float32, an error that grows with n.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from attnspec.conformance.dtypes import EPS
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.linear.synaptic_resonance_decode import State, recent_tokens
 from attnspec.reference.linear.synaptic_resonance_memory import (
@@ -21,8 +22,8 @@ from attnspec.reference.linear.synaptic_resonance_memory import (
 
 
 def held(decay: float) -> float:
-    """What a logarithm in float32 makes of a decay."""
-    return float(np.exp(np.float64(np.float32(np.log(decay))))) if decay > 0 else decay
+    """A decay whose powers are off by as much as those from an exponent rounded to float32."""
+    return float(decay ** (1.0 + EPS["float32"] / 2))
 
 
 def trace_held(k: Any, mu: float = 0.9, valid: Any = None, c0: Any = None) -> Any:
