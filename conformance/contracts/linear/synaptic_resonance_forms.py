@@ -1,8 +1,8 @@
 """Synaptic Resonance as kernels compute it: see `Contract.form`.
 
 A kernel may walk single tokens where the chapter has products of chunks, and rounds the state then
-at every one of them. It may also raise a decay to the n by the exponential of n times its logarithm:
-the exponent is rounded to float32, an error that grows with n.
+at every one of them. It may also raise a decay to the n as the exponential of n times its
+logarithm: that exponent is rounded to float32, an error that grows with n.
 """
 
 from __future__ import annotations
