@@ -97,11 +97,10 @@ class Ranking:
     """What a selection must achieve: the best `k` of `scores` (..., n).
 
     With a `threshold`, all scores above it instead, or with `softmax` as well, all whose softmax
-    is: logits are compared, since huge ones turn over within their error. `allowed`, `forced` and
-    `extra` are bool, shaped as the scores: entries that may, and that must, be chosen. `k` counts
-    the forced ones; the extra ones come after the choice, so `k` counts those among the best.
-    `exact` says when equal scores are real ties: "always" (they are an argument), "integers" (sums
-    of products of inputs, exact on small integers) or "never".
+    is, compared as logits. `allowed`, `forced` and `extra` are bool, shaped as the scores: entries
+    that may, and that must, be chosen. `k` counts the forced ones; the extra ones come after the
+    choice, so `k` counts those among the best. `exact` says when equal scores are real ties:
+    "always" (they are an argument), "integers" (exact sums of products of inputs) or "never".
     """
 
     scores: np.ndarray
