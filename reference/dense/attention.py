@@ -130,14 +130,18 @@ def attend(
 def combine(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
     """S4: weighted sum (..., heads, q_tokens, dv) of v (..., kv_heads, k_tokens, dv).
 
-    A value whose weights are all exactly 0 is not read, even if it is NaN (K11).
+    A value whose weight is exactly 0 is not read, even if it is NaN (K11). A row that reads a value
+    that is not finite is NaN there.
 
-    >>> combine(np.array([[[0.25, 0.75, 0.0]]]), np.array([[[4.0], [8.0], [np.nan]]]))
-    array([[[7.]]])
+    >>> weights = np.array([[[1.0, 0.0], [0.5, 0.5]]])
+    >>> combine(weights, np.array([[[4.0], [np.nan]]]))
+    array([[[ 4.],
+            [nan]]])
     """
     values = repeat_heads(v, weights.shape[-3])
-    unread = np.all(weights == 0, axis=-2)[..., None]
-    return weights @ np.where(unread, np.zeros_like(values), values)
+    finite = np.isfinite(values)
+    out = weights @ np.where(finite, values, np.zeros_like(values))
+    return np.where((weights != 0) @ ~finite, np.nan, out).astype(out.dtype)
 
 
 def attend_backward(
