@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 from attnspec.conformance.contract import find_contract
@@ -107,13 +107,11 @@ def _side_by_side(
     timeout: float,
 ) -> Numbered:
     """Tasks of a kernel and dtype stay in one process: they share compilations and truths."""
-    by_pair = sorted(enumerate(tasks), key=lambda one: (id(one[1].kernel), one[1].dtype))
-    groups = [
-        list(group)
-        for _, group in groupby(by_pair, key=lambda one: (id(one[1].kernel), one[1].dtype))
-    ]
-    groups.sort(key=lambda group: group[0][0])
-    return run_side_by_side(groups, lambda: Child(kernels, profile, saved), jobs, timeout)
+    groups: dict[tuple[int, str], list[tuple[int, Task]]] = {}
+    for number, task in enumerate(tasks):
+        groups.setdefault((id(task.kernel), task.dtype), []).append((number, task))
+    make_child = partial(Child, kernels, profile, saved)
+    return run_side_by_side(list(groups.values()), make_child, jobs, timeout)
 
 
 def unexpected_passes(kernels: Iterable[Kernel]) -> list[Result]:

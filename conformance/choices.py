@@ -73,7 +73,7 @@ def close_calls(ranking: Ranking, tau: np.ndarray | float) -> np.ndarray:
     allowed, forced, _ = _masks(ranking)
     scores, free = ranking.scores, allowed & ~forced
     if ranking.threshold is not None:
-        low, high = _between(ranking, tau)
+        low, high = between(ranking, tau)
         open_entries = free & (low <= ranking.threshold) & (ranking.threshold <= high)
         return np.any(open_entries, axis=-1)
     best = best_selection(ranking)
@@ -87,7 +87,7 @@ def _judge_threshold(
 ) -> Violation | None:
     allowed, forced, extra = _masks(ranking)
     free = allowed & ~forced & ~extra
-    low, high = _between(ranking, tau)
+    low, high = between(ranking, tau)
     above, below = free & (low > threshold), free & (high <= threshold)
     if np.any(above & ~chosen):
         return _at(name, "left out an entry above the threshold", above & ~chosen)
@@ -96,18 +96,24 @@ def _judge_threshold(
     return None
 
 
-def _between(ranking: Ranking, tau: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest that each score, or its softmax, can be within the budget."""
-    low, high = ranking.scores - tau, ranking.scores + tau
+def between(ranking: Ranking, tau: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest that each score, or its softmax, can be within the budget.
+
+    A weight is a logistic function of how far its logit is above the logsumexp of the others. That
+    distance is off by the errors of both, which are independent.
+    """
+    scores = ranking.scores
     if not ranking.softmax:
-        return low, high
-    top = np.max(high, axis=-1, keepdims=True, initial=-np.inf)
-    with np.errstate(invalid="ignore"):
-        small, large = (np.exp(x - np.where(np.isfinite(top), top, 0.0)) for x in (low, high))
-        others_small, others_large = (
-            np.maximum(np.sum(x, axis=-1, keepdims=True) - x, 0.0) for x in (small, large)
-        )
-        return small / (small + others_large), large / (large + others_small)
+        return scores - tau, scores + tau
+    own = np.eye(scores.shape[-1], dtype=bool)
+    others = np.where(own, -np.inf, scores[..., None, :])
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        lse = np.logaddexp.reduce(others, axis=-1, initial=-np.inf)
+        shares = np.exp(others - np.where(np.isfinite(lse), lse, 0.0)[..., None])
+        off = np.broadcast_to(tau, scores.shape)
+        error = np.sqrt(off**2 + np.sum((shares * off[..., None, :]) ** 2, axis=-1))
+        above = scores - lse
+        return 1.0 / (1.0 + np.exp(error - above)), 1.0 / (1.0 + np.exp(-error - above))
 
 
 def _masks(ranking: Ranking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,8 +7,6 @@ import numpy as np
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 TINY = {"float64": 5e-324, "float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-FLUSHED = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
-"""What hardware may take for 0: subnormal numbers, but for float16, which it converts exactly."""
 
 
 def accumulator(dtype: str) -> str:

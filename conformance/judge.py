@@ -15,7 +15,7 @@ import numpy as np
 
 from attnspec.conformance.arrays import flatten, ragged
 from attnspec.conformance.contract import Output
-from attnspec.conformance.dtypes import EPS, FLUSHED, accumulator, round_to
+from attnspec.conformance.dtypes import EPS, TINY, accumulator, round_to
 from attnspec.conformance.rounding import Rounded, rounded_arithmetic
 from attnspec.conformance.violation import Violation
 
@@ -41,7 +41,7 @@ Spread = dict[str, tuple[np.ndarray, np.ndarray]]
 class Expectation:
     """Truth of some outputs and the spread of the rounded runs around it.
 
-    `confirm` gives the spread that more runs show.
+    `confirm` gives the same spread with less luck in it, from more runs.
     """
 
     truth: dict[str, np.ndarray]
@@ -76,8 +76,10 @@ def expect(
 
     def spread(total: int) -> Spread:
         errors = _errors(forms, arguments, outputs, dtype, truth, total)
+        together = runs * len(forms)
         return {
-            o.name: _spread(np.stack(errors[o.name]), truth[o.name], o.row_axes) for o in judged
+            o.name: _spread(np.stack(errors[o.name]), together, truth[o.name], o.row_axes)
+            for o in judged
         }
 
     return Expectation(truth, spread(runs), lambda: spread(CONFIRMING_RUNS))
@@ -113,17 +115,22 @@ def truth_of(
     return {name: _to_float64(value) for name, value in results}
 
 
-def _spread(errors: np.ndarray, truth: np.ndarray, row_axes: int) -> tuple[np.ndarray, np.ndarray]:
+def _spread(
+    errors: np.ndarray, together: int, truth: np.ndarray, row_axes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Worst root mean square and worst entry of each row over the runs, never below the median.
 
-    One lucky run must not make a row impossible: the median over rows is the floor. A row of zeros
-    that every run gets right has no spread at all (K4). A row that overflows in a run, as it would
-    in an honest kernel, has an infinite one.
+    Of more than `together` runs it is the mean over groups of so many: as large, only less a matter
+    of luck. One lucky run must not make a row impossible: the median over rows is the floor. A row
+    of zeros that every run gets right has no spread at all (K4). A row that overflows in a run, as
+    it would in an honest kernel, has an infinite one.
     """
     rms, top = _row_norms(np.where(np.isnan(errors), np.inf, errors), row_axes)
     zero = np.all(truth == 0, axis=-1) if row_axes else False
     floored = []
-    for values in (rms.max(axis=0), top.max(axis=0)):
+    for runs in (rms, top):
+        groups = runs.reshape(len(runs) // together, together, *runs.shape[1:])
+        values = groups.max(axis=1).mean(axis=0)
         finite = values[np.isfinite(values)]
         typical = np.median(finite) if finite.size else 0.0
         floored.append(np.where(zero & (values == 0), 0.0, np.maximum(values, typical)))
@@ -172,7 +179,7 @@ def compare(
     error_rms, error_top = _row_norms(error, output.row_axes)
     truth_rms, truth_top = _row_norms(np.where(np.isfinite(truth), truth, 0.0), output.row_axes)
     spread_rms, spread_top = expectation.spread[output.name]
-    floor = np.where(truth_top == 0, 0.0, FLUSHED[kind])
+    floor = np.where(truth_top == 0, 0.0, TINY[kind])
     ratio = np.zeros_like(error_rms)
     budgets = []
     for measured, spread, size in (

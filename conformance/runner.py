@@ -41,6 +41,7 @@ PROFILES = {
 
 PATIENCE = 30.0
 """Seconds spent on making a counterexample smaller, and as many on finding what it needs."""
+
 Progress = Callable[[str], None]
 
 

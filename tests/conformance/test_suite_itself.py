@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from attnspec.conformance import Kernel, Known, SavedCase, certify
-from attnspec.conformance.choices import judge_selection
+from attnspec.conformance import Kernel, Known, SavedCase, certify, find_contract
+from attnspec.conformance.choices import between, judge_selection
 from attnspec.conformance.contract import Output, Ranking
 from attnspec.conformance.dtypes import EPS, round_to
 from attnspec.conformance.judge import expect
@@ -53,6 +53,48 @@ def test_a_rounded_run_keeps_float32_where_nothing_is_contracted():
         got = np.asarray(np.exp(Rounded.wrap(x) * 2)).view(np.ndarray)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, np.exp(2 * x), rtol=5e-7)
+
+
+def test_operands_fall_alike_where_they_are_equal():
+    one, third = np.ones((1, 1)), np.full((1, 64), 1 / 3)
+    for alike in (False, True):
+        with rounded_arithmetic("bfloat16", 0, alike):
+            got = np.asarray(Rounded.wrap(one) @ Rounded.wrap(third)).view(np.ndarray)
+        errors = np.abs(got - 1 / 3) / (EPS["bfloat16"] / 4)
+        assert np.all((errors > 0.14) & (errors < 0.41))
+        assert (np.ptp(got) < 1e-6) == alike
+
+
+def test_half_of_the_runs_flush_subnormals():
+    x = np.array([[1e-39]])
+    for alike in (False, True):
+        with rounded_arithmetic("float32", 0, alike):
+            got = np.asarray(Rounded.wrap(x) @ Rounded.wrap(np.ones((1, 1)))).view(np.ndarray)
+        assert (got[0, 0] == 0) == alike
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_look_gives_the_same_budget_with_less_luck(dtype):
+    rng = np.random.default_rng(0)
+    arguments = {n: round_to(rng.standard_normal((2, 2, 12, 16)), dtype) for n in ("q", "k", "v")}
+    arguments = {name: x.astype(np.float64) for name, x in arguments.items()}
+    expectation = expect(attend, arguments, find_contract("attention.attend").outputs, dtype)
+    first, second = expectation.spread["out"][0], expectation.confirm()["out"][0]
+    assert 0.9 < np.mean(second / first) < 1.1
+    assert np.std(second / second.mean()) < np.std(first / first.mean())
+
+
+def test_weights_are_compared_as_logits():
+    logits = np.array([[0.0, 1.0, 3.0], [1e5, 1e5 - 30.0, 0.0]])
+    exact = np.exp(logits - logits.max(-1, keepdims=True))
+    exact /= exact.sum(-1, keepdims=True)
+    low, high = between(Ranking(logits, threshold=0.2, softmax=True), 0.0)
+    np.testing.assert_allclose(low, exact, atol=1e-15)
+    np.testing.assert_allclose(high, exact, atol=1e-15)
+    low, high = between(Ranking(logits, threshold=0.2, softmax=True), 40.0)
+    assert np.all(low[1, :2] < 1e-6)
+    assert np.all(high[1, :2] > 0.999)
+    assert high[1, 2] < 1e-6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
