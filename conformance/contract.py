@@ -211,8 +211,7 @@ class Contract:
 
     def has_cross(self) -> bool:
         """Whether queries and keys have separate lengths."""
-        both = self.queries in self.sizes and self.keys in self.sizes
-        return both and self.queries != self.keys
+        return self.queries != self.keys and {self.queries, self.keys} <= set(self.sizes)
 
     def arguments(self, case: Case) -> dict[str, Any]:
         """The operation's arguments for `case`: float64 arrays and plain parameters."""
@@ -256,9 +255,10 @@ class Contract:
         names = [output.name for output in self.outputs]
         if any("." in name for name in names):
             items = list(dict.fromkeys(name.partition(".")[0] for name in names))
-            if not isinstance(result, tuple) or len(result) != len(items):
+            given = (result,) if len(items) == 1 else result
+            if not isinstance(given, tuple) or len(given) != len(items):
                 raise TypeError(f"returned {type(result).__name__}, expected ({', '.join(items)})")
-            by_item = dict(zip(items, result, strict=True))
+            by_item = dict(zip(items, given, strict=True))
             return {name: _attribute(by_item, name) for name in names}
         flat = flatten(result)
         if len(flat) != len(names):

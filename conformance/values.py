@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -107,3 +107,11 @@ def bad_integers(name: str, least: int = 1) -> tuple[tuple[str, str, Any], ...]:
 def longer(x: np.ndarray) -> np.ndarray:
     """x (..., tokens, d) with its last token twice."""
     return np.concatenate([x, x[..., -1:, :]], axis=-2)
+
+
+def feed_tokens(
+    whole: Mapping[str, Any], held: Any, first: int, last: int, *, state: str = "state"
+) -> dict[str, Any]:
+    """For `Stream.feed`: tokens [first, last) of q, k and v, after the `state` that is `held`."""
+    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
+    return {**whole, **tokens, state: held}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_size, check_tensor
+from attnspec.fast.backend import check_device, check_size, check_tensor
 from attnspec.fast.engines.flash.checks import INTEGERS
 from attnspec.fast.growing import checkable
 
@@ -19,12 +19,15 @@ def real_tokens(q: Tensor, lengths: Any) -> Tensor:
     """
     check_tensor("lengths", lengths, ("batch",), INTEGERS)
     check_size("lengths", lengths.shape[0], q.shape[0], "batch, as in q")
-    if lengths.device != q.device:
-        raise ValueError(f"lengths: got device {lengths.device}, expected {q.device}, as q")
-    T = q.shape[2]
+    check_device("lengths", lengths, "q", q)
+    return tokens_of(lengths, q.shape[2])
+
+
+def tokens_of(lengths: Tensor, T: int) -> Tensor:
+    """bool (batch, T): which of T tokens are real, likewise, for integers (batch,)."""
     if checkable(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
         raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {T} tokens")
-    return torch.arange(T, device=q.device) < lengths[:, None]
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
 def without_padding(out: Tensor, lse: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,13 @@ from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.longlora_groups import (
+    Results,
     check_bool,
     check_groups,
     choose_group_size,
     group_starts,
     head_shares,
+    joined,
     s2_mask,
     segment_bounds,
     shift_heads,
@@ -70,7 +72,6 @@ CLAIMS: dict[str, dict[str, Any]] = {
     },
 }
 """Adapters, norms and sums are products and reductions of torch's."""
-Results = tuple[Tensor, Tensor]
 
 
 def grouped_attend(
@@ -108,7 +109,7 @@ def grouped_attend(
             parts.append(_rolled(*inputs, G, options))
         else:
             parts.append(_cut(*inputs, G, G // 2 if shifted else G, options))
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    out, lse = joined(parts, dim=1)
     return (out, lse) if real is None else without_padding(out, lse, real)
 
 

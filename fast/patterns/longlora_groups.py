@@ -10,6 +10,8 @@ from torch import Tensor
 from attnspec.fast.backend import check_choice, check_integer, check_tensor
 from attnspec.fast.engines.flash.checks import FLOATS
 
+Results = tuple[Tensor, Tensor]
+"""Output and lse of attention."""
 VARIANTS = ("segments", "roll")
 WHOLE_CONTEXT = 4096
 """Supervised training takes T / 4 where T is a multiple of this, else a fixed group size."""
@@ -97,6 +99,12 @@ def head_shares(plain: int, H: int, kv_heads: int) -> list[tuple[slice, slice, b
         (slice(upper * group, H), slice(upper, kv_heads), True),
     ]
     return [share for share in shares if share[0].start < share[0].stop]
+
+
+def joined(parts: list[Results], dim: int) -> Results:
+    """Results of consecutive heads (`dim` 1) or tokens (2) as one."""
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim) for x in zip(*parts, strict=True))
+    return out, lse
 
 
 def segment_bounds(T: int, G: int, first: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

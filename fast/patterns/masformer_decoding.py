@@ -24,6 +24,7 @@ from attnspec.fast.patterns.masformer_spans import (
     block_starts,
     cache_rows_needed,
     check_span,
+    rows_read,
 )
 
 
@@ -93,11 +94,11 @@ def decode_step(
     room, first = getattr(cache, "room", None), getattr(cache, "first", 0)
     added = k.detach(), v.detach()
     (keys, values), room = append(room, (cache.k, cache.v), added, first)
-    reads = cache_rows_needed(seen, span) - 1
+    reads = rows_read(seen, span) - 1
     unread = rows - reads
     out = _attend(q.detach(), keys[:, :, unread:], values[:, :, unread:], seen, span,
                   {"scale": scale, "backend": backend})  # fmt: skip
-    kept = cache_rows_needed(seen + tokens - 1, span)
+    kept = rows_read(seen + tokens - 1, span)
     gone = rows + tokens - kept
     first = room.used - kept
     return out, Cache(keys[:, :, gone:], values[:, :, gone:], seen + tokens, room, first)
@@ -112,7 +113,7 @@ def _attend(
     """
     tokens = q.shape[2]
     last = seen + tokens - 1
-    begin, last_begin = (t + 1 - cache_rows_needed(t, span) for t in (seen, last))
+    begin, last_begin = (t + 1 - rows_read(t, span) for t in (seen, last))
     if begin == last_begin:
         attention = decode if tokens <= MOST_DECODED else flash
         return attention(q, keys, values, causal=True, **options)[0]

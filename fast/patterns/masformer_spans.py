@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import check_choice, check_integer, check_size, check_tensor
 from attnspec.fast.engines.flash.checks import INTEGERS
-from attnspec.fast.growing import checkable
+from attnspec.fast.padding import tokens_of
 from attnspec.fast.patterns.longlora_groups import check_bool
 
 Span = Sequence[Any]
@@ -86,9 +86,7 @@ def block_mask(
     if lengths is None:
         return mask
     check_tensor("lengths", lengths, ("B",), INTEGERS)
-    if checkable(lengths) and bool(((lengths < 0) | (lengths > T)).any()):
-        raise ValueError(f"lengths: got {lengths.tolist()}, expected 0 to {T} tokens")
-    real = torch.arange(T, device=lengths.device) < lengths[:, None]
+    real = tokens_of(lengths, T)
     return mask.to(lengths.device) & real[:, :, None] & real[:, None]
 
 
@@ -102,6 +100,11 @@ def cache_rows_needed(t: int, span: Span, *, backend: str | None = None) -> int:
     """How many rows the query at position `t` reads, its own included."""
     check_integer("t", t, least=0)
     check_span(span)
+    return rows_read(t, span)
+
+
+def rows_read(t: int, span: Span) -> int:
+    """`cache_rows_needed` of a position and a span that are checked."""
     if span[0] == "full":
         return t + 1
     if span[0] == "block":

@@ -74,7 +74,11 @@ def circular_slots(count: Tensor, s: int, c: int, *, backend: str | None = None)
     check_integer("c", c, least=1)
     if checkable(count) and bool((count < 0).any()):
         raise ValueError(f"count: got {int(count.min())}, expected integers >= 0")
-    return torch.where(count < s, count, s + (count - s) % c).long()
+    return _slots(count, s, c).long()
+
+
+def _slots(count: Tensor, s: int | Tensor, c: int | Tensor) -> Tensor:
+    return torch.where(count < s, count, s + (count - s) % c)
 
 
 def cache_update(
@@ -228,9 +232,7 @@ def _write_one(
 ) -> Cache:  # fmt: skip
     """One token (batch, kv_heads, 1, d), in place."""
     start, static, circular = _places(s, c, k.device)[:3]
-    count = cache.seen[:, None]
-    place = torch.where(count < static, count, static + (count - static) % circular)
-    slot = (start + place)[..., None]
+    slot = (start + _slots(cache.seen[:, None], static, circular))[..., None]
     for slots, x in ((cache.k, k[:, :, 0]), (cache.v, v[:, :, 0])):
         at = slot.expand(-1, -1, x.shape[2])
         if valid_mask is not None:

@@ -13,6 +13,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    wide,
 )
 from attnspec.fast.engines import columns
 from attnspec.fast.engines.flash.checks import FLOATS
@@ -39,10 +40,9 @@ def influence(
         raise ValueError(f"V: got {kv_heads} kv heads, expected a divisor of {heads}, as in P")
     _check_gradient(g, "P", P, (*P.shape[:3], V.shape[3]))
     check_epsilon(eps)
-    wide = torch.promote_types(P.dtype, torch.float32)
-    weights = P.detach().to(wide)
-    values = V.detach().to(wide).repeat_interleave(heads // kv_heads, dim=1)
-    slopes = torch.where(P == 0, 0.0, g.detach().to(wide) @ values.transpose(2, 3))
+    weights = wide(P.detach())
+    values = wide(V.detach()).repeat_interleave(heads // kv_heads, dim=1)
+    slopes = torch.where(P == 0, 0.0, wide(g.detach()) @ values.transpose(2, 3))
     mean = (weights * slopes).sum(dim=3, keepdim=True)
     rest = 1 - weights + eps
     first = torch.arange(P.shape[2], device=P.device)[:, None] == 0
@@ -61,8 +61,8 @@ def block_sum(E: Tensor, b: int = 64, *, backend: str | None = None) -> Tensor:
     check_blocks("E", T, b)
     lower = torch.ones(T, T, dtype=torch.bool, device=E.device).tril()
     blocks = torch.where(lower, E, 0.0).unflatten(-1, (-1, b)).unflatten(-3, (-1, b))
-    wide = torch.promote_types(E.dtype, torch.float32)
-    return blocks.sum(dim=(-3, -1), dtype=wide).to(E.dtype)
+    summed = torch.promote_types(E.dtype, torch.float32)
+    return blocks.sum(dim=(-3, -1), dtype=summed).to(E.dtype)
 
 
 def block_influence(

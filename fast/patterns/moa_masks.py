@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_integer, check_size
+from attnspec.fast.engines.flash.checks import INTEGERS
 
 Sizes = Sequence[int] | Tensor
 """One integer a kv head; a tensor of them lies on the CPU."""
-INTEGERS = (torch.int32, torch.int64)
 
 
 def span(

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnspec.fast.backend import check_attention_inputs, check_size
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import FLOATS
-from attnspec.fast.patterns.longlora_groups import head_shares, segment_bounds
+from attnspec.fast.patterns.longlora_groups import Results, head_shares, joined, segment_bounds
 from attnspec.fast.patterns.sinklora_h2o import (
     State,
     h2o_accumulate,
@@ -68,7 +68,6 @@ CLAIMS: dict[str, dict[str, Any]] = {
     },
 }
 """Masks, sums and gathers are torch's; a choice of all rows, or of none, launches nothing."""
-Results = tuple[Tensor, Tensor]
 
 
 def sf_attend(
@@ -100,8 +99,7 @@ def sf_attend(
         first = G // 2 if shifted else G
         inputs = q[:, heads], k[:, served], v[:, served]
         parts.append(plan(*inputs, G, first, s, wrap and shifted, options))
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-    return out, lse
+    return joined(parts, dim=1)
 
 
 def _causal(
@@ -124,7 +122,7 @@ def _causal(
         *(torch.cat([x[:, :, T - first :], x[:, :, :first]], 2) for x in (k, v)),
     )
     late = flash(q[:, :, first:], k, v, row_start=starts[first:], **ranged)
-    return _joined([flash(*early, causal=True, **options), late])
+    return joined([flash(*early, causal=True, **options), late], dim=2)
 
 
 def _both_ways(
@@ -145,22 +143,12 @@ def _both_ways(
 
     parts = [flash(q[:, :, :s], k, v, **options)] if s else []
     if not rolled:
-        return _joined([*parts, inner(s, T)])
+        return joined([*parts, inner(s, T)], dim=2)
     # The group of the text's two ends is one range of keys, up to which more sinks stand.
     low, high, last = max(s, first), max(s, T - first), T - first
     rows = torch.cat([q[:, :, s:low], q[:, :, high:]], dim=2)
     start = torch.full_like(starts[: rows.shape[2]], last)
     ends_of_text = flash(rows, k, v, row_start=start, sinks=low, **options)
-    before, after = ([x[:, :, part] for x in ends_of_text]
-                     for part in (slice(0, low - s), slice(low - s, None)))  # fmt: skip
-    if low < high:
-        parts += [(before[0], before[1]), inner(low, high)]
-    else:
-        parts.append((before[0], before[1]))
-    return _joined([*parts, (after[0], after[1])])
-
-
-def _joined(parts: list[Results]) -> Results:
-    """Results of consecutive tokens as one."""
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    return out, lse
+    before, after = zip(*(x.tensor_split([low - s], dim=2) for x in ends_of_text), strict=True)
+    middle = [inner(low, high)] if low < high else []
+    return joined([*parts, before, *middle, after], dim=2)

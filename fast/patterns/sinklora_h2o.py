@@ -19,6 +19,7 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    wide,
 )
 from attnspec.fast.cache.streaming_llm_rows import check_rotary, rope, unrounded
 from attnspec.fast.dense.attention import MOST_DECODED
@@ -205,11 +206,6 @@ def check_budgets(hh: Any, rec: Any) -> None:
     """Both budgets are numbers of rows."""
     check_integer("hh", hh, least=0)
     check_integer("rec", rec, least=0)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x as it is summed: float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _added(a: Tensor | None, received: Tensor, kv_heads: int) -> Tensor:

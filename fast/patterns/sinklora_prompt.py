@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor
+from attnspec.fast.backend import check_integer, check_size, check_tensor, wide
 from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.engines.select import top_k_mask
-from attnspec.fast.patterns.sinklora_h2o import check_budgets, wide
+from attnspec.fast.patterns.sinklora_h2o import check_budgets
 
 
 def h2o_local_mask(scores: Tensor, hh: int, *, backend: str | None = None) -> Tensor:

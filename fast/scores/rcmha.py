@@ -22,10 +22,12 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.engines.filters import causal_filter
 from attnspec.fast.engines.relative import relative
 from attnspec.fast.engines.weights import average
+from attnspec.fast.growing import Room, append
 
 FLOATS = (*DTYPES, torch.float64)
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -50,7 +52,10 @@ CLAIMS: dict[str, dict[str, Any]] = {
 
 class State(NamedTuple):
     """The last K - 1 rows before the filters, (batch, heads, K - 1, dk), and the filtered keys and
-    values so far. A step returns a new one and leaves the old as it is.
+    values so far, with u . k of each key in float32 at least, (batch, heads, tokens).
+
+    A step writes its tokens **in place** into the spare `room` behind them and returns a new state;
+    the old one still sees its own tokens. A state goes with the filters and the u of one model.
     """
 
     q_rows: Tensor
@@ -58,6 +63,8 @@ class State(NamedTuple):
     v_rows: Tensor
     k: Tensor
     v: Tensor
+    key_bias: Tensor | None = None
+    room: Room | None = None
 
 
 def _check_like(name: str, x: Any, other: Tensor, shape: tuple[int, ...]) -> None:
@@ -124,8 +131,7 @@ def content_scores(q: Tensor, u: Tensor, k: Tensor) -> Tensor:
     _check_like("u", u, q, (q.shape[1], q.shape[3]))
     _check_heads("k", k, q)
     check_size("k", k.shape[3], q.shape[3], "dk, as in q")
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return product(q.to(wide) + u.to(wide)[:, None], k.to(wide).mT).to(q.dtype)
+    return product(wide(q) + wide(u)[:, None], wide(k).mT).to(q.dtype)
 
 
 def _check_tables(R: Any, b: Any, tokens: Tensor, heads: int, dk: int, S: int) -> int:
@@ -151,9 +157,8 @@ def relative_scores(q: Tensor, R: Tensor, b: Tensor, M: int) -> Tensor:
     T = q.shape[2]
     P = _check_tables(R, b, q, q.shape[1], q.shape[3], M + T)
     rows = slice(P - (M + T), P + T)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    products = product(q.to(wide), R[rows].to(wide).permute(1, 2, 0))
-    return relative_shift(products + b[rows].to(wide).T[:, None]).to(q.dtype)
+    products = product(wide(q), wide(R[rows]).permute(1, 2, 0))
+    return relative_shift(products + wide(b[rows]).T[:, None]).to(q.dtype)
 
 
 def memory_mask(T: int, M: int) -> Tensor:
@@ -208,13 +213,25 @@ def relative_attention(
         raise ValueError(f"k: got {S} tokens, expected at least the {T} of q")
     check_size("v", v.shape[2], S, "S tokens, as in k")
     _check_like("u", u, q, (q.shape[1], q.shape[3]))
-    P = _check_tables(R, b, q, q.shape[1], q.shape[3], S)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    _check_tables(R, b, q, q.shape[1], q.shape[3], S)
+    return _attend_keys(q, k, v, _key_bias(k, u), R, b, scale, causal, backend)
+
+
+def _key_bias(k: Tensor, u: Tensor) -> Tensor:
+    """u . k_j of the keys k (batch, heads, S, dk), (batch, heads, S), in float32 at least."""
+    return product(wide(k), wide(u)[..., None])[..., 0]
+
+
+def _attend_keys(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, R: Tensor, b: Tensor, scale: float | None,
+    causal: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """`relative_attention` with u . k computed."""
+    T, S, P = q.shape[2], k.shape[2], R.shape[0] // 2
     first, stop = P - max(S - 1, 0), P + (1 if causal else max(T, 1))
-    key_bias = product(k.to(wide), u.to(wide)[..., None])[..., 0]
     return relative(
         q, k, v, R[first:stop].transpose(0, 1), zero=P - first, scale=scale, causal=causal,
-        table_bias=b[first:stop].to(wide).T, key_bias=key_bias, backend=backend,
+        table_bias=wide(b[first:stop]).T, key_bias=key_bias, backend=backend,
     )[0]  # fmt: skip
 
 
@@ -294,6 +311,7 @@ def init_state(p: Tensor, K: int) -> State:
     return State(rows, rows.clone(), rows.clone(), cache.clone(), cache.clone())
 
 
+@torch.no_grad()
 def step(
     q: Tensor,
     k: Tensor,
@@ -310,7 +328,8 @@ def step(
     """Outputs (batch, heads, T, dk) of T new tokens, and the state after them.
 
     q, k and v (batch, heads, T, dk) are projected and not yet filtered; w (3, dk, K) and c (3, dk)
-    are their filters; the tables need P of at least all tokens so far.
+    are their filters; the tables need P of at least all tokens so far. For inference: there is no
+    gradient.
     """
     check_tensor("q", q, ("batch", "heads", "T", "dk"), FLOATS)
     for name, x in (("k", k), ("v", v)):
@@ -321,11 +340,15 @@ def step(
     _check_heads("state", state.k, q)
     _check_like("state", state.v, q, tuple(state.k.shape))
     check_size("state", state.k.shape[3], q.shape[3], "dk, as in q")
+    _check_like("u", u, q, (q.shape[1], q.shape[3]))
     _check_tables(R, b, q, q.shape[1], q.shape[3], state.k.shape[2] + q.shape[2])
     (qf, q_rows), (kf, k_rows), (vf, v_rows) = (
         depthwise_causal_conv(x, w[n], c[n], rows, backend=backend)
         for n, (x, rows) in enumerate(zip((q, k, v), state[:3], strict=True))
     )
-    keys, values = torch.cat([state.k, kf], 2), torch.cat([state.v, vf], 2)
-    out = relative_attention(qf, keys, values, R, b, u, backend=backend)
-    return out, State(q_rows, k_rows, v_rows, keys, values)
+    # A state of another making has neither yet.
+    key_bias, room = getattr(state, "key_bias", None), getattr(state, "room", None)
+    old = (state.k, state.v, _key_bias(state.k, u) if key_bias is None else key_bias)
+    (keys, values, key_bias), room = append(room, old, (kf, vf, _key_bias(kf, u)))
+    out = _attend_keys(qf, keys, values, key_bias, R, b, None, True, backend)
+    return out, State(q_rows, k_rows, v_rows, keys, values, key_bias, room)

@@ -13,12 +13,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
+from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
 from attnspec.conformance.contracts.cache.streaming_llm_rows import wrong_integers
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
-from attnspec.conformance.values import longer
+from attnspec.conformance.values import feed_tokens, longer
 from attnspec.conformance.violation import Violation
 from attnspec.reference.cache.streaming_llm import State, init_state, streaming_attend
 from attnspec.reference.cache.streaming_llm_rows import call_sizes, evict_rows
@@ -71,24 +72,15 @@ def make_state(rng: np.random.Generator, case: Case) -> State:
     return State(k, v, pos, past)
 
 
-def feed(whole: Mapping[str, Any], state: State, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
-
-
-def heads(kv_heads: int, group: int) -> Any:
-    return lambda case: case.with_(sizes={"kv_heads": kv_heads, "group": group})
-
-
 Q = Array("q", "batch heads tokens d", role="query")
 K = Array("k", "batch kv_heads tokens d", role="key")
 V = Array("v", "batch kv_heads tokens dv", role="value")
 SLOPES = Array("alibi_slopes", "heads", make=slopes, optional=True)
 CELLS = {
     "causal self": lambda case: case,
-    "MHA": heads(2, 1),
-    "GQA": heads(2, 3),
-    "MQA": heads(1, 4),
+    "MHA": heads_cell(2, 1),
+    "GQA": heads_cell(2, 3),
+    "MQA": heads_cell(1, 4),
 }
 BAD_CALLS = (
     ("more queries than keys", "q", lambda a: longer(a["q"])),
@@ -125,7 +117,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=(Q, K, V, SLOPES),
             start=lambda whole: init_state(whole["k"], whole["v"]),
-            feed=feed,
+            feed=feed_tokens,
             whole=lambda whole: streaming_attend(**whole, chunk=1)[0],
             chunked=False,
         ),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output, Ranking, Stream
+from attnspec.conformance.values import feed_tokens
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State
 from attnspec.reference.heads.diffqkv import diffqkv_attend, head_maps
@@ -133,11 +134,6 @@ def _state(rng: np.random.Generator, case: Case) -> State:
     )
 
 
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
-
-
 Q = Array("q", "batch heads queries d", role="query")
 K = Array("k", "batch kv_heads keys d", role="key")
 V = Array("v", "batch v_heads keys dv", role="value")
@@ -233,7 +229,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=STEP,
             start=lambda whole: State(whole["k"][..., :0, :], whole["v"][..., :0, :]),
-            feed=_feed,
+            feed=feed_tokens,
             whole=lambda whole: diffqkv_attend(**whole, causal=True)[0],
         ),
         bad_inputs=(*BAD_TOKENS, *BAD_C),

@@ -23,7 +23,7 @@ from attnspec.conformance.contracts.linear.based import (
     make_key_mask,
     wrong_numbers,
 )
-from attnspec.conformance.values import longer
+from attnspec.conformance.values import feed_tokens, longer
 from attnspec.reference.linear.flowformer_causal import (
     FlowState,
     empty_state,
@@ -74,11 +74,6 @@ def _bounded(sizes: Mapping[str, int]) -> Drawn:
     return {**_plain(sizes), "clamp": st.sampled_from([(-1.0, 1.0), (-0.5, 0.25), (-3.0, 3.0)])}
 
 
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
-
-
 STREAM: dict[str, Any] = {
     "arrays": (
         Array("q", "batch heads tokens d", role="query"),
@@ -86,7 +81,7 @@ STREAM: dict[str, Any] = {
         Array("v", "batch kv_heads tokens dv", role="value"),
     ),
     "start": lambda whole: empty_state(whole["q"], whole["v"]),
-    "feed": _feed,
+    "feed": feed_tokens,
     "whole": lambda whole: flow_attend_causal(**whole)[0],
 }
 BAD_KIND = wrong_numbers("kind", "elu", None)

@@ -12,7 +12,7 @@ from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.lightnet_forms import causal_in_chunks, decay_in_chunks
-from attnspec.conformance.values import longer, make_values
+from attnspec.conformance.values import feed_tokens, longer, make_values
 from attnspec.reference.linear.lightnet import lightnet_causal
 
 GROUPED = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 3), "d": (1, 24), "dv": (1, 24)}
@@ -79,11 +79,6 @@ def make_rule_state(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, .
 def empty_state(whole: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     shape = (*whole["q"].shape[:-2], whole["q"].shape[-1])
     return np.zeros((*shape, whole["v"].shape[-1])), np.full(shape, -np.inf)
-
-
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
 
 
 def _whole(whole: Mapping[str, Any]) -> np.ndarray:
@@ -233,7 +228,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=STEP,
             start=empty_state,
-            feed=_feed,
+            feed=feed_tokens,
             whole=_whole,
         ),
         cells={"causal self": lambda case: case, **CELLS},
@@ -277,7 +272,9 @@ CONTRACTS = (
         outputs=(Output("o"), *STATE),
         parameters=lambda sizes: {"scale": SCALE},
         linear_in=("q",),
-        stream=Stream(arrays=STEP, start=empty_state, feed=_feed, whole=_whole, chunked=False),
+        stream=Stream(
+            arrays=STEP, start=empty_state, feed=feed_tokens, whole=_whole, chunked=False
+        ),
         bad_inputs=(
             ("two tokens in q", "q", lambda a: longer(a["q"])),
             ("no state", "state", lambda a: None),

@@ -21,6 +21,7 @@ from attnspec.conformance.contracts.linear.synaptic_resonance_forms import (
     trace_held,
     whole_by_token,
 )
+from attnspec.conformance.values import feed_tokens
 from attnspec.reference.linear.synaptic_resonance import synaptic_resonance
 from attnspec.reference.linear.synaptic_resonance_decode import State, init_state
 
@@ -181,11 +182,6 @@ def _state(rng: np.random.Generator, case: Case) -> State:
     return State(keys, rng.standard_normal((*shape, case.sizes["dv"])), S, make_trace(rng, case))
 
 
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
-
-
 CONTRACTS = (
     Contract(
         operation="synaptic_resonance.relevance",
@@ -250,7 +246,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=(Q, K, V),
             start=lambda whole: init_state(whole["k"], whole["v"]),
-            feed=_feed,
+            feed=feed_tokens,
             whole=lambda whole: synaptic_resonance(**whole)[0],
         ),
         bad_inputs=(*BAD_TOKENS, *BAD_TRACE[:6], *BAD_MIX),

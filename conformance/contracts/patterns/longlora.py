@@ -26,12 +26,16 @@ def can_roll(sizes: Mapping[str, int]) -> bool:
     return sizes["tokens"] % 2 == 0 and sizes["kv_heads"] * sizes["group"] % 2 == 0
 
 
-def group_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
-    """G divides the tokens where the case can be rolled, and is anything elsewhere."""
-    tokens, rolls = sizes["tokens"], can_roll(sizes)
+def group_sizes(tokens: int, rolls: bool) -> st.SearchStrategy[int]:
+    """G is even and divides the tokens where the case can be rolled, and is anything elsewhere."""
     even = [G for G in (4, 2, 6, 8, 16, 32, tokens) if G and tokens % G == 0]
+    return st.sampled_from(even if rolls else GROUPS)
+
+
+def group_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
+    rolls = can_roll(sizes)
     return {
-        "G": st.sampled_from(even if rolls else GROUPS),
+        "G": group_sizes(sizes["tokens"], rolls),
         "variant": st.sampled_from(["roll", "segments", "roll"] if rolls else ["segments"]),
         "causal": st.sampled_from([True, True, False]),
         "scale": st.sampled_from([None, 0.5]),
@@ -48,7 +52,7 @@ def make_lengths(rng: np.random.Generator, case: Case) -> np.ndarray | None:
 
 def poison_padding(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     """NaN in everything that is padded."""
-    if arguments["lengths"] is None:
+    if arguments.get("lengths") is None:
         return arguments
     padded = np.arange(case.sizes["tokens"]) >= arguments["lengths"][:, None]
     for name in ("q", "k", "v"):
@@ -74,15 +78,22 @@ def four_kv_heads(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 def check_wrap(trial: Trial) -> None:
     """Rolled groups look ahead in the first half group of shifted heads, and nowhere else."""
+    heads = trial.case.heads
+    check_ahead(trial, 1, np.arange(heads) >= heads // 2)
+
+
+def check_ahead(trial: Trial, least: int, shifted: np.ndarray) -> None:
+    """Tokens from one on, the token `least` or a later one, are changed: before it only rows of the
+    first half group of `shifted` heads (heads) may feel it.
+    """
     arguments, case = trial.arguments(), trial.case
-    cut = int(case.generator("cut").integers(1, case.sizes["tokens"] + 1))
+    cut = int(case.generator("cut").integers(least, case.sizes["tokens"] + 1))
     changed = dict(arguments)
     for name in ("q", "k", "v"):
         changed[name] = arguments[name].copy()
         changed[name][..., cut:, :] *= -3.0
     before, after = trial.run(arguments), trial.run(changed)
-    half, g = case.heads // 2, case.parameters["G"] // 2
-    for heads, first in ((slice(0, half), 0), (slice(half, None), g)):
+    for heads, first in ((~shifted, 0), (shifted, case.parameters["G"] // 2)):
         for name in ("out", "lse"):
             old, new = (x[name][:, heads, first:cut] for x in (before, after))
             if not np.array_equal(old, new):
@@ -91,13 +102,17 @@ def check_wrap(trial: Trial) -> None:
 
 def check_halves(trial: Trial) -> None:
     """kv heads 0 and 1, and 2 and 3, change places with all that they serve."""
+    check_order(trial, np.array([1, 0, 3, 2]))
+
+
+def check_order(trial: Trial, order: np.ndarray) -> None:
+    """kv heads in another order, with all that they serve, give the outputs in that order."""
     arguments, group = trial.arguments(), trial.case.sizes["group"]
-    order = np.array([1, 0, 3, 2])
     rows = (order[:, None] * group + np.arange(group)).ravel()
     moved = {**arguments, "q": arguments["q"][:, rows]}
     moved |= {name: arguments[name][:, order] for name in ("k", "v")}
     outputs = trial.run(moved)
-    trial.judge({name: x[:, rows] for name, x in outputs.items()}, arguments)
+    trial.judge({name: x[:, rows.argsort()] for name, x in outputs.items()}, arguments)
 
 
 def _grouped(contract: Contract, kernel: Kernel) -> bool:

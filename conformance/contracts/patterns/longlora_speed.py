@@ -12,25 +12,47 @@ from attnspec.conformance.bench.rivals import flex, sdpa, torch_sdpa, with_backw
 from attnspec.reference.patterns.longlora_groups import group_starts
 
 
+def pairs_of(tokens: int, G: int, shifted: bool, sinks: int = 0) -> float:
+    """How many pairs a plain or a shifted head attends to, if `sinks` tokens are seen by all."""
+    ends = [*group_starts(tokens, G, shifted).tolist(), tokens]
+    return sum((b - a) * ((b - a + 1) / 2 + min(sinks, a)) for a, b in pairwise(ends))
+
+
 def pairs_a_head(tokens: int, G: int) -> float:
     """How many pairs a head attends to, on average over plain and shifted ones."""
-    total = 0.0
-    for shifted in (False, True):
-        ends = [*group_starts(tokens, G, shifted).tolist(), tokens]
-        total += sum((b - a) * (b - a + 1) / 2 for a, b in pairwise(ends))
-    return total / 2
+    return (pairs_of(tokens, G, False) + pairs_of(tokens, G, True)) / 2
+
+
+def same_segment(G: int, plain: int) -> Callable[..., Any]:
+    """Whether tokens i and j are together in head h, of which the first `plain` are not shifted."""
+    moved = G - G // 2
+
+    def together(h: Any, i: Any, j: Any) -> Any:
+        first = (h >= plain) * moved
+        return (i + first) // G == (j + first) // G
+
+    return together
 
 
 def groups(arguments: Mapping[str, Any]) -> Callable[..., Any]:
     """The causal segments as a FlexAttention mask function."""
-    G, half = arguments["G"], arguments["q"].shape[1] // 2
-    moved = G - G // 2
+    together = same_segment(arguments["G"], arguments["q"].shape[1] // 2)
+    return lambda batch, h, i, j: (j <= i) & together(h, i, j)
 
-    def visible(batch: Any, h: Any, i: Any, j: Any) -> Any:
-        first = (h >= half) * moved
-        return (j <= i) & ((i + first) // G == (j + first) // G)
 
-    return visible
+def attend_folded(q: Any, k: Any, v: Any, G: int, grouped: bool = False) -> Any:
+    """Causal attention in groups of G tokens, a divisor of T, folded into the batch; `grouped` says
+    that q has more heads than k and v.
+    """
+    import torch
+
+    def fold(x: Any) -> Any:
+        return x.unflatten(2, (-1, G)).transpose(1, 2).flatten(0, 1)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        fold(q), fold(k), fold(v), is_causal=True, enable_gqa=grouped
+    )
+    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
 def rolled_sdpa(backward: bool) -> Rival:
@@ -45,18 +67,16 @@ def rolled_sdpa(backward: bool) -> Rival:
         q, k, v = (arguments[name] for name in ("q", "k", "v"))
         G, half = arguments["G"], q.shape[1] // 2
 
-        def fold(x: Any) -> Any:
+        def roll(x: Any, by: int) -> Any:
+            return torch.cat([x[:, :half], x[:, half:].roll(by, 2)], dim=1)
+
+        def rolled(x: Any) -> Any:
             if x.shape[1] < 2 * half:
                 x = x.repeat_interleave(2 * half // x.shape[1], 1)
-            x = torch.cat([x[:, :half], x[:, half:].roll(-(G // 2), 2)], dim=1)
-            return x.unflatten(2, (-1, G)).transpose(1, 2).flatten(0, 1)
+            return roll(x, -(G // 2))
 
         def forward() -> Any:
-            out = torch.nn.functional.scaled_dot_product_attention(
-                fold(q), fold(k), fold(v), is_causal=True
-            )
-            out = out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-            return torch.cat([out[:, :half], out[:, half:].roll(G // 2, 2)], dim=1)
+            return roll(attend_folded(rolled(q), rolled(k), rolled(v), G), G // 2)
 
         return with_backward(forward, (q, k, v)) if backward else forward
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contracts.patterns.longlora import poison_padding
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
@@ -59,18 +60,6 @@ def span_parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any
 def make_lengths(rng: np.random.Generator, case: Case) -> np.ndarray:
     """From no token to all."""
     return rng.integers(0, case.sizes["tokens"] + 1, case.sizes["batch"])
-
-
-def poison_padding(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
-    """NaN in everything that is padded."""
-    if "lengths" not in arguments:
-        return arguments
-    padded = np.arange(case.sizes["tokens"]) >= arguments["lengths"][:, None]
-    for name in ("q", "k", "v"):
-        x: np.ndarray = arguments[name].copy()
-        x.swapaxes(1, 2)[padded] = np.nan
-        arguments[name] = x
-    return arguments
 
 
 def span_of(parameters: Mapping[str, Any]) -> tuple[Any, ...]:

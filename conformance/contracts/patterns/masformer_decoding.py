@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.patterns.masformer import BAD_SPANS, SHARED, SPANS
+from attnspec.conformance.values import feed_tokens
 from attnspec.reference.patterns.masformer import layer_attend
 from attnspec.reference.patterns.masformer_decoding import Cache, cache_after
 
@@ -25,11 +27,6 @@ def _cache(rng: np.random.Generator, case: Case) -> Cache:
 
 def _start(whole: Mapping[str, Any]) -> Cache:
     return cache_after(whole["k"][..., :0, :], whole["v"][..., :0, :], whole["span"])
-
-
-def _feed(whole: Mapping[str, Any], cache: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "cache": cache}
 
 
 TOKENS = SHARED["arrays"][:3]
@@ -52,7 +49,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=TOKENS,
             start=_start,
-            feed=_feed,
+            feed=partial(feed_tokens, state="cache"),
             whole=lambda whole: layer_attend(**whole)[0],
         ),
         bad_inputs=(

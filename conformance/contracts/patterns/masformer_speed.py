@@ -10,6 +10,7 @@ import numpy as np
 from attnspec.conformance.bench.inputs import attention_cost, forward_and_backward, qkv
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
 from attnspec.conformance.bench.rivals import flex, sdpa, torch_sdpa, with_backward
+from attnspec.conformance.contracts.patterns.longlora_speed import attend_folded
 from attnspec.reference.patterns.masformer_spans import layer_spans
 
 Span = tuple[Any, ...]
@@ -44,22 +45,14 @@ def folded_sdpa(backward: bool) -> Rival:
     """Blocks folded into the batch of torch's attention; there are no neighbours in it."""
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        import torch
-
         q, k, v = (arguments[name] for name in ("q", "k", "v"))
         kind, *sizes = arguments["span"]
         if kind != "block" or sizes[1] or q.shape[2] % sizes[0]:
             raise Unavailable("only blocks that divide the text, without neighbours, can be folded")
         grouped = q.shape[1] != k.shape[1]
 
-        def fold(x: Any) -> Any:
-            return x.unflatten(2, (-1, sizes[0])).transpose(1, 2).flatten(0, 1)
-
         def forward() -> Any:
-            out = torch.nn.functional.scaled_dot_product_attention(
-                fold(q), fold(k), fold(v), is_causal=True, enable_gqa=grouped
-            )
-            return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+            return attend_folded(q, k, v, sizes[0], grouped)
 
         return with_backward(forward, (q, k, v)) if backward else forward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from attnspec.conformance.contracts.patterns.moa import (
     bad_plans,
     one_a_head,
 )
-from attnspec.conformance.values import bad_integers, longer
+from attnspec.conformance.values import bad_integers, feed_tokens, longer
 from attnspec.reference.patterns.moa import moa_attend
 from attnspec.reference.patterns.moa_cache import Cache, cache_update, init_cache
 
@@ -59,11 +59,6 @@ def poison_padding(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
         for name in ("k", "v"):
             arguments[name] = np.where(real[:, None, :, None], arguments[name], np.nan)
     return arguments
-
-
-def feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, "cache": state, **tokens}
 
 
 Q = Array("q", "batch heads tokens d", role="query")
@@ -147,7 +142,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=(Q, K, V, S, C),
             start=lambda whole: init_cache(whole["k"], whole["v"], whole["s"], whole["c"]),
-            feed=feed,
+            feed=partial(feed_tokens, state="cache"),
             whole=lambda whole: moa_attend(**whole)[0],
             carried=lambda rest: rest[-1],
         ),

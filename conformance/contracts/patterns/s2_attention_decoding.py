@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.patterns.s2_attention import SIZES
-from attnspec.conformance.values import bad_integers
+from attnspec.conformance.values import bad_integers, feed_tokens
 from attnspec.reference.patterns.s2_attention import s2_attend
 from attnspec.reference.patterns.s2_attention_decoding import State, decode_step, init_state
 
@@ -40,11 +40,6 @@ def _parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
         "num_dense_heads": st.integers(0, min(sizes["kv_heads"], 2)),
         "scale": st.sampled_from([None, 0.5]),
     }
-
-
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
 
 
 def _lses(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -87,7 +82,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=TOKENS,
             start=lambda whole: init_state(whole["k"], whole["v"]),
-            feed=_feed,
+            feed=feed_tokens,
             whole=lambda whole: s2_attend(**whole)[0],
             carried=lambda rest: rest[-1],
         ),

@@ -14,6 +14,11 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contracts.patterns.longlora import (
+    check_ahead,
+    check_order,
+    group_sizes,
+)
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
@@ -22,7 +27,6 @@ from attnspec.conformance.violation import Violation
 from attnspec.reference.patterns.sinklora import sf_attend
 from attnspec.reference.patterns.sinklora_heads import sf_head_kind
 
-GROUPS = (4, 3, 2, 8, 5, 16, 1, 24, 64)
 RHO = (0.5, 0.0, 0.25, 1.0, 0.7)
 BAD_PATTERN = (
     *bad_integers("G"),
@@ -38,12 +42,10 @@ BAD_PATTERN = (
 
 
 def pattern(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
-    """G is even and divides the tokens where the case is rolled, and is anything elsewhere."""
-    tokens = sizes["tokens"]
-    rolls = tokens % 2 == 0
-    even = [G for G in (4, 2, 6, 8, 16, 32, tokens) if G and tokens % G == 0]
+    """Even numbers of tokens may be rolled."""
+    rolls = sizes["tokens"] % 2 == 0
     return {
-        "G": st.sampled_from(even if rolls else GROUPS),
+        "G": group_sizes(sizes["tokens"], rolls),
         "s": st.sampled_from((4, 1, 0, 2, 7, 30)),
         "rho": st.sampled_from(RHO),
         "wrap": st.sampled_from([True, False, True] if rolls else [False]),
@@ -60,13 +62,7 @@ def heads_to_move(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 def check_kinds(trial: Trial) -> None:
     """Plain heads, returned ones among them, change places with all that they read."""
-    arguments, group = trial.arguments(), trial.case.sizes["group"]
-    order = np.array([2, 0, 1, 3])
-    rows = (order[:, None] * group + np.arange(group)).ravel()
-    moved = {**arguments, "q": arguments["q"][:, rows]}
-    moved |= {name: arguments[name][:, order] for name in ("k", "v")}
-    outputs = trial.run(moved)
-    trial.judge({name: x[:, rows.argsort()] for name, x in outputs.items()}, arguments)
+    check_order(trial, np.array([2, 0, 1, 3]))
 
 
 def long_texts(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -102,20 +98,9 @@ def check_reach(trial: Trial) -> None:
 
 def check_wrap(trial: Trial) -> None:
     """Rolled heads look ahead in the first half group, returned and plain ones nowhere."""
-    arguments, case = trial.arguments(), trial.case
-    T = case.sizes["tokens"]
-    cut = int(case.generator("cut").integers(T // 2, T + 1))
-    changed = dict(arguments)
-    for name in ("q", "k", "v"):
-        changed[name] = arguments[name].copy()
-        changed[name][..., cut:, :] *= -3.0
-    before, after = trial.run(arguments), trial.run(changed)
-    shifted, g = sf_head_kind(case.heads, case.parameters["rho"]) == 1, case.parameters["G"] // 2
-    for heads, first in ((~shifted, 0), (shifted, g)):
-        for name in ("out", "lse"):
-            old, new = (x[name][:, heads, first:cut] for x in (before, after))
-            if not np.array_equal(old, new):
-                raise Violation(name, f"a row from {first} to {cut} depends on later tokens")
+    case = trial.case
+    shifted = sf_head_kind(case.heads, case.parameters["rho"]) == 1
+    check_ahead(trial, case.sizes["tokens"] // 2, shifted)
 
 
 def rolled(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:

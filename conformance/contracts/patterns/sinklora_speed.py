@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 from attnspec.conformance.bench.inputs import (
@@ -14,8 +13,11 @@ from attnspec.conformance.bench.inputs import (
 )
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival
 from attnspec.conformance.bench.rivals import flex, sdpa, torch_sdpa
-from attnspec.conformance.contracts.patterns.longlora_speed import rolled_sdpa
-from attnspec.reference.patterns.longlora_groups import group_starts
+from attnspec.conformance.contracts.patterns.longlora_speed import (
+    pairs_of,
+    rolled_sdpa,
+    same_segment,
+)
 from attnspec.reference.patterns.sinklora_h2o import State
 from attnspec.reference.patterns.sinklora_heads import plain_heads
 
@@ -25,23 +27,14 @@ SINKS = 4
 def pairs_a_head(tokens: int, G: int, heads: int, s: int = SINKS, rho: float = 0.5) -> float:
     """How many pairs a head attends to, on average over plain and shifted ones."""
     stay = plain_heads(heads, rho)
-    total = 0.0
-    for shifted, share in ((False, stay), (True, heads - stay)):
-        for a, b in pairwise([*group_starts(tokens, G, shifted).tolist(), tokens]):
-            total += share * (b - a) * ((b - a + 1) / 2 + min(s, a))
-    return total / heads
+    plain, shifted = (pairs_of(tokens, G, moved, s) for moved in (False, True))
+    return (stay * plain + (heads - stay) * shifted) / heads
 
 
 def groups_and_sinks(arguments: Mapping[str, Any]) -> Callable[..., Any]:
     """The causal segments with their sinks as a FlexAttention mask function."""
-    G, stay = arguments["G"], plain_heads(arguments["q"].shape[1], 0.5)
-    moved = G - G // 2
-
-    def visible(batch: Any, h: Any, i: Any, j: Any) -> Any:
-        first = (h >= stay) * moved
-        return (j <= i) & ((j < SINKS) | ((i + first) // G == (j + first) // G))
-
-    return visible
+    together = same_segment(arguments["G"], plain_heads(arguments["q"].shape[1], 0.5))
+    return lambda batch, h, i, j: (j <= i) & ((j < SINKS) | together(h, i, j))
 
 
 def training(

@@ -17,7 +17,7 @@ from attnspec.conformance.contracts.patterns.sinklora_h2o import Drawn, budgets,
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
-from attnspec.conformance.values import longer
+from attnspec.conformance.values import feed_tokens, longer
 from attnspec.conformance.violation import Violation
 from attnspec.reference.patterns.sinklora_h2o import State, h2o_step, init_state
 
@@ -42,11 +42,6 @@ def make_state(rng: np.random.Generator, case: Case) -> State:
     pos = np.concatenate([np.reshape(chosen, (kv_heads, heavy)).astype(np.int64), recent], axis=1)
     k, v = (rng.standard_normal((1, *pos.shape, case.sizes[axis])) for axis in ("d", "dv"))
     return State(k, v, 3.0 * rng.random(pos.shape), pos, past)
-
-
-def feed(whole: Mapping[str, Any], state: State, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
 
 
 def everything(arguments: Mapping[str, Any]) -> tuple[np.ndarray, State]:
@@ -86,7 +81,7 @@ def token_by_token(whole: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     outs, close = [], np.array([1.0, 0.0])
     pairs, state = [], init_state(whole["k"], whole["v"])
     for t in range(whole["q"].shape[-2]):
-        call = feed(whole, state, t, t + 1)
+        call = feed_tokens(whole, state, t, t + 1)
         ranking = received(call)
         out, state = h2o_step(**call)
         outs.append(out)
@@ -172,7 +167,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=(Q, K, V),
             start=lambda whole: init_state(whole["k"], whole["v"]),
-            feed=feed,
+            feed=feed_tokens,
             whole=lambda whole: token_by_token(whole)[0],
             chunked=False,
             hidden=closest_choices,

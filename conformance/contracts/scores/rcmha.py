@@ -17,6 +17,7 @@ from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Trial
+from attnspec.conformance.values import feed_tokens
 from attnspec.reference.scores.rcmha import (
     attend_segment,
     depthwise_causal_conv,
@@ -84,11 +85,6 @@ def _state(rng: np.random.Generator, case: Case) -> State:
     rows = (*case.shape("batch heads"), case.sizes["taps"] - 1, case.sizes["d"])
     cache = case.shape("batch heads past d")
     return State(*(rng.standard_normal(shape) for shape in (rows, rows, rows, cache, cache)))
-
-
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
 
 
 def _whole(whole: Mapping[str, Any]) -> np.ndarray:
@@ -198,7 +194,8 @@ CONTRACTS = (
         keys="tokens",
         arrays=(Array("p", "batch heads tokens d"),),
         outputs=tuple(
-            Output(name, kind="exact") for name in ("q_rows", "k_rows", "v_rows", "k", "v")
+            Output(f"state.{name}", kind="exact")
+            for name in ("q_rows", "k_rows", "v_rows", "k", "v")
         ),
         parameters=lambda sizes: {"K": st.just(sizes["taps"])},
         bad_inputs=(("no taps", "K", lambda a: 0), ("half a tap", "K", lambda a: 0.5)),
@@ -219,7 +216,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=NEW,
             start=lambda whole: init_state(whole["q"], whole["w"].shape[-1]),
-            feed=_feed,
+            feed=feed_tokens,
             whole=_whole,
         ),
         cells={"MHA": heads_cell(3, 1)},

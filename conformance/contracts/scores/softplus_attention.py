@@ -22,6 +22,7 @@ from attnspec.conformance.contracts.scores.softplus_attention_steps import (
     make_pairs,
     without,
 )
+from attnspec.conformance.values import feed_tokens
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State
 from attnspec.reference.scores.softplus_attention import lssa, lssar
@@ -52,11 +53,6 @@ def _state(rng: np.random.Generator, case: Case) -> State:
         rng.standard_normal((*shape, case.sizes["d"])),
         rng.standard_normal((*shape, case.sizes["dv"])),
     )
-
-
-def _feed(whole: Mapping[str, Any], state: Any, first: int, last: int) -> dict[str, Any]:
-    tokens = {name: whole[name][..., first:last, :] for name in ("q", "k", "v")}
-    return {**whole, **tokens, "state": state}
 
 
 def _whole(arguments: Mapping[str, Any]) -> np.ndarray:
@@ -154,7 +150,7 @@ CONTRACTS = (
         stream=Stream(
             arrays=STEP,
             start=lambda whole: State(whole["k"][..., :0, :], whole["v"][..., :0, :]),
-            feed=_feed,
+            feed=feed_tokens,
             whole=_whole,
         ),
         bad_inputs=(*BAD_TOKENS, *(bad for bad in BAD_POWERS if bad[1] == "p")),

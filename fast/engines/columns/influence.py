@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_integer, check_same, choose_backend, load
-from attnspec.fast.engines.columns.op import positive
+from attnspec.fast.engines.columns.op import _wide, positive
 from attnspec.fast.engines.flash.checks import check_inputs
 
 MODULES = {"numba": "numba_influence", "triton": "triton_influence"}
@@ -30,9 +30,8 @@ def _block_influence(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, block: int, eps: float, scale: float, backend: str
 ) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     blocks = q.shape[2] // block
-    return q.new_empty(*q.shape[:2], blocks, blocks, dtype=wide)
+    return q.new_empty(*q.shape[:2], blocks, blocks, dtype=_wide(q))
 
 
 def block_influence(
