@@ -19,6 +19,7 @@ from attnspec.conformance import listing, registry
 from attnspec.conformance.bench.commands import bench, tune
 from attnspec.conformance.certification import certify
 from attnspec.conformance.console import (
+    Jobs,
     JsonFile,
     Select,
     console,
@@ -34,12 +35,7 @@ from attnspec.conformance.mutants import mutants as all_mutants
 from attnspec.conformance.runner import PROFILES, plan
 from attnspec.conformance.runner import replay as replay_case
 from attnspec.conformance.saved import StaleCase, load_case
-from attnspec.conformance.terminal import (
-    progress_bar,
-    show_failure,
-    show_kills,
-    show_report,
-)
+from attnspec.conformance.terminal import progress_bar, show_failure, show_kills, show_report
 from attnspec.reference import find_mechanism
 
 app = typer.Typer(
@@ -95,7 +91,7 @@ def conform(
     law: Annotated[list[str] | None, typer.Option(help="Only these laws.")] = None,
     profile: Annotated[str, typer.Option(help="smoke, ci or thorough")] = "ci",
     cases: Annotated[Path, typer.Option(help="Counterexamples: read first, written to.")] = CASES,
-    jobs: Annotated[int, typer.Option(help="Processes at a time.", min=1)] = 1,
+    jobs: Jobs = 1,
     timeout: Annotated[float, typer.Option(help="Seconds a law may take in its process.")] = 300.0,
     json_file: JsonFile = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
@@ -183,6 +179,7 @@ def replay(
 def mutants(
     select: Select = None,
     matrix: Annotated[bool, typer.Option(help="Try every law, not only the claiming one.")] = False,
+    jobs: Jobs = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Prove the suite: every wrong kernel must be caught. Exit status 1 if one survives."""
@@ -196,11 +193,10 @@ def mutants(
         raise usage_error(f"select: got {wanted}, which no mutant matches")
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(chosen))
-        kills = kill_all(
-            chosen,
-            every_law=matrix,
-            progress=lambda m: progress.update(bar, advance=1, description=m.name),
-        )
+        kills = []
+        for kill in kill_all(chosen, matrix, jobs):
+            kills.append(kill)
+            progress.update(bar, advance=1, description=kill.mutant.name)
     survivors = [kill for kill in kills if kill.survived]
     record = {"mutants": [kill.to_dict() for kill in kills], "survivors": len(survivors)}
     write_json(json_file, record)

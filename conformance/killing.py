@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from attnspec.conformance.laws import laws_for
 from attnspec.conformance.mutants import Mutant
+from attnspec.conformance.mutants import mutants as all_mutants
 from attnspec.conformance.runner import Profile, Task, run_task
 
 PROFILE = Profile("mutants", examples=60, derandomize=True, shrink=False)
@@ -57,15 +61,19 @@ def kill(mutant: Mutant, every_law: bool = False, profile: Profile = PROFILE) ->
     return Kill(mutant, tuple(killers), tuple(tried))
 
 
-def kill_all(
-    mutants: Iterable[Mutant],
-    every_law: bool = False,
-    progress: Callable[[Mutant], None] | None = None,
-) -> list[Kill]:
-    """`kill` for each of `mutants`."""
-    kills = []
-    for mutant in mutants:
-        if progress:
-            progress(mutant)
-        kills.append(kill(mutant, every_law))
-    return kills
+def kill_all(mutants: Sequence[Mutant], every_law: bool = False, jobs: int = 1) -> Iterator[Kill]:
+    """`kill` for each of `mutants`, one by one, in so many processes."""
+    if jobs == 1:
+        yield from (kill(mutant, every_law) for mutant in mutants)
+        return
+    # A mutant holds functions that do not travel: its name does.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        laws = pool.map(partial(_laws_of, every_law), [mutant.name for mutant in mutants])
+        for mutant, (killers, tried) in zip(mutants, laws, strict=True):
+            yield Kill(mutant, killers, tried)
+
+
+def _laws_of(every_law: bool, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The laws that kill the mutant of this name, and those that were tried."""
+    outcome = kill(next(m for m in all_mutants() if m.name == name), every_law)
+    return outcome.killers, outcome.tried
