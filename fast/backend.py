@@ -52,6 +52,14 @@ def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
     return backend
 
 
+def choose_by_dtype(backend: str | None, name: str, tensor: torch.Tensor) -> str:
+    """As `choose_backend`; float64, of the argument called `name`, is for the CPU alone."""
+    chosen = choose_backend(backend, tensor)
+    if chosen == "triton" and tensor.dtype == torch.float64:
+        raise TypeError(f"{name}: got dtype torch.float64, expected float32, float16 or bfloat16")
+    return chosen
+
+
 def load(module: str) -> ModuleType:
     """A module of kernels, imported on first use; one sentence if what it needs is missing."""
     try:

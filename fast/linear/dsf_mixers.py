@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size
+from attnspec.fast.backend import check_attention_inputs, check_size, wide
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.scan import scan
 from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
@@ -75,8 +75,8 @@ def computed(q: Tensor) -> torch.dtype:
 
 def feature_map(x: Tensor) -> Tensor:
     """elu(x) + 1 in float32 at least; below 0 it is e^x, to full relative precision."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.where(wide > 0, wide + 1, torch.exp(wide.clamp(max=0)))
+    x = wide(x)
+    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
 def check_tokens(q: Any, k: Any, v: Any) -> None:

@@ -102,7 +102,18 @@ def tnl_gla(
     gradient is asked for.
     """
     options = Options(v_activation, gate, norm, eps)
-    S0 = check_gla(x, params, state, offset, options)
+    return _mix(x, params, check_gla(x, params, state, offset, options), offset, options, backend)
+
+
+def _mix(
+    x: Tensor,
+    params: Params,
+    S0: Tensor | None,
+    offset: int,
+    options: Options,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`tnl_gla` of arguments that are known to be right."""
     q, k, v, u = inputs_of(x, params, options, backend, offset=offset)
     s = params["slopes"]
     if S0 is not None and x.shape[1] == 1 and unobserved(q, k, v, s, S0):
@@ -201,12 +212,10 @@ def tnl_block(
 
     `params` as in `tnl_gla`, with Wv and Wu (D, F) and Wd (F, D). Differentiable.
     """
-    check_gla(x, params, state, offset, Options(v_activation, gate, norm, eps))
+    options = Options(v_activation, gate, norm, eps)
+    S0 = check_gla(x, params, state, offset, options)
     check_channels(x, params)
-    mixed, last = tnl_gla(
-        srms_norm(x, eps, backend=backend), params, state, offset, v_activation=v_activation,
-        gate=gate, norm=norm, eps=eps, backend=backend,
-    )  # fmt: skip
+    mixed, last = _mix(srms_norm(x, eps, backend=backend), params, S0, offset, options, backend)
     x = x + mixed
     channels = [params[name] for name in BLOCK_WEIGHTS]
     return x + sglu(srms_norm(x, eps, backend=backend), *channels), last

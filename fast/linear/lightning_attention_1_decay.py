@@ -12,12 +12,15 @@ from attnspec.fast.backend import (
     check_choice,
     check_integer,
     check_size,
-    check_tensor,
 )
 from attnspec.fast.engines.scan import scan, scan_backward
-from attnspec.fast.growing import checkable
 from attnspec.fast.linear import lightning_attention_2 as lightning
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import (
+    FLOATS,
+    as_state,
+    check_slopes,
+    check_upstream,
+)
 
 DECAY_RULES = ("geometric", "linear")
 
@@ -99,19 +102,10 @@ def norm_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = Non
     return scan(q, k, v, backend=backend)[0]
 
 
-def check_slopes(slopes: Any, H: int | None = None) -> None:
-    """Finite slopes (H,) of at least 0; values on the CPU only."""
-    check_tensor("slopes", slopes, ("H",), FLOATS)
-    if H is not None and slopes.shape[0] != H:
-        raise ValueError(f"slopes: got shape {tuple(slopes.shape)}, expected ({H},)")
-    if checkable(slopes) and not bool((torch.isfinite(slopes) & (slopes >= 0)).all()):
-        raise ValueError(f"slopes: got {slopes.tolist()}, expected finite slopes >= 0")
-
-
 def _check(q: Any, k: Any, v: Any, slopes: Any, S0: Any) -> Tensor | None:
     """S0 in the dtype of states, once all arguments fit one another."""
     _check_heads(q, k, v)
-    check_slopes(slopes, q.shape[1])
+    check_slopes(slopes, q.shape[1], "slopes")
     return as_state("S0", S0, (*q.shape[:2], q.shape[3], v.shape[3]), q)
 
 

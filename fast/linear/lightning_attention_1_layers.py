@@ -11,9 +11,8 @@ from torch import Tensor
 from attnspec.fast.backend import check_choice, check_integer, check_tensor, product
 from attnspec.fast.engines.rows import gated_norm as norm_rows
 from attnspec.fast.engines.rows import lift
-from attnspec.fast.linear.lightning_attention_1_decay import check_slopes
 from attnspec.fast.linear.lightning_attention_1_rows import check_eps, check_theta, check_weight
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_slopes
 
 Params = Mapping[str, Any]
 GLA_WEIGHTS = ("Wqkvu", "Wo", "slopes")
@@ -91,7 +90,7 @@ def check_params(x: Tensor, params: Any) -> None:
     if not isinstance(params, Mapping):
         raise TypeError(f"params: got {type(params).__name__}, expected a mapping of tensors")
     check_names(params, GLA_WEIGHTS)
-    check_slopes(params["slopes"])
+    check_slopes(params["slopes"], name="slopes")
     D, H = x.shape[2], params["slopes"].shape[0]
     if H < 1 or D % H:
         raise ValueError(f"slopes: got {H} heads, expected a divisor of {D} (D, as in x)")

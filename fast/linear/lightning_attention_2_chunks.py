@@ -116,13 +116,13 @@ def check_upstream(
         check_device(name, x, "the others", like)
 
 
-def check_slopes(s: Any, heads: int | None = None) -> None:
-    """`s` (heads,) holds finite slopes >= 0, one for each query head; values on the CPU only."""
-    check_tensor("s", s, ("heads",), FLOATS)
+def check_slopes(s: Any, heads: int | None = None, name: str = "s") -> None:
+    """`name` (heads,) holds finite slopes >= 0, one for each query head; values on the CPU only."""
+    check_tensor(name, s, ("heads",), FLOATS)
     if heads is not None and s.shape[0] != heads:
-        raise ValueError(f"s: got shape {tuple(s.shape)}, expected ({heads},)")
+        raise ValueError(f"{name}: got shape {tuple(s.shape)}, expected ({heads},)")
     if checkable(s) and not bool((torch.isfinite(s) & (s >= 0)).all()):
-        raise ValueError(f"s: got {s.tolist()}, expected finite slopes >= 0")
+        raise ValueError(f"{name}: got {s.tolist()}, expected finite slopes >= 0")
 
 
 def check_log_decays(k: Any, v: Any, g: Any) -> None:

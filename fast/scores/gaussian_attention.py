@@ -22,7 +22,7 @@ from attnspec.fast.backend import (
     check_positive,
     check_same,
     check_tensor,
-    choose_backend,
+    choose_by_dtype,
 )
 from attnspec.fast.engines.density import collapsed, density, mixture
 from attnspec.fast.engines.density.op import Options, wide
@@ -69,7 +69,7 @@ def multi_head(
     axis = _check_layer(x, axis, params)
     _check_mask(mask, x)
     options = _options(eps, clamp, combine, exact_mask, residual=False)
-    backend = _backend(backend, x)
+    backend = choose_by_dtype(backend, "x", x)
     return density(x, axis, _components(params, combine), mask, options, backend)
 
 
@@ -105,7 +105,7 @@ def block(
     ):
         raise TypeError(f"padding_value: got {padding_value!r}, expected a number or None")
     options = _options(eps, clamp, combine, exact_mask, residual=True)
-    backend = _backend(backend, x)
+    backend = choose_by_dtype(backend, "x", x)
     weights, dtype = [], x.dtype
     x = x.to(wide(x)) if len(layers) > 1 else x
     for axis, (_, params) in zip(axes, layers, strict=True):
@@ -249,13 +249,6 @@ def importance_factor(
 def _components(params: Params, combine: str) -> Tensor:
     delta, c = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in params)
     return collapsed(delta, c) if combine == "product" else mixture(delta, c)
-
-
-def _backend(backend: str | None, x: Tensor) -> str:
-    chosen = choose_backend(backend, x)
-    if chosen == "triton" and x.dtype == torch.float64:
-        raise TypeError("x: got dtype torch.float64, expected float32, float16 or bfloat16")
-    return chosen
 
 
 def _options(eps: Any, clamp: Any, combine: Any, exact_mask: Any, residual: bool) -> Options:

@@ -11,9 +11,14 @@ from itertools import combinations_with_replacement, groupby
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_choice, check_integer
-from attnspec.reference.linear.dsf_recurrence import check_number, sigmoid_power
-from attnspec.reference.linear.dsf_rnn import forget_gate, rg_lru_gates
-from attnspec.reference.linear.dsf_ssm import check_positive
+from attnspec.reference.linear.dsf_recurrence import sigmoid_power
+from attnspec.reference.linear.dsf_rnn import (
+    check_gates,
+    check_rg_lru,
+    forget_gate,
+    rg_lru_gates,
+)
+from attnspec.reference.linear.dsf_ssm import check_positive, check_s6
 from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 System = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -65,21 +70,12 @@ def from_s6(
     >>> [float(x.squeeze()) for x in from_s6(2 * one, 0 * one, 3 * one, 4 * one, 5 * one[0])]
     [1.0, 6.0, 4.0, 5.0]
     """
-    check_array("Delta", Delta, ("T", "dv"))
-    check_array("A", A, ("dv", "n"))
-    dv, n = Delta.shape[-1], A.shape[-1]
-    check_shaped("A", A, (dv, n))
-    check_shaped("b", b, (*Delta.shape[:-1], n))
-    check_shaped("c", c, b.shape)
-    check_positive("Delta", Delta)
-    check_positive("A", A)
-    if D is not None:
-        check_shaped("D", D, (dv,))
+    check_s6(Delta, A, b, c, D)
     Lam = np.exp(-Delta[..., None] * A)
     B = _placed(Delta[..., None] * b[..., None, :])
     C = _placed(np.ones_like(Delta)[..., None] * c[..., None, :])
     skip = np.zeros_like(Delta) if D is None else D * np.ones_like(Delta)
-    return Lam.reshape((*Lam.shape[:-2], dv * n)), B, np.swapaxes(C, -1, -2), _diagonal(skip)
+    return Lam.reshape(B.shape[:-1]), B, np.swapaxes(C, -1, -2), _diagonal(skip)
 
 
 def from_ssd(Delta: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray, dv: int) -> System:
@@ -111,12 +107,7 @@ def from_qlstm(
     >>> [float(x.squeeze()) for x in from_qlstm(zero, zero, zero, 2.0, True)]
     [0.25, 0.5, 0.5, 0.0]
     """
-    check_array("f", f, ("T", "N"))
-    check_shaped("i", i, f.shape)
-    check_shaped("o", o, f.shape)
-    check_number("alpha", alpha)
-    if not isinstance(reversed, (bool, np.bool_)):
-        raise TypeError(f"reversed: got {type(reversed).__name__}, expected a bool")
+    check_gates(f, i, o, alpha, reversed)
     B, C = (_diagonal(sigmoid_power(x)) for x in (i, o))
     return forget_gate(f, alpha, reversed), B, C, _diagonal(np.zeros_like(f))
 
@@ -129,11 +120,7 @@ def from_rg_lru(r: np.ndarray, g: np.ndarray, lam: np.ndarray, *, c: float = 8.0
     [1.0, 1.0, 0.0]
     """
     check_array("r", r, ("T", "N"))
-    check_shaped("g", g, r.shape)
-    check_shaped("lam", lam, r.shape[-1:])
-    check_number("c", c)
-    if not c > 0:
-        raise ValueError(f"c: got {c}, expected a number > 0")
+    check_rg_lru(r, g, lam, c, r)
     log_decay, strength = rg_lru_gates(r, g, lam, c)
     ones = np.ones_like(r)
     return np.exp(log_decay), _diagonal(strength), _diagonal(ones), _diagonal(0 * ones)

@@ -38,7 +38,8 @@ def qlstm(
     >>> y.ravel(), h
     (array([1. , 1.5]), array([3.]))
     """
-    check_gates(f, i, o, z, alpha, reversed)
+    check_gates(f, i, o, alpha, reversed)
+    check_shaped("z", z, f.shape)
     states, last = elementwise_scan(
         forget_gate(f, alpha, reversed), sigmoid_power(i) * z, _given(h0, z)
     )
@@ -62,7 +63,8 @@ def qlstm_backward(
     >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 + zero, None, 1 + zero)]
     [0.0, 1.0, 1.0, 0.25]
     """
-    check_gates(f, i, o, z, alpha, reversed)
+    check_gates(f, i, o, alpha, reversed)
+    check_shaped("z", z, f.shape)
     check_shaped("dy", dy, z.shape)
     a, enter, read = forget_gate(f, alpha, reversed), sigmoid_power(i), sigmoid_power(o)
     states, _ = elementwise_scan(a, enter * z, _given(h0, z))
@@ -164,7 +166,8 @@ def rg_lru(
     >>> np.round(y, 3).ravel()
     array([1., 1.])
     """
-    check_rg_lru(u, r, g, lam, c)
+    check_array("u", u, ("T", "N"))
+    check_rg_lru(r, g, lam, c, u)
     log_decay, strength = rg_lru_gates(r, g, lam, c)
     return elementwise_scan(np.exp(log_decay), strength * u, _given(h0, u))
 
@@ -199,7 +202,8 @@ def rg_lru_backward(
     ...     2 + zero, zero, zero, np.full(1, 50.0), 1 + zero)]
     [0.5, 0.0, 0.5, 0.0]
     """
-    check_rg_lru(u, r, g, lam, c)
+    check_array("u", u, ("T", "N"))
+    check_rg_lru(r, g, lam, c, u)
     check_shaped("dy", dy, u.shape)
     log_decay, strength = rg_lru_gates(r, g, lam, c)
     decay = np.exp(log_decay)
@@ -224,31 +228,31 @@ def _given(h0: Any, x: np.ndarray) -> Any:
     return h0
 
 
-def check_gates(f: Any, i: Any, o: Any, z: Any, alpha: Any, reversed: Any) -> None:
-    """S11, K14: gates and input have one shape.
+def check_gates(f: Any, i: Any, o: Any, alpha: Any, reversed: Any) -> None:
+    """S11, K14: gates have one shape.
 
-    >>> check_gates(*np.ones((4, 2, 1)), 1.0, 1)
+    >>> check_gates(*np.ones((3, 2, 1)), 1.0, 1)
     Traceback (most recent call last):
     TypeError: reversed: got int, expected a bool
     """
     check_array("f", f, ("T", "N"))
-    for name, x in (("i", i), ("o", o), ("z", z)):
+    for name, x in (("i", i), ("o", o)):
         check_shaped(name, x, f.shape)
     check_number("alpha", alpha)
     if not isinstance(reversed, (bool, np.bool_)):
         raise TypeError(f"reversed: got {type(reversed).__name__}, expected a bool")
 
 
-def check_rg_lru(u: Any, r: Any, g: Any, lam: Any, c: Any) -> None:
-    """S12, K14: gates, input and rates fit one another.
+def check_rg_lru(r: Any, g: Any, lam: Any, c: Any, like: np.ndarray) -> None:
+    """S12, K14: gates and rates fit the input.
 
-    >>> check_rg_lru(*np.ones((3, 2, 1)), np.ones(1), 0)
+    >>> check_rg_lru(*np.ones((2, 2, 1)), np.ones(1), 0, np.ones((2, 1)))
     Traceback (most recent call last):
     ValueError: c: got 0, expected a number > 0
     """
-    check_array("u", u, ("T", "N"))
-    for name, x, shape in (("r", r, u.shape), ("g", g, u.shape), ("lam", lam, u.shape[-1:])):
-        check_shaped(name, x, shape)
+    for name, x in (("r", r), ("g", g)):
+        check_shaped(name, x, like.shape)
+    check_shaped("lam", lam, like.shape[-1:])
     check_number("c", c)
     if not c > 0:
         raise ValueError(f"c: got {c}, expected a number > 0")

@@ -36,7 +36,7 @@ def s6_scan(
     >>> y.ravel(), h.ravel()
     (array([2. , 2.5]), array([1.5]))
     """
-    check_s6(Delta, A, b, c, u, D, h0)
+    _check_s6_scan(Delta, A, b, c, u, D, h0)
     decay, new = _s6_system(Delta, A, b, u)
     states, last = flat_scan(decay, new, h0)
     y = np.einsum("...vn,...n->...v", states, c)
@@ -60,7 +60,7 @@ def s6_scan_backward(
     ...     one, 0 * one, 2 * one, 3 * one, one, one[0], one, one)]
     [6.0, -3.0, 3.0, 3.0, 7.0, 1.0, 3.0]
     """
-    check_s6(Delta, A, b, c, u, D, h0)
+    _check_s6_scan(Delta, A, b, c, u, D, h0)
     check_shaped("dy", dy, u.shape)
     decay, new = _s6_system(Delta, A, b, u)
     states, _ = flat_scan(decay, new, h0)
@@ -200,25 +200,27 @@ def _ssd_state(h0: np.ndarray | None, b: np.ndarray, u: np.ndarray) -> np.ndarra
     return h0
 
 
-def check_s6(Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, h0: Any = None) -> None:
+def _check_s6_scan(Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, h0: Any) -> None:
+    check_s6(Delta, A, b, c, D)
+    check_shaped("u", u, Delta.shape)
+    if h0 is not None:
+        check_shaped("h0", h0, (*Delta.shape[:-2], *A.shape))
+
+
+def check_s6(Delta: Any, A: Any, b: Any, c: Any, D: Any) -> None:
     """S8, K14: the arguments of an S6 layer fit one another.
 
-    >>> check_s6(*-np.ones((2, 1, 1)), *np.ones((3, 1, 1)), None)
+    >>> check_s6(*-np.ones((2, 1, 1)), *np.ones((2, 1, 1)), None)
     Traceback (most recent call last):
     ValueError: Delta: got a value below 0 or NaN, expected numbers >= 0
     """
     check_array("Delta", Delta, ("T", "dv"))
     check_array("A", A, ("dv", "n"))
     check_shaped("A", A, (Delta.shape[-1], A.shape[-1]))
-    for name, x, shape in (
-        ("b", b, (*Delta.shape[:-1], A.shape[-1])),
-        ("c", c, (*Delta.shape[:-1], A.shape[-1])),
-        ("u", u, Delta.shape),
-        ("D", D, Delta.shape[-1:]),
-        ("h0", h0, (*Delta.shape[:-2], *A.shape)),
-    ):
-        if x is not None or name not in ("D", "h0"):
-            check_shaped(name, x, shape)
+    for name, x in (("b", b), ("c", c)):
+        check_shaped(name, x, (*Delta.shape[:-1], A.shape[-1]))
+    if D is not None:
+        check_shaped("D", D, Delta.shape[-1:])
     check_positive("Delta", Delta)
     check_positive("A", A)
 

@@ -82,7 +82,6 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_offsets, check_size
-from attnspec.reference.linear.based_layers import silu
 from attnspec.reference.linear.lightning_attention_1_decay import (
     decay_attend,
     decay_attend_backward,
@@ -99,9 +98,7 @@ from attnspec.reference.linear.lightning_attention_1_layers import (
     Params,
     check_block,
     check_gla,
-    gated_norm,
     mix,
-    project,
     state_shape,
     tnl_block_backward,
     tnl_gla_backward,
@@ -115,7 +112,6 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     srms_norm,
     srms_norm_backward,
 )
-from attnspec.reference.linear.lightning_attention_2_batches import attend_padded
 from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.spec import PADDINGS, PHASES, Coverage, Mechanism, Operation, Paper
 
@@ -212,17 +208,14 @@ def tnl_gla_padded(
     >>> tnl_gla_padded(np.ones((2, 1)), weights, np.array([False, True]), eps=0.0)[0].ravel()
     array([0., 1.])
     """
-    H = check_gla(x, params, state, offset, v_activation, gate, norm, eps)
+    check_gla(x, params, state, offset, v_activation, gate, norm, eps)
     check_array("valid", valid, ("T",), dtype="bool")
     if valid.shape != x.shape[:-1]:
         raise ValueError(f"valid: got shape {valid.shape}, expected {x.shape[:-1]}")
-    x = np.where(valid[..., None], x, np.zeros_like(x))
-    q, k, v, u = project(x, params["Wqkvu"], H)
-    q, k, v = silu(q), silu(k), silu(v) if v_activation else v
-    if params.get("theta") is not None:
-        q, k = (lrpe(part, params["theta"], offset) for part in (q, k))
-    o, state = attend_padded(q, k, v, params["slopes"], valid, state)
-    y = gated_norm(o, u, gate=gate, norm=norm, eps=eps) @ params["Wo"]
+    y, state = mix(
+        np.where(valid[..., None], x, np.zeros_like(x)), params, state, offset, valid,
+        v_activation=v_activation, gate=gate, norm=norm, eps=eps,
+    )  # fmt: skip
     return np.where(valid[..., None], y, np.zeros_like(y)), state
 
 
@@ -247,7 +240,7 @@ def tnl_block(
     array([[7.]])
     """
     check_block(x, params, state, offset, v_activation, gate, norm, eps)
-    mixed, state = tnl_gla(
+    mixed, state = mix(
         srms_norm(x, eps), params, state, offset, v_activation=v_activation, gate=gate, norm=norm,
         eps=eps,
     )  # fmt: skip

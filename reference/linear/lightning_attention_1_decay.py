@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import (
-    check_array,
     check_attention_inputs,
     check_choice,
     check_integer,
     check_size,
 )
 from attnspec.reference.linear import lightning_attention_2 as lightning
+from attnspec.reference.linear.lightning_attention_2_chunks import check_slopes
 from attnspec.reference.linear.lightning_attention_2_tokens import attend_recurrent
 
 DECAY_RULES = ("geometric", "linear")
@@ -167,25 +167,10 @@ def _no_slopes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _check(q: np.ndarray, k: np.ndarray, v: np.ndarray, slopes: np.ndarray) -> None:
     """K14: heads and tokens of q, k and v are the same, and each head has its slope."""
     _check_heads(q, k, v)
-    check_slopes(slopes, q.shape[-3])
+    check_slopes(slopes, q.shape[-3], "slopes")
 
 
 def _check_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
     check_attention_inputs(q, k, v)
     check_size("k", k.shape[-3], q.shape[-3], "heads, as in q")
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-
-
-def check_slopes(slopes: np.ndarray, H: int | None = None) -> None:
-    """S7, K14: finite slopes (H,) of at least 0.
-
-    >>> check_slopes(np.array([-1.0]))
-    Traceback (most recent call last):
-    ValueError: slopes: got [-1.], expected finite slopes >= 0
-    """
-    check_array("slopes", slopes, ("H",))
-    if slopes.ndim != 1 or H not in (None, slopes.shape[0]):
-        wanted = "H" if H is None else H
-        raise ValueError(f"slopes: got shape {slopes.shape}, expected ({wanted},)")
-    if not np.all(np.isfinite(slopes) & (slopes >= 0)):
-        raise ValueError(f"slopes: got {slopes}, expected finite slopes >= 0")

@@ -13,7 +13,6 @@ from attnspec.reference.conventions import check_array, check_choice, check_inte
 from attnspec.reference.linear.based_layers import silu
 from attnspec.reference.linear.flowformer_flows import check_eps, sigmoid
 from attnspec.reference.linear.lightning_attention_1_decay import (
-    check_slopes,
     decay_attend,
     decay_attend_recurrence_backward,
 )
@@ -28,7 +27,8 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     srms_norm_backward,
     weight_gradient,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
+from attnspec.reference.linear.lightning_attention_2_batches import attend_padded
+from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped, check_slopes
 
 Params = Mapping[str, Any]
 GLA_WEIGHTS = ("Wqkvu", "Wo", "slopes")
@@ -198,6 +198,7 @@ def mix(
     params: Params,
     state: np.ndarray | None,
     offset: int,
+    valid: np.ndarray | None = None,
     *,
     v_activation: bool,
     gate: str,
@@ -206,18 +207,21 @@ def mix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """S4-S8: y and the state of `tnl_gla`, whose arguments are taken as right.
 
+    With `valid` (S12), padded tokens do not count; what y holds there means nothing.
+
     >>> weights = {"Wqkvu": np.ones((1, 4)), "Wo": np.ones((1, 1)), "slopes": np.zeros(1)}
     >>> flags = {"v_activation": False, "gate": "linear", "norm": "srms", "eps": 0.0}
     >>> mix(np.ones((2, 1)), weights, None, 0, **flags)[0].ravel()
     array([1., 1.])
     """
     q, k, v, u = project(x, params["Wqkvu"], params["slopes"].shape[0])
-    q, k = silu(q), silu(k)
-    if v_activation:
-        v = silu(v)
+    q, k, v = silu(q), silu(k), silu(v) if v_activation else v
     if params.get("theta") is not None:
         q, k = lrpe(q, params["theta"], offset), lrpe(k, params["theta"], offset)
-    o, state = decay_attend(q, k, v, params["slopes"], state)
+    if valid is None:
+        o, state = decay_attend(q, k, v, params["slopes"], state)
+    else:
+        o, state = attend_padded(q, k, v, params["slopes"], valid, state)
     return gated_norm(o, u, gate=gate, norm=norm, eps=eps) @ params["Wo"], state
 
 
@@ -234,7 +238,7 @@ def check_gla(
     if not isinstance(params, Mapping):
         raise TypeError(f"params: got {type(params).__name__}, expected a mapping of arrays")
     check_names(params, GLA_WEIGHTS)
-    check_slopes(params["slopes"])
+    check_slopes(params["slopes"], name="slopes")
     D, H = x.shape[-1], params["slopes"].shape[0]
     if H < 1 or D % H:
         raise ValueError(f"slopes: got {H} heads, expected a divisor of {D} (D, as in x)")

@@ -180,19 +180,19 @@ def check_shaped(name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")
 
 
-def check_slopes(s: np.ndarray, heads: int | None = None) -> None:
-    """S1, K14: s (heads,) holds finite slopes >= 0, one for each query head.
+def check_slopes(s: np.ndarray, heads: int | None = None, name: str = "s") -> None:
+    """S1, K14: `name` (heads,) holds finite slopes >= 0, one for each query head.
 
     >>> check_slopes(np.array([-1.0]))
     Traceback (most recent call last):
     ValueError: s: got [-1.], expected finite slopes >= 0
     """
-    check_array("s", s, ("heads",))
+    check_array(name, s, ("heads",))
     if s.ndim != 1 or heads not in (None, s.shape[0]):
         wanted = "heads" if heads is None else heads
-        raise ValueError(f"s: got shape {s.shape}, expected ({wanted},)")
+        raise ValueError(f"{name}: got shape {s.shape}, expected ({wanted},)")
     if not np.all(np.isfinite(s) & (s >= 0)):
-        raise ValueError(f"s: got {s}, expected finite slopes >= 0")
+        raise ValueError(f"{name}: got {s}, expected finite slopes >= 0")
 
 
 def check_log_decays(k: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:

@@ -31,3 +31,9 @@ def test_outputs_and_gradients(T: int, K: int, d: int, with_state: bool) -> None
         got, [expected, *torch.autograd.grad(expected, wide, dy.double())], strict=True
     ):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_float64_is_for_the_cpu() -> None:
+    p, w, b = (torch.ones(shape, dtype=torch.float64) for shape in ((1, 1, 2, 3), (3, 2), (3,)))
+    with pytest.raises(TypeError, match=r"^p: "):
+        causal_filter(p, w, b, backend="triton")

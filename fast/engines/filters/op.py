@@ -18,7 +18,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
-    choose_backend,
+    choose_by_dtype,
     load,
 )
 
@@ -31,8 +31,8 @@ def causal_filter(
     """y[t, c] = b[c] + sum_m w[c, m] p[t - (K - 1) + m, c] for p (B, H, T, d).
 
     w (d, K) and b (d,) serve every head. Rows before the first are those of `state`
-    (B, H, K - 1, d), zeros without one. Computed in float32, float64 for float64. Differentiable in
-    all four, once; the gradients are bitwise repeatable.
+    (B, H, K - 1, d), zeros without one. Computed in float32, or in float64 for float64, which is
+    for the CPU alone. Differentiable in all four, once; the gradients are bitwise repeatable.
     """
     check_tensor("p", p, ("batch", "heads", "T", "d"), FLOATS)
     check_tensor("w", w, ("d", "K"), FLOATS)
@@ -49,7 +49,7 @@ def causal_filter(
         expected = (*p.shape[:2], w.shape[1] - 1, p.shape[3])
         if tuple(state.shape) != expected:
             raise ValueError(f"state: got shape {tuple(state.shape)}, expected {expected}")
-    return _forward(p, w, b, state, choose_backend(backend, p))
+    return _forward(p, w, b, state, choose_by_dtype(backend, "p", p))
 
 
 def _kernels(backend: str) -> ModuleType:

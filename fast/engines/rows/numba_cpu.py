@@ -13,7 +13,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, wide
 from attnspec.fast.engines.numba_math import exp
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp", "afn"}
@@ -176,8 +176,7 @@ def _lift_backward(
 
 def _wide(x: Tensor) -> Tensor:
     """Contiguous, float64 as it is and everything else as float32."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.detach().to(wide).contiguous()
+    return wide(x.detach()).contiguous()
 
 
 def _numpy(*arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from attnspec.fast.backend import (
     check_device,
     check_size,
     check_tensor,
-    choose_backend,
+    choose_by_dtype,
     load,
     unobserved,
 )
@@ -108,7 +108,7 @@ def gated_norm(
         for size, wanted, axis in zip(u.shape, expected, ("batch", "tokens", "width"), strict=True):
             check_size("u", size, wanted, f"{axis}, as in o")
     run = run_norm if unobserved(o, u) else norm_op
-    return run(o, u, float(eps), _backend(backend, o))
+    return run(o, u, float(eps), choose_by_dtype(backend, "x", o))
 
 
 def run_lift(
@@ -217,11 +217,4 @@ def lift(
         check_size("positions", positions.shape[0], x.shape[2], "tokens, as in x")
         check_device("positions", positions, "x", x)
     run = run_lift if unobserved(x, theta) else lift_op
-    return run(x, theta, positions, offset, activate, _backend(backend, x))
-
-
-def _backend(backend: str | None, x: Tensor) -> str:
-    chosen = choose_backend(backend, x)
-    if chosen == "triton" and x.dtype == torch.float64:
-        raise TypeError("x: got dtype torch.float64, expected float32, float16 or bfloat16")
-    return chosen
+    return run(x, theta, positions, offset, activate, choose_by_dtype(backend, "x", x))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, unobserved
+from attnspec.fast.backend import choose_by_dtype, load, unobserved
+from attnspec.fast.engines.scan.op import state_dtype
 
 
 @cache
@@ -20,19 +21,6 @@ def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_elementwise" if backend == "numba" else "triton_elementwise"
     return load(f"attnspec.fast.engines.scan.{module}")
-
-
-def choose(backend: str | None, name: str, x: Tensor) -> str:
-    """The backend for `x`; float64 is for the CPU alone, whose states are float64 then."""
-    chosen = choose_backend(backend, x)
-    if chosen == "triton" and x.dtype == torch.float64:
-        raise TypeError(f"{name}: got dtype torch.float64, expected float32, float16 or bfloat16")
-    return chosen
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of states: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def run(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
@@ -46,7 +34,7 @@ elementwise_op = torch.library.custom_op("attnspec::elementwise", run, mutates_a
 @elementwise_op.register_fake
 def _(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     batch, _, channels = x.shape
-    return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=wide(x))
+    return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=state_dtype(x))
 
 
 @torch.library.custom_op("attnspec::elementwise_backward", mutates_args=())
@@ -88,4 +76,4 @@ def elementwise(
     Differentiable in all three; the gradient of a sees h as it was rounded to the dtype of x.
     """
     forward = run if unobserved(a, x, h0) else elementwise_op
-    return forward(a, x, h0, choose(backend, "x", x))
+    return forward(a, x, h0, choose_by_dtype(backend, "x", x))

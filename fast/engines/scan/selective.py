@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
-from attnspec.fast.engines.scan.elementwise import choose, wide
+from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide
+from attnspec.fast.engines.scan.op import state_dtype
 
 
 @cache
@@ -41,7 +41,7 @@ def _(
     Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor, D: Tensor | None, h0: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=wide(u))
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=state_dtype(u))
 
 
 @torch.library.custom_op("attnspec::selective_backward", mutates_args=())
@@ -55,7 +55,7 @@ def selective_backward_op(
     dDelta, dA, db, dc, du, dh0 = made
     dD = u.new_empty(0)
     if D is not None:
-        dD = (dy.to(wide(u)) * u.to(wide(u))).sum((0, 1)).to(D.dtype)
+        dD = (wide(dy) * wide(u)).sum((0, 1)).to(D.dtype)
     return dDelta, dA.to(A.dtype), db, dc, du, dD, dh0
 
 
@@ -107,4 +107,4 @@ def selective(
     """
     tensors = (Delta, A, b, c, u, D, h0)
     forward = run if unobserved(*tensors) else selective_op
-    return forward(*tensors, choose(backend, "u", u))
+    return forward(*tensors, choose_by_dtype(backend, "u", u))

@@ -24,18 +24,24 @@ def join(a, x, later_a, later_x):
     return a * later_a, later_a * x + later_x
 
 
+@triton.jit
+def place_of(channels, segments, BC: tl.constexpr):
+    """A program's channels and which of them there are, its segment, and its row of the batch."""
+    parts = tl.cdiv(channels, BC)
+    program = tl.program_id(0)
+    lanes = (program % parts) * BC + tl.arange(0, BC)
+    segment = (program // parts) % segments
+    row = ((program // parts) // segments).to(tl.int64)
+    return lanes, lanes < channels, segment, row
+
+
 @triton.jit(do_not_specialize=["a_b", "a_t", "x_b", "x_t", "tokens", "length", "segments"])
 def totals_kernel(
     a, a_b, a_t, a_c, x, x_b, x_t, x_c, products, sums, tokens, length, segments, channels,
     BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """A segment's product of a and its last h from 0, rows (batch, segments, channels)."""
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    lanes = (program % parts) * BC + tl.arange(0, BC)
-    segment = (program // parts) % segments
-    row = ((program // parts) // segments).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, segment, row = place_of(channels, segments, BC)
     rows = tl.arange(0, ROWS)
     a += row * a_b + lanes.to(tl.int64) * a_c
     x += row * x_b + lanes.to(tl.int64) * x_c
@@ -76,12 +82,7 @@ def walk_kernel(
     Backwards, out is dx. With GRADIENT also da = dx times the h before, which for token 0 is
     `before` if PREVIOUS, else 0; and `last` is a_0 dx_0, the gradient of what is before it.
     """
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    lanes = (program % parts) * BC + tl.arange(0, BC)
-    segment = (program // parts) % segments
-    row = ((program // parts) // segments).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, segment, row = place_of(channels, segments, BC)
     rows = tl.arange(0, ROWS)
     wide = lanes.to(tl.int64)
     a += row * a_b + wide * a_c

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan.configs import lanes
-from attnspec.fast.engines.scan.triton_elementwise import join, segment_length
+from attnspec.fast.engines.scan.triton_elementwise import join, place_of, segment_length
 
 FREE = [
     "d_b", "d_t", "b_b", "b_t", "c_b", "c_t", "u_b", "u_t", "y_b", "y_t", "tokens", "length",
@@ -44,12 +44,7 @@ def forward_kernel(
     """By MODE, 0: a segment's own state and its sum of Delta. From the state that enters it, 1: its
     y, and the last state; 2: the state before every tile.
     """
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    lanes = (program % parts) * BC + tl.arange(0, BC)
-    segment = (program // parts) % segments
-    row = ((program // parts) // segments).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, segment, row = place_of(channels, segments, BC)
     numbers = tl.arange(0, BN)
     real = numbers < N
     rates, at, known = rates_of(A, lanes, inside, N, BN)
@@ -105,12 +100,7 @@ def reverse_kernel(
     """The gradient g of the states, from the end: a segment's own and its sum of Delta one row
     later; or, if MARK, the g behind every tile.
     """
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    lanes = (program % parts) * BC + tl.arange(0, BC)
-    segment = (program // parts) % segments
-    row = ((program // parts) // segments).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, segment, row = place_of(channels, segments, BC)
     numbers = tl.arange(0, BN)
     real = numbers < N
     rates, at, known = rates_of(A, lanes, inside, N, BN)
@@ -151,11 +141,7 @@ def chain_kernel(
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Turn segments' own states into those that enter them, in place, and `first` into `last`."""
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    lanes = (program % parts) * BC + tl.arange(0, BC)
-    row = (program // parts).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, _, row = place_of(channels, 1, BC)
     rates, at, known = rates_of(A, lanes, inside, N, BN)
     size = tl.cast(channels, tl.int64) * N
     h = tl.zeros((BN, BC), tl.float32)
@@ -179,13 +165,8 @@ def gradient_kernel(
     """The gradients of a tile from the state `before` it, which becomes its part of dA, and from g
     `behind` it; db and dc (parts, all rows, N) are those of this program's channels.
     """
-    parts = tl.cdiv(channels, BC)
-    program = tl.program_id(0)
-    part = program % parts
-    lanes = part * BC + tl.arange(0, BC)
-    tile = (program // parts) % tiles
-    row = ((program // parts) // tiles).to(tl.int64)
-    inside = lanes < channels
+    lanes, inside, tile, row = place_of(channels, tiles, BC)
+    part = tl.program_id(0) % tl.cdiv(channels, BC)
     rows = tl.arange(0, ROWS)
     t = tile.to(tl.int64) * ROWS + rows
     valid = t < tokens
