@@ -89,12 +89,14 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The generator's modules, which live beside the pages and not in the package."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    # A study's script, run as one, finds beside it what it imports.
+    for folder in ("docs/studies", "docs"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     yield lambda name: importlib.import_module(name)
     for name in [
         n
         for n in sys.modules
-        if n.partition(".")[0] in ("pages", "pictures", "studies", "generate")
+        if n.partition(".")[0] in ("pages", "pictures", "studies", "running", "generate")
     ]:
         del sys.modules[name]
 

@@ -8,7 +8,7 @@ A study ``<name>`` is two modules and a file in ``docs/studies``: ``<name>.py``,
 - ``text(results)``, the body of the page in reStructuredText;
 - `FIGURES`, by name a caption and a function ``draw(results, ink)`` that returns the figure.
 
-Without numbers there is no page.
+Without numbers there is no page. What the scripts share is in ``running.py``.
 """
 
 from __future__ import annotations

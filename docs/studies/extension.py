@@ -14,8 +14,6 @@ behind it; in a test one is. Chance is one in 50.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 import time
@@ -27,15 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from running import learn, opening, options, thinned, write
 from torch import Tensor, nn
 
-from attnspec.conformance.bench.run import provenance
 from attnspec.fast.blocks import Heads, joined
 from attnspec.fast.linear.based_module import ConvolutionBlock
 from attnspec.fast.positions import entropy_abf, giraffe
 from attnspec.reference.positions.giraffe_lines import LARGEST, make_lines
 
-RESULT = Path(__file__).with_suffix(".json")
 LINE = re.compile(r"^line ([a-z]{2}): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)
 QUESTION = re.compile(r"of line ([a-z]{2})\?")
 IDS, THOUSAND = 26 * 26, 1000
@@ -203,11 +200,7 @@ def train(
         tokens, asked, answers = draw_batch(rng, batch, tokens_of_prompt, questions, device)
         logits = model(tokens, asked, scheme, places(tokens, scheme, True))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        learn(loss, optimiser, schedule)
         losses.append(loss.item())
     return losses
 
@@ -258,11 +251,7 @@ def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
     )  # fmt: skip
     asked_of = tests(settings, device)
     results: dict[str, Any] = {
-        "study": "extension",
-        **provenance(),
-        "device": device,
-        "dtype": "float32",
-        "settings": asdict(settings),
+        **opening("extension", device, settings),
         "parameters": sum(p.numel() for p in model.parameters()),
         "numbers": NUMBERS,
         "trained": {"seconds": round(time.perf_counter() - start, 1), "loss": thinned(losses)},
@@ -294,23 +283,6 @@ def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
     return results
 
 
-def thinned(losses: list[float], points: int = 30) -> list[list[float]]:
-    """Means of the losses of `points` stretches, each with its last step."""
-    every = max(1, len(losses) // points)
-    return [
-        [first + len(part), round(sum(part) / len(part), 4)]
-        for first in range(0, len(losses), every)
-        if (part := losses[first : first + every])
-    ]
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one piece."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
-
-
 def report(record: dict[str, Any]) -> None:
     """A line on a finished run."""
     how = "tuned" if record["tuned"] else "as is"
@@ -319,11 +291,8 @@ def report(record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, __file__, "a tiny model, a few steps")
     parser.add_argument("--steps", type=int, help="steps of training before positions are changed")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     given = parser.parse_args()
     settings = Settings()
     if given.smoke:

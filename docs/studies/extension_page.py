@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages import rest
+from pages import evidence, rest
 from pictures import Ink, panels
 
 TITLE = "Longer contexts by other positions"
@@ -14,13 +14,7 @@ MARKERS = "osD^vP*Xh<>pd8"
 
 def text(results: dict[str, Any]) -> str:
     """The task, the model, the schemes, two tables, and how to read them."""
-    s, environment = results["settings"], results["environment"]
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("torch", "triton", "numba")
-        if name in environment
-    )
-    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
+    s = results["settings"]
     short, longer = s["length"], s["tuned_length"]
     return rest.page(
         f"A model has learned to look up lines in prompts of {short} tokens. How does it fare on "
@@ -78,8 +72,7 @@ def text(results: dict[str, Any]) -> str:
             css="figures",
         ),
         _best(results),
-        f"Measured on {rest.escape(where)}, {results['date']}, commit "
-        f"{results['commit'] or 'unknown'}, {versions}.",
+        evidence.measured(results),
         rest.directive("code-block", "console", "$ python docs/studies/extension.py"),
     )
 

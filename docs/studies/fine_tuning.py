@@ -14,26 +14,21 @@ so that the loss falls with the length of the context for as long as there are p
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from running import learn, need, opening, options, thinned, write
 from torch import Tensor, nn
 
-from attnspec.conformance.bench.run import provenance
 from attnspec.fast.backend import launch_count
 from attnspec.fast.patterns.longlora import choose_group_size, interpolation_factor, s2_mask
 from attnspec.fast.patterns.longlora_adapters import adapt, merge
 from attnspec.fast.patterns.sinklora import sf_mask
 from attnspec.fast.transformers import register
-
-RESULT = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -111,11 +106,12 @@ class PairEmbedding(nn.Module):
 
 def make_model(settings: Settings, factor: float = 1.0) -> Any:
     """A Llama with random weights whose positions are divided by `factor`."""
-    library = _library()
+    import transformers
+
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
     if factor > 1:
         rope |= {"rope_type": "linear", "factor": factor}
-    config = library.LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.width,
         intermediate_size=2 * settings.width,
@@ -129,19 +125,9 @@ def make_model(settings: Settings, factor: float = 1.0) -> Any:
         initializer_range=settings.width**-0.5,
         attn_implementation="attnspec",
     )
-    model = library.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     model.set_input_embeddings(PairEmbedding(settings.vocabulary, settings.width))
     return model
-
-
-def _library() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise SystemExit(
-            'this study needs transformers: pip install "attnspec[transformers]"'
-        ) from None
-    return transformers
 
 
 def train(
@@ -160,11 +146,7 @@ def train(
     for _ in range(steps):
         tokens = draw_batch(settings, batch, length, generator)
         loss = model(tokens, labels=tokens, use_cache=False).loss
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
+        learn(loss, optimiser, schedule)
         losses.append(loss.item())
     return losses
 
@@ -232,6 +214,8 @@ def lengthened(base: Any, settings: Settings) -> Any:
 
 def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
     """Train the short model, then fine-tune it in every way; `path` has what is known so far."""
+    import transformers
+
     start = time.perf_counter()
     register()
     register("study_s2", mechanism="longlora", G=settings.group)
@@ -243,12 +227,8 @@ def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
         settings.seed, device,
     )  # fmt: skip
     results: dict[str, Any] = {
-        "study": "fine_tuning",
-        **provenance(),
-        "transformers": _library().__version__,
-        "device": device,
-        "dtype": "float32",
-        "settings": asdict(settings),
+        **opening("fine_tuning", device, settings),
+        "transformers": transformers.__version__,
         "group": settings.group,
         "parameters": sum(p.numel() for p in base.parameters()),
         "pairs": pairs_share(settings),
@@ -258,9 +238,7 @@ def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
 
     def keep(record: dict[str, Any]) -> None:
         results["runs"].append(record)
-        path_of_parts = path.with_suffix(".part")
-        path_of_parts.write_text(json.dumps(results, indent=1) + "\n")
-        path_of_parts.replace(path)
+        write(path, results)
         shown = " ".join(f"{loss:.2f}" for loss in record["loss"])
         print(f"{record['name']:<24} {shown}  {record.get('seconds', 0):.0f} s", flush=True)
 
@@ -270,27 +248,15 @@ def study(settings: Settings, device: str, path: Path) -> dict[str, Any]:
         for attention in IMPLEMENTATIONS:
             keep(tune(base, settings, attention, weights, device))
     results["total_seconds"] = round(time.perf_counter() - start, 1)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write(path, results)
     return results
 
 
-def thinned(losses: list[float], points: int = 30) -> list[list[float]]:
-    """Means of the losses of `points` stretches, each with its last step."""
-    every = max(1, math.ceil(len(losses) / points))
-    return [
-        [first + len(part), round(sum(part) / len(part), 4)]
-        for first in range(0, len(losses), every)
-        if (part := losses[first : first + every])
-    ]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, __file__, "a tiny model, a few steps")
     parser.add_argument("--steps", type=int, help="steps of training at the short context")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     given = parser.parse_args()
+    need("transformers", '"attnspec[transformers]"')
     settings = Settings()
     if given.smoke:
         settings = Settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages import rest
+from pages import evidence, rest
 from pictures import Ink, panels
 
 from attnspec.reference.patterns.sinklora import sf_head_kind
@@ -18,13 +18,7 @@ STYLES = {"all": "-", "LoRA": ":", "LoRA+": "--"}
 
 def text(results: dict[str, Any]) -> str:
     """The language, the model, the budget, a table of all runs, and how to read it."""
-    s, environment = results["settings"], results["environment"]
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("torch", "triton", "numba")
-        if name in environment
-    )
-    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
+    s = results["settings"]
     short, long = s["length"], s["tuned_length"]
     least, most = s["phrases"]
     return rest.page(
@@ -66,8 +60,7 @@ def text(results: dict[str, Any]) -> str:
             css="figures",
         ),
         _summary(results),
-        f"Measured on {rest.escape(where)}, {results['date']}, commit "
-        f"{results['commit'] or 'unknown'}, {versions}.",
+        evidence.measured(results),
         rest.directive("code-block", "console", "$ python docs/studies/fine_tuning.py"),
     )
 

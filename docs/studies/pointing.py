@@ -12,19 +12,17 @@ answer's next position. There is no glimpse. Slot 0 is the end of a hull; a tour
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from running import cosine, learn, opening, options, write
 from torch import Tensor, nn
 
-from attnspec.conformance.bench.run import provenance
 from attnspec.fast.scores.pointer_networks import (
     is_permutation,
     pointer_cross_entropy,
@@ -37,7 +35,6 @@ from attnspec.fast.scores.pointer_networks_decoding import beam_decode, greedy_d
 from attnspec.fast.scores.pointer_networks_tasks import hull_targets, hulls_metrics
 from attnspec.reference.scores.pointer_networks_tours import nearest_neighbour_tour
 
-RESULT = Path(__file__).with_suffix(".json")
 State = tuple[Tensor, ...]
 
 
@@ -175,7 +172,7 @@ def train(task: str, settings: Settings, device: str) -> Iterator[dict[str, Any]
     low, high = settings.points
     numbers = torch.randint(low, high + 1, (settings.steps,), generator=generator).tolist()
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, settings))
+    schedule = cosine(optimiser, settings.steps, settings.warm_up)
     curve: dict[str, list[Any]] = {"step": [], "loss": [], "accuracy": [], "valid": []}
     record: dict[str, Any] = {
         "task": task,
@@ -188,11 +185,7 @@ def train(task: str, settings: Settings, device: str) -> Iterator[dict[str, Any]
         points = torch.rand(settings.batch, n, 2, generator=generator)
         targets = solve(task, points)
         loss = model.loss(points.to(device), targets.to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        optimiser.step()
-        schedule.step()
+        learn(loss, optimiser, schedule, norm=2.0)
         losses.append(loss.detach())
         if step % max(1, settings.steps // settings.evaluations) and step != settings.steps:
             continue
@@ -241,22 +234,10 @@ def nearest_neighbours(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def rate(step: int, settings: Settings) -> float:
-    """The learning rate of a step, of the highest: a linear rise, then half a cosine to 0."""
-    rise = max(1.0, settings.warm_up * settings.steps)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1.0, settings.steps - rise))
-
-
 def study(settings: Settings, device: str, path: Path) -> None:
     """Both tasks; `path` has what is known at any time."""
     results: dict[str, Any] = {
-        "study": "pointing",
-        **provenance(),
-        "device": device,
-        "dtype": "float32",
-        "settings": asdict(settings),
+        **opening("pointing", device, settings),
         "nearest": nearest_neighbours(settings),
         "runs": [],
     }
@@ -272,13 +253,6 @@ def study(settings: Settings, device: str, path: Path) -> None:
             print(task, row, flush=True)
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one piece."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
-
-
 SMOKE = Settings(
     points=(5, 6), hulls=(5, 7), tours=(5, 7), width=16, batch=8, steps=4, evaluations=2, tested=8
 )
@@ -286,12 +260,9 @@ SMOKE = Settings(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, __file__, "tiny networks, a few steps")
     parser.add_argument("--steps", type=int, help="steps of training, of both networks")
     parser.add_argument("--width", type=int, help="width of their LSTM layers")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks, a few steps")
     given = parser.parse_args()
     settings = SMOKE if given.smoke else Settings()
     changes = {"steps": given.steps, "width": given.width}

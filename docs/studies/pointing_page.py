@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from pages import rest
+from pages import evidence, rest
 from pictures import Ink, panels
 
 TITLE = "Hulls and tours by pointing"
@@ -16,14 +16,8 @@ NAMES = {"hull": "convex hull", "tsp": "shortest tour"}
 
 def text(results: dict[str, Any]) -> str:
     """The tasks, the budget, a table for each task, and how to read them."""
-    s, environment = results["settings"], results["environment"]
+    s = results["settings"]
     low, high = s["points"]
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("torch", "triton", "numba")
-        if name in environment
-    )
-    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
     done = [run for run in results["runs"] if "cpu_seconds" in run]
     seconds = " and ".join(f"{run['cpu_seconds']:.0f}" for run in done)
     return rest.page(
@@ -45,8 +39,7 @@ def text(results: dict[str, Any]) -> str:
         "answer counts as wrong. Coverage of hulls and length of tours are means over valid "
         "answers; coverage is left out where more than 1% are invalid, as in the paper.",
         *(_table(run, results) for run in results["runs"] if "tests" in run),
-        f"Measured on {rest.escape(where)}, {results['date']}, commit "
-        f"{results['commit'] or 'unknown'}, {versions}.",
+        evidence.measured(results),
         rest.directive(
             "code-block", "console", "$ OMP_NUM_THREADS=1 python docs/studies/pointing.py"
         ),

@@ -12,8 +12,6 @@ is asked, its value is to be predicted; nothing else counts. Chance is one in `v
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
 import time
@@ -24,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from running import cosine, learn, opening, options, write
 from torch import Tensor, nn
 
-from attnspec.conformance.bench.run import provenance
 from attnspec.fast.blocks import Block
 from attnspec.fast.dense.attention_module import AttentionBlock
 from attnspec.fast.linear.based_module import ConvolutionBlock, TaylorBlock, WindowBlock
@@ -35,7 +33,6 @@ from attnspec.fast.linear.lightnet_module import LightNetBlock
 from attnspec.fast.linear.lightning_attention_2_module import LightningBlock
 from attnspec.fast.linear.titans_module import TitansBlock
 
-RESULT = Path(__file__).with_suffix(".json")
 FILLER = 0
 
 
@@ -189,7 +186,7 @@ def train(
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, settings))
+    schedule = cosine(optimiser, settings.steps, settings.warm_up)
     sizes = model.state_sizes(settings.length)
     curve: dict[str, list[float]] = {"step": [], "loss": [], "recall": []}
     record: dict[str, Any] = {
@@ -210,17 +207,21 @@ def train(
     trained = seconds = 0.0
     start = time.perf_counter()
     for step, draw in enumerate(draws, 1):
-        batch = draw_batch(settings, settings.pairs[draw], settings.batch, generator)
-        losses.append(learn(model, batch, optimiser))
-        schedule.step()
+        tokens, asked, values = draw_batch(
+            settings, settings.pairs[draw], settings.batch, generator
+        )
+        logits = model(tokens, asked)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), values.flatten())
+        learn(loss, optimiser, schedule)
+        losses.append(loss.detach())
         if step % every and step != settings.steps:
             continue
-        loss = float(torch.stack(losses).mean())
+        mean = float(torch.stack(losses).mean())
         seconds += time.perf_counter() - start
         trained += len(losses)
         losses = []
         curve["step"].append(step)
-        curve["loss"].append(loss)
+        curve["loss"].append(mean)
         curve["recall"].append(
             recall(model, settings, settings.pairs[-1], settings.tested // 8, device)
         )
@@ -228,7 +229,7 @@ def train(
         rate_of_tokens = trained * settings.batch * settings.length / seconds
         record |= {"seconds": round(seconds, 2), "tokens_per_second": round(rate_of_tokens)}
         record["stopped"] = start > deadline and step != settings.steps
-        record["diverged"] = not math.isfinite(loss)
+        record["diverged"] = not math.isfinite(mean)
         yield record
         if record["stopped"] or record["diverged"]:
             break
@@ -237,28 +238,6 @@ def train(
         for pairs in settings.pairs
     }
     yield record
-
-
-def rate(step: int, settings: Settings) -> float:
-    """The learning rate of a step, of the highest: a linear rise, then half a cosine to 0."""
-    rise = max(1.0, settings.warm_up * settings.steps)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1.0, settings.steps - rise))
-
-
-def learn(
-    model: Model, batch: tuple[Tensor, Tensor, Tensor], optimiser: torch.optim.Optimizer
-) -> Tensor:
-    """One step of training; the loss, in nats a question."""
-    tokens, asked, values = batch
-    logits = model(tokens, asked)
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), values.flatten())
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    return loss.detach()
 
 
 def compile_kernels(run: Run, settings: Settings, device: str) -> None:
@@ -280,11 +259,7 @@ def study(
     if device == "cuda":
         warm(runs, settings, device)
     results: dict[str, Any] = {
-        "study": "recall",
-        **provenance(),
-        "device": device,
-        "dtype": "float32",
-        "settings": asdict(settings),
+        **opening("recall", device, settings),
         "prepared_seconds": round(time.perf_counter() - start, 1),
         "runs": [],
     }
@@ -327,13 +302,6 @@ def warm(runs: tuple[Run, ...], settings: Settings, device: str) -> None:
             future.exception()
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file in one piece."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
-
-
 def report(record: dict[str, Any], n: int, runs: int) -> None:
     """A line on a finished run."""
     if "recall" not in record:
@@ -362,13 +330,10 @@ def smoke() -> tuple[tuple[Run, ...], Settings]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, __file__, "tiny models, a few steps")
     parser.add_argument("--minutes", type=float, default=6.0, help="limit of the whole study")
     parser.add_argument("--steps", type=int, help="steps of training of every model")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
     parser.add_argument("--only", help="run the models whose name contains this")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps")
     given = parser.parse_args()
     runs, settings = smoke() if given.smoke else (RUNS, Settings())
     if given.steps:

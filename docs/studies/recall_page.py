@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages import rest
+from pages import evidence, rest
 from pictures import Ink, panels
 
 TITLE = "Recall and the size of the state"
@@ -21,17 +21,11 @@ MARKERS = "osD^vP*Xh<"
 
 def text(results: dict[str, Any]) -> str:
     """The task, the budget, a table of all runs, and how to read it."""
-    s, environment = results["settings"], results["environment"]
+    s = results["settings"]
     hardest = str(s["pairs"][-1])
     *fewer, most = map(str, s["pairs"])
     pairs = f"{', '.join(fewer)} or {most}"
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("torch", "triton", "numba")
-        if name in environment
-    )
     rates = " and ".join(f"{rate:g}" for rate in s["learning_rates"])
-    where = environment.get("gpu") or f"{environment.get('machine', '')} CPU"
     return rest.page(
         "Can a layer look up in the context what it was told there, and how much must a decoder "
         "carry for it? Models of two mixers, all else equal, are trained on one task with one "
@@ -71,9 +65,7 @@ def text(results: dict[str, Any]) -> str:
             css="figures",
         ),
         _best(results, hardest),
-        f"Measured on {rest.escape(where)}, {results['date']}, commit "
-        f"{results['commit'] or 'unknown'}, {versions}. Tokens per second include everything in a "
-        "step of training.",
+        f"{evidence.measured(results)} Tokens per second include everything in a step of training.",
         rest.directive("code-block", "console", "$ python docs/studies/recall.py"),
     )
 

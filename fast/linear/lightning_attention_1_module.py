@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnspec.fast.backend import check_choice, check_integer, check_size, check_tensor
+from attnspec.fast.backend import check_integer, check_size, check_tensor
 from attnspec.fast.linear.lightning_attention_1 import (
     layer_slopes,
     lrpe_frequencies,
     srms_norm,
     tnl_block,
 )
-from attnspec.fast.linear.lightning_attention_1_decay import DECAY_RULES
 from attnspec.fast.linear.lightning_attention_1_layers import Options, check_options
 
 WEIGHTS = ("Wqkvu", "Wo", "Wv", "Wu", "Wd")
@@ -50,7 +49,7 @@ class TransNormerBlock(nn.Module):
         check_integer("layer", layer, least=0)
         if layer >= n_layers:
             raise ValueError(f"layer: got {layer}, expected an integer below {n_layers} (n_layers)")
-        check_choice("decay_rule", decay_rule, DECAY_RULES)
+        slopes = layer_slopes(heads, layer, n_layers, decay_rule=decay_rule)
         check_options(Options(v_activation, gate, norm, eps))
         inner = 8 * math.ceil(width / 3) if hidden is None else hidden
         shapes = {
@@ -62,7 +61,6 @@ class TransNormerBlock(nn.Module):
         }
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.randn(shape) / shape[0] ** 0.5))
-        slopes = layer_slopes(heads, layer, n_layers, decay_rule=decay_rule)
         self.register_buffer("slopes", slopes.float())
         theta = lrpe_frequencies(heads, width // heads, base).float()
         if not (layer == 0 if lrpe is None else lrpe):

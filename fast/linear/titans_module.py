@@ -73,15 +73,15 @@ class TitansBlock(Block):
         return first_state(self, batch)
 
     def state_size(self, tokens: int) -> int:
-        rows = 0
+        rows = asked = 0
         if self.layout == "mac" and tokens:
-            rows = 2 * (tokens - (tokens - 1) // self.segment * self.segment)
+            rows = 2 * ((tokens - 1) % self.segment + 1)
+            asked = numbers(tuple(self.first))
         elif self.layout == "mag":
             rows = min(tokens, self.window)
         elif self.layout == "mal":
             prefix = self.prefix.shape[0]
             rows = min(tokens + prefix, self.window) - min(prefix, self.window)
-        asked = numbers(tuple(self.first)) if self.layout == "mac" and tokens else 0
         return super().state_size(tokens) + 2 * rows * self.width + asked
 
     def mix(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState | None]:
