@@ -113,25 +113,25 @@ def place(arch: int, element_size: int, width: int) -> Key:
 
 
 def places(
-    kernel: Key,
-    hopper: Mapping[int, Sequence[Config]],
+    candidates: Mapping[Key, Sequence[Config]],
     other: Mapping[int, Config],
     single: Mapping[int, Config],
 ) -> dict[Key, tuple[Config, ...]]:
-    """The candidates of a kernel for every `place`: those for Hopper by head size, and those around
-    a default, with other warps and stages. "other" tries Hopper's too: what does not fit is refused
-    when it is compiled.
+    """The candidates of kernels for every `place`: those for Hopper, by kernel and head size, and
+    those around a default, with other warps and stages. "other" tries Hopper's too: what does not
+    fit is refused when it is compiled.
     """
-    found = {(*kernel, width): tuple(each) for width, each in hopper.items()}
-    for word, defaults in (("other", other), ("32-bit", single)):
-        for width, default in defaults.items():
-            around: list[Any] = [
-                replace(default, warps=warps, stages=stages)  # type: ignore[type-var]
-                for warps in (4, 8)
-                for stages in (1, 2, 3)
-            ]
-            more = hopper[width] if word == "other" else ()
-            found[(*kernel, word, width)] = (default, *around, *more)
+    found = {key: tuple(each) for key, each in candidates.items()}
+    for kernel in dict.fromkeys(key[:-1] for key in candidates):
+        for word, defaults in (("other", other), ("32-bit", single)):
+            for width, default in defaults.items():
+                around: list[Any] = [
+                    replace(default, warps=warps, stages=stages)  # type: ignore[type-var]
+                    for warps in (4, 8)
+                    for stages in (1, 2, 3)
+                ]
+                more = candidates[(*kernel, width)] if word == "other" else ()
+                found[(*kernel, word, width)] = (default, *around, *more)
     return found
 
 
@@ -176,7 +176,6 @@ def load(path: str | os.PathLike[str]) -> None:
     table was made on a GPU of another compute capability than the current one, or if it names a key
     or a configuration that this version does not have: then tune again.
     """
-    global _unread
     try:
         data = json.loads(Path(path).read_text())
         made_on, choices = data["capability"], dict(data["choices"])
@@ -196,7 +195,6 @@ def load(path: str | os.PathLike[str]) -> None:
     reset()
     for table, key, config in found:
         table.chosen[key] = config
-    _unread = False
 
 
 def reset() -> None:

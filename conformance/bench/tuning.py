@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from datetime import UTC, datetime
 from statistics import geometric_mean
 from typing import Any
 
 from attnspec.conformance.bench.model import Benchmark
+from attnspec.conformance.bench.run import provenance
 from attnspec.conformance.bench.timing import time_call
 from attnspec.conformance.kernel import Kernel, Tuner
-from attnspec.conformance.report import environment
 
 LEAST_GAIN = 1.02
 """What a candidate must gain to replace the configuration in force."""
@@ -55,11 +54,10 @@ def tune_kernels(
     summary = summarise(rows)
     return {
         **_device(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **provenance(),
         "choices": {row["key"]: row["candidate"] for row in summary if row["chosen"]},
         "summary": summary,
         "measured": rows,
-        "environment": environment(),
     }
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    check_device,
     check_integer,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.columns import weight_rows
@@ -104,7 +106,7 @@ def select_values(P: Tensor, c: int, *, backend: str | None = None) -> tuple[Ten
     idx = top_k(P, c, backend=backend)
     # Ascending indices and a stable sort keep equal weights in the order of their indices.
     kept, order = P.gather(-1, idx).sort(dim=-1, descending=True, stable=True)
-    return idx.gather(-1, order), _wide(kept).sum(-1).to(P.dtype)
+    return idx.gather(-1, order), wide(kept).sum(-1).to(P.dtype)
 
 
 def attend_selected(
@@ -134,11 +136,10 @@ def attend_selected(
     if idx.shape[:3] != P.shape[:3]:
         raise ValueError(f"idx: got shape {tuple(idx.shape)}, expected {tuple(P.shape[:3])} first")
     for name, x, limit in (("idx", idx, P.shape[3]), ("hv", hv, v.shape[1])):
-        if x.device != P.device:
-            raise ValueError(f"{name}: got device {x.device}, expected {P.device}, as P")
+        check_device(name, x, "P", P)
         if checkable(x) and x.numel() and not bool(((x >= 0) & (x < limit)).all()):
             raise ValueError(f"{name}: got entries outside, expected 0..{limit - 1}")
-    return _gathered(_wide(P).gather(-1, idx.long()), idx, v, hv, renormalise)
+    return _gathered(wide(P).gather(-1, idx.long()), idx, v, hv, renormalise)
 
 
 def union_indices(idx: Tensor, hv: Tensor) -> list[list[Tensor]]:
@@ -257,18 +258,13 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 def _gathered(weights: Tensor, idx: Tensor, v: Tensor, hv: Tensor, renormalise: bool) -> Tensor:
     """The weighted sum of the rows `idx` of v; rows of weight 0 are not looked at."""
     entry = torch.arange(v.shape[0], device=v.device)[:, None, None, None]
-    rows = _wide(v[entry, hv[:, None, None], idx])
+    rows = wide(v[entry, hv[:, None, None], idx])
     rows = torch.where((weights == 0)[..., None], 0.0, rows)
     out = product(weights[..., None, :], rows)[..., 0, :]
     if renormalise:
         kept = weights.sum(-1, keepdim=True)
         out = out / torch.where(kept == 0, 1.0, kept)
     return out.to(v.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_key_mask(key_mask: Any, k: Tensor) -> None:

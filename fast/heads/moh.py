@@ -20,10 +20,12 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
+    check_device,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
@@ -156,8 +158,7 @@ def mix_heads(
     check_tensor("head_outputs", head_outputs, ("batch", "H", "tokens", "dv"), FLOATS)
     _check_mix(gates, head_outputs, head_outputs.shape, Wo, bo)
     # A gate's gradient is a sum over dv: like the product itself it is taken in float32 or wider.
-    wide = gates.to(torch.promote_types(gates.dtype, torch.float32))
-    mixed = (wide[..., None] * head_outputs.transpose(1, 2)).to(head_outputs.dtype)
+    mixed = (wide(gates)[..., None] * head_outputs.transpose(1, 2)).to(head_outputs.dtype)
     out = product(mixed.flatten(2), Wo.mT)
     return out if bo is None else out + bo
 
@@ -296,8 +297,7 @@ class _Gathered(torch.autograd.Function):
 
 def _check_active(active: Any, q: Tensor) -> None:
     check_tensor("active", active, ("batch", "q_tokens", "heads"), (torch.bool,))
-    if active.device != q.device:
-        raise ValueError(f"active: got device {active.device}, expected {q.device}, as q")
+    check_device("active", active, "q", q)
     expected = (q.shape[0], q.shape[2], q.shape[1])
     if tuple(active.shape) != expected:
         raise ValueError(f"active: got shape {tuple(active.shape)}, expected {expected}")
@@ -305,8 +305,7 @@ def _check_active(active: Any, q: Tensor) -> None:
 
 def _check_key_mask(key_mask: Any, k: Tensor) -> None:
     check_tensor("key_mask", key_mask, ("batch", "k_tokens"), (torch.bool,))
-    if key_mask.device != k.device:
-        raise ValueError(f"key_mask: got device {key_mask.device}, expected {k.device}, as k")
+    check_device("key_mask", key_mask, "k", k)
     check_size("key_mask", key_mask.shape[0], k.shape[0], "batch, as in k")
     check_size("key_mask", key_mask.shape[1], k.shape[2], "k_tokens, as in k")
 
@@ -318,8 +317,7 @@ def _check_mix(gates: Any, h: Tensor, shape: tuple[int, ...], Wo: Any, bo: Any) 
     check_tensor("Wo", Wo, ("D", "H * dv"), FLOATS)
     if gates.dtype != torch.float32 or h.dtype == torch.float64:
         check_same("gates", gates, "the heads", h)
-    if gates.device != h.device:
-        raise ValueError(f"gates: got device {gates.device}, expected {h.device}, as the heads")
+    check_device("gates", gates, "the heads", h)
     check_same("Wo", Wo, "the heads", h)
     if tuple(gates.shape) != (batch, tokens, heads):
         raise ValueError(

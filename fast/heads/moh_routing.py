@@ -13,11 +13,13 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    check_device,
     check_integer,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.engines.select import top_k_mask
 
@@ -192,7 +194,7 @@ def load_balance_loss(
     real = wide(p)
     if valid is not None:
         check_tensor("valid", valid, ("batch", "tokens"), (torch.bool,))
-        _check_device("valid", valid, p)
+        check_device("valid", valid, "p", p)
         if valid.shape != p.shape[:2]:
             expected = tuple(p.shape[:2])
             raise ValueError(f"valid: got shape {tuple(valid.shape)}, expected {expected}, as p")
@@ -202,11 +204,6 @@ def load_balance_loss(
     usage = mask.sum((0, 1)).to(real.dtype) / tokens
     loss = (real.sum((0, 1)) / tokens * usage).sum()
     return loss * p.shape[2] if rescale else loss
-
-
-def wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_count(k: Any, hr: int) -> None:
@@ -238,11 +235,6 @@ def _norms(q_unrot: Tensor, hs: int) -> Tensor:
 def _check_mask(p: Any, mask: Any) -> None:
     check_tensor("p", p, ROUTED, FLOATS)
     check_tensor("mask", mask, ROUTED, (torch.bool,))
-    _check_device("mask", mask, p)
+    check_device("mask", mask, "p", p)
     if mask.shape != p.shape:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(p.shape)}, as p")
-
-
-def _check_device(name: str, x: Tensor, p: Tensor) -> None:
-    if x.device != p.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {p.device}, as p")

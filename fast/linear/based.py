@@ -17,10 +17,12 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_device,
     check_integer,
     check_same,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.taylor import (
@@ -90,7 +92,7 @@ def taylor_features(
     check_tensor("x", x, ("...",) * x.dim() if isinstance(x, Tensor) else (), FLOATS)
     _check_flag("packed", packed)
     d = x.shape[-1]
-    features = unpacked_features(_wide(x), _scale(scale, d))
+    features = unpacked_features(wide(x), _scale(scale, d))
     if packed:
         row, column = torch.triu_indices(d, d, device=x.device)
         kept = features.index_select(-1, 1 + d + row * d + column)
@@ -105,7 +107,7 @@ def taylor_weights(
     """Weights (batch, heads, q_tokens, k_tokens) before any mask, in the dtype of q."""
     check_attention_inputs(q, k, k, FLOATS)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    s = _scale(scale, q.shape[3]) * product(_wide(q), _wide(keys).mT)
+    s = _scale(scale, q.shape[3]) * product(wide(q), wide(keys).mT)
     return (1 + s + 0.5 * s * s).to(q.dtype)
 
 
@@ -319,11 +321,6 @@ def sliding_window_attend(
     return flash(q, k, v, causal=True, window=left + 1, backend=backend)[0]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _scale(scale: Any, d: int) -> float:
     if scale is None:
         return max(d, 1) ** -0.5
@@ -354,8 +351,7 @@ def _state_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
 def _check_state(name: str, x: Any, shape: tuple[int, ...], like: Tensor) -> None:
     check_tensor(name, x, ("batch", "kv_heads", "D", "dv")[: len(shape)], FLOATS)
     _check_shape(name, x, shape)
-    if x.device != like.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {like.device}")
+    check_device(name, x, "the tokens", like)
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

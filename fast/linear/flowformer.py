@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size, check_tensor, product
+from attnspec.fast.backend import (
+    check_attention_inputs,
+    check_device,
+    check_size,
+    check_tensor,
+    product,
+    wide,
+)
 from attnspec.fast.engines.scan import scan, step
 from attnspec.fast.linear.flowformer_flows import (
     FLOATS,
@@ -30,7 +37,6 @@ from attnspec.fast.linear.flowformer_flows import (
     flows,
     flows_causal,
     quotient,
-    wide,
     wide_competition,
     wide_conserved,
     wide_features,
@@ -227,7 +233,6 @@ def _check_causal(q: Any, k: Any, v: Any, state: Any, eps: Any) -> FlowState:
         expected = (*q.shape[:2], *shape)
         if tuple(x.shape) != expected:
             raise ValueError(f"state.{name}: got shape {tuple(x.shape)}, expected {expected}")
-        if x.device != q.device:
-            raise ValueError(f"state.{name}: got device {x.device}, expected {q.device}, as q")
+        check_device(f"state.{name}", x, "q", q)
         parts.append(x.to(dtype))
     return FlowState(*parts)

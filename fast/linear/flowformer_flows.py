@@ -11,10 +11,12 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_choice,
+    check_device,
     check_integer,
     check_same,
     check_size,
     check_tensor,
+    wide,
 )
 from attnspec.fast.growing import checkable
 
@@ -115,11 +117,6 @@ def competition_causal(
     return (N * torch.exp(x - torch.logcumsumexp(x, 2))).to(Oh.dtype)
 
 
-def wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def wide_features(x: Tensor, kind: str) -> Tensor:
     check_choice("kind", kind, KINDS)
     return torch.sigmoid(wide(x)) if kind == "sigmoid" else torch.relu(wide(x)) + 1e-6
@@ -211,8 +208,7 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...], like: Tensor) -> No
     check_tensor(name, mask, ("batch", "tokens"), (torch.bool,))
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"{name}: got device {mask.device}, expected {like.device}")
+    check_device(name, mask, "the tokens", like)
 
 
 def check_eps(eps: Any) -> None:

@@ -21,6 +21,7 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_backend,
     product,
+    wide,
 )
 from attnspec.fast.engines.scan import CANDIDATES, scan, step, time_summary, use_config
 from attnspec.fast.engines.scan import additive_gates as gates
@@ -94,7 +95,7 @@ def additive_rule(
     check_same("g", g, "q", q)
     _check_shape("g", g, tuple(q.shape))
     shape = (*q.shape[:2], q.shape[3])
-    top, S0, z0 = g.new_full(shape, -torch.inf, dtype=_wide(q).dtype), None, None
+    top, S0, z0 = g.new_full(shape, -torch.inf, dtype=wide(q).dtype), None, None
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 3:
             raise TypeError(f"state: got {type(state).__name__}, expected (s, Delta, m)")
@@ -104,9 +105,9 @@ def additive_rule(
         )
         S0 = s / torch.where(Delta == 0, 1.0, Delta)[..., None]
         z0 = torch.where(Delta == 0, -torch.inf, top + Delta.log())
-    weights, log_decay, z = gates(_wide(g), z0, backend=choose_backend(backend, q))
-    o, S = scan(_wide(q), weights * k, _wide(v), log_decay=log_decay, state=S0, backend=backend)
-    m = torch.maximum(top, _wide(g).amax(2)) if g.shape[2] else top
+    weights, log_decay, z = gates(wide(g), z0, backend=choose_backend(backend, q))
+    o, S = scan(wide(q), weights * k, wide(v), log_decay=log_decay, state=S0, backend=backend)
+    m = torch.maximum(top, wide(g).amax(2)) if g.shape[2] else top
     Delta = torch.where(z == -torch.inf, 0.0, torch.exp(z - torch.where(m == -torch.inf, 0.0, m)))
     return o.to(q.dtype), (Delta[..., None] * S, Delta, m)
 
@@ -199,11 +200,6 @@ def decode_step(
     log_decay = torch.where(z == -torch.inf, 0.0, z - base)[:, :, None]
     o, S = step(S, q, kbar, v, log_decay=log_decay, scale=scale, backend=backend)
     return o, (S, last)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_choice,
+    check_device,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
@@ -55,7 +57,7 @@ def prefix_state(K_P: Tensor, V_P: Tensor, *, backend: str | None = None) -> tup
     check_size("V_P", V_P.shape[0], K_P.shape[0], "heads, as in K_P")
     check_size("V_P", V_P.shape[1], K_P.shape[1], "m, as in K_P")
     features = _features(K_P)
-    return product(features.transpose(1, 2), _wide(V_P)), features.sum(1)
+    return product(features.transpose(1, 2), wide(V_P)), features.sum(1)
 
 
 def prefix_terms(
@@ -68,9 +70,9 @@ def prefix_terms(
     """
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), FLOATS)
     _check_prefix(q, Z, k, positivity)
-    features, wide = _features(q), _wide(k)
-    kappa = wide.abs() if positivity == "abs" else torch.nn.functional.softplus(wide)
-    return product(features, _wide(Z)), product(features, kappa[..., None])[..., 0]
+    features, keys = _features(q), wide(k)
+    kappa = keys.abs() if positivity == "abs" else torch.nn.functional.softplus(keys)
+    return product(features, wide(Z)), product(features, kappa[..., None])[..., 0]
 
 
 def ntk_attend(
@@ -118,7 +120,7 @@ def merge_prefix(
         check_tensor(name, x, axes[: len(shape)], FLOATS)
         if x.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
-    soft, lse, num, den = _wide(softmax_out), _wide(lse), _wide(num), _wide(den)
+    soft, lse, num, den = wide(softmax_out), wide(lse), wide(num), wide(den)
     held = (den != 0) | (num != 0).any(-1)
     top = torch.where(held, lse.clamp(min=0), lse).detach()
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -170,14 +172,9 @@ def step(
     return out, State(keys, values, room)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _features(x: Tensor) -> Tensor:
     """`phi` in float32 at least. exp, not elu + 1: far below 0 the features stay positive."""
-    y = _wide(x) / x.shape[-1] ** 0.25
+    y = wide(x) / x.shape[-1] ** 0.25
     return torch.where(y >= 0, 1 + y, torch.exp(y.clamp(max=0)))
 
 
@@ -208,6 +205,5 @@ def _check_prefix(q: Tensor, Z: Any, k: Any, positivity: Any) -> None:
             check_same(name, x, "q", q)
         check_size(name, x.shape[0], q.shape[1], "heads, as in q")
         check_size(name, x.shape[1], q.shape[3], "d, as in q")
-        if x.device != q.device:
-            raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")
+        check_device(name, x, "q", q)
     check_choice("positivity", positivity, POSITIVITY)

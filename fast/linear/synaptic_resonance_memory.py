@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
+    check_device,
     check_integer,
     check_size,
     check_tensor,
@@ -162,8 +163,7 @@ def check_valid(valid: Any, k: Tensor) -> None:
     expected = (k.shape[0], k.shape[2])
     if tuple(valid.shape) != expected:
         raise ValueError(f"valid: got shape {tuple(valid.shape)}, expected {expected}")
-    if valid.device != k.device:
-        raise ValueError(f"valid: got device {valid.device}, expected {k.device}, as k")
+    check_device("valid", valid, "k", k)
 
 
 def check_number(name: str, value: Any, least: float, most: float, below: bool = False) -> None:

@@ -13,9 +13,11 @@ from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
     check_choice,
+    check_device,
     check_integer,
     check_size,
     check_tensor,
+    wide,
 )
 from attnspec.fast.growing import checkable
 
@@ -23,11 +25,6 @@ FLOATS = (*DTYPES, torch.float64)
 READS = ("inclusive", "exclusive")
 RATES = ("theta", "eta", "alpha")
 Layers = tuple[Tensor, ...]
-
-
-def wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Tokens(NamedTuple):
@@ -109,8 +106,7 @@ def check_layers(name: str, W: Any, x: Tensor, of: str) -> None:
             raise ValueError(f"{name}: got shape {shape}, expected (..., inputs, outputs)")
         axes = ("...",) * weights.dim() if isinstance(weights, Tensor) else ()
         check_tensor(name, weights, axes, FLOATS)
-        if weights.device != x.device:
-            raise ValueError(f"{name}: got device {weights.device}, expected {x.device}, as {of}")
+        check_device(name, weights, of, x)
         check_size(name, weights.shape[-2], width, f"inputs of layer {layer}, {what}")
         if weights.shape[:-2] not in ((), x.shape[:-2]):
             raise ValueError(
@@ -141,8 +137,7 @@ def token_rates(
         if isinstance(x, (int, float)) and not isinstance(x, bool):
             x = torch.full(k.shape[:3], float(x), dtype=wide(k).dtype, device=k.device)
         check_tensor(f"rates.{name}", x, ("batch", "kv_heads", "T"), FLOATS)
-        if x.device != k.device:
-            raise ValueError(f"rates.{name}: got device {x.device}, expected {k.device}, as k")
+        check_device(f"rates.{name}", x, "k", k)
         if x.shape != k.shape[:3]:
             shape, wanted = tuple(x.shape), tuple(k.shape[:3])
             raise ValueError(f"rates.{name}: got shape {shape}, expected {wanted}")

@@ -11,6 +11,7 @@ from attnspec.fast.backend import (
     check_choice,
     check_integer,
     check_size,
+    wide,
 )
 from attnspec.fast.linear.titans_checks import (
     FLOATS,
@@ -20,7 +21,6 @@ from attnspec.fast.linear.titans_checks import (
     check_scale,
     check_states,
     token_rates,
-    wide,
 )
 from attnspec.fast.linear.titans_memory import memory_grad, mlp_memory
 

@@ -13,6 +13,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.engines.memory import weight_path
 from attnspec.fast.linear.titans_checks import (
@@ -21,7 +22,6 @@ from attnspec.fast.linear.titans_checks import (
     check_rates,
     check_scale,
     check_states,
-    wide,
 )
 from attnspec.fast.linear.titans_memory import memory_grad, mlp_memory
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_size, check_tensor, product
+from attnspec.fast.backend import check_integer, check_same, check_size, check_tensor, product, wide
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.memory import memory
 from attnspec.fast.linear.titans_checks import (
@@ -18,7 +18,6 @@ from attnspec.fast.linear.titans_checks import (
     Layers,
     check_memory_inputs,
     check_states,
-    wide,
 )
 from attnspec.fast.linear.titans_memory import mlp_memory
 
@@ -80,13 +79,13 @@ def mac_segment(
     prefixed = persistent_prefix(P, seg)
     check_matrices("attn", attn, seg)
     check_matrices("mem", mem, seg)
-    query = directed(_project(seg, mem[0]), normalise)
+    query = directed(projected(seg, mem[0]), normalise)
     layers, momentum = check_states(W, S, query)
     h = mlp_memory(layers, query)
     check_size("W", h.shape[-1], seg.shape[-1], "D, the width of the segment's rows")
     N_p, C = P.shape[0], seg.shape[1]
     z = torch.cat([prefixed[:, :N_p], h, seg], 1)
-    q, k, v = (_project(rows, m)[:, None] for rows, m in zip((seg, z, z), attn, strict=True))
+    q, k, v = (projected(rows, m)[:, None] for rows, m in zip((seg, z, z), attn, strict=True))
     # Without `tokenwise` the order of [P | h | x] alone says what a row sees.
     mask = _mac_mask(C, max(C, 1), N_p, True, seg.device) if tokenwise else None
     if mask is not None:
@@ -98,7 +97,7 @@ def mac_segment(
         y, layers, momentum, mem, rates, b, loss_scale, normalise, backend
     )
     if not tokenwise:
-        read = mlp_memory(layers, directed(_project(y, mem[0]), normalise))
+        read = mlp_memory(layers, directed(projected(y, mem[0]), normalise))
     return gate(y, read, gains), layers, momentum
 
 
@@ -135,7 +134,7 @@ def mal(
 
 def _windowed(x: Tensor, attn: Any, w: int, sinks: int, backend: str | None) -> Tensor:
     """Attention of rows x (batch, rows, D) to the last w, and to the first `sinks` of them."""
-    q, k, v = (_project(x, matrix)[:, None] for matrix in attn)
+    q, k, v = (projected(x, matrix)[:, None] for matrix in attn)
     return flash(q, k, v, causal=True, window=w, sinks=sinks, backend=backend)[0][:, 0]
 
 
@@ -144,7 +143,7 @@ def _memory(
     backend: str | None,
 ) -> tuple[Tensor, Layers, Layers]:  # fmt: skip
     """The memory over rows x (batch, rows, D), stored and read in order."""
-    q, k = (directed(_project(x, matrix), normalise)[:, None] for matrix in mem[:2])
+    q, k = (directed(projected(x, matrix), normalise)[:, None] for matrix in mem[:2])
     # Values enter no product: they need not be rounded to the dtype of the rows.
     v = product(wide(x), wide(mem[2]))[:, None]
     layers, momentum = check_states(W, S, k[:, 0])
@@ -168,7 +167,8 @@ def directed(x: Tensor, normalise: bool) -> Tensor:
     return (rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + EPSILON)).to(x.dtype)
 
 
-def _project(x: Tensor, matrix: Tensor) -> Tensor:
+def projected(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rows x (..., rows, width) through a matrix, in their dtype."""
     return product(wide(x), wide(matrix)).to(x.dtype)
 
 

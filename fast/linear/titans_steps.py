@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import product
+from attnspec.fast.backend import wide
 from attnspec.fast.dense.attention import attend
-from attnspec.fast.linear.titans_checks import Layers, wide
+from attnspec.fast.linear.titans_checks import Layers
 from attnspec.fast.linear.titans_decode import MemoryState, decode_step
-from attnspec.fast.linear.titans_layouts import directed, gate
+from attnspec.fast.linear.titans_layouts import directed, gate, projected
 from attnspec.fast.linear.titans_memory import mlp_memory
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ BEFORE: dict[str, Step] = {"mag": _mag_prefix, "mal": mal_step, "memory": memory
 
 def _rows(x: Tensor, matrix: Tensor) -> Tensor:
     """x (batch, rows, width) through a matrix, with an axis of one head."""
-    return product(wide(x), wide(matrix)).to(x.dtype)[:, None]
+    return projected(x, matrix)[:, None]
 
 
 def _appended(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor, product
+from attnspec.fast.backend import check_device, check_integer, check_size, check_tensor, product
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import INTEGERS
 from attnspec.fast.growing import checkable
@@ -150,8 +150,7 @@ def _check_states(Xt: Any, Xv: Any, layer: Any, pos_t: Any, pos_v: Any) -> None:
     for name, pos, X in (("pos_t", pos_t, Xt), ("pos_v", pos_v, Xv)):
         check_tensor(name, pos, ("tokens",), INTEGERS)
         check_size(name, pos.shape[0], X.shape[1], "tokens")
-        if pos.device != X.device:
-            raise ValueError(f"{name}: got device {pos.device}, expected {X.device}")
+        check_device(name, pos, "the tokens", X)
     if checkable(pos_t) and checkable(pos_v):
         pos = torch.cat([pos_v, pos_t])
         if len(torch.unique(pos)) < len(pos):

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     check_attention_inputs,
     check_choice,
+    check_device,
     check_size,
     check_tensor,
 )
@@ -72,8 +73,7 @@ def composite_attention(
     _check_tokens(is_visual, "pos", pos, image_visible)
     S, n = k.shape[TOKENS], qt.shape[TOKENS]
     check_size("is_visual", is_visual.shape[0], S, "tokens, as in k")
-    if is_visual.device != qt.device:
-        raise ValueError(f"is_visual: got device {is_visual.device}, expected {qt.device}, as qt")
+    check_device("is_visual", is_visual, "qt", qt)
     if n > S or (checkable(is_visual) and n > S - int(is_visual.sum())):
         raise ValueError(f"qt: got {n} rows, expected at most as many as there are text tokens")
     # A stable sort puts images first and leaves text in its order: the last rows are the queries'.
@@ -112,9 +112,6 @@ def _check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any)
         return
     check_tensor(name, positions, ("S",), INTEGERS)
     check_size(name, positions.shape[0], is_visual.shape[0], "tokens, as in is_visual")
-    if positions.device != is_visual.device:
-        raise ValueError(
-            f"{name}: got device {positions.device}, expected {is_visual.device}, as is_visual"
-        )
+    check_device(name, positions, "is_visual", is_visual)
     if checkable(positions) and len(torch.unique(positions)) < len(positions):
         raise ValueError(f"{name}: got {positions.tolist()}, expected all different")

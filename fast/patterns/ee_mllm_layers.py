@@ -15,9 +15,11 @@ from torch.nn import functional
 from attnspec.fast.backend import (
     DTYPES,
     check_choice,
+    check_device,
     check_integer,
     check_tensor,
     product,
+    wide,
 )
 
 FLOATS = (*DTYPES, torch.float64)
@@ -47,10 +49,8 @@ class Layer(NamedTuple):
 
 def normalise(X: Tensor, gain: Tensor, eps: float) -> Tensor:
     """X (..., D) by its root mean square, times the `gain` (D,)."""
-    wide = _wide(X)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(gain)).to(
-        X.dtype
-    )
+    rows = wide(X)
+    return (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * wide(gain)).to(X.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -81,9 +81,9 @@ def project_keys(h: Tensor, W: Tensor, heads: int, layer: Layer, positions: Tens
     d = x.shape[-1]
     frequencies = layer.rope ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
     angles = positions.to(torch.float64)[:, None] * frequencies
-    wide = _wide(x)
-    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
-    first, second = wide.chunk(2, dim=-1)
+    rows = wide(x)
+    cos, sin = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype)
+    first, second = rows.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
 
@@ -92,7 +92,7 @@ def feed_forward(X: Tensor, layer: Layer) -> Tensor:
     """X plus the gated FFN of its norm, shaped as X (..., D)."""
     gate, up, down = layer.ffn
     h = normalise(X, layer.norm2, layer.eps)
-    opened = functional.silu(_wide(product(h, gate))) * _wide(product(h, up))
+    opened = functional.silu(wide(product(h, gate))) * wide(product(h, up))
     return X + product(opened.to(X.dtype), down)
 
 
@@ -166,12 +166,6 @@ def check_layer(layer: Any, name: str, X: Tensor) -> None:
             raise ValueError(f"layer: got {part} of shape {tuple(weights.shape)}, expected {shape}")
         if weights.dtype != X.dtype:
             raise TypeError(f"{name}: got dtype {X.dtype}, expected {weights.dtype}, as the layer")
-        if weights.device != X.device:
-            raise ValueError(f"{name}: got device {X.device}, expected {weights.device}, as layer")
+        check_device(name, X, "layer", weights)
     if layer.rope is not None and d % 2:
         raise ValueError(f"layer: got head size {d}, expected an even one for rotary positions")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_size, check_tensor, product
+from attnspec.fast.backend import (
+    check_device,
+    check_integer,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+    wide,
+)
 from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import checkable
 
@@ -49,8 +57,8 @@ def lora_merge(
 ) -> Tensor:
     """W + alpha / r B A, a new tensor (n_out, n_in), added up in float32 at least."""
     _check_adapter(W, A, B, alpha)
-    update = product(_wide(B), _wide(A))
-    return torch.add(_wide(W), update, alpha=alpha / A.shape[0]).to(W.dtype)
+    update = product(wide(B), wide(A))
+    return torch.add(wide(W), update, alpha=alpha / A.shape[0]).to(W.dtype)
 
 
 def is_trained(
@@ -74,9 +82,9 @@ def rmsnorm(x: Tensor, w: Tensor, eps: float = 1e-6, *, backend: str | None = No
         raise TypeError(f"eps: got {eps!r}, expected a number of at least 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number of at least 0")
-    wide = _wide(x)
-    size = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * size * _wide(w)).to(x.dtype)
+    rows = wide(x)
+    size = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return (rows * size * wide(w)).to(x.dtype)
 
 
 def embedding_backward(
@@ -97,12 +105,11 @@ def embedding_backward(
         raise ValueError(
             f"dout: got shape {tuple(dout.shape)}, expected {(*ids.shape, 'D')}, as ids"
         )
-    if ids.device != dout.device:
-        raise ValueError(f"ids: got device {ids.device}, expected {dout.device}, as dout")
+    check_device("ids", ids, "dout", dout)
     tokens = ids.reshape(-1).long()
     if checkable(ids) and bool(((tokens < 0) | (tokens >= vocab)).any()):
         raise ValueError(f"ids: got {ids.min()} to {ids.max()}, expected 0 to {vocab - 1}")
-    rows = _wide(dout).reshape(-1, dout.shape[-1])
+    rows = wide(dout).reshape(-1, dout.shape[-1])
     summed = torch.ops.aten.embedding_dense_backward(rows, tokens, vocab, -1, False)
     return summed.to(dout.dtype)
 
@@ -138,11 +145,6 @@ def check_floats(name: str, x: Any, axes: int) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected at least {axes} axes")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float16, bfloat16 or wider")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_positive(name: str, value: Any) -> None:

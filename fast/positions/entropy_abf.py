@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_size, check_tensor
+from attnspec.fast.backend import (
+    check_attention_inputs,
+    check_device,
+    check_integer,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS, check_device
+from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 
 CLAIMS = {
     "rope_rotate": {"gradient": True, "launches": None},
@@ -37,7 +43,7 @@ def rope_rotate(
     check_tensor("x", x, ("batch", "heads", "tokens", "d"), FLOATS)
     check_positions("positions", positions, x)
     check_tensor("freqs", freqs, ("d/2",), FLOATS)
-    check_device("freqs", freqs, x)
+    check_device("freqs", freqs, "x", x)
     if 2 * freqs.shape[0] != x.shape[3]:
         raise ValueError(f"freqs: got {freqs.shape[0]}, expected half of the {x.shape[3]} channels")
     return _turn(x, positions, freqs).to(x.dtype)
@@ -106,7 +112,7 @@ def extended_attention(
         freqs = float(base) ** (-steps / d)
     else:
         check_tensor("freqs", freqs, ("d/2",), FLOATS)
-        check_device("freqs", freqs, q)
+        check_device("freqs", freqs, "q", q)
         check_size("freqs", 2 * freqs.shape[0], d, "d, as in q")
     lam = row_scale(pq, c, floor)
     turned = _turn(q, pq, freqs)
@@ -145,7 +151,7 @@ def check_positions(name: str, positions: Any, x: Tensor) -> None:
         raise ValueError(
             f"{name}: got shape {tuple(positions.shape)}, expected {whole} or {whole[1:]}"
         )
-    check_device(name, positions, x)
+    check_device(name, positions, "the tokens", x)
 
 
 def _turn(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS, check_device
+from attnspec.fast.backend import check_device, check_integer, check_tensor
+from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import checkable
 
 AXES = ("batch", "heads", "tokens", "d")
@@ -54,13 +54,13 @@ def check_positions(name: str, p: Any, x: Tensor) -> None:
     whole = (x.shape[0], x.shape[2])
     if tuple(p.shape) not in (whole, whole[1:]):
         raise ValueError(f"{name}: got shape {tuple(p.shape)}, expected {whole} or {whole[1:]}")
-    check_device(name, p, x)
+    check_device(name, p, "the tokens", x)
 
 
 def check_frequencies(f: Any, x: Tensor) -> None:
     """`f` (d/2) has a frequency for each pair of the channels of `x`."""
     check_tensor("f", f, ("d/2",), FLOATS)
-    check_device("f", f, x)
+    check_device("f", f, "the tokens", x)
     if 2 * f.shape[0] != x.shape[-1]:
         raise ValueError(f"f: got {f.shape[0]}, expected half of the {x.shape[-1]} channels")
 

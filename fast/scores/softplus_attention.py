@@ -21,6 +21,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     product,
+    wide,
 )
 from attnspec.fast.dense.attention import State
 from attnspec.fast.engines.flash.checks import check_inputs
@@ -41,10 +42,6 @@ CLAIMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CLAIMS["unit"]["gradient"] = True
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_number(name: str, value: Any, least: float) -> float:
@@ -108,8 +105,8 @@ def unit(x: Tensor) -> Tensor:
     Differentiable.
     """
     check_tensor("x", x, ("batch", "heads", "tokens", "d"), FLOATS)
-    wide = _wide(x)
-    return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1e-12)).to(
+    rows = wide(x)
+    return (rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)).to(
         x.dtype
     )
 
@@ -128,7 +125,7 @@ def lssa_logits(q: Tensor, k: Tensor, n: Tensor, *, normalise_qk: bool = True) -
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} kv heads, expected a divisor of the heads")
     counts = _check_counts(n, (q.shape[0], q.shape[2]))
-    a, b = _wide(q), _wide(k)
+    a, b = wide(q), wide(k)
     if normalise_qk:
         a, b = unit(a), unit(b)
     lengths = torch.log(counts.to(a.dtype).clamp(min=1.0)) * _factor(q.shape[3], normalise_qk)
@@ -139,8 +136,8 @@ def lssa_logits(q: Tensor, k: Tensor, n: Tensor, *, normalise_qk: bool = True) -
 def lssa_scores(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softplus of logits (batch, heads, q_tokens, k_tokens), 0 where `mask` is False."""
     check_tensor("logits", logits, MATRIX, FLOATS)
-    wide = _wide(logits)
-    scores = torch.logaddexp(wide, torch.zeros_like(wide)).to(logits.dtype)
+    x = wide(logits)
+    scores = torch.logaddexp(x, torch.zeros_like(x)).to(logits.dtype)
     if mask is None:
         return scores
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -157,7 +154,7 @@ def lssa_scores(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 def row_sum(scores: Tensor) -> Tensor:
     """Sums (batch, heads, q_tokens) of scores (batch, heads, q_tokens, k_tokens)."""
     check_tensor("scores", scores, MATRIX, FLOATS)
-    return _wide(scores).sum(-1).to(scores.dtype)
+    return wide(scores).sum(-1).to(scores.dtype)
 
 
 def lssa_weights(scores: Tensor, row_sum: Tensor, eps: float = 1e-8) -> Tensor:
@@ -168,8 +165,8 @@ def lssa_weights(scores: Tensor, row_sum: Tensor, eps: float = 1e-8) -> Tensor:
         raise ValueError(
             f"row_sum: got shape {tuple(row_sum.shape)}, expected {tuple(scores.shape[:3])}"
         )
-    total = _wide(row_sum) + _check_number("eps", eps, 0)
-    return (_wide(scores) / _divisor(total)[..., None]).to(scores.dtype)
+    total = wide(row_sum) + _check_number("eps", eps, 0)
+    return (wide(scores) / _divisor(total)[..., None]).to(scores.dtype)
 
 
 def _divisor(total: Tensor) -> Tensor:
@@ -180,8 +177,8 @@ def _excess(weights: Tensor, n: Any, warm: Any, dead: float) -> tuple[Tensor, Te
     """Excesses over the largest of each row, the largest (1 if there is none), and dead rows."""
     check_tensor("weights", weights, MATRIX, FLOATS)
     check_integer("warm", warm, least=1)
-    counts = _check_counts(n, (weights.shape[0], weights.shape[2])).to(_wide(weights).dtype)
-    excess = counts[..., None] * _wide(weights) - (counts > warm).to(counts.dtype)[..., None]
+    counts = _check_counts(n, (weights.shape[0], weights.shape[2])).to(wide(weights).dtype)
+    excess = counts[..., None] * wide(weights) - (counts > warm).to(counts.dtype)[..., None]
     if weights.shape[3]:
         most = excess.amax(-1, keepdim=True)
     else:

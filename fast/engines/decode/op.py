@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_choice,
+    check_device,
     check_integer,
     check_same,
     check_size,
@@ -209,7 +210,7 @@ def decode(
         slots = index.shape[2] * page
     if bias is not None:
         check_tensor("bias", bias, ("batch", "kv_heads", "slots"), (*DTYPES, torch.float64))
-        _check_device("bias", bias, q)
+        check_device("bias", bias, "q", q)
         for got, expected, what in zip(
             bias.shape, (batch, kv_heads, slots), ("batch", "kv_heads", "slots"), strict=True
         ):
@@ -217,7 +218,7 @@ def decode(
     if sink_logit is not None:
         check_tensor("sink_logit", sink_logit, ("heads",), (*DTYPES, torch.float64))
         check_size("sink_logit", sink_logit.shape[0], heads, "heads, as in q")
-        _check_device("sink_logit", sink_logit, q)
+        check_device("sink_logit", sink_logit, "q", q)
     for name, count in (("rows", rows), ("tile", tile), ("workers", workers)):
         if count is not None:
             check_integer(name, count, least=1)
@@ -269,9 +270,4 @@ def _check_integers(name: str, x: Any, q: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
     if x.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
-    _check_device(name, x, q)
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")
+    check_device(name, x, "q", q)

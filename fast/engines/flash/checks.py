@@ -11,6 +11,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_device,
     check_integer,
     check_size,
     check_tensor,
@@ -45,7 +46,7 @@ def check_ranges(
         if bound is not None:
             check_tensor(name, bound, ("q_tokens",), INTEGERS)
             check_size(name, bound.shape[0], q.shape[2], "q_tokens, as in q")
-            check_device(name, bound, q)
+            check_device(name, bound, "q", q)
 
 
 def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None:
@@ -55,14 +56,14 @@ def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None
         check_tensor("key_mask", key_mask, ("batch", "k_tokens"), (torch.bool,))
         check_size("key_mask", key_mask.shape[0], batch, "batch, as in q")
         check_size("key_mask", key_mask.shape[1], k_tokens, "k_tokens, as in k")
-        check_device("key_mask", key_mask, q)
+        check_device("key_mask", key_mask, "q", q)
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
-    check_device("mask", mask, q)
+    check_device("mask", mask, "q", q)
     shape = (batch, heads, q_tokens, k_tokens)
     padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(padded) > 4 or any(
@@ -96,7 +97,7 @@ def check_blocks(q: Tensor, k: Tensor, blocks: Any, key_mask: Any, mask: Any) ->
         if key_mask is not None or mask is not None:
             raise ValueError("blocks.full: got it together with a mask, expected one of the two")
     for name, x in lists.items():
-        check_device(name, x, q)
+        check_device(name, x, "q", q)
         if tuple(x.shape[:3]) != rows:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {rows} first")
 
@@ -117,7 +118,7 @@ def check_offsets(q: Tensor, k: Tensor, offsets: Any) -> tuple[Tensor, Tensor]:
         ("k_offsets", offsets[1], k.shape[2]),
     ):
         check_tensor(name, x, ("sequences + 1",), INTEGERS)
-        check_device(name, x, q)
+        check_device(name, x, "q", q)
         if x.shape[0] < 2:
             raise ValueError(f"{name}: got {x.shape[0]} entries, expected at least 2")
         if not x.is_cuda and not torch.compiler.is_compiling():
@@ -136,7 +137,7 @@ def check_heads(q: Tensor, name: str, x: Any) -> None:
     """One floating-point number for each query head."""
     check_tensor(name, x, ("heads",), FLOATS)
     check_size(name, x.shape[0], q.shape[1], "heads, as in q")
-    check_device(name, x, q)
+    check_device(name, x, "q", q)
 
 
 def check_slope_positions(q: Tensor, slopes: Any, slope_positions: Any) -> None:
@@ -145,10 +146,4 @@ def check_slope_positions(q: Tensor, slopes: Any, slope_positions: Any) -> None:
         raise ValueError("slope_positions: got positions without slopes, expected both or neither")
     check_tensor("slope_positions", slope_positions, ("q_tokens",), INTEGERS)
     check_size("slope_positions", slope_positions.shape[0], q.shape[2], "q_tokens, as in q")
-    check_device("slope_positions", slope_positions, q)
-
-
-def check_device(name: str, x: Tensor, q: Tensor) -> None:
-    """`x` lies where q does."""
-    if x.device != q.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")
+    check_device("slope_positions", slope_positions, "q", q)

@@ -30,6 +30,13 @@ class FlashConfig:
     stages: int
     early: bool = False
 
+    def fitted(self, q_tokens: int) -> FlashConfig:
+        """For kernels that own rows: with fewer, and fewer warps, if half of them are enough."""
+        if q_tokens > self.rows // 2:
+            return self
+        rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else self.rows
+        return replace(self, rows=min(rows, self.rows), warps=min(self.warps, 4))
+
 
 CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
     ("forward", "dense", 64): (
@@ -122,9 +129,10 @@ TABLE = Table(
         for kind, other in SMALL_MEMORY.items()
         for pattern in PATTERNS
         for key, candidates in places(
-            (kind, pattern),
             {
-                width: CANDIDATES.get((kind, pattern, width), CANDIDATES[kind, "dense", width])
+                (kind, pattern, width): CANDIDATES.get(
+                    (kind, pattern, width), CANDIDATES[kind, "dense", width]
+                )
                 for width in (64, 128, 256)
             },
             other={128: other, 256: replace(other, stages=1)},
@@ -146,10 +154,7 @@ def config(
     if forced is not None:
         return forced
     chosen = TABLE.choose(kind, pattern, *place(arch, element_size, width))
-    if kind != "dkdv" and q_tokens <= chosen.rows // 2:
-        rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
-        chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
-    return chosen
+    return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 
 use_config = TABLE.use

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from attnspec.fast.tuning import Table, place, places
+from attnspec.fast.tuning import Key, Table, place, places
 
 OWN_KINDS = ("forward", "dq", "dkdv")
 KINDS = (*OWN_KINDS, "scores", "values", "keys")
@@ -30,7 +30,7 @@ class NeighborhoodConfig:
     registers: int = 0
 
 
-CANDIDATES: Mapping[tuple[str, int], tuple[NeighborhoodConfig, ...]] = {
+CANDIDATES: Mapping[Key, tuple[NeighborhoodConfig, ...]] = {
     ("forward", 64): (
         NeighborhoodConfig(64, 64, 4, 3, 168),
         NeighborhoodConfig(64, 64, 4, 3),
@@ -83,16 +83,11 @@ SINGLE = NeighborhoodConfig(32, 32, 8, 2)
 
 TABLE = Table(
     "neighborhood",
-    {
-        key: candidates
-        for kind in OWN_KINDS
-        for key, candidates in places(
-            (kind,),
-            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
-            other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
-            single={128: SINGLE, 256: replace(SINGLE, owned=16)},
-        ).items()
-    },
+    places(
+        CANDIDATES,
+        other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
+        single={128: SINGLE, 256: replace(SINGLE, owned=16)},
+    ),
     KINDS,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attnspec.fast.tuning import Table, place, places
+from attnspec.fast.tuning import Key, Table, place, places
 
 KINDS = ("forward", "dq", "dkdv", "dtable")
 KEYS = 64
@@ -23,7 +23,7 @@ class RelativeConfig:
     stages: int
 
 
-CANDIDATES: Mapping[tuple[str, int], tuple[RelativeConfig, ...]] = {
+CANDIDATES: Mapping[Key, tuple[RelativeConfig, ...]] = {
     ("forward", 64): (
         RelativeConfig(128, 8, 3),
         RelativeConfig(64, 4, 3),
@@ -56,16 +56,11 @@ SINGLE = RelativeConfig(32, 8, 1)
 
 TABLE = Table(
     "relative",
-    {
-        key: candidates
-        for kind in KINDS
-        for key, candidates in places(
-            (kind,),
-            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
-            other={128: SMALL_MEMORY, 256: SMALL_MEMORY},
-            single={128: SINGLE, 256: SINGLE},
-        ).items()
-    },
+    places(
+        CANDIDATES,
+        other={128: SMALL_MEMORY, 256: SMALL_MEMORY},
+        single={128: SINGLE, 256: SINGLE},
+    ),
     KINDS,
 )
 

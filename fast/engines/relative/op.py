@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor, choose_backend, load
+from attnspec.fast.backend import check_device, check_integer, check_tensor, choose_backend, load
 from attnspec.fast.engines.flash import checks
 
 
@@ -55,7 +55,7 @@ def relative(
             f"table: got shape {tuple(table.shape)}, expected (1 or {q.shape[1]}, rows, "
             f"{q.shape[3]})"
         )
-    checks.check_device("table", table, q)
+    check_device("table", table, "q", q)
     wide = _lse_dtype(q)
     for name, bias, shape in (
         ("table_bias", table_bias, tuple(table.shape[:2])),
@@ -65,7 +65,7 @@ def relative(
             check_tensor(name, bias, ("axis",) * len(shape), (wide,))
             if tuple(bias.shape) != shape:
                 raise ValueError(f"{name}: got shape {tuple(bias.shape)}, expected {shape}")
-            checks.check_device(name, bias, q)
+            check_device(name, bias, "q", q)
     check_integer("zero", zero, least=0)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, unobserved
+from attnspec.fast.engines.scan.op import state_dtype
 
 
 @cache
@@ -22,10 +23,6 @@ def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_additive" if backend == "numba" else "triton_additive"
     return load(f"attnspec.fast.engines.scan.{module}")
-
-
-def _wide(k: Tensor) -> torch.dtype:
-    return torch.float64 if k.dtype == torch.float64 else torch.float32
 
 
 def run_gates(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +38,8 @@ def _(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tenso
     batch, heads, _, d = k.shape
     return (
         k.new_empty(k.shape),
-        k.new_empty(k.shape, dtype=_wide(k)),
-        k.new_empty(batch, heads, d, dtype=_wide(k)),
+        k.new_empty(k.shape, dtype=state_dtype(k)),
+        k.new_empty(batch, heads, d, dtype=state_dtype(k)),
     )
 
 
@@ -105,8 +102,8 @@ summary_op = torch.library.custom_op("attnspec::time_summary", run_summary, muta
 def _(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     batch, heads, _, d = k.shape
     return (
-        k.new_empty(batch, heads, d, v.shape[3], dtype=_wide(k)),
-        k.new_empty(batch, heads, d, dtype=_wide(k)),
+        k.new_empty(batch, heads, d, v.shape[3], dtype=state_dtype(k)),
+        k.new_empty(batch, heads, d, dtype=state_dtype(k)),
     )
 
 

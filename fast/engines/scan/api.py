@@ -11,6 +11,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_device,
     check_integer,
     check_size,
     check_tensor,
@@ -78,7 +79,7 @@ def scan(
         check_size("q", q.shape[0], 1, "batch, with offsets")
         if offsets.shape[0] < 2:
             raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
-        _check_device("offsets", offsets, q)
+        check_device("offsets", offsets, "q", q)
         sequences = offsets.shape[0] - 1
     if state is not None:
         _check_state("state", state, (sequences, q.shape[1], q.shape[3], v.shape[3]), q)
@@ -217,14 +218,14 @@ def _check_decay(q: Tensor, heads: int, slopes: Any, log_decay: Any) -> None:
     if slopes is not None:
         check_tensor("slopes", slopes, ("heads",), FLOATS)
         check_size("slopes", slopes.shape[0], heads, "heads")
-        _check_device("slopes", slopes, q)
+        check_device("slopes", slopes, "q", q)
     if log_decay is not None:
         wide = isinstance(log_decay, Tensor) and log_decay.dim() == 4
         axes = ("batch", "heads", "tokens", "d") if wide else ("batch", "heads", "tokens")
         check_tensor("log_decay", log_decay, axes, FLOATS)
         shape = (q.shape[0], heads, *q.shape[2:]) if wide else (q.shape[0], heads, q.shape[2])
         _check_shape("log_decay", log_decay, shape)
-        _check_device("log_decay", log_decay, q)
+        check_device("log_decay", log_decay, "q", q)
 
 
 def _check_state(name: str, state: Any, shape: tuple[int, ...], q: Tensor) -> None:
@@ -233,14 +234,9 @@ def _check_state(name: str, state: Any, shape: tuple[int, ...], q: Tensor) -> No
     )  # fmt: skip
     check_tensor(name, state, axes, (state_dtype(q),))
     _check_shape(name, state, shape)
-    _check_device(name, state, q)
+    check_device(name, state, "q", q)
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")

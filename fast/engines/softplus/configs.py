@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attnspec.fast.engines.flash.configs import FlashConfig
-from attnspec.fast.tuning import Table, place, places
+from attnspec.fast.tuning import Key, Table, place, places
 
 KINDS = ("forward", "sharp", "rows", "dq", "dkdv")
-CANDIDATES: Mapping[tuple[str, int], tuple[FlashConfig, ...]] = {
+CANDIDATES: Mapping[Key, tuple[FlashConfig, ...]] = {
     ("forward", 64): (
         FlashConfig(128, 64, 4, 3),
         FlashConfig(128, 128, 8, 3),
@@ -56,16 +56,11 @@ SINGLE = FlashConfig(32, 32, 8, 2)
 
 TABLE = Table(
     "softplus",
-    {
-        key: candidates
-        for kind in KINDS
-        for key, candidates in places(
-            (kind,),
-            {width: CANDIDATES[kind, width] for width in (64, 128, 256)},
-            other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
-            single={128: SINGLE, 256: replace(SINGLE, rows=16)},
-        ).items()
-    },
+    places(
+        CANDIDATES,
+        other={128: SMALL_MEMORY, 256: replace(SMALL_MEMORY, stages=1)},
+        single={128: SINGLE, 256: replace(SINGLE, rows=16)},
+    ),
     KINDS,
 )
 
@@ -78,10 +73,7 @@ def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -
     if forced is not None:
         return forced
     chosen = TABLE.choose(kind, *place(arch, element_size, width))
-    if kind != "dkdv" and q_tokens <= chosen.rows // 2:
-        rows = 16 if q_tokens <= 16 else 64 if q_tokens <= 64 else chosen.rows
-        chosen = replace(chosen, rows=min(rows, chosen.rows), warps=min(chosen.warps, 4))
-    return chosen
+    return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 
 use_config = TABLE.use

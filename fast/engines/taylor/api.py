@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_device,
     check_integer,
     check_size,
     check_tensor,
@@ -59,7 +60,7 @@ def taylor(
         expected = (k.shape[0], k.shape[2])
         if tuple(key_mask.shape) != expected:
             raise ValueError(f"key_mask: got shape {tuple(key_mask.shape)}, expected {expected}")
-        _check_device("key_mask", key_mask, q)
+        check_device("key_mask", key_mask, "q", q)
     if chunk is not None:
         check_integer("chunk", chunk, least=1)
     if offsets is not None:
@@ -67,7 +68,7 @@ def taylor(
         if offsets.shape[0] < 2:
             raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
         check_size("q", q.shape[0], 1, "batch, with offsets")
-        _check_device("offsets", offsets, q)
+        check_device("offsets", offsets, "q", q)
     if causal and (state is not None or offsets is not None or want_state):
         check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
     full = None if state is None else _full_state(state, q, k, v)
@@ -172,9 +173,4 @@ def _check_state(name: str, x: Any, shape: tuple[int, ...], q: Tensor) -> None:
     check_tensor(name, x, axes, FLOATS)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
-    _check_device(name, x, q)
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: got device {x.device}, expected {q.device}, as q")
+    check_device(name, x, "q", q)
