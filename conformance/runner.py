@@ -25,7 +25,9 @@ from attnspec.conformance.violation import Violation
 
 @dataclass(frozen=True)
 class Profile:
-    """How hard to search: examples a law and dtype, and whether the search is repeatable."""
+    """How hard to search: examples a law and dtype, whether the search is repeatable, and whether
+    a counterexample is made smaller and explained.
+    """
 
     name: str
     examples: int
@@ -179,15 +181,16 @@ def _search(task: Task, check: Callable[[Case], None], profile: Profile) -> Fail
     try:
         search()
     except Violation:
-        return _failure(task, *found[-1])
+        return _failure(task, *found[-1], explain=profile.shrink)
     except (_Enough, Flaky):
         if not found:
             raise
-        return _failure(task, *min(found, key=lambda item: sum(item[0].sizes.values())))
+        smallest = min(found, key=lambda item: sum(item[0].sizes.values()))
+        return _failure(task, *smallest, explain=profile.shrink)
     return None
 
 
-def _failure(task: Task, case: Case, violation: Violation) -> Failure:
+def _failure(task: Task, case: Case, violation: Violation, explain: bool = True) -> Failure:
     deadline = time.monotonic() + PATIENCE
 
     def fails(other: Case) -> bool:
@@ -208,7 +211,7 @@ def _failure(task: Task, case: Case, violation: Violation) -> Failure:
         promise=task.law.promise,
         case=case,
         violation=violation,
-        when=conditions(task.contract, case, fails),
+        when=conditions(task.contract, case, fails) if explain else "wrong on a case like this",
     )
 
 
