@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pictures
-from pages import book, chapter, studies
+from pages import book, chapter, flex, studies
 
 from attnspec.reference import mechanisms
 
@@ -20,6 +20,7 @@ PAGES = {
     "references.bib": book.bibliography,
     "status.rst": book.status,
     "engines.rst": book.engines,
+    "flex.rst": flex.listing,
     "command.rst": book.commands,
     "studies/index.rst": studies.contents,
 }

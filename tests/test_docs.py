@@ -43,6 +43,7 @@ def commands(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in [*typed, *INLINE.findall(text)]]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("path", [p for p in TEXTS if blocks(p, "python")], ids=name_of)
 def test_examples_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -117,6 +118,16 @@ def test_pages_show_every_clause_and_operation(site: Any, slug: str) -> None:
     for operation in mechanism.operations:
         name = f"{operation.function.__module__}.{operation.name}"
         assert f".. autofunction:: {name}\n" in page
+
+
+def test_mask_and_score_functions_are_listed(site: Any) -> None:
+    flex, every = site("pages.flex"), mechanisms()
+    assert flex.functions(every["streaming_llm"]) == ["mask_mod", "score_mod"]
+    assert flex.functions(every["titans"]) == ["mac_mask_mod", "mag_mask_mod", "mal_mask_mod"]
+    assert flex.functions(every["flowformer"]) == []
+    listing = flex.listing()
+    for path in sorted((ROOT / "fast").glob("*/*_flex.py")):
+        assert f"``fast.{path.stem}``" in listing
 
 
 def test_citations_become_links_outside_code(site: Any) -> None:

@@ -13,7 +13,7 @@ from attnspec.conformance.contract import contracts
 from attnspec.conformance.laws import laws_for
 from attnspec.reference import Mechanism, Operation
 from attnspec.reference.spec import HEADS, PADDINGS, PATTERNS, PHASES
-from pages import docstrings, evidence, rest, studies
+from pages import docstrings, evidence, flex, rest, studies
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -164,6 +164,7 @@ def fast_path(mechanism: Mechanism) -> str:
         rest.table(header, rows) if rows else "",
         *(_autodoc(value) for value in shown),
         *_layers(mechanism),
+        *flex.section(mechanism),
     )
 
 

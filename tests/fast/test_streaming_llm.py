@@ -1,4 +1,4 @@
-"""StreamingLLM on the CPU kernels against the reference, whole streams and call by call."""
+"""StreamingLLM on the CPU kernels and on FlexAttention against the reference, call by call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from attnspec.fast.cache import streaming_llm as fast
+from attnspec.fast.cache.streaming_llm_flex import mask_mod, score_mod
 from attnspec.reference.cache import streaming_llm as reference
+from tests.flex_cases import close, flex, mask_grid, score_grid, uncompiled
 
 CALLS: list[Any] = [1, 4, [17] + [1] * 13, [1, 2, 3, 5, 8, 11], 30]
 T = 30
@@ -127,3 +129,55 @@ def test_refusals(error: type[Exception], message: str, wrong: dict[str, Any]) -
     q, k, v = (torch.from_numpy(x) for x in stream())
     with pytest.raises(error, match=message):
         fast.streaming_attend(q, k, v, **wrong)
+
+
+def seen_by(S: int, R: int, chunk: Any) -> np.ndarray:
+    """bool (T, T): equal weights on unit values show what a stream's tokens see."""
+    zero, unit = np.zeros((1, T, 2)), np.eye(T)[None]
+    return reference.streaming_attend(zero, zero, unit, S, R, chunk)[0][0] > 0
+
+
+@pytest.mark.parametrize("chunk", CALLS, ids=str)
+@pytest.mark.parametrize(("S", "R"), [(3, 6), (0, 5), (2, 0), (4, 40), (0, 0)])
+def test_mask_function(chunk: Any, S: int, R: int) -> None:
+    got = mask_grid(mask_mod(S, R, chunk), 1, 1, T, T)[0, 0]
+    np.testing.assert_array_equal(got, seen_by(S, R, chunk))
+    if chunk == 1:
+        np.testing.assert_array_equal(got, reference.sink_window_mask(T, S, R))
+
+
+@pytest.mark.parametrize(("S", "R"), [(3, 6), (0, 5), (2, 0), (4, 40)])
+def test_score_function_by_distance(S: int, R: int) -> None:
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    got = score_grid(score_mod(slopes, S, R), torch.ones(1, 2, T, T, dtype=torch.float64))
+    seen = reference.sink_window_mask(T, S, R)
+    distances = np.where(seen, reference.sink_window_distances(T, S, R), 0)
+    close(np.where(seen, got[0], 1.0), 1 - slopes.numpy()[:, None, None] * distances)
+
+
+def test_score_function_without_eviction() -> None:
+    slopes, at = torch.tensor([0.5, 2.0], dtype=torch.float64), np.arange(9)
+    got = score_grid(score_mod(slopes, 4, 9), torch.zeros(1, 2, 9, 9, dtype=torch.float64))
+    close(got[0], reference.alibi_bias(slopes.numpy(), at, at))
+
+
+@uncompiled
+@pytest.mark.parametrize("chunk", CALLS, ids=str)
+@pytest.mark.parametrize("tilted", [True, False])
+def test_flex_attention_of_a_stream(chunk: Any, tilted: bool) -> None:
+    arrays = stream()
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625]) if tilted else None
+    score = None if slopes is None else score_mod(torch.from_numpy(slopes), 3, 6, chunk)
+    tensors = [torch.from_numpy(x) for x in arrays]
+    out, _ = flex(*tensors, mask=mask_mod(3, 6, chunk), score=score)
+    close(out, reference.streaming_attend(*arrays, 3, 6, chunk, alibi_slopes=slopes)[0])
+
+
+@uncompiled
+def test_sink_logit_behind_flex_attention() -> None:
+    """It is in the denominator only, so a factor by lse puts it in."""
+    arrays, s_h = stream(), np.array([0.5, -1.0, 2.0, 0.0])
+    out, lse = flex(*(torch.from_numpy(x) for x in arrays), mask=mask_mod(3, 6))
+    share = torch.sigmoid(lse - torch.from_numpy(s_h)[:, None])
+    mask = reference.sink_window_mask(T, 3, 6)
+    close(share[..., None] * out, reference.attend_with_sink_logit(*arrays, s_h, mask)[0])
