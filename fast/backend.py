@@ -124,6 +124,12 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """`value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
 def check_attention_inputs(q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """q, k and v fit one another: (batch, heads, tokens, d), kv heads dividing the heads."""
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)

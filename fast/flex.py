@@ -24,12 +24,6 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(score, batch, head, query, key): the score that takes part in the softmax."""
 
 
-def check_flag(name: str, value: Any) -> None:
-    """`value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-
-
 def check_key_mask(key_mask: Any, k_tokens: int | None = None) -> None:
     """`key_mask` is None or bool (batch, k_tokens)."""
     if key_mask is None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_integer, check_size, check_tensor
-from attnspec.fast.flex import INTEGERS, MaskMod, check_flag, check_key_mask
+from attnspec.fast.backend import check_bool, check_device, check_integer, check_size, check_tensor
+from attnspec.fast.flex import INTEGERS, MaskMod, check_key_mask
 from attnspec.fast.growing import checkable
 
 
@@ -21,7 +21,7 @@ def mask_mod(
     """
     check_integer("q_tokens", q_tokens, least=0)
     check_integer("k_tokens", k_tokens, least=0)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     check_key_mask(key_mask, k_tokens)
     before = k_tokens - q_tokens
 
@@ -41,7 +41,7 @@ def packed_mask_mod(q_offsets: Tensor, k_offsets: Tensor, causal: bool = False) 
     _check_offsets("k_offsets", k_offsets)
     check_device("k_offsets", k_offsets, "q_offsets", q_offsets)
     check_size("k_offsets", len(k_offsets), len(q_offsets), "as many as q_offsets")
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     q_sequence, k_sequence = _sequences(q_offsets), _sequences(k_offsets)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
+    check_bool,
     check_device,
     check_same,
     check_size,
@@ -105,8 +106,7 @@ def head_outputs(
         _check_active(active, q)
     if active is None or not (q.numel() and k.numel()):
         return flash(q, k, v, causal=causal, key_mask=key_mask, **options)[0]
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    check_bool("causal", causal)
     batch, heads, tokens, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads

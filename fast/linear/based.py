@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_bool,
     check_device,
     check_integer,
     check_same,
@@ -90,7 +91,7 @@ def taylor_features(
     if isinstance(x, Tensor) and x.dim() == 0:
         raise ValueError("x: got shape (), expected (..., d)")
     check_tensor("x", x, ("...",) * x.dim() if isinstance(x, Tensor) else (), FLOATS)
-    _check_flag("packed", packed)
+    check_bool("packed", packed)
     d = x.shape[-1]
     features = unpacked_features(wide(x), _scale(scale, d))
     if packed:
@@ -130,8 +131,8 @@ def based_attend(
     the method is for. Differentiable in q, k and v.
     """
     check_attention_inputs(q, k, v, FLOATS)
-    _check_flag("causal", causal)
-    _check_flag("use_norm", use_norm)
+    check_bool("causal", causal)
+    check_bool("use_norm", use_norm)
     return taylor(
         q, k, v, causal=causal, scale=_scale(scale, q.shape[3]), eps=_eps(eps), key_mask=key_mask,
         use_norm=use_norm, backend=backend,
@@ -337,11 +338,6 @@ def _eps(eps: Any) -> float:
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
     return float(eps)
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
 def _state_shape(k: Tensor, v: Tensor) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attnspec.fast.backend import check_bool
 from attnspec.fast.blocks import EPSILON, Block, Heads, joined
 from attnspec.fast.linear.lightning_attention_2 import attend, decode_step, layer_slopes
 
@@ -29,8 +30,7 @@ class LightningBlock(Block):
         decay: bool = True,
     ) -> None:
         super().__init__(width)
-        if not isinstance(decay, bool):
-            raise TypeError(f"decay: got {decay!r}, expected True or False")
+        check_bool("decay", decay)
         self.heads = Heads(width, heads)
         slopes = layer_slopes(heads, layer, n_layers) if decay else torch.zeros(heads)
         self.register_buffer("slopes", slopes.float(), persistent=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer
-from attnspec.fast.flex import MaskMod, check_flag
+from attnspec.fast.backend import check_bool, check_integer
+from attnspec.fast.flex import MaskMod
 
 
 def mac_mask_mod(T: int, C: int, N_p: int, tokenwise: bool = False) -> MaskMod:
@@ -17,7 +17,7 @@ def mac_mask_mod(T: int, C: int, N_p: int, tokenwise: bool = False) -> MaskMod:
     check_integer("T", T, least=0)
     check_integer("C", C, least=1)
     check_integer("N_p", N_p, least=0)
-    check_flag("tokenwise", tokenwise)
+    check_bool("tokenwise", tokenwise)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         place = key - N_p

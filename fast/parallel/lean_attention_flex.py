@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor
-from attnspec.fast.flex import INTEGERS, MaskMod, check_flag
+from attnspec.fast.backend import check_bool, check_integer, check_tensor
+from attnspec.fast.flex import INTEGERS, MaskMod
 from attnspec.fast.growing import checkable
 
 
@@ -18,7 +18,7 @@ def mask_mod(Tq: int, lengths: Tensor, causal: bool = False) -> MaskMod:
     check_tensor("lengths", lengths, ("batch",), INTEGERS)
     if checkable(lengths) and bool((lengths < 0).any()):
         raise ValueError(f"lengths: got {lengths.tolist()}, expected lengths >= 0")
-    check_flag("causal", causal)
+    check_bool("causal", causal)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key < lengths[batch]

@@ -39,7 +39,7 @@ def composite_mask(
     `is_visual` bool (S,), `positions` int (S,), all different, which is checked on CPU tensors
     only.
     """
-    _check_tokens(is_visual, "positions", positions, image_visible)
+    check_tokens(is_visual, "positions", positions, image_visible)
     seen = positions[None, :] <= positions[:, None]
     if image_visible == "all":
         seen = seen | is_visual[None, :]
@@ -70,7 +70,7 @@ def composite_attention(
     """
     check_tensor("qt", qt, ("batch", "heads", "q_tokens", "d"), FLOATS)
     check_attention_inputs(qt, k, v, FLOATS)
-    _check_tokens(is_visual, "pos", pos, image_visible)
+    check_tokens(is_visual, "pos", pos, image_visible)
     S, n = k.shape[TOKENS], qt.shape[TOKENS]
     check_size("is_visual", is_visual.shape[0], S, "tokens, as in k")
     check_device("is_visual", is_visual, "qt", qt)
@@ -105,7 +105,8 @@ def _inverse(order: Tensor) -> Tensor:
     return places.scatter(0, order, places)
 
 
-def _check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:
+def check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:
+    """Which tokens are visual, and where each is; `pos` may be left out."""
     check_tensor("is_visual", is_visual, ("S",), (torch.bool,))
     check_choice("image_visible", image_visible, VISIBILITIES)
     if positions is None and name == "pos":

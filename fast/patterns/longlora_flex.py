@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer
-from attnspec.fast.patterns.longlora_groups import check_bool, check_groups, rows_and_groups
+from attnspec.fast.backend import check_bool, check_integer
+from attnspec.fast.flex import MaskMod
+from attnspec.fast.patterns.longlora_groups import check_groups, rows_and_groups
 
 
 def mask_mod(
@@ -17,7 +16,7 @@ def mask_mod(
     variant: str = "segments",
     lengths: Tensor | None = None,
     causal: bool = True,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> MaskMod:
     """For texts of `T` tokens and `H` query heads; the parameters are those of `grouped_attend`.
 
     `lengths` int (batch,), on the device of the mask, hides padding on the right, whose rows then

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_choice, check_integer, check_tensor
+from attnspec.fast.backend import check_bool, check_choice, check_integer, check_tensor
 from attnspec.fast.engines.flash.checks import FLOATS
 
 Results = tuple[Tensor, Tensor]
@@ -139,9 +139,3 @@ def check_groups(T: int, G: Any, H: int, variant: Any, owner: str) -> None:
             raise ValueError(f"G: got {G}, expected a divisor of the {T} tokens to roll")
         if H % 2:
             raise ValueError(f"{owner}: got {H} heads, expected an even number of them to roll")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """`value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from attnspec.fast.patterns.longlora_groups import check_bool
+from attnspec.fast.backend import check_bool
+from attnspec.fast.flex import MaskMod
 from attnspec.fast.patterns.masformer_spans import Span, check_span, sees
 
 
-def mask_mod(
-    span: Span, causal: bool = True, lengths: Tensor | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_mod(span: Span, causal: bool = True, lengths: Tensor | None = None) -> MaskMod:
     """For layers of this `span`, of any length; the parameters are those of `layer_attend`.
 
     `lengths` int (batch,), on the device of the mask, hides padding on the right, whose rows then

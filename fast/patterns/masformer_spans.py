@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_choice, check_integer, check_size, check_tensor
+from attnspec.fast.backend import check_bool, check_choice, check_integer, check_size, check_tensor
 from attnspec.fast.engines.flash.checks import INTEGERS
 from attnspec.fast.padding import tokens_of
-from attnspec.fast.patterns.longlora_groups import check_bool
 
 Span = Sequence[Any]
 PLACEMENTS = ("bottom", "top", "every")

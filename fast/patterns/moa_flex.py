@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_choice, check_integer
+from attnspec.fast.flex import MaskMod
 from attnspec.fast.patterns.moa_masks import Sizes, check_plan
 
 GRANULARITIES = ("token", "block")
@@ -21,7 +20,7 @@ def mask_mod(
     granularity: str = "token",
     block: int = 64,
     device: str | torch.device = "cpu",
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> MaskMod:
     """For kv heads with `s` static and `c` local tokens, each with a `group` of query heads.
 
     `device` is where the attention runs: the function reads the sizes from tensors there.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from attnspec.fast.backend import check_integer
 from attnspec.fast.engines.neighborhood import Axis, check_grid
 from attnspec.fast.engines.neighborhood.grid import token_count
-
-MaskMod = Callable[[Any, Any, Any, Any], Any]
+from attnspec.fast.flex import MaskMod
 
 
 def neighborhood_mask_mod(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from attnspec.fast.flex import MaskMod
 from attnspec.fast.patterns.s2_attention_patterns import check_starts, check_stride
 
 
@@ -23,7 +22,7 @@ def mask_mod(
     causal: bool = True,
     q_start: int = 0,
     kv_start: int = 0,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> MaskMod:
     """For `H` query heads on `Hk` kv heads; the parameters are those of `s2_attend`."""
     left, right, step = check_stride(
         H, Hk, local, v_stride, num_dense_heads, step, offset, homo_head

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from attnspec.fast.backend import check_integer
+from attnspec.fast.flex import MaskMod
 from attnspec.fast.patterns.longlora_groups import rows_and_groups
 from attnspec.fast.patterns.sinklora_heads import check_pattern, plain_heads
 
@@ -19,7 +18,7 @@ def mask_mod(
     rho: float = 0.5,
     wrap: bool = False,
     causal: bool = True,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+) -> MaskMod:
     """For texts of `T` tokens and `H` query heads; the parameters are those of `sf_attend`."""
     check_integer("T", T, least=0)
     check_integer("H", H, least=1)

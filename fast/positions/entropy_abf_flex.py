@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from attnspec.fast.backend import check_bool
 from attnspec.fast.flex import (
     FLOATS,
     INTEGERS,
@@ -14,7 +15,6 @@ from attnspec.fast.flex import (
     ScoreMod,
     by_token,
     check_by_token,
-    check_flag,
     check_key_mask,
 )
 
@@ -28,7 +28,7 @@ def mask_mod(
     """
     check_by_token("pq", pq, "T", INTEGERS)
     check_by_token("pk", pk, "S", INTEGERS)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     check_key_mask(key_mask, pk.shape[-1])
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

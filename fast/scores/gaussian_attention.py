@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    check_bool,
     check_choice,
     check_integer,
     check_positive,
@@ -138,7 +139,7 @@ def axis_stats(
     axis = _check_input("z", z, axis)
     _check_mask(mask, z)
     check_positive("eps", eps)
-    _check_flag("exact_mask", exact_mask)
+    check_bool("exact_mask", exact_mask)
     entries = z.shape[axis]
     if entries < 2:
         raise ValueError(f"z: got {entries} along axis {axis}, expected at least 2 entries")
@@ -255,7 +256,7 @@ def _options(eps: Any, clamp: Any, combine: Any, exact_mask: Any, residual: bool
     check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     check_choice("combine", combine, COMBINATIONS)
-    _check_flag("exact_mask", exact_mask)
+    check_bool("exact_mask", exact_mask)
     return Options(float(eps), clamp == "source", exact_mask, residual)
 
 
@@ -325,8 +326,3 @@ def _check_gaussians(
     fine = torch.isfinite(delta).all() & (torch.isfinite(c) & (c != 0)).all()
     if not bool(fine):
         raise ValueError(f"{name or 'c'}: expected finite offsets and widths, no width of 0")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor
-from attnspec.fast.flex import FLOATS, MaskMod, ScoreMod, check_flag
+from attnspec.fast.backend import check_bool, check_integer, check_tensor
+from attnspec.fast.flex import FLOATS, MaskMod, ScoreMod
 
 
 def score_mod(R: Tensor, causal: bool = True) -> ScoreMod:
@@ -20,7 +20,7 @@ def score_mod(R: Tensor, causal: bool = True) -> ScoreMod:
     attention. Distances that the table lacks add 0; who sees whom is left to a mask function.
     """
     check_tensor("R", R, ("batch", "heads", "L", "rows"), FLOATS)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     rows = R.shape[3]
     if rows < 1 or (not causal and rows % 2 == 0):
         expected = "at least 1" if causal else "2 M - 1"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    check_bool,
     check_choice,
     check_integer,
     check_same,
@@ -233,8 +234,7 @@ def _masked(q: Tensor, k: Tensor, causal: Any, mask: Any) -> tuple[Tensor, dict[
 
     A mask of one row for all queries, which is padding, is never spread over the queries.
     """
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    check_bool("causal", causal)
     batch, q_tokens, k_tokens = q.shape[0], q.shape[2], k.shape[2]
     if mask is None:
         counts = _counts(causal, q_tokens, k_tokens, None, q.device)

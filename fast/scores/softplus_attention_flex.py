@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer
-from attnspec.fast.flex import FLOATS, INTEGERS, ScoreMod, by_token, check_by_token, check_flag
+from attnspec.fast.backend import check_bool, check_integer
+from attnspec.fast.flex import FLOATS, INTEGERS, ScoreMod, by_token, check_by_token
 
 FAR = -60.0
 """Below it the log of softplus is its argument, to the last bit of float64."""
@@ -25,7 +25,7 @@ def score_mod(n: Tensor, d: int, normalise_qk: bool = True) -> ScoreMod:
     """
     check_by_token("n", n, "q_tokens", (*INTEGERS, *FLOATS))
     check_integer("d", d, least=1)
-    check_flag("normalise_qk", normalise_qk)
+    check_bool("normalise_qk", normalise_qk)
     scale = math.log(d) / (1.0 if normalise_qk else math.sqrt(d))
     factor = n.double().clamp(min=1).log() * scale
 

@@ -62,6 +62,8 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("entropy_abf_flex.score_mod", (TEN,), "lam: got dtype torch.int64, expected one of"),
     ("softplus_attention_flex.score_mod", (TRUE, 8), "n: got dtype torch.bool, expected"),
     ("softplus_attention_flex.score_mod", (TEN, 0), "d: got 0, expected an integer >= 1"),
+    ("ee_mllm_flex.mask_mod", (TRUE, TEN), r"is_visual: got shape \(2, 3\), expected \(S\)"),
+    ("ee_mllm_flex.mask_mod", (TRUE[0], TEN[:3], "none"), "image_visible: got 'none', expected"),
     ("moh_flex.mask_mod", (TRUE,), r"active: got shape \(2, 3\), expected \(batch, q_tokens"),
     ("seer_attention_flex.mask_mod", (R, 4), "M: got dtype torch.float32, expected one of"),
     ("seer_attention_flex.mask_mod", (R > 0, 4), "M: got 4, expected 3"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     DTYPES,
     check_attention_inputs,
+    check_bool,
     check_device,
     check_integer,
     check_size,
@@ -35,8 +36,7 @@ def check_ranges(
     q: Tensor, causal: bool, window: Any, sinks: Any, row_start: Any, row_end: Any = None
 ) -> None:
     """The options that give each query a range of keys."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    check_bool("causal", causal)
     if window is not None:
         check_integer("window", window, least=1)
         if not causal:
