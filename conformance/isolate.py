@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnspec.conformance.runner import Profile, Task
 
 START_UP = 120.0
-"""Seconds a fresh process may take before its first law, beyond the time of that law."""
+"""Seconds a fresh process may take before its first law."""
 
 POLL = 1.0
 """Seconds between looks at whether the process is still alive, and still wanted."""
@@ -44,10 +44,11 @@ class Child:
 
     def run(self, task: Task, timeout: float) -> Result:
         """The task's result; "crash" with the case it was on if the child did not come back."""
-        deadline = time.monotonic() + timeout
+        doing, limit = "finish", timeout
         if self.process is None:
             self._start()
-            deadline += START_UP
+            doing, limit = "start", START_UP
+        deadline = time.monotonic() + limit
         number = self.kernels.index(task.kernel)
         self.inbox.put((number, task.law.name, task.dtype))
         current: str | None = None
@@ -56,7 +57,7 @@ class Child:
                 left = max(0.0, deadline - time.monotonic())
                 kind, payload = self.outbox.get(timeout=min(left, POLL))
             except queue.Empty:
-                reason = f"did not finish within {timeout:g} s"
+                reason = f"did not {doing} within {limit:g} s"
                 if not self.process.is_alive():
                     reason = f"killed its process (exit code {self.process.exitcode})"
                 elif self.cancelled:
@@ -65,7 +66,10 @@ class Child:
                     continue
                 self._stop()
                 return self._crash(task, reason, current)
-            if kind == "case":
+            if kind == "ready":
+                doing, limit = "finish", timeout
+                deadline = time.monotonic() + limit
+            elif kind == "case":
                 current = payload
             elif kind == "error":
                 self._stop()
@@ -168,6 +172,7 @@ def _work(
 
     # An interrupt from the keyboard reaches every process; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outbox.put(("ready", None))
     while (order := inbox.get()) is not None:
         number, law, dtype = order
         task = Task(kernels[number], laws()[law], dtype)
