@@ -85,6 +85,7 @@ def test_the_package_list_is_the_folders() -> None:
         for path in (ROOT / folder).rglob("__init__.py")
     }
     folders = (folders - {"attnspec.reference._root"}) | {"attnspec"}
+    folders |= {"attnspec.conformance.data", "attnspec.conformance.templates"}
     listed = project()["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(folders)
 
