@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pictures
-from pages import book, chapter, flex, studies
+from pages import book, chapter, flex, speed, studies
 
 from attnspec.reference import mechanisms
 
@@ -21,6 +21,7 @@ PAGES = {
     "status.rst": book.status,
     "engines.rst": book.engines,
     "flex.rst": flex.listing,
+    "speed.rst": speed.overview,
     "command.rst": book.commands,
     "studies/index.rst": studies.contents,
 }

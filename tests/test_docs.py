@@ -120,6 +120,20 @@ def test_pages_show_every_clause_and_operation(site: Any, slug: str) -> None:
         assert f".. autofunction:: {name}\n" in page
 
 
+def test_the_readme_lists_every_chapter() -> None:
+    text = (ROOT / "README.md").read_text()
+    for slug, mechanism in mechanisms().items():
+        assert f"[{mechanism.title}](reference/{mechanism.family}/{slug}.py)" in text
+
+
+def test_speeds_are_on_one_page(site: Any) -> None:
+    page = site("pages.speed").overview()
+    for path in (ROOT / "docs" / "benchmarks").glob("*.json"):
+        for result in json.loads(path.read_text())["results"]:
+            shown = site("pages.rest").escape(result["benchmark"])
+            assert (shown in page) or "timing" not in result
+
+
 def test_mask_and_score_functions_are_listed(site: Any) -> None:
     flex, every = site("pages.flex"), mechanisms()
     assert flex.functions(every["streaming_llm"]) == ["mask_mod", "score_mod"]

@@ -138,11 +138,11 @@ def benchmarks(mechanism: Mechanism, folder: Path = DOCS / "benchmarks") -> str:
     """The section's body: for each file a line on the machine and a table of kernels."""
     blocks = []
     for record, rows in benchmark_files(mechanism.slug, folder):
-        machine, when, environment = _provenance(record)
+        where, when, environment = _provenance(record)
         versions = ", ".join(f"{name} {value}" for name, value in environment.items())
         header = ("Benchmark", "Kernel", "Dtype", "ms", "TFLOP/s", "TB/s", "Of roofline", "Rivals")
         blocks += [
-            f"**{machine}**, {when}. {rest.escape(versions)}.",
+            f"**{where}**, {when}. {rest.escape(versions)}.",
             rest.table(header, map(_benchmark_row, rows), css="figures"),
         ]
     if not blocks:
@@ -157,17 +157,21 @@ def benchmarks(mechanism: Mechanism, folder: Path = DOCS / "benchmarks") -> str:
 
 def measured(record: dict[str, Any], packages: Sequence[str] = ("torch", "triton", "numba")) -> str:
     """The sentence on where and when the numbers of a study were made, and with which packages."""
-    machine, when, environment = _provenance(record)
+    where, when, environment = _provenance(record)
     versions = [f"{name} {environment[name]}" for name in packages if name in environment]
-    return f"Measured on {machine}, {when}, {', '.join(versions)}."
+    return f"Measured on {where}, {when}, {', '.join(versions)}."
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Where the numbers of a benchmark or a study were made."""
+    environment = record.get("environment", {})
+    return rest.escape(environment.get("gpu") or f"{environment.get('machine', 'CPU')} CPU")
 
 
 def _provenance(record: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
     """The machine, the date and commit, and the environment of a benchmark or a study."""
-    environment = record.get("environment", {})
-    machine = environment.get("gpu") or f"{environment.get('machine', 'CPU')} CPU"
     when = f"{record.get('date', 'undated')}, commit {record.get('commit') or 'unknown'}"
-    return rest.escape(machine), when, environment
+    return machine(record), when, record.get("environment", {})
 
 
 def _benchmark_row(row: dict[str, Any]) -> list[str]:
