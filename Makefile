@@ -57,7 +57,8 @@ unit: $(READY)
 
 # The interpreter is chosen when Triton is imported, so these tests need a process of their own.
 interpret: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret --junit-xml build/interpret.xml
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret --numprocesses auto --dist worksteal \
+	    --junit-xml build/interpret.xml
 
 # The unit tests kill each mutant as well; this leaves the table.
 mutants: $(READY)

@@ -67,22 +67,23 @@ class Model:
         """Where entries fall, in units: 0.15 to 0.4 up or down, as large in the mean as uniform."""
         if self.alike:
             values, place = np.unique(x, return_inverse=True)
-            return self._falls(values.shape)[place].reshape(x.shape)
-        return self._falls(x.shape)
+            return self._signed(0.15, 0.4, values.shape)[place].reshape(x.shape)
+        return self._signed(0.15, 0.4, x.shape)
 
-    def _falls(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self.generator.choice((-1.0, 1.0), shape) * self.generator.uniform(0.15, 0.4, shape)
+    def _signed(self, least: float, most: float, shape: tuple[int, ...]) -> np.ndarray:
+        """Numbers of a random sign, between `least` and `most` in size."""
+        random = self.generator.uniform(least - most, most - least, shape)
+        return np.copysign(least + np.abs(random), random)
 
     def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
         """`exact` off by about one unit of accumulation error relative to `size`, sign at random.
 
         Errors of one size would cancel too often where a result hangs on the difference of two.
         """
-        signs = self.generator.choice((-1.0, 1.0), size=np.shape(exact))
-        signs *= self.generator.uniform(0.5, 1.5, size=np.shape(exact))
         error = np.where(np.isfinite(size), EPS[self.compute] * size, 0.0)
         with np.errstate(over="ignore"):
-            result = np.asarray(exact + signs * error).astype(self.compute)
+            result = exact + self._signed(0.5, 1.5, np.shape(exact)) * error
+            result = np.asarray(result).astype(self.compute)
         if self.alike and self.compute == "float32":
             # Hardware may take a subnormal number for 0.
             return np.where(np.abs(result) < np.finfo(np.float32).tiny, result * 0, result)
