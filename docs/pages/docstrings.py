@@ -155,7 +155,7 @@ def _fields(block: str) -> str:
     lines = block.splitlines()
     if not all(line.startswith(" ") or FIELD.match(line) for line in lines):
         return block
-    if len(lines) == 1 or lines[0].startswith(" "):
+    if len(lines) < 2 or lines[0].startswith(" "):
         return block
     out: list[str] = []
     for line in lines:
