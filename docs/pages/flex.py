@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+from itertools import chain
 from pathlib import Path
 
-from attnspec.reference import Mechanism, mechanisms
-from pages import rest
+from attnspec.reference import Mechanism
+from pages import book, rest
 
 ROOT = Path(__file__).parent.parent.parent
 SUFFIX = "_flex"
@@ -44,7 +45,7 @@ def section(mechanism: Mechanism) -> list[str]:
 def listing() -> str:
     """A row for each mechanism that has some."""
     rows = []
-    for mechanism in mechanisms().values():
+    for mechanism in chain.from_iterable(book.families().values()):
         names = functions(mechanism)
         if names:
             text = ast.get_docstring(ast.parse(source(mechanism).read_text())) or ""
