@@ -194,9 +194,12 @@ def mutants(
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(chosen))
         kills = []
-        for kill in kill_all(chosen, matrix, jobs):
-            kills.append(kill)
-            progress.update(bar, advance=1, description=kill.mutant.name)
+        try:
+            for kill in kill_all(chosen, matrix, jobs):
+                kills.append(kill)
+                progress.update(bar, advance=1, description=kill.mutant.name)
+        except KeyboardInterrupt:
+            tell(f"interrupted after {len(kills)} of {len(chosen)} mutants", "yellow")
     survivors = [kill for kill in kills if kill.survived]
     record = {"mutants": [kill.to_dict() for kill in kills], "survivors": len(survivors)}
     write_json(json_file, record)
@@ -205,7 +208,7 @@ def mutants(
         f"{len(kills)} mutants, {len(survivors)} survive",
         style="bold red" if survivors else "green",
     )
-    raise typer.Exit(1 if survivors else 0)
+    raise typer.Exit(1 if survivors or len(kills) < len(chosen) else 0)
 
 
 app.command()(bench)

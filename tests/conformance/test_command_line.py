@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from attnspec.conformance import __main__ as command
 from attnspec.conformance import registry
 from attnspec.conformance.__main__ import app
 
@@ -198,3 +199,28 @@ def test_a_missing_extra_is_named(package: str, body: str, sentence: str) -> Non
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == sentence
+
+
+def test_mutants_in_several_processes(run: Run, tmp_path: Path) -> None:
+    chosen = ["tempscale.temper", "--json"]
+    assert run("mutants", *chosen, "alone.json").exit_code == 0
+    assert run("mutants", *chosen, "two.json", "--jobs", "2").exit_code == 0
+    alone, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("alone", "two"))
+    assert alone == two
+    assert alone["mutants"]
+
+
+def test_an_interrupted_table_keeps_its_rows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = command.kill_all
+
+    def interrupted(chosen: Any, *options: Any) -> Any:
+        yield from whole(chosen[:1], *options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "kill_all", interrupted)
+    result = run("mutants", "tempscale.temper", "--json", "kills.json")
+    assert result.exit_code == 1
+    assert "interrupted after 1 of" in result.output
+    assert len(json.loads((tmp_path / "kills.json").read_text())["mutants"]) == 1
