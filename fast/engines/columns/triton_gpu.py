@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import ColumnsConfig, config
+from attnspec.fast.engines.flash.triton_launch import readable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["rows", "columns", "tiles", "scale"]
@@ -290,6 +291,7 @@ def row_norms(
     if not batch * heads * rows * columns:
         total = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
         return total - float("inf"), total
+    q, k = readable(q, k)
     M = _tile(group * rows, plan.block_q)
     N = _tile(columns, plan.block_k)
     tiles = triton.cdiv(group * rows, M)
@@ -317,6 +319,7 @@ def column_sums(
     out = torch.empty(batch, heads, columns, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
+    q, k = readable(q, k)
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
     tiles = triton.cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
@@ -341,6 +344,7 @@ def weight_rows(
     out = torch.empty(*q.shape[:3], columns, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
+    q, k = readable(q, k)
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
     row_tiles, tiles = triton.cdiv(rows, M), triton.cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
@@ -364,6 +368,7 @@ def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> T
     parts = triton.cdiv(block, M)
     out = torch.empty(batch, heads, row_blocks, parts, tiles, dtype=torch.float32, device=q.device)
     if out.numel():
+        q, k = readable(q, k)
         count_launch()
         _block_max[(batch * heads * row_blocks * parts,)](
             q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.select.configs import config
 
 LENGTHS = ["rows", "columns", "row_tiles", "scale"]
@@ -92,6 +93,7 @@ def scores(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float) -> Ten
     out = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
+    q, k = readable(q, k)
     plan = config()
     tiles = triton.cdiv(rows, plan.score_q), triton.cdiv(columns, plan.score_k)
     count_launch()
