@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.dtypes import EPS, TINY, accumulator, round_to
+from attnspec.reference.primitives.gelu import ERF
 
 TRANSCENDENTAL = {
     np.exp, np.exp2, np.expm1, np.log, np.log2, np.log1p, np.tanh, np.sin, np.cos, np.sqrt,
     np.logaddexp, np.power, np.divide, np.reciprocal, np.arctan, np.cosh, np.sinh, np.float_power,
+    ERF,
 }  # fmt: skip
 CONTRACTIONS: dict[Callable[..., Any], str] = {
     np.einsum: "einsum",
@@ -122,6 +124,8 @@ class Rounded(np.ndarray):
         if out is not None:
             kwargs["out"] = tuple(_strip(x) for x in out)
         result = getattr(ufunc, method)(*plain, **kwargs)
+        if ufunc is ERF:
+            result = np.asarray(result, dtype=np.float64)
         if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
             result = _model.get().disturb(result, np.abs(result))
         if ufunc is np.subtract and method == "__call__" and _is_float(result):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from attnspec.reference.linear.dsf_recurrence import (
     softplus,
 )
 from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
+from attnspec.reference.primitives.gelu import gelu
 
 LayerState = tuple[np.ndarray, np.ndarray]
-_erf: Any = np.frompyfunc(math.erf, 1, 1)
 
 
 def qlstm(
@@ -136,15 +135,6 @@ def causal_convolution(seen: np.ndarray, weight: np.ndarray, bias: np.ndarray) -
     T = seen.shape[-2] - width + 1
     windows = np.stack([seen[..., n : n + T, :] for n in range(width)], axis=-1)
     return np.einsum("...cw,cw->...c", windows, weight) + bias
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    """S11: x times the normal distribution function, exact.
-
-    >>> gelu(np.array([-50.0, 0.0, 50.0]))
-    array([-0.,  0., 50.])
-    """
-    return x * (0.5 * (1 + _erf(x / math.sqrt(2.0)).astype(x.dtype)))
 
 
 def rg_lru(

@@ -20,7 +20,8 @@ from attnspec.reference.conventions import (
     group_size,
 )
 from attnspec.reference.linear.titans_coefficients import Coefficients, check_rates, coefficients
-from attnspec.reference.linear.titans_memory import check_layers, check_scale, gelu
+from attnspec.reference.linear.titans_memory import check_layers, check_scale
+from attnspec.reference.primitives.gelu import gelu
 
 Layers = tuple[np.ndarray, ...]
 READS = ("inclusive", "exclusive")

@@ -26,12 +26,12 @@ from attnspec.reference.linear.titans_coefficients import (
     titans_coefficients_backward,
 )
 from attnspec.reference.linear.titans_memory import (
-    gelu,
     gelu_curvature,
     gelu_slope,
     hidden_rows,
     output_gradients,
 )
+from attnspec.reference.primitives.gelu import gelu
 
 
 def titans_chunk_mlp_backward(

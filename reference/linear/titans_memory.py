@@ -13,17 +13,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_size
-
-_erf: Any = np.frompyfunc(math.erf, 1, 1)
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    """S1: x times the normal distribution function, exactly, not by the formula with tanh.
-
-    >>> gelu(np.array([0.0, 1.0])).round(4)
-    array([0.    , 0.8413])
-    """
-    return x * _below(x)
+from attnspec.reference.primitives.gelu import gelu, normal_cdf
 
 
 def gelu_slope(x: np.ndarray) -> np.ndarray:
@@ -32,7 +22,7 @@ def gelu_slope(x: np.ndarray) -> np.ndarray:
     >>> gelu_slope(np.array([0.0, 1.0])).round(4)
     array([0.5   , 1.0833])
     """
-    return _below(x) + x * _density(x)
+    return normal_cdf(x) + x * _density(x)
 
 
 def gelu_curvature(x: np.ndarray) -> np.ndarray:
@@ -42,11 +32,6 @@ def gelu_curvature(x: np.ndarray) -> np.ndarray:
     array([0.7979])
     """
     return (2 - x * x) * _density(x)
-
-
-def _below(x: np.ndarray) -> np.ndarray:
-    """How likely a standard normal number is below x."""
-    return 0.5 * (1 + _erf(x / math.sqrt(2.0)).astype(x.dtype))
 
 
 def _density(x: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The vocabulary the chapters share: softmax, merge, top-k, masks, rotary positions, pooling."""
+"""What the chapters share: softmax, merge, top-k, masks, rotary positions, pooling, GELU."""

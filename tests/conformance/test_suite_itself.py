@@ -17,6 +17,7 @@ from attnspec.conformance.layouts import LAYOUTS, place
 from attnspec.conformance.rounding import Rounded, rounded_arithmetic
 from attnspec.conformance.runner import Profile, replay
 from attnspec.reference.dense.attention import attend
+from attnspec.reference.primitives.gelu import normal_cdf
 
 QUICK = Profile("quick", examples=8)
 
@@ -53,6 +54,14 @@ def test_a_rounded_run_keeps_float32_where_nothing_is_contracted():
         got = np.asarray(np.exp(Rounded.wrap(x) * 2)).view(np.ndarray)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, np.exp(2 * x), rtol=5e-7)
+
+
+def test_a_rounded_run_loses_what_an_error_function_loses():
+    x = np.full((1, 64), -3.0)
+    with rounded_arithmetic("float32", 0):
+        got = np.asarray(normal_cdf(Rounded.wrap(x))).view(np.ndarray)
+    errors = np.abs(got - normal_cdf(x))
+    assert 0.25 < np.sqrt(np.mean(errors**2)) / EPS["float32"] < 2
 
 
 def test_operands_fall_alike_where_they_are_equal():

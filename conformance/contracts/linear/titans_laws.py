@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.arrays import flatten, place_arguments
+from attnspec.conformance.arrays import flatten, place_arguments, round_arguments
 from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.contracts.linear.titans import layers_of
 from attnspec.conformance.judge import expect
@@ -35,8 +35,7 @@ def check_depth(trial: Trial) -> None:
     for depth in (1, 3):
         widths = (case.sizes["d"], *[hidden] * (depth - 1), case.sizes["dv"])
         layers = layers_of(rng, case.shape("batch kv_heads"), widths)
-        narrow = tuple(w.astype(np.float16).astype(np.float64) for w in layers)
-        changed = {**arguments, "W0": narrow, "S0": None}
+        changed = round_arguments({**arguments, "W0": layers, "S0": None}, case.dtype)
         outputs = tuple(
             Output(f"{n}{i}", dtype="input" if n == "y" else "float32")
             for n, many in (("y", 1), ("W", depth), ("S", depth)) for i in range(many)
