@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pictures
-from pages import book, chapter, flex, speed, studies
+from pages import book, chapter, flex, order, speed, studies
 
 from attnspec.reference import mechanisms
 
@@ -39,7 +39,7 @@ def write_pages(folder: Path = CHAPTERS) -> None:
     for old in folder.glob("*/*.rst"):
         if old.stem not in {"index", *mechanisms(), *studies.studies()}:
             old.unlink()
-    for family in book.families():
+    for family in order.families():
         write(folder / family / "index.rst", book.part(family))
     for slug, mechanism in mechanisms().items():
         place = folder / mechanism.family

@@ -16,30 +16,7 @@ from attnspec.conformance.mutants import mutants
 from attnspec.reference import Mechanism, Paper, mechanisms
 from attnspec.reference.conventions import RULES
 from pages import chapter, docstrings, evidence, rest
-
-ORDER = (
-    "dense",
-    "scores",
-    "positions",
-    "heads",
-    "patterns",
-    "selection",
-    "cache",
-    "linear",
-    "editing",
-    "analysis",
-    "tasks",
-    "parallel",
-)
-
-
-def families() -> dict[str, list[Mechanism]]:
-    """Chapters by family, in the order of the book; a family not listed comes last."""
-    found: dict[str, list[Mechanism]] = {}
-    for mechanism in mechanisms().values():
-        found.setdefault(mechanism.family, []).append(mechanism)
-    rank = {family: n for n, family in enumerate(ORDER)}
-    return {f: found[f] for f in sorted(found, key=lambda f: (rank.get(f, len(rank)), f))}
+from pages.order import families
 
 
 def part_text(family: str) -> str:

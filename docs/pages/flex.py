@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-from itertools import chain
 from pathlib import Path
 
 from attnspec.reference import Mechanism
-from pages import book, rest
+from pages import rest
+from pages.order import chapters
 
 ROOT = Path(__file__).parent.parent.parent
 SUFFIX = "_flex"
@@ -45,7 +45,7 @@ def section(mechanism: Mechanism) -> list[str]:
 def listing() -> str:
     """A row for each mechanism that has some."""
     rows = []
-    for mechanism in chain.from_iterable(book.families().values()):
+    for mechanism in chapters():
         names = functions(mechanism)
         if names:
             text = ast.get_docstring(ast.parse(source(mechanism).read_text())) or ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pages import book, evidence, rest
+from pages import evidence, rest
+from pages.order import chapters
 
 HEADER = ("Chapter", "Case", "ms", "Roofline", "Fastest rival", "Ratio")
 
@@ -14,7 +14,7 @@ HEADER = ("Chapter", "Case", "ms", "Roofline", "Fastest rival", "Ratio")
 def overview(folder: Path = evidence.DOCS / "benchmarks") -> str:
     """A table for each machine."""
     tables: dict[str, list[list[str]]] = {}
-    for mechanism in chain.from_iterable(book.families().values()):
+    for mechanism in chapters():
         chapter = f":ref:`{mechanism.title} <chapter-{mechanism.slug}>`"
         for record, results in evidence.benchmark_files(mechanism.slug, folder):
             rows = tables.setdefault(evidence.machine(record), [])
