@@ -124,8 +124,9 @@ class Rounded(np.ndarray):
         if out is not None:
             kwargs["out"] = tuple(_strip(x) for x in out)
         result = getattr(ufunc, method)(*plain, **kwargs)
-        if ufunc is ERF:
-            result = np.asarray(result, dtype=np.float64)
+        if isinstance(result, np.ndarray) and result.dtype.kind == "O":
+            # From a ufunc made of a Python function, as `ERF` is.
+            result = result.astype(np.float64)
         if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
             result = _model.get().disturb(result, np.abs(result))
         if ufunc is np.subtract and method == "__call__" and _is_float(result):

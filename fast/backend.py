@@ -13,6 +13,8 @@ import torch
 
 BACKENDS = ("numba", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*DTYPES, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 
 launches = 0
 """How many kernels this process has launched: proof for the suite that a kernel really ran."""
@@ -169,9 +171,14 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
 FAR = 1 << 31
 
 
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of sums, lse and states of x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """float64 as it is, everything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """x as it is summed: float64 as it is, everything else as float32."""
+    return x.to(wide_dtype(x))
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

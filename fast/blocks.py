@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnspec.fast.backend import DTYPES, check_integer, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_integer,
+    check_size,
+    check_tensor,
+    wide_dtype,
+)
 
-FLOATS = (*DTYPES, torch.float64)
 EPSILON = 1e-6
 """Added under the root of every norm."""
 
@@ -59,7 +64,7 @@ class Block(nn.Module, abc.ABC):
     def zeros(self, *shape: int) -> Tensor:
         """A first state where the parameters are, in float32 at least."""
         weight = self.norm.weight
-        return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return weight.new_zeros(shape, dtype=wide_dtype(weight))
 
     def _rows(self, x: Tensor) -> Tensor:
         check_tensor("x", x, ("batch", "tokens", "width"), FLOATS)

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_size, check_tensor
-
-FLOATS = (*DTYPES, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
+from attnspec.fast.backend import check_size, check_tensor
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query, key): whether the query of this head sees the key."""

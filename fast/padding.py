@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_size, check_tensor
-from attnspec.fast.engines.flash.checks import INTEGERS
+from attnspec.fast.backend import INTEGERS, check_device, check_size, check_tensor
 from attnspec.fast.growing import checkable
 
 

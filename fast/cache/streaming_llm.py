@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_size
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_integer, check_size
 from attnspec.fast.cache.streaming_llm_rows import (
     Trace,
     alibi_bias,
@@ -39,7 +39,6 @@ from attnspec.fast.cache.streaming_llm_sinks import (
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.engines.merge import merge
 from attnspec.fast.growing import check_continues
 

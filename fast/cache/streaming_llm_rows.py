@@ -12,8 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
+from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
+    check_integer,
+    check_size,
+    check_tensor,
+    wide_dtype,
+)
 from attnspec.fast.growing import checkable
 
 
@@ -63,7 +69,7 @@ def rope(x: Tensor, pos: Tensor, base: float = 10000.0, *, backend: str | None =
     half = x.shape[-1] // 2
     powers = torch.arange(half, dtype=torch.float64, device=x.device) / -half
     angles = pos.to(x.device)[:, None] * base**powers
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     first, second = x[..., :half], x[..., half:]
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_same, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_same,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.flash import flash, mask_options
-from attnspec.fast.engines.flash.checks import FLOATS
 
 
 def softmax1(x: Tensor, *, axis: int = -1, backend: str | None = None) -> Tensor:

@@ -6,14 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnspec.fast.backend import (
-    check_attention_inputs,
-    check_size,
-    check_tensor,
-)
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, check_tensor
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash, mask_options
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.growing import Room, append, check_continues
 
 CLAIMS = {

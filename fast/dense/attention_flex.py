@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_device, check_integer, check_size, check_tensor
-from attnspec.fast.flex import INTEGERS, MaskMod, check_key_mask
+from attnspec.fast.backend import (
+    INTEGERS,
+    check_bool,
+    check_device,
+    check_integer,
+    check_size,
+    check_tensor,
+)
+from attnspec.fast.flex import MaskMod, check_key_mask
 from attnspec.fast.growing import checkable
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import product
+from attnspec.fast.backend import product, wide_dtype
 
 
 def average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,7 +14,7 @@ def average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     `values` (..., keys, dv), of which those that no row sees are not read. A row that sees nothing
     has weights 0. Computed in float32 at least.
     """
-    wide = torch.promote_types(scores.dtype, torch.float32)
+    wide = wide_dtype(scores)
     shifted = scores.to(wide)
     if scores.shape[-1]:
         top = shifted.amax(-1, keepdim=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
+    INTEGERS,
     check_device,
     check_integer,
     check_same,
@@ -31,8 +32,6 @@ from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.select import top_k
 from attnspec.fast.growing import append, checkable
 
-FLOATS = (*DTYPES, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
 CLAIMS: dict[str, dict[str, Any]] = {
     "diffqkv_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},
     "attend_selected": {"launches": None, "triton": {"reads_values": False}},

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_bool,
     check_device,
@@ -33,7 +34,6 @@ from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import append
 from attnspec.fast.heads.moh_routing import (
-    FLOATS,
     combine_gates,
     group_weights,
     load_balance_loss,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_device,
     check_integer,
     check_same,
@@ -23,7 +23,6 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.select import top_k_mask
 
-FLOATS = (*DTYPES, torch.float64)
 ROUTED = ("batch", "tokens", "hr")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_bool,
     check_device,
@@ -51,7 +51,6 @@ __all__ = [
     "taylor_weights",
 ]
 
-FLOATS = (*DTYPES, torch.float64)
 CONFIGS = {str(c): functools.partial(use_config, c) for c in CANDIDATES}
 CLAIMS = {
     "taylor_features": {"gradient": True, "launches": None},

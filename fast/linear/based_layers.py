@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_choice,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide_dtype,
 )
 
-FLOATS = (*DTYPES, torch.float64)
 PATTERNS = {
     27: ((1, 6, 11, 16, 21), (2, 7, 12, 17, 22)),
     36: ((1, 6, 11, 16, 21, 27, 33), (2, 7, 12, 17, 22, 28, 34)),
@@ -43,7 +43,7 @@ def gated_convolution(
     check_size("W_in", W_in.shape[0], x.shape[2], "width, as in x")
     check_size("W_in", W_in.shape[1], 2 * inner, "2 inner, as in filters")
     check_size("W_out", W_out.shape[0], inner, "inner, as in filters")
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     mixed_in, gate = product(x.to(wide), W_in.to(wide)).split(inner, dim=-1)
     padded = pad(mixed_in, (0, 0, max(taps - 1, 0), 0))
     mixed = torch.zeros_like(mixed_in)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_size, check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_size, check_tensor, wide
 from attnspec.fast.engines.scan import (
     ELEMENTWISE,
     SELECTIVE,
@@ -46,7 +46,7 @@ from attnspec.fast.linear.dsf_ssm import (
     ssd_as_normalised,
     ssd_scan,
 )
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
 __all__ = [
     "dsf_matrix",

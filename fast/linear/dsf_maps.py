@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_choice, check_integer, check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_choice, check_integer, check_tensor, wide
 from attnspec.fast.growing import checkable
 from attnspec.fast.linear.dsf_rnn import (
     check_gates,
@@ -18,7 +18,7 @@ from attnspec.fast.linear.dsf_rnn import (
     rg_lru_gates,
 )
 from attnspec.fast.linear.dsf_ssm import check_positive, check_s6
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import check_upstream
 
 System = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size, wide
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, wide
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.scan import scan
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
 Pair = tuple[Tensor, Tensor]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, logsigmoid, softplus
 
-from attnspec.fast.backend import check_same, check_tensor, product, wide
+from attnspec.fast.backend import FLOATS, check_same, check_tensor, product, wide
 from attnspec.fast.engines.scan import elementwise
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
 LayerState = tuple[Tensor, Tensor]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_tensor, wide
 from attnspec.fast.engines.scan import scan, selective
 from attnspec.fast.growing import checkable
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_upstream
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
 
 def s6_scan(

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_device,
     check_size,
     check_tensor,
     product,
     wide,
+    wide_dtype,
 )
 from attnspec.fast.engines.scan import scan, step
 from attnspec.fast.linear.flowformer_flows import (
-    FLOATS,
     Clamp,
     allocation,
     check_eps,
@@ -219,7 +220,7 @@ def _check_causal(q: Any, k: Any, v: Any, state: Any, eps: Any) -> FlowState:
     check_attention_inputs(q, k, v, FLOATS)
     check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
     check_eps(eps)
-    d, dtype = q.shape[3], torch.promote_types(q.dtype, torch.float32)
+    d, dtype = q.shape[3], wide_dtype(q)
     shapes = [(d,)] * 4 + [(), (d, v.shape[3]), ()]
     if state is None:
         return FlowState(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_choice,
     check_device,
     check_integer,
@@ -20,7 +20,6 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.growing import checkable
 
-FLOATS = (*DTYPES, torch.float64)
 KINDS = ("sigmoid", "relu")
 Clamp = tuple[float, float] | None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_same,
     check_size,
@@ -26,7 +27,7 @@ from attnspec.fast.backend import (
 from attnspec.fast.engines.scan import CANDIDATES, scan, step, time_summary, use_config
 from attnspec.fast.engines.scan import additive_gates as gates
 from attnspec.fast.linear.lightnet_positions import md_angles, md_lrpe, md_tpe, tpe
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 
 __all__ = [
     "additive_gates",

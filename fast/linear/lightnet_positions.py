@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_choice, check_integer, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_choice,
+    check_integer,
+    check_size,
+    check_tensor,
+    wide_dtype,
+)
 from attnspec.fast.engines.scan import scan
 from attnspec.fast.growing import checkable
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 
 Parameters = tuple[Tensor, Tensor, Tensor]
 LRPE_TYPES = ("cosine", "rotary")
@@ -103,7 +110,7 @@ def md_tpe(
     params[i] = (qp, kp, lam) of axes[i], as in `tpe`. Differentiable.
     """
     _check_filters(x, params, axes)
-    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = torch.zeros_like(x, dtype=wide_dtype(x))
     for (qp, kp, lam), axis in zip(params, axes, strict=True):
         rows = x.movedim(1 + axis, -2)
         split = rows.unflatten(-1, (qp.shape[0], -1)).movedim(-2, -3)

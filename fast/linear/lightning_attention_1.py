@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_size, check_tensor, unobserved
+from attnspec.fast.backend import FLOATS, check_device, check_size, check_tensor, unobserved
 from attnspec.fast.engines.rows import CANDIDATES, use_config
 from attnspec.fast.engines.scan import scan, step
 from attnspec.fast.growing import checkable
@@ -44,7 +44,7 @@ from attnspec.fast.linear.lightning_attention_1_rows import (
     srms_norm,
 )
 from attnspec.fast.linear.lightning_attention_2_batches import attend_padded
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 
 __all__ = [
     "decay_attend",

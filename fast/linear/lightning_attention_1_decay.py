@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_choice,
     check_integer,
@@ -15,12 +16,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.scan import scan, scan_backward
 from attnspec.fast.linear import lightning_attention_2 as lightning
-from attnspec.fast.linear.lightning_attention_2_chunks import (
-    FLOATS,
-    as_state,
-    check_slopes,
-    check_upstream,
-)
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_slopes, check_upstream
 
 DECAY_RULES = ("geometric", "linear")
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_choice, check_integer, check_tensor, product
+from attnspec.fast.backend import (
+    FLOATS,
+    check_choice,
+    check_integer,
+    check_tensor,
+    product,
+    wide_dtype,
+)
 from attnspec.fast.engines.rows import gated_norm as norm_rows
 from attnspec.fast.engines.rows import lift
 from attnspec.fast.linear.lightning_attention_1_rows import check_eps, check_theta, check_weight
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state, check_slopes
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_slopes
 
 Params = Mapping[str, Any]
 GLA_WEIGHTS = ("Wqkvu", "Wo", "slopes")
@@ -66,14 +72,10 @@ def output_of(
 ) -> Tensor:
     """y (batch, T, D): the norm over all heads of o (batch, H, T, d), the gate and a product."""
     if options.norm == "layer":
-        o = (o - o.mean((1, 3), keepdim=True, dtype=_wide(o))).to(o.dtype)
+        o = (o - o.mean((1, 3), keepdim=True, dtype=wide_dtype(o))).to(o.dtype)
     if options.gate == "sigmoid":
         u = u.sigmoid()
     return product(norm_rows(o, u, eps=options.eps, backend=backend), params["Wo"])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def check_gla(x: Any, params: Any, state: Any, offset: Any, options: Options) -> Tensor | None:

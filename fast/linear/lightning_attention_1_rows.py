@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_device,
     check_integer,
     check_same,
@@ -17,7 +18,6 @@ from attnspec.fast.backend import (
     product,
 )
 from attnspec.fast.engines.rows import gated_norm, lift
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS
 
 
 def srms_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_size
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    wide_dtype,
+)
 from attnspec.fast.engines.scan import CANDIDATES, scan, scan_backward, step, use_config
 from attnspec.fast.linear.lightning_attention_2_batches import (
     attend_packed,
@@ -22,7 +28,6 @@ from attnspec.fast.linear.lightning_attention_2_batches import (
     attend_padded,
 )
 from attnspec.fast.linear.lightning_attention_2_chunks import (
-    FLOATS,
     as_state,
     backward_chunk,
     check_slopes,
@@ -89,7 +94,7 @@ def decay_mask(T: int, s: Tensor) -> Tensor:
     """M (heads, T, T) of slopes s (heads,), in the dtype of s; formed in float32 or wider."""
     check_integer("T", T, least=0)
     check_slopes(s)
-    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    wide = s.to(wide_dtype(s))
     place = torch.arange(T, device=s.device)
     distance = (place[:, None] - place).to(wide.dtype)
     gap = torch.where(distance >= 0, -wide[:, None, None] * distance, -torch.inf)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.scan import scan, scan_backward
 from attnspec.fast.growing import checkable
-from attnspec.fast.linear.lightning_attention_2_chunks import (
-    FLOATS,
-    as_state,
-    check_slopes,
-    check_upstream,
-)
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_slopes, check_upstream
 
 
 def attend_packed(

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_device,
     check_integer,
     check_same,
     check_tensor,
+    wide_dtype,
 )
 from attnspec.fast.engines.scan import scan_backward, segment_outputs, segment_states
 from attnspec.fast.growing import checkable
-
-FLOATS = (*DTYPES, torch.float64)
 
 
 def chunk_states(
@@ -93,7 +92,7 @@ def as_state(name: str, S: Any, shape: tuple[int, ...], like: Tensor) -> Tensor 
     if S is None:
         return None
     check_upstream(name, S, shape, like, dtypes=FLOATS)
-    return S.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return S.to(wide_dtype(like))
 
 
 def check_upstream(

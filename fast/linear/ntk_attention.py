@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_choice,
     check_device,
     check_same,
@@ -27,7 +27,6 @@ from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import append
 
-FLOATS = (*DTYPES, torch.float64)
 POSITIVITY = ("abs", "softplus")
 CLAIMS = {
     "ntk_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},

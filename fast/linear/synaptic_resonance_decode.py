@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_integer, check_same, check_tensor, wide
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import Room, append
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 from attnspec.fast.linear.synaptic_resonance_memory import (
     check_memory,
     check_number,

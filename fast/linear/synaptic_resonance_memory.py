@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_device,
     check_integer,
@@ -23,7 +24,7 @@ from attnspec.fast.backend import (
     wide,
 )
 from attnspec.fast.engines.scan import scan
-from attnspec.fast.linear.lightning_attention_2_chunks import FLOATS, as_state
+from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 
 FLOOR = 1e-6
 FORGETS = 1e4

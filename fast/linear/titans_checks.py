@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_choice,
     check_device,
@@ -21,7 +21,6 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.growing import checkable
 
-FLOATS = (*DTYPES, torch.float64)
 READS = ("inclusive", "exclusive")
 RATES = ("theta", "eta", "alpha")
 Layers = tuple[Tensor, ...]

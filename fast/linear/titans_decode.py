@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_choice,
     check_integer,
@@ -14,7 +15,6 @@ from attnspec.fast.backend import (
     wide,
 )
 from attnspec.fast.linear.titans_checks import (
-    FLOATS,
     READS,
     Layers,
     check_layers,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_size,
@@ -16,13 +17,7 @@ from attnspec.fast.backend import (
     wide,
 )
 from attnspec.fast.engines.memory import weight_path
-from attnspec.fast.linear.titans_checks import (
-    FLOATS,
-    Layers,
-    check_rates,
-    check_scale,
-    check_states,
-)
+from attnspec.fast.linear.titans_checks import Layers, check_rates, check_scale, check_states
 from attnspec.fast.linear.titans_memory import memory_grad, mlp_memory
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_same, check_size, check_tensor, product, wide
-from attnspec.fast.linear.titans_checks import FLOATS
+from attnspec.fast.backend import FLOATS, check_same, check_size, check_tensor, product, wide
 
 EPSILON = 1e-6
 

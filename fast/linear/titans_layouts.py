@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_size, check_tensor, product, wide
+from attnspec.fast.backend import (
+    FLOATS,
+    check_integer,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+    wide,
+)
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.memory import memory
-from attnspec.fast.linear.titans_checks import (
-    FLOATS,
-    Layers,
-    check_memory_inputs,
-    check_states,
-)
+from attnspec.fast.linear.titans_checks import Layers, check_memory_inputs, check_states
 from attnspec.fast.linear.titans_memory import mlp_memory
 
 EPSILON = 1e-6

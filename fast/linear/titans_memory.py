@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_tensor, product, wide
-from attnspec.fast.linear.titans_checks import FLOATS, Layers, check_layers, check_scale
+from attnspec.fast.backend import FLOATS, check_tensor, product, wide
+from attnspec.fast.linear.titans_checks import Layers, check_layers, check_scale
 
 
 def mlp_memory(W: tuple[Tensor, ...], x: Tensor, *, backend: str | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, choose_backend, product
+from attnspec.fast.backend import check_integer, check_size, choose_backend, product, wide_dtype
 from attnspec.fast.engines.decode import CANDIDATES, decode, use_config
 from attnspec.fast.parallel.lean_attention_schedule import (
     Segment,
@@ -92,7 +92,7 @@ def partial(
     check_integer("hi", hi, least=lo)
     if hi > k.shape[-2]:
         raise ValueError(f"hi: got {hi}, expected an integer <= {k.shape[-2]} (Tk)")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     x = scale * (product(q.to(wide), k[..., lo:hi, :].to(wide).transpose(-1, -2)))
     values = v[..., lo:hi, :].to(wide)
@@ -123,7 +123,7 @@ def finalize(m: Tensor, l: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     check_kind("m", m, ("rows",))
     check_kind("l", l, ("rows",))
     check_kind("o", o, ("rows", "dv"))
-    wide = torch.promote_types(o.dtype, torch.float32)
+    wide = wide_dtype(o)
     mass = l.to(wide)
     empty = mass == 0
     total = torch.where(empty, 1.0, mass)

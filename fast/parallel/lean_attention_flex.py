@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_integer, check_tensor
-from attnspec.fast.flex import INTEGERS, MaskMod
+from attnspec.fast.backend import INTEGERS, check_bool, check_integer, check_tensor
+from attnspec.fast.flex import MaskMod
 from attnspec.fast.growing import checkable
 
 

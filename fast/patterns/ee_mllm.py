@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_integer, check_size, check_tensor, product
+from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_integer,
+    check_size,
+    check_tensor,
+    product,
+)
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import INTEGERS
 from attnspec.fast.growing import checkable
 from attnspec.fast.patterns.ee_mllm_attention import (
     TOKENS,
@@ -22,7 +29,6 @@ from attnspec.fast.patterns.ee_mllm_attention import (
     composite_mask,
 )
 from attnspec.fast.patterns.ee_mllm_layers import (
-    FLOATS,
     Layer,
     align,
     aligner_update,

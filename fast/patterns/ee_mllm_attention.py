@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
     check_attention_inputs,
     check_choice,
     check_device,
@@ -20,7 +22,6 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import checkable
 
 VISIBILITIES = ("causal", "all")

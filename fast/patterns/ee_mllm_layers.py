@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_choice,
     check_device,
     check_integer,
@@ -22,7 +22,6 @@ from attnspec.fast.backend import (
     wide,
 )
 
-FLOATS = (*DTYPES, torch.float64)
 MODES = ("self", "ffn", "frozen")
 
 

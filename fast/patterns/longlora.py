@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_bool, check_size
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_bool, check_size
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.longlora_groups import (
     Results,

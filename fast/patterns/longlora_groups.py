@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_choice, check_integer, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.backend import FLOATS, check_bool, check_choice, check_integer, check_tensor
 
 Results = tuple[Tensor, Tensor]
 """Output and lse of attention."""

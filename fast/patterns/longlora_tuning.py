@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
     check_device,
     check_integer,
     check_same,
@@ -21,7 +23,6 @@ from attnspec.fast.backend import (
     product,
     wide,
 )
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import checkable
 
 ADAPTER = "lora_"

@@ -10,9 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_bool, check_positive, check_size
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_bool,
+    check_positive,
+    check_size,
+)
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.masformer_decoding import Cache, cache_after, decode_step
 from attnspec.fast.patterns.masformer_spans import (

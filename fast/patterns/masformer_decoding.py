@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_positive,
     check_same,
@@ -17,7 +18,6 @@ from attnspec.fast.backend import (
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.growing import Room, append
 from attnspec.fast.patterns.masformer_spans import (
     Span,

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_choice, check_integer, check_size, check_tensor
-from attnspec.fast.engines.flash.checks import INTEGERS
+from attnspec.fast.backend import (
+    INTEGERS,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.padding import tokens_of
 
 Span = Sequence[Any]

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_choice, check_size
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_choice, check_size
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.patterns.moa_cache import (
     Cache,
     cache_update,

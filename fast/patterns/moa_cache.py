@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
     check_attention_inputs,
     check_integer,
     check_same,
     check_size,
     check_tensor,
+    wide_dtype,
 )
 from attnspec.fast.engines import decode as engine
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import checkable
 from attnspec.fast.patterns.moa_masks import Sizes, check_plan
 
@@ -189,7 +191,7 @@ def decode_step(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=wide), cache
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2), cache
 

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_same,
     check_size,
     check_tensor,
     wide,
+    wide_dtype,
 )
 from attnspec.fast.engines import columns
-from attnspec.fast.engines.flash.checks import FLOATS
 
 EPSILON = 2.0**-23
 
@@ -61,7 +62,7 @@ def block_sum(E: Tensor, b: int = 64, *, backend: str | None = None) -> Tensor:
     check_blocks("E", T, b)
     lower = torch.ones(T, T, dtype=torch.bool, device=E.device).tril()
     blocks = torch.where(lower, E, 0.0).unflatten(-1, (-1, b)).unflatten(-3, (-1, b))
-    summed = torch.promote_types(E.dtype, torch.float32)
+    summed = wide_dtype(E)
     return blocks.sum(dim=(-3, -1), dtype=summed).to(E.dtype)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size
-from attnspec.fast.engines.flash.checks import INTEGERS
+from attnspec.fast.backend import INTEGERS, check_integer, check_size
 
 Sizes = Sequence[int] | Tensor
 """One integer a kv head; a tensor of them lies on the CPU."""

@@ -8,8 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor, product
-from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.backend import (
+    FLOATS,
+    check_integer,
+    check_size,
+    check_tensor,
+    product,
+    wide_dtype,
+)
 from attnspec.fast.patterns.moa_masks import check_rules
 
 
@@ -77,7 +83,7 @@ def predicted_loss(I: Tensor, layouts: Tensor, *, backend: str | None = None) ->
     check_tensor("layouts", layouts, ("R", "nb", "nb"), (torch.bool,))
     for axis in (-1, -2):
         check_size("layouts", layouts.shape[axis], I.shape[axis], "nb, as in I")
-    wide = torch.promote_types(I.dtype, torch.float32)
+    wide = wide_dtype(I)
     lower = torch.ones(I.shape[-2:], dtype=torch.bool, device=I.device).tril()
     hidden = (layouts.logical_not() & lower).flatten(1).to(wide)
     known = torch.where(lower, I.detach(), 0.0).to(wide).flatten(-2)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.backend import FLOATS, check_integer, check_size, check_tensor
 
 SLACK = 1e-4
 OPTIMAL, INFEASIBLE = 0, 2

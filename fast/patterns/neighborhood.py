@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_same,
     check_size,
     check_tensor,
+    wide_dtype,
 )
-from attnspec.fast.engines.flash.checks import FLOATS, LARGEST_HEAD
+from attnspec.fast.engines.flash.checks import LARGEST_HEAD
 from attnspec.fast.engines.merge import merge
 from attnspec.fast.engines.neighborhood import (
     check_grid,
@@ -222,7 +224,7 @@ def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Te
             raise ValueError(f"outs: got shape {tuple(out.shape)}, expected the first one's")
         if lse.shape != out.shape[:-1]:
             raise ValueError(f"lses: got shape {tuple(lse.shape)}, expected that of outs' rows")
-    wide = torch.promote_types(outs[0].dtype, torch.float32)
+    wide = wide_dtype(outs[0])
     out, lse = outs[0].to(wide), lses[0].to(wide)
     for more, more_lse in zip(outs[1:], lses[1:], strict=True):
         out, lse = merge(out, lse, more.to(wide), more_lse.to(wide))

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_integer
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.patterns.s2_attention_blocks import block_sparse_attend, for_heads, order
 from attnspec.fast.patterns.s2_attention_decoding import (
     State,

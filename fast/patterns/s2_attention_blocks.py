@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs
+from attnspec.fast.backend import FLOATS, check_attention_inputs
 from attnspec.fast.engines.flash import BlockLists, flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.patterns.s2_attention_patterns import check_blocks
 
 

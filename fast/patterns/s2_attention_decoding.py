@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
     check_attention_inputs,
     check_integer,
     check_same,
     check_size,
     check_tensor,
+    wide_dtype,
 )
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 from attnspec.fast.growing import Room
 from attnspec.fast.patterns.s2_attention_patterns import check_stride
 
@@ -109,7 +111,7 @@ def decode_step(
         lses.append(lse)
         state = _cut(state, read(state.pos, state.seen))
     if not outs:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=wide), state
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2), state
 

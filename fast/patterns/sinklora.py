@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.patterns.longlora_groups import Results, head_shares, joined, segment_bounds
 from attnspec.fast.patterns.sinklora_h2o import (
     State,

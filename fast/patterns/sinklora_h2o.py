@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_size,
@@ -26,7 +27,6 @@ from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.columns import column_sums
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.engines.select import top_k, top_k_mask
 from attnspec.fast.growing import check_continues
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_choice, check_integer, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.backend import FLOATS, check_bool, check_choice, check_integer, check_tensor
 from attnspec.fast.patterns.longlora_groups import check_groups, s2_mask
 
 ROUNDING = 1e-9

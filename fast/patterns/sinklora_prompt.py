@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor, wide
-from attnspec.fast.engines.flash.checks import FLOATS
+from attnspec.fast.backend import FLOATS, check_integer, check_size, check_tensor, wide
 from attnspec.fast.engines.select import top_k_mask
 from attnspec.fast.patterns.sinklora_h2o import check_budgets
 

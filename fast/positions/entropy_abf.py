@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
     check_attention_inputs,
     check_device,
     check_integer,
     check_size,
     check_tensor,
+    wide_dtype,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
 
 CLAIMS = {
     "rope_rotate": {"gradient": True, "launches": None},
@@ -156,7 +158,7 @@ def check_positions(name: str, positions: Any, x: Tensor) -> None:
 
 def _turn(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
     """`x` rotated, in float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     angles = positions.double()[..., None, :, None] * freqs.double()
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     first, second = x.to(wide).chunk(2, dim=-1)

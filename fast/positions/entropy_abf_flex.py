@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool
-from attnspec.fast.flex import (
-    FLOATS,
-    INTEGERS,
-    MaskMod,
-    ScoreMod,
-    by_token,
-    check_by_token,
-    check_key_mask,
-)
+from attnspec.fast.backend import FLOATS, INTEGERS, check_bool
+from attnspec.fast.flex import MaskMod, ScoreMod, by_token, check_by_token, check_key_mask
 
 
 def mask_mod(

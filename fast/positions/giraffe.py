@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_size, check_tensor
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, check_tensor
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.growing import Room, append, check_continues
 from attnspec.fast.positions.giraffe_rotation import (
     check_frequencies,

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_integer, check_tensor
-from attnspec.fast.engines.flash.checks import FLOATS, INTEGERS
+from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_integer,
+    check_tensor,
+    wide_dtype,
+)
 from attnspec.fast.growing import checkable
 
 AXES = ("batch", "heads", "tokens", "d")
@@ -131,11 +137,6 @@ def rotate_half_split(x: Tensor, p: Tensor, f: Tensor, *, backend: str | None = 
 def rotate_interleaved(x: Tensor, p: Tensor, f: Tensor, *, backend: str | None = None) -> Tensor:
     """As `rotate_half_split`, but with neighbouring channels 2m and 2m + 1 as a pair."""
     return turn_interleaved(x, *_tables(x, p, f)).to(x.dtype)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def tables(x: Tensor, p: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:

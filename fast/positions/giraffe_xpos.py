@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_same,
@@ -20,7 +21,6 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import FLOATS
 from attnspec.fast.positions.giraffe_rotation import (
     AXES,
     check_number,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_bool,
     check_choice,
     check_integer,
@@ -24,11 +24,11 @@ from attnspec.fast.backend import (
     check_same,
     check_tensor,
     choose_by_dtype,
+    wide_dtype,
 )
 from attnspec.fast.engines.density import collapsed, density, mixture
-from attnspec.fast.engines.density.op import Options, wide
+from attnspec.fast.engines.density.op import Options
 
-FLOATS = (*DTYPES, torch.float64)
 CLAMPS = ("source", "none")
 COMBINATIONS = ("product", "sum")
 CLAIMS = {
@@ -108,7 +108,7 @@ def block(
     options = _options(eps, clamp, combine, exact_mask, residual=True)
     backend = choose_by_dtype(backend, "x", x)
     weights, dtype = [], x.dtype
-    x = x.to(wide(x)) if len(layers) > 1 else x
+    x = x.to(wide_dtype(x)) if len(layers) > 1 else x
     for axis, (_, params) in zip(axes, layers, strict=True):
         mask = None if padding_value is None else x != padding_value
         x, w = density(x, axis, _components(params, combine), mask, options, backend)
@@ -145,7 +145,7 @@ def axis_stats(
         raise ValueError(f"z: got {entries} along axis {axis}, expected at least 2 entries")
     real = torch.ones_like(z, dtype=torch.bool) if mask is None else mask.expand(z.shape)
     counted = real if exact_mask else torch.ones_like(real)
-    x = torch.where(real, z, 0).to(wide(z))
+    x = torch.where(real, z, 0).to(wide_dtype(z))
     count = counted.sum(axis, keepdim=True)
     mu = x.sum(axis, keepdim=True) / count.clamp(min=1)
     away = torch.where(counted, x - mu, 0)
@@ -171,7 +171,7 @@ def log_density(
         _check_broadcast(name, x, z)
     _check_gaussians(delta, c, ("K",), z)
     check_choice("combine", combine, COMBINATIONS)
-    kind = wide(z)
+    kind = wide_dtype(z)
     z, mu, var, delta, c, dtype = *(x.to(kind) for x in (z, mu, var, delta, c)), z.dtype
     y = ((z - mu)[..., None] - delta) / var.sqrt()[..., None]
     log = -(y**2) / (2 * c**2) - c.abs().log() - 0.5 * math.log(2 * math.pi)
@@ -193,7 +193,7 @@ def normalise(
     check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     _check_mask(mask, logw)
-    log = logw.to(wide(logw))
+    log = logw.to(wide_dtype(logw))
     if mask is not None:
         log = torch.where(mask, log, -torch.inf)
     top = log.amax(axis, keepdim=True)
@@ -223,7 +223,7 @@ def collapse(delta: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[T
     """d* and lam, each (...), of the one Gaussian that a product of K is; delta, c (..., K)."""
     _check_input("delta", delta, -1)
     _check_gaussians(delta, c, tuple(delta.shape), delta)
-    sharp = c.to(wide(c)) ** -2
+    sharp = c.to(wide_dtype(c)) ** -2
     lam = sharp.sum(-1)
     return ((delta.to(sharp.dtype) * sharp).sum(-1) / lam).to(c.dtype), lam.to(c.dtype)
 
@@ -241,14 +241,14 @@ def importance_factor(
         raise ValueError(f"axes: got {axes}, expected all but one of the {w.dim()} axes of w")
     if not w.numel():
         raise ValueError(f"w: got shape {tuple(w.shape)}, expected at least one entry")
-    wider = w.to(wide(w))
+    wider = w.to(wide_dtype(w))
     g = wider.mean(tuple(counted)) if counted else wider
     span = g.max() - g.min()
     return ((g - g.min()) / torch.where(span == 0, 1, span)).to(w.dtype)
 
 
 def _components(params: Params, combine: str) -> Tensor:
-    delta, c = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in params)
+    delta, c = (x.to(wide_dtype(x)) for x in params)
     return collapsed(delta, c) if combine == "product" else mixture(delta, c)
 
 

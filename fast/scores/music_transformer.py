@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_integer,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide_dtype,
 )
 from attnspec.fast.engines.relative import relative
 from attnspec.fast.engines.weights import average
 
-FLOATS = (*DTYPES, torch.float64)
 CLAIMS: dict[str, dict[str, Any]] = {
     "global_attention": {
         "gradient": True,
@@ -156,7 +156,7 @@ def _scaled(q: Tensor, scale: float | None) -> float:
 
 def _logits(q: Tensor, k: Tensor, E: Tensor, scale: float | None, causal: bool) -> Tensor:
     """Both terms in float32, rounded once."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     content = product(q.to(wide), keys.to(wide).transpose(-1, -2))
     index, there = _pairs(E.shape[-2], q.shape[2], causal, q.device)
@@ -261,7 +261,7 @@ def table_gradient(dlogits: Tensor, qs: Tensor, M: int, causal: bool = True) -> 
         raise ValueError(
             f"dlogits: got shape {tuple(dlogits.shape)}, expected {qs.shape[:3]} first"
         )
-    wide = torch.promote_types(qs.dtype, torch.float32)
+    wide = wide_dtype(qs)
     by_row = _by_distance(dlogits.to(wide), M if causal else 2 * M - 1, causal)
     return product(by_row.transpose(-1, -2), qs.to(wide)).sum(0).to(qs.dtype)
 

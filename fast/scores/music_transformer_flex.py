@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_integer, check_tensor
-from attnspec.fast.flex import FLOATS, MaskMod, ScoreMod
+from attnspec.fast.backend import FLOATS, check_bool, check_integer, check_tensor
+from attnspec.fast.flex import MaskMod, ScoreMod
 
 
 def score_mod(R: Tensor, causal: bool = True) -> ScoreMod:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor, product
+from attnspec.fast.backend import FLOATS, check_same, check_size, check_tensor, product
 from attnspec.fast.engines.additive import (
     additive_lse,
     additive_scores,
@@ -52,7 +52,6 @@ __all__ = [
     "tsp_target",
 ]
 
-FLOATS = (*DTYPES, torch.float64)
 
 _PLAIN = {"launches": None}
 _GEOMETRY = {"launches": None, "dtypes": ("float32",)}

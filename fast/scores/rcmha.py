@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_choice,
     check_integer,
     check_same,
@@ -29,7 +29,6 @@ from attnspec.fast.engines.relative import relative
 from attnspec.fast.engines.weights import average
 from attnspec.fast.growing import Room, append
 
-FLOATS = (*DTYPES, torch.float64)
 CLAIMS: dict[str, dict[str, Any]] = {
     "relative_attention": {
         "gradient": True,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, check_tensor
-from attnspec.fast.flex import FLOATS, MaskMod, ScoreMod
+from attnspec.fast.backend import FLOATS, check_integer, check_same, check_tensor
+from attnspec.fast.flex import MaskMod, ScoreMod
 
 
 def score_mod(Bmat: Tensor, uk: Tensor, scale: float) -> ScoreMod:

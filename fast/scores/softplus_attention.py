@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_bool,
     check_choice,
     check_integer,
@@ -29,7 +29,6 @@ from attnspec.fast.engines.flash.checks import check_inputs
 from attnspec.fast.engines.softplus import Sharpening, softplus
 from attnspec.fast.growing import append
 
-FLOATS = (*DTYPES, torch.float64)
 MATRIX = ("batch", "heads", "q_tokens", "k_tokens")
 CLAIMS: dict[str, dict[str, Any]] = {
     "lssa": {"gradient": True, "blocks": (16, 64), "compiled": True, "triton": {"graph": True}},

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_bool, check_integer
-from attnspec.fast.flex import FLOATS, INTEGERS, ScoreMod, by_token, check_by_token
+from attnspec.fast.backend import FLOATS, INTEGERS, check_bool, check_integer
+from attnspec.fast.flex import ScoreMod, by_token, check_by_token
 
 FAR = -60.0
 """Below it the log of softplus is its argument, to the last bit of float64."""

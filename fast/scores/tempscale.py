@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_positive
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_positive, wide_dtype
 from attnspec.fast.engines.flash import flash, mask_options
-from attnspec.fast.engines.flash.checks import FLOATS, check_heads
+from attnspec.fast.engines.flash.checks import check_heads
 
 CLAIMS = {"tempered_attention": {"gradient": True, "limits": {"bias": (False,)}}}
 
@@ -46,7 +46,7 @@ def tempered_attention(
         check_positive("tau", tau)
         return flash(q, k, v, scale=scale / float(tau), **options)
     _check_temperatures(q, tau)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     tempered = q.to(wide) / tau.to(wide)[:, None, None]
     out, lse = flash(tempered, k.to(wide), v.to(wide), scale=scale, **options)
     return out.to(q.dtype), lse

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_positive, check_tensor
-from attnspec.fast.flex import FLOATS, ScoreMod
+from attnspec.fast.backend import FLOATS, check_positive, check_tensor
+from attnspec.fast.flex import ScoreMod
 from attnspec.fast.growing import checkable
 
 

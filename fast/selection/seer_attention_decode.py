@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_integer,
     check_size,
@@ -24,7 +25,7 @@ from attnspec.fast.selection.seer_attention_decode_gate import (
     decode_gate,
     init_cache,
 )
-from attnspec.fast.selection.seer_attention_gate import FLOATS, rope
+from attnspec.fast.selection.seer_attention_gate import rope
 from attnspec.fast.selection.seer_attention_selection import check_number
 
 

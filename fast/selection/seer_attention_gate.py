@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_integer,
     check_same,
     check_size,
     check_tensor,
     product,
+    wide_dtype,
 )
 from attnspec.fast.engines import select
 
 KINDS = ("max", "min", "avg")
 MASKED = -1e9
-FLOATS = (*DTYPES, torch.float64)
 
 
 def gate_kinds(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -86,7 +86,7 @@ def gate_scores(
     Differentiable in pq, pk, Wq and Wk.
     """
     _check_gate(pq, pk, Wq, Wk, cos, sin)
-    wide = torch.float64 if pq.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(pq)
     cos, sin = (table.to(pq.device, wide) for table in (cos, sin))
     if Wq is None:
         gq, keys = pq, pk.repeat_interleave(pq.shape[1] // pk.shape[1], dim=1)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_size, check_tensor
+from attnspec.fast.backend import FLOATS, check_integer, check_size, check_tensor
 from attnspec.fast.engines.select import top_k_mask
 from attnspec.fast.selection.seer_attention_gate import (
-    FLOATS,
     check_kinds,
     gate_scores,
     pool_blocks,

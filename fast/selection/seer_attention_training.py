@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_attention_inputs, check_integer, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.columns import block_max, weight_rows
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.selection.seer_attention_gate import FLOATS
 
 ROWS = 256
 """Query rows whose weights `decode_target` holds at a time."""

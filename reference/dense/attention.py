@@ -140,6 +140,8 @@ def combine(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
     """
     values = repeat_heads(v, weights.shape[-3])
     finite = np.isfinite(values)
+    if np.all(finite):
+        return weights @ values
     out = weights @ np.where(finite, values, np.zeros_like(values))
     return np.where((weights != 0) @ ~finite, np.nan, out).astype(out.dtype)
 

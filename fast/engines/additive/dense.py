@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import wide_dtype
+
 
 def _widened(x: Tensor) -> Tensor:
     """16-bit floats as float32: large projections cancel inside tanh, so none may be rounded."""
@@ -54,7 +56,7 @@ def project(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("attnspec::masked_log_softmax", mutates_args=())
 def _log_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(scores)
     if mask is None:
         return torch.log_softmax(scores, 2, dtype=wide)
     logp = torch.log_softmax(scores.masked_fill(~mask, float("-inf")), 2, dtype=wide)
@@ -63,7 +65,7 @@ def _log_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 @_log_softmax.register_fake
 def _(scores: Tensor, mask: Tensor | None) -> Tensor:
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(scores)
     return torch.log_softmax(scores, 2, dtype=wide)
 
 

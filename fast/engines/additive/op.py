@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import DTYPES, check_same, check_size, check_tensor, choose_backend, load
+from attnspec.fast.backend import (
+    DTYPES,
+    FLOATS,
+    check_same,
+    check_size,
+    check_tensor,
+    choose_backend,
+    load,
+    wide_dtype,
+)
 
 
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
     return load(f"attnspec.fast.engines.additive.{module}")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
@@ -36,7 +41,7 @@ def _scores(k: Tensor, q: Tensor, v: Tensor, backend: str) -> Tensor:
 
 @_scores.register_fake
 def _(k: Tensor, q: Tensor, v: Tensor, backend: str) -> Tensor:
-    return q.new_empty(*q.shape[:2], k.shape[1], dtype=_wide(q))
+    return q.new_empty(*q.shape[:2], k.shape[1], dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("attnspec::additive_scores_backward", mutates_args=())
@@ -77,7 +82,9 @@ def _lse(
 def _(
     k: Tensor, q: Tensor, v: Tensor, target: Tensor, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[:2], dtype=_wide(q)), q.new_empty(q.shape[:2], dtype=_wide(q))
+    return q.new_empty(q.shape[:2], dtype=wide_dtype(q)), q.new_empty(
+        q.shape[:2], dtype=wide_dtype(q)
+    )
 
 
 @torch.library.custom_op("attnspec::additive_lse_backward", mutates_args=())
@@ -116,7 +123,7 @@ _lse.register_autograd(_lse_gradient, setup_context=_lse_setup)
 
 def _check(k: Any, q: Any, v: Any, backend: str | None) -> str:
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
-    dtypes = (*DTYPES, torch.float64) if backend == "numba" else DTYPES
+    dtypes = FLOATS if backend == "numba" else DTYPES
     check_tensor("q", q, ("batch", "steps", "A"), dtypes)
     check_tensor("k", k, ("batch", "slots", "A"), dtypes)
     check_tensor("v", v, ("A",), dtypes)

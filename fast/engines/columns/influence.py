@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_same, choose_backend, load
-from attnspec.fast.engines.columns.op import _wide, positive
+from attnspec.fast.backend import check_integer, check_same, choose_backend, load, wide_dtype
+from attnspec.fast.engines.columns.op import positive
 from attnspec.fast.engines.flash.checks import check_inputs
 
 MODULES = {"numba": "numba_influence", "triton": "triton_influence"}
@@ -31,7 +31,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, block: int, eps: float, scale: float, backend: str
 ) -> Tensor:
     blocks = q.shape[2] // block
-    return q.new_empty(*q.shape[:2], blocks, blocks, dtype=_wide(q))
+    return q.new_empty(*q.shape[:2], blocks, blocks, dtype=wide_dtype(q))
 
 
 def block_influence(

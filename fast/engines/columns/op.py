@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    FLOATS,
     check_choice,
     check_integer,
     check_same,
@@ -20,6 +21,7 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_backend,
     load,
+    wide_dtype,
 )
 
 POOLS = ("avg", "max")
@@ -32,14 +34,10 @@ def _kernels(backend: str) -> ModuleType:
     return load(f"attnspec.fast.engines.columns.{module}")
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _check(q: Any, k: Any, backend: str | None) -> str:
     """The backend, after q (batch, heads, q_tokens, d) and k are found to fit."""
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
-    dtypes = (*DTYPES, torch.float64) if backend == "numba" else DTYPES
+    dtypes = FLOATS if backend == "numba" else DTYPES
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)
     check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"), dtypes)
     check_same("k", k, "q", q)
@@ -63,7 +61,7 @@ def _check_key_mask(key_mask: Any, k: Tensor) -> None:
 
 
 def _check_lse(lse: Any, q: Tensor) -> None:
-    check_tensor("lse", lse, ("batch", "heads", "q_tokens"), (_wide(q),))
+    check_tensor("lse", lse, ("batch", "heads", "q_tokens"), (wide_dtype(q),))
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse: got shape {tuple(lse.shape)}, expected {tuple(q.shape[:3])}")
 
@@ -87,8 +85,8 @@ def _(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     return (
-        q.new_empty(q.shape[:3], dtype=_wide(q)),
-        q.new_empty(q.shape[:3], dtype=_wide(q)),
+        q.new_empty(q.shape[:3], dtype=wide_dtype(q)),
+        q.new_empty(q.shape[:3], dtype=wide_dtype(q)),
     )
 
 
@@ -137,7 +135,7 @@ def _(
     q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
     scale: float, causal: bool, columns: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(*q.shape[:2], columns, dtype=_wide(q))
+    return q.new_empty(*q.shape[:2], columns, dtype=wide_dtype(q))
 
 
 def column_sums(
@@ -184,7 +182,7 @@ def _(
     q: Tensor, k: Tensor, norm: Tensor, total: Tensor | None, key_mask: Tensor | None,
     scale: float, causal: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(*q.shape[:3], k.shape[2], dtype=_wide(q))
+    return q.new_empty(*q.shape[:3], k.shape[2], dtype=wide_dtype(q))
 
 
 def weight_rows(
@@ -218,7 +216,7 @@ def _block_max(
 @_block_max.register_fake
 def _(q: Tensor, k: Tensor, block: int, scale: float, causal: bool, backend: str) -> Tensor:
     rows, columns = ((x.shape[2] + block - 1) // block for x in (q, k))
-    return q.new_empty(*q.shape[:2], rows, columns, dtype=_wide(q))
+    return q.new_empty(*q.shape[:2], rows, columns, dtype=wide_dtype(q))
 
 
 def block_max(
@@ -268,7 +266,7 @@ def smooth(
     keeps all.
     """
     backend = choose_backend(backend, s) if isinstance(s, Tensor) else "numba"
-    dtypes = (*DTYPES, torch.float64) if backend == "numba" else DTYPES
+    dtypes = FLOATS if backend == "numba" else DTYPES
     check_tensor("s", s, ("batch", "heads", "n"), dtypes)
     check_integer("width", width, least=1)
     if width % 2 == 0:

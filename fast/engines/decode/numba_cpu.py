@@ -16,7 +16,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, wide_dtype
 from attnspec.fast.engines.decode.numba_loops import (
     BFLOAT16,
     FLOAT16,
@@ -326,7 +326,7 @@ def forward(
     kv_heads, dv = k.shape[1], v.shape[3]
     pool = 0 if block_table is None else k.shape[2]
     k_tokens = k.shape[2] if block_table is None else block_table.shape[1] * pool
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     out = torch.empty((batch, heads, q_tokens, dv), dtype=wide)
     lse = torch.empty((batch, heads, q_tokens), dtype=wide)
     if lse.numel() == 0:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    FLOATS,
+    INTEGERS,
     check_choice,
     check_device,
     check_integer,
@@ -25,10 +27,10 @@ from attnspec.fast.backend import (
     choose_backend,
     load,
     unobserved,
+    wide_dtype,
 )
 from attnspec.fast.engines.decode.configs import TABLE
 
-INDEX_DTYPES = (torch.int32, torch.int64)
 MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
 LARGEST_HEAD = 256
 MOST_KINDS = 1024
@@ -117,7 +119,7 @@ def _kind(
 
 @_decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = wide_dtype(q)
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
@@ -204,19 +206,19 @@ def decode(
             )
     if index is not None:
         _check_integers("index", index, q)
-        check_tensor("index", index, ("batch", "kv_heads", "entries"), INDEX_DTYPES)
+        check_tensor("index", index, ("batch", "kv_heads", "entries"), INTEGERS)
         check_size("index", index.shape[0], batch, "batch, as in q")
         check_size("index", index.shape[1], kv_heads, "kv_heads, as in k")
         slots = index.shape[2] * page
     if bias is not None:
-        check_tensor("bias", bias, ("batch", "kv_heads", "slots"), (*DTYPES, torch.float64))
+        check_tensor("bias", bias, ("batch", "kv_heads", "slots"), FLOATS)
         check_device("bias", bias, "q", q)
         for got, expected, what in zip(
             bias.shape, (batch, kv_heads, slots), ("batch", "kv_heads", "slots"), strict=True
         ):
             check_size("bias", got, expected, what)
     if sink_logit is not None:
-        check_tensor("sink_logit", sink_logit, ("heads",), (*DTYPES, torch.float64))
+        check_tensor("sink_logit", sink_logit, ("heads",), FLOATS)
         check_size("sink_logit", sink_logit.shape[0], heads, "heads, as in q")
         check_device("sink_logit", sink_logit, "q", q)
     for name, count in (("rows", rows), ("tile", tile), ("workers", workers)):
@@ -239,7 +241,7 @@ def decode(
 
 def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tuple[int, int]:
     """kv heads and tokens of a cache that fits q; TypeError or ValueError otherwise."""
-    dtypes = (*DTYPES, torch.float64) if backend == "numba" else DTYPES
+    dtypes = FLOATS if backend == "numba" else DTYPES
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), dtypes)
     if block_table is None:
         check_tensor("k", k, ("batch", "kv_heads", "k_tokens", "d"), dtypes)
@@ -249,7 +251,7 @@ def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tupl
         check_tensor("k", k, ("pages", "kv_heads", "page_tokens", "d"), dtypes)
         check_tensor("v", v, ("pages", "kv_heads", "page_tokens", "dv"), dtypes)
         _check_integers("block_table", block_table, q)
-        check_tensor("block_table", block_table, ("batch", "max_pages"), INDEX_DTYPES)
+        check_tensor("block_table", block_table, ("batch", "max_pages"), INTEGERS)
         check_size("block_table", block_table.shape[0], q.shape[0], "batch, as in q")
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
@@ -268,6 +270,6 @@ def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tupl
 def _check_integers(name: str, x: Any, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
-    if x.dtype not in INDEX_DTYPES:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected int32 or int64")
     check_device(name, x, "q", q)

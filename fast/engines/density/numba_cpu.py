@@ -15,8 +15,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.density.op import Options, saved_shape, wide
+from attnspec.fast.backend import count_launch, wide_dtype
+from attnspec.fast.engines.density.op import Options, saved_shape
 from attnspec.fast.engines.numba_math import exp
 
 # Reordered sums vectorise; NaN and Inf keep their meaning.
@@ -320,7 +320,7 @@ def backward(
             dparts,
         )  # fmt: skip
     total = torch.from_numpy(dparts.sum((0, 2)))
-    return _tensor(dx, swap, x), total.to(wide(x))
+    return _tensor(dx, swap, x), total.to(wide_dtype(x))
 
 
 def _by_slice(saved: np.ndarray, entries: np.ndarray, components: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load
+from attnspec.fast.backend import load, wide_dtype
 
 
 class Options(NamedTuple):
@@ -37,11 +37,6 @@ def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
     return load(f"attnspec.fast.engines.density.{module}")
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """Components and statistics are float32, or float64 for float64 entries."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("attnspec::density", mutates_args=())
@@ -65,7 +60,7 @@ def _(
     x: Tensor, mask: Tensor | None, components: Tensor, eps: float, clamp: bool, exact: bool,
     residual: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    saved = x.new_empty(saved_shape(x, components), dtype=wide(x))
+    saved = x.new_empty(saved_shape(x, components), dtype=wide_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape), saved
 
 

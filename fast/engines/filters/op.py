@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_same,
     check_size,
     check_tensor,
     choose_by_dtype,
     load,
 )
-
-FLOATS = (*DTYPES, torch.float64)
 
 
 def causal_filter(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    FLOATS,
+    INTEGERS,
     check_attention_inputs,
     check_bool,
     check_device,
@@ -19,8 +21,6 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.flash.blocks import BlockLists
 
-INTEGERS = (torch.int32, torch.int64)
-FLOATS = (*DTYPES, torch.float64)
 LARGEST_HEAD = 256
 
 

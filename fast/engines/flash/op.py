@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load
+from attnspec.fast.backend import choose_backend, load, wide_dtype
 from attnspec.fast.engines.flash import checks
 from attnspec.fast.engines.flash.blocks import BlockLists
 
@@ -107,10 +107,6 @@ def _kernel(backend: str, part: str) -> Any:
     return getattr(module, part)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("attnspec::flash_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -137,7 +133,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
-        lse = q.new_full(q.shape[:3], -float("inf"), dtype=_lse_dtype(q))
+        lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide_dtype(q))
         if sink_logit is not None:
             lse = torch.zeros_like(lse) + sink_logit[:, None]
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
@@ -150,7 +146,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("attnspec::flash_backward", mutates_args=())
@@ -196,7 +192,7 @@ def _backward(
 def _(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsink = q.new_empty(q.shape[1], dtype=_lse_dtype(q))
+    dsink = q.new_empty(q.shape[1], dtype=wide_dtype(q))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 

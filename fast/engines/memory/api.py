@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend
-from attnspec.fast.engines.memory.op import memory_op, path_op, scalars_op, state_dtype
+from attnspec.fast.backend import choose_backend, wide_dtype
+from attnspec.fast.engines.memory.op import memory_op, path_op, scalars_op
 
 Layers = tuple[Tensor, ...]
 
@@ -51,7 +51,7 @@ def memory(
 
 def pack(layers: Sequence[Tensor], like: Tensor) -> Tensor:
     """Matrices (batch, heads, inputs, outputs) in a row, in the dtype of states."""
-    flat = [x.to(state_dtype(like)).flatten(2) for x in layers]
+    flat = [x.to(wide_dtype(like)).flatten(2) for x in layers]
     return flat[0].contiguous() if len(flat) == 1 else torch.cat(flat, -1)
 
 
@@ -86,6 +86,6 @@ def weight_path(
     W, S (heads, numbers), gradients (heads, chunks, numbers), eta, alpha (heads, chunks), all
     float32, or float64 on the CPU. Differentiable.
     """
-    wide = state_dtype(W)
+    wide = wide_dtype(W)
     given = [x.to(wide).contiguous() for x in (W, S, gradients, eta, alpha)]
     return path_op(*given, choose_backend(backend, W))

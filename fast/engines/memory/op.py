@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.memory import dense
 from attnspec.fast.engines.memory.configs import config
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 
 WIDEST = 256
 """Channels of keys and of values that the linear memory's kernels hold."""
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """States are float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _hopper(x: Tensor) -> bool:
@@ -54,7 +50,7 @@ def memory_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last W and S (batch, heads, numbers), and two tensors for the gradient."""
     with torch.cuda.device_of(k):
-        rates = Rates.of(theta, eta, alpha, stored, state_dtype(k))
+        rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (W.flatten(0, 1), S.flatten(0, 1))
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
@@ -106,7 +102,7 @@ def memory_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens)."""
     with torch.cuda.device_of(k):
-        rates = Rates.of(theta, eta, alpha, stored, state_dtype(k))
+        rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (dW.flatten(0, 1).contiguous(), dS.flatten(0, 1).contiguous())
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
@@ -127,7 +123,7 @@ def _(
     q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
     b: int, loss_scale: float, before: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rates = theta.new_empty(3, *theta.shape, dtype=state_dtype(k))
+    rates = theta.new_empty(3, *theta.shape, dtype=wide_dtype(k))
     return (
         dW.new_empty(dW.shape), dS.new_empty(dS.shape), k.new_empty(k.shape),
         v.new_empty(v.shape), q.new_empty(q.shape), rates,
@@ -168,7 +164,7 @@ def scalars_op(
 @scalars_op.register_fake
 def _(theta: Tensor, eta: Tensor, alpha: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     heads, C = theta.shape
-    dtype = state_dtype(theta)
+    dtype = wide_dtype(theta)
     square = theta.new_empty(heads, C, C, dtype=dtype)
     return theta.new_empty(heads, C, 3, dtype=dtype), square, torch.empty_like(square)
 
@@ -190,11 +186,11 @@ def scalars_backward_op(
 def _(
     drows: Tensor, dn: Tensor, dG: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
 ) -> Tensor:
-    return theta.new_empty(3, *theta.shape, dtype=state_dtype(theta))
+    return theta.new_empty(3, *theta.shape, dtype=wide_dtype(theta))
 
 
 def _one_piece(theta: Tensor, eta: Tensor, alpha: Tensor) -> tuple[Rates, Pieces]:
-    rates = Rates.of(theta[None], eta[None], alpha[None], None, state_dtype(theta))
+    rates = Rates.of(theta[None], eta[None], alpha[None], None, wide_dtype(theta))
     C = max(1, theta.shape[1])
     return rates, Pieces(theta.shape[1], C, C)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load
+from attnspec.fast.backend import choose_backend, load, wide_dtype
 from attnspec.fast.engines.neighborhood.grid import (
     Grid,
     flatten,
@@ -63,16 +63,12 @@ def _device(backend: str) -> Any:
     return module
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("attnspec::neighborhood_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, grid: list[int], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or v.numel() == 0:
-        lse = q.new_full(q.shape[:3], -math.inf, dtype=_lse_dtype(q))
+        lse = q.new_full(q.shape[:3], -math.inf, dtype=wide_dtype(q))
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     return _device(backend).forward(q, k, v, unflatten(grid), scale)
 
@@ -81,7 +77,7 @@ def _forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, grid: list[int], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("attnspec::neighborhood_backward", mutates_args=())

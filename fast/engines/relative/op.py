@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_device, check_integer, check_tensor, choose_backend, load
+from attnspec.fast.backend import (
+    check_device,
+    check_integer,
+    check_tensor,
+    choose_backend,
+    load,
+    wide_dtype,
+)
 from attnspec.fast.engines.flash import checks
 
 
@@ -56,7 +63,7 @@ def relative(
             f"{q.shape[3]})"
         )
     check_device("table", table, "q", q)
-    wide = _lse_dtype(q)
+    wide = wide_dtype(q)
     for name, bias, shape in (
         ("table_bias", table_bias, tuple(table.shape[:2])),
         ("key_bias", key_bias, (*q.shape[:2], k.shape[2])),
@@ -86,10 +93,6 @@ def _kernel(backend: str, part: str) -> Any:
     return getattr(module, part)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("attnspec::relative_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -105,7 +108,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
-        lse = q.new_full(q.shape[:3], -float("inf"), dtype=_lse_dtype(q))
+        lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide_dtype(q))
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     return _kernel(backend, "forward")(
         q, k, v, table, table_bias, key_bias, zero, scale, causal, row_start
@@ -114,7 +117,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("attnspec::relative_backward", mutates_args=())

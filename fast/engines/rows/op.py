@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
+    FLOATS,
     check_device,
     check_size,
     check_tensor,
@@ -21,8 +22,6 @@ from attnspec.fast.backend import (
     load,
     unobserved,
 )
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @cache

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, unobserved
-from attnspec.fast.engines.scan.op import state_dtype
+from attnspec.fast.backend import choose_backend, load, unobserved, wide_dtype
 
 
 @cache
@@ -38,8 +37,8 @@ def _(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tenso
     batch, heads, _, d = k.shape
     return (
         k.new_empty(k.shape),
-        k.new_empty(k.shape, dtype=state_dtype(k)),
-        k.new_empty(batch, heads, d, dtype=state_dtype(k)),
+        k.new_empty(k.shape, dtype=wide_dtype(k)),
+        k.new_empty(batch, heads, d, dtype=wide_dtype(k)),
     )
 
 
@@ -102,8 +101,8 @@ summary_op = torch.library.custom_op("attnspec::time_summary", run_summary, muta
 def _(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     batch, heads, _, d = k.shape
     return (
-        k.new_empty(batch, heads, d, v.shape[3], dtype=state_dtype(k)),
-        k.new_empty(batch, heads, d, dtype=state_dtype(k)),
+        k.new_empty(batch, heads, d, v.shape[3], dtype=wide_dtype(k)),
+        k.new_empty(batch, heads, d, dtype=wide_dtype(k)),
     )
 
 

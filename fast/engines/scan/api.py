@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_device,
     check_integer,
@@ -17,6 +17,7 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_backend,
     unobserved,
+    wide_dtype,
 )
 from attnspec.fast.engines.scan.op import (
     outputs_op,
@@ -24,13 +25,11 @@ from attnspec.fast.engines.scan.op import (
     run_step,
     scan_backward_op,
     scan_op,
-    state_dtype,
     states_op,
     step_op,
 )
 from attnspec.fast.engines.scan.replay import alias, kind, known
 
-FLOATS = (*DTYPES, torch.float64)
 WIDEST = 256
 
 
@@ -232,7 +231,7 @@ def _check_state(name: str, state: Any, shape: tuple[int, ...], q: Tensor) -> No
     axes = ("batch", "heads", "d", "dv") if len(shape) == 4 else (
         "batch", "heads", "segments", "d", "dv",
     )  # fmt: skip
-    check_tensor(name, state, axes, (state_dtype(q),))
+    check_tensor(name, state, axes, (wide_dtype(q),))
     _check_shape(name, state, shape)
     check_device(name, state, "q", q)
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_by_dtype, load, unobserved
-from attnspec.fast.engines.scan.op import state_dtype
+from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide_dtype
 
 
 @cache
@@ -34,7 +33,7 @@ elementwise_op = torch.library.custom_op("attnspec::elementwise", run, mutates_a
 @elementwise_op.register_fake
 def _(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     batch, _, channels = x.shape
-    return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=state_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=wide_dtype(x))
 
 
 @torch.library.custom_op("attnspec::elementwise_backward", mutates_args=())

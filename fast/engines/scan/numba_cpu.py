@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, wide_dtype
 from attnspec.fast.engines.scan.numba_walk import REGISTER_BYTES, VECTORS, walk
 
 
@@ -44,7 +44,7 @@ class Spans:
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in the dtype of the arithmetic, contiguous."""
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    return x.to(wide_dtype(x)).contiguous()
 
 
 def _fill(x: Tensor) -> Tensor:

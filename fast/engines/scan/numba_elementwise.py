@@ -12,7 +12,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, wide_dtype
 
 STRIP = 64
 """Channels of a strip: a few vector registers."""
@@ -52,7 +52,7 @@ def _backward(dh: Any, carry: Any, a: Any, h: Any, h0: Any, da: Any, dx: Any) ->
 
 def array(x: Tensor, like: Tensor) -> np.ndarray:
     """x as contiguous float64 if `like` is, else as float32."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(like)
     return np.asarray(x.detach().to(dtype).contiguous().numpy())
 
 

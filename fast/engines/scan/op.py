@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load
+from attnspec.fast.backend import load, wide_dtype
 
 
 @cache
@@ -17,11 +17,6 @@ def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_host"
     return load(f"attnspec.fast.engines.scan.{module}")
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """States are float32, or float64 for float64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def run_scan(
@@ -44,7 +39,7 @@ def _(
     sequences = batch if offsets is None else offsets.shape[0] - 1
     return (
         q.new_empty(batch, heads, tokens, v.shape[3]),
-        q.new_empty(sequences, heads, d, v.shape[3], dtype=state_dtype(q)),
+        q.new_empty(sequences, heads, d, v.shape[3], dtype=wide_dtype(q)),
     )
 
 
@@ -127,7 +122,7 @@ def _(
     heads: int, segment: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, _, tokens, d = k.shape
-    many, dtype = (tokens + segment - 1) // segment, state_dtype(k)
+    many, dtype = (tokens + segment - 1) // segment, wide_dtype(k)
     return (
         k.new_empty(batch, heads, many, d, v.shape[3], dtype=dtype),
         k.new_empty(batch, heads, d, v.shape[3], dtype=dtype),

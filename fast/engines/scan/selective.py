@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide
-from attnspec.fast.engines.scan.op import state_dtype
+from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide, wide_dtype
 
 
 @cache
@@ -41,7 +40,7 @@ def _(
     Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor, D: Tensor | None, h0: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=state_dtype(u))
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=wide_dtype(u))
 
 
 @torch.library.custom_op("attnspec::selective_backward", mutates_args=())

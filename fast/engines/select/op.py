@@ -11,6 +11,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     DTYPES,
+    FLOATS,
+    INTEGERS,
     check_choice,
     check_integer,
     check_same,
@@ -18,11 +20,11 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_backend,
     load,
+    wide_dtype,
 )
 from attnspec.fast.engines.flash import BlockLists
 
 KINDS = ("max", "min", "avg")
-INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def _kernels(backend: str, part: str) -> ModuleType:
@@ -32,12 +34,7 @@ def _kernels(backend: str, part: str) -> ModuleType:
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    return (*DTYPES, torch.float64) if backend == "numba" else DTYPES
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Scores are float32, or float64 for float64 inputs: rounding them would make ties."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return FLOATS if backend == "numba" else DTYPES
 
 
 def _as_four(x: Tensor) -> Tensor:
@@ -120,7 +117,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float, backe
 
 @_scores.register_fake
 def _(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float, backend: str) -> Tensor:
-    return q.new_empty(*q.shape[:3], k.shape[2], dtype=_wide(q.dtype))
+    # Rounding scores would make ties.
+    return q.new_empty(*q.shape[:3], k.shape[2], dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("attnspec::block_scores_backward", mutates_args=())
@@ -221,7 +219,7 @@ def top_k(
     NaN ranks below it. `dtype` of the indices is int64 or int32.
     """
     backend = _check_top_k(scores, k, backend)
-    check_choice("dtype", dtype, INDEX_DTYPES)
+    check_choice("dtype", dtype, INTEGERS)
     index = _top_k(_as_four(scores.detach()), min(k, scores.shape[-1]), dtype, backend)
     return index.reshape(*scores.shape[:-1], index.shape[-1])
 

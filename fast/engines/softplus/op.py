@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load
+from attnspec.fast.backend import choose_backend, load, wide_dtype
 from attnspec.fast.engines.flash import checks
 
 
@@ -101,7 +101,7 @@ def _forward(
 
 
 def _no_rows(q: Tensor) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     return q.new_empty((4, *q.shape[:3]), dtype=wide)
 
 

@@ -2,14 +2,13 @@
 features, which the CUDA kernels form in registers; states, packing, gradients, one decoded token.
 """
 
-from attnspec.fast.engines.taylor.api import state_dtype, step, taylor
+from attnspec.fast.engines.taylor.api import step, taylor
 from attnspec.fast.engines.taylor.configs import CANDIDATES, TaylorConfig, use_config
 from attnspec.fast.engines.taylor.layout import unpacked_count, unpacked_features
 
 __all__ = [
     "CANDIDATES",
     "TaylorConfig",
-    "state_dtype",
     "step",
     "taylor",
     "unpacked_count",

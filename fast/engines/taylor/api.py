@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnspec.fast.backend import (
-    DTYPES,
+    FLOATS,
     check_attention_inputs,
     check_device,
     check_integer,
     check_size,
     check_tensor,
     choose_backend,
+    wide_dtype,
 )
 from attnspec.fast.engines.taylor import numba_plan
 from attnspec.fast.engines.taylor.layout import pack, packed_count, unpack, unpacked_count
 from attnspec.fast.engines.taylor.op import taylor_op, taylor_step_op
 
-FLOATS = (*DTYPES, torch.float64)
 WIDEST = 256
 
 
@@ -132,11 +132,6 @@ def step(
     return taylor_step_op(S, zk, q, k, v, scale, eps)
 
 
-def state_dtype(q: Tensor) -> torch.dtype:
-    """States are float32, or float64 for float64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _state_shapes(k: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     shape = (*k.shape[:2], unpacked_count(k.shape[3]))
     return (*shape, v.shape[3]), shape
@@ -149,10 +144,10 @@ def _full_state(
     parts = []
     for name, x, shape in zip(("S0", "zk0"), state, _state_shapes(k, v), strict=True):
         if x is None:
-            parts.append(torch.zeros(shape, dtype=state_dtype(q), device=q.device))
+            parts.append(torch.zeros(shape, dtype=wide_dtype(q), device=q.device))
         else:
             _check_state(name, x, shape, q)
-            parts.append(x.to(state_dtype(q)))
+            parts.append(x.to(wide_dtype(q)))
     return parts[0], parts[1]
 
 

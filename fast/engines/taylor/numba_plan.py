@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.taylor.layout import packed_count, packed_features, unpacked_features
 from attnspec.fast.engines.taylor.near_op import near_op, token_op
 
@@ -26,7 +27,7 @@ def attend(
     scale: float, eps: float, use_norm: bool, want: bool, chunk: int,
 ) -> tuple[Tensor, State | None]:  # fmt: skip
     """o (batch, heads, q_tokens, dv), and the last state, unpacked, if it is wanted."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     Q, K, V = (x.to(wide) for x in (q, k, v))
     real = torch.ones(k.shape[0], k.shape[2], dtype=wide)
     if key_mask is not None:
@@ -123,6 +124,6 @@ def step(
     S: Tensor, zk: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o (batch, heads, 1, dv) of one token, and the state with it."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     o, new_S, new_zk = token_op(*(x.to(wide) for x in (S, zk, q, k, v)), scale, eps)
     return o.to(q.dtype), new_S, new_zk
