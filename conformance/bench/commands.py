@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +11,7 @@ from attnspec.conformance import registry
 from attnspec.conformance.bench.model import Benchmark, benchmarks
 from attnspec.conformance.bench.run import run_benchmarks
 from attnspec.conformance.bench.tuning import pairs, tune_kernels
-from attnspec.conformance.console import JsonFile, Select, console, usage_error, write_json
+from attnspec.conformance.console import JsonFile, Select, console, tell, usage_error, write_json
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.terminal import progress_bar, show_benchmarks, show_tuning
 
@@ -34,7 +35,9 @@ def bench(
         )
     write_json(json_file, result)
     show_benchmarks(result, console)
-    raise typer.Exit(1 if any("timing" not in row for row in result["results"]) else 0)
+    _say_if_interrupted(result)
+    failed = any("timing" not in row for row in result["results"])
+    raise typer.Exit(1 if failed or result["interrupted"] else 0)
 
 
 def tune(
@@ -59,7 +62,14 @@ def tune(
         )
     write_json(json_file, result)
     show_tuning(result, console)
-    raise typer.Exit(1 if any({"wrong", "error"} & set(row) for row in result["measured"]) else 0)
+    _say_if_interrupted(result)
+    failed = any({"wrong", "error"} & set(row) for row in result["measured"])
+    raise typer.Exit(1 if failed or result["interrupted"] else 0)
+
+
+def _say_if_interrupted(result: Mapping[str, Any]) -> None:
+    if result["interrupted"]:
+        tell("interrupted: this is what was measured until then", "yellow")
 
 
 def _benchmarks(select: list[str] | None, device: str | None) -> list[Benchmark]:

@@ -47,7 +47,7 @@ class Benchmark:
 
     make(device, dtype) builds the arguments as torch tensors; `call` maps the kernel's function
     and the arguments to the call that is timed (the operation itself unless given, for instance
-    forward and backward). `law_dtypes` are the dtypes whose conformance gates the number.
+    forward and backward).
     """
 
     operation: str

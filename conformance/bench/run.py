@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from attnspec.conformance.bench.model import Benchmark, Unavailable
@@ -26,33 +28,39 @@ def run_benchmarks(
 
     A kernel that fails the smoke profile in the benchmark's dtype gets no number ("red gate").
     `against` limits the rivals by name; `gates` are verdicts already known, "green" or not, by
-    kernel, operation and dtype. The result is plain JSON data.
+    kernel, operation and dtype. The result is plain JSON data, of what was measured until then if
+    the run is interrupted.
     """
     kernels = list(kernels)
     rows: list[dict[str, Any]] = []
     ceilings: dict[tuple[str, str], Ceilings] = {}
     known = dict(gates or {})
-    for benchmark in benchmarks:
-        key = (benchmark.device, benchmark.dtype)
-        if key not in ceilings:
-            ceilings[key] = measure_ceilings(*key)
-        arguments = benchmark.make(benchmark.device, benchmark.dtype)
-        for kernel in kernels:
-            if (kernel.operation, kernel.device) != (benchmark.operation, benchmark.device):
-                continue
-            if progress:
-                progress(f"{kernel.name} {benchmark.operation} {benchmark.name}")
-            name = (kernel.name, kernel.operation, benchmark.dtype)
-            if name not in known:
-                known[name] = _gate(kernel, benchmark.dtype)
-            row = _describe(benchmark, kernel, arguments, ceilings[key])
-            row["gate"] = known[name]
-            if row["gate"] == "green":
-                _measure(row, benchmark, kernel, arguments, ceilings[key], against)
-            rows.append(row)
-        del arguments
+    interrupted = False
+    try:
+        for benchmark in benchmarks:
+            key = (benchmark.device, benchmark.dtype)
+            if key not in ceilings:
+                ceilings[key] = measure_ceilings(*key)
+            arguments = benchmark.make(benchmark.device, benchmark.dtype)
+            for kernel in kernels:
+                if (kernel.operation, kernel.device) != (benchmark.operation, benchmark.device):
+                    continue
+                if progress:
+                    progress(f"{kernel.name} {benchmark.operation} {benchmark.name}")
+                name = (kernel.name, kernel.operation, benchmark.dtype)
+                if name not in known:
+                    known[name] = _gate(kernel, benchmark.dtype)
+                row = _describe(benchmark, kernel, arguments, ceilings[key])
+                row["gate"] = known[name]
+                if row["gate"] == "green":
+                    _measure(row, benchmark, kernel, arguments, ceilings[key], against)
+                rows.append(row)
+            del arguments
+    except KeyboardInterrupt:
+        interrupted = True
     return {
         **provenance(),
+        "interrupted": interrupted,
         "ceilings": [
             {
                 "device": device,
@@ -70,6 +78,8 @@ def _gate(kernel: Kernel, dtype: str) -> str:
     if dtype not in kernel.dtypes:
         return f"{dtype} is not claimed"
     report = certify(kernel, profile="smoke", dtypes=[dtype])
+    if report.interrupted:
+        raise KeyboardInterrupt
     return "green" if report.passed else f"red: {report.failures[0] if report.failures else ''}"
 
 
@@ -138,9 +148,24 @@ def _hardware() -> dict[str, str]:
         import torch
     except ModuleNotFoundError:
         return {}
+    found = {"threads": str(torch.get_num_threads()), "processor": _processor()}
     if torch.cuda.is_available():
-        return {"gpu": torch.cuda.get_device_name(), "threads": str(torch.get_num_threads())}
-    return {"threads": str(torch.get_num_threads())}
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    """The CPU's name and, where Linux tells, the widest vectors it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    about = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        about[name.strip()] = value.strip()
+    wide = next((x for x in ("avx512f", "avx2") if x in about.get("flags", "").split()), "")
+    return f"{about.get('model name', platform.processor())} {wide}".strip()
 
 
 def _commit() -> str:

@@ -46,15 +46,21 @@ def tune_kernels(
     chosen: Sequence[Pair], *, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Time all candidates of what the chosen pairs ask for. The result is plain JSON data:
-    ``choices`` by key and the ``capability`` they hold for, then all that was ``measured``.
+    ``choices`` by key and the ``capability`` they hold for, then all that was ``measured``, of the
+    benchmarks that ended if the run is ``interrupted``.
     """
     rows: list[dict[str, Any]] = []
-    for benchmark, kernel, tuner in chosen:
-        rows += _measure(benchmark, kernel, tuner, progress or (lambda what: None))
+    interrupted = False
+    try:
+        for benchmark, kernel, tuner in chosen:
+            rows += _measure(benchmark, kernel, tuner, progress or (lambda what: None))
+    except KeyboardInterrupt:
+        interrupted = True
     summary = summarise(rows)
     return {
         **_device(),
         **provenance(),
+        "interrupted": interrupted,
         "choices": {row["key"]: row["candidate"] for row in summary if row["chosen"]},
         "summary": summary,
         "measured": rows,

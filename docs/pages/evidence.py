@@ -165,7 +165,10 @@ def measured(record: dict[str, Any], packages: Sequence[str] = ("torch", "triton
 def machine(record: dict[str, Any]) -> str:
     """Where the numbers of a benchmark or a study were made."""
     environment = record.get("environment", {})
-    return rest.escape(environment.get("gpu") or f"{environment.get('machine', 'CPU')} CPU")
+    if gpu := environment.get("gpu"):
+        return rest.escape(gpu)
+    cpu = environment.get("processor") or f"{environment.get('machine', '')} CPU".strip()
+    return rest.escape(f"{cpu}, {environment.get('cores', 'unknown')} cores")
 
 
 def _provenance(record: dict[str, Any]) -> tuple[str, str, dict[str, str]]:

@@ -222,3 +222,15 @@ def test_nothing_to_tune(monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(app, ["tune", *words])
         assert result.exit_code == 2, result.output
         assert message in result.output
+
+
+def test_an_interrupted_run_keeps_the_benchmarks_that_ended(tuner: Tuner) -> None:
+    SECONDS["one"] = {16: 1.0, 32: 0.5, 64: 2.0, 128: 2.0}
+
+    def interrupt(arguments: Any, dtype: Any) -> Any:
+        raise KeyboardInterrupt
+
+    second = Benchmark(OPERATION, "two", "cpu", interrupt, lambda a: Cost(1.0, 1.0), "float32")
+    result = tune_kernels(pairs([benchmark("one"), second], [kernel(tuner)]))
+    assert result["interrupted"]
+    assert result["choices"] == {"inner": {"tile": 32}}

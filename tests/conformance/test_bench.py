@@ -1,0 +1,118 @@
+"""``attnspec bench``: what it records, and that an interrupted run keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from attnspec.conformance import Kernel
+from attnspec.conformance.bench import Benchmark, Cost, commands, run
+from attnspec.conformance.bench.model import Rival, Unavailable
+from attnspec.conformance.bench.timing import Ceilings, Timing
+
+OPERATION = "tempscale.temper"
+
+
+def benchmark(name: str, *rivals: Rival) -> Benchmark:
+    return Benchmark(
+        OPERATION,
+        name,
+        "cpu",
+        lambda device, dtype: {"scores": torch.randn(3, 5), "tau": 0.5},
+        lambda arguments: Cost(flops=15.0, bytes=120.0),
+        "float32",
+        rivals=rivals,
+    )
+
+
+def kernel(scale: float = 1.0) -> Kernel:
+    def temper(scores: torch.Tensor, tau: float | torch.Tensor = 1.0) -> torch.Tensor:
+        if isinstance(tau, torch.Tensor):
+            tau = tau[..., None, None]
+        return scores * scale / tau
+
+    return Kernel("mine", OPERATION, temper, array="torch", dtypes=("float32",))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """A clock on which every call takes a second, and a hook that runs before each."""
+    before: list[Callable[[], Any]] = []
+
+    def time_call(call: Callable[[], Any], device: str) -> Timing:
+        for hook in before:
+            hook()
+        call()
+        return Timing(1.0, 1.0, 1.0, 5)
+
+    monkeypatch.setattr(run, "time_call", time_call)
+    monkeypatch.setattr(run, "measure_ceilings", lambda *key: Ceilings(150.0, 120.0))
+    return before.append
+
+
+def gates(verdict: str = "green") -> dict[tuple[str, str, str], str]:
+    return {("mine", OPERATION, "float32"): verdict}
+
+
+def missing(arguments: Any) -> Any:
+    raise Unavailable("not installed")
+
+
+def test_a_row_has_rates_roofline_and_rivals(clock: Any) -> None:
+    rivals = (Rival("same", lambda arguments: lambda: None), Rival("missing", missing))
+    result = run.run_benchmarks([benchmark("one", *rivals)], [kernel()], gates=gates())
+    (row,) = result["results"]
+    assert (row["flops_per_second"], row["bytes_per_second"]) == (15.0, 120.0)
+    assert row["floor_seconds"] == row["of_roofline"] == 1.0
+    same, other = row["rivals"]
+    assert same["ratio"] == 1.0
+    assert other == {"name": "missing", "unavailable": "not installed"}
+    assert not result["interrupted"]
+
+
+def test_a_wrong_kernel_gets_no_number(clock: Any) -> None:
+    (row,) = run.run_benchmarks([benchmark("one")], [kernel(scale=1.01)])["results"]
+    assert row["gate"].startswith("red: mine breaks ")
+    assert "timing" not in row
+
+
+def test_an_interrupted_run_keeps_its_rows(
+    clock: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = iter(range(2))
+
+    def interrupt_second() -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    clock(interrupt_second)
+    whole = run.run_benchmarks
+    monkeypatch.setattr(commands, "_benchmarks", lambda *_: [benchmark("one"), benchmark("two")])
+    monkeypatch.setattr(commands, "_kernels", lambda: [kernel()])
+    monkeypatch.setattr(
+        commands, "run_benchmarks", lambda *given, **named: whole(*given, gates=gates(), **named)
+    )
+    app = commands.typer.Typer()
+    app.command()(commands.bench)
+    result = CliRunner().invoke(app, ["--json", str(tmp_path / "bench.json")])
+    assert result.exit_code == 1
+    assert "interrupted" in result.output
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert kept["interrupted"]
+    assert [row["benchmark"] for row in kept["results"]] == ["one"]
+
+
+def test_an_interrupted_gate_is_not_a_red_one(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        passed, failures, interrupted = False, (), True
+
+    monkeypatch.setattr(run, "certify", lambda *_, **__: Interrupted())
+    result = run.run_benchmarks([benchmark("one")], [kernel()])
+    assert result["interrupted"]
+    assert result["results"] == []
