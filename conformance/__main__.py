@@ -29,13 +29,13 @@ from attnspec.conformance.console import (
 )
 from attnspec.conformance.contract import find_contract
 from attnspec.conformance.dtypes import DTYPES
-from attnspec.conformance.killing import kill_all
+from attnspec.conformance.killing import Kill, kill_all
 from attnspec.conformance.laws import laws
 from attnspec.conformance.mutants import mutants as all_mutants
 from attnspec.conformance.runner import PROFILES, plan
 from attnspec.conformance.runner import replay as replay_case
 from attnspec.conformance.saved import StaleCase, load_case
-from attnspec.conformance.terminal import progress_bar, show_failure, show_kills, show_report
+from attnspec.conformance.terminal import progress, show_failure, show_kills, show_report
 from attnspec.reference import find_mechanism
 
 app = typer.Typer(
@@ -109,12 +109,7 @@ def conform(
     if not plan(chosen, dtype, law):
         raise usage_error("no kernel is left after --device, --backend, --dtype and --law")
     signal.signal(signal.SIGTERM, _interrupt)
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=None)
-
-        def advance(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total, description=what)
-
+    with progress() as advance:
         try:
             report = certify(
                 chosen,
@@ -191,13 +186,12 @@ def mutants(
     ]
     if not chosen:
         raise usage_error(f"select: got {wanted}, which no mutant matches")
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=len(chosen))
-        kills = []
+    with progress() as advance:
+        kills: list[Kill] = []
         try:
             for kill in kill_all(chosen, matrix, jobs):
                 kills.append(kill)
-                progress.update(bar, advance=1, description=kill.mutant.name)
+                advance(len(kills), len(chosen), kill.mutant.name)
         except KeyboardInterrupt:
             tell(f"interrupted after {len(kills)} of {len(chosen)} mutants", "yellow")
     survivors = [kill for kill in kills if kill.survived]

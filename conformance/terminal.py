@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -26,16 +28,46 @@ MARKS = {
 }
 
 
-def progress_bar() -> Progress:
-    """What a long command shows while it runs, on the error stream."""
-    return Progress(
+LINE_EVERY = 30.0
+"""Seconds between two lines of progress where the error stream is no terminal."""
+
+Advance = Callable[[int, int | None, str], None]
+"""Told how much is done, of how much if that is known, and what is next."""
+
+
+@contextmanager
+def progress() -> Iterator[Advance]:
+    """What a long command shows while it runs, on the error stream: a bar, in a log a few lines."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    with Progress(
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-    )
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, what: bar.update(
+            task, completed=done, total=total, description=what
+        )
+
+
+def _lines(console: Console) -> Advance:
+    last = time.monotonic()
+
+    def advance(done: int, total: int | None, what: str) -> None:
+        nonlocal last
+        if time.monotonic() - last < LINE_EVERY:
+            return
+        last = time.monotonic()
+        share = f"{done} of {total}" if total else f"{done}"
+        console.print(f"{share}: {what}", highlight=False, markup=False, soft_wrap=True)
+
+    return advance
 
 
 MOST_PANELS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from attnspec.conformance.bench.run import run_benchmarks
 from attnspec.conformance.bench.tuning import pairs, tune_kernels
 from attnspec.conformance.console import JsonFile, Select, console, tell, usage_error, write_json
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.terminal import progress_bar, show_benchmarks, show_tuning
+from attnspec.conformance.terminal import progress, show_benchmarks, show_tuning
 
 
 def bench(
@@ -25,13 +26,13 @@ def bench(
     """Measure kernels beside their rivals. A kernel that is not right gets no number (exit 1)."""
     chosen = _benchmarks(select, device)
     kernels = _kernels()
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=None)
+    with progress() as advance:
+        number = count()
         result = run_benchmarks(
             chosen,
             kernels,
             against=against.split(",") if against else None,
-            progress=lambda what: progress.update(bar, advance=1, description=what),
+            progress=lambda what: advance(next(number), None, what),
         )
     write_json(json_file, result)
     show_benchmarks(result, console)
@@ -55,11 +56,9 @@ def tune(
         raise usage_error(f"--device: got {device!r}, for which no kernel chosen is tuned by table")
     if device == "cuda" and not _gpu():
         raise usage_error("--device: got 'cuda', but torch finds no GPU")
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=None)
-        result = tune_kernels(
-            chosen, progress=lambda what: progress.update(bar, advance=1, description=what)
-        )
+    with progress() as advance:
+        number = count()
+        result = tune_kernels(chosen, progress=lambda what: advance(next(number), None, what))
     write_json(json_file, result)
     show_tuning(result, console)
     _say_if_interrupted(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from attnspec.conformance import __main__ as command
-from attnspec.conformance import registry
+from attnspec.conformance import registry, terminal
 from attnspec.conformance.__main__ import app
 
 Run = Callable[..., Result]
@@ -224,3 +225,13 @@ def test_an_interrupted_table_keeps_its_rows(
     assert result.exit_code == 1
     assert "interrupted after 1 of" in result.output
     assert len(json.loads((tmp_path / "kills.json").read_text())["mutants"]) == 1
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = run("mutants", "tempscale.temper")
+    assert not quiet.stderr
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    first, *_ = run("mutants", "tempscale.temper").stderr.splitlines()
+    assert re.fullmatch(r"1 of \d+: .+", first)
