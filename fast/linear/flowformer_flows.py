@@ -16,6 +16,7 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    product,
     wide,
 )
 from attnspec.fast.growing import checkable
@@ -122,13 +123,12 @@ def wide_features(x: Tensor, kind: str) -> Tensor:
 
 
 def wide_flows(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    into, out_of = b.sum(2, keepdim=True), a.sum(2, keepdim=True)
-    return dot(a + eps, into + eps), dot(b + eps, out_of + eps)
+    return _with_all(a, b.sum(2), eps), _with_all(b, a.sum(2), eps)
 
 
 def wide_conserved(a: Tensor, b: Tensor, I: Tensor, O: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    into, out_of = (quotient(x, f).sum(2, keepdim=True) for x, f in ((b, O), (a, I)))
-    return dot(a + eps, into + eps), dot(b + eps, out_of + eps)
+    into, out_of = (product(inverse(f)[..., None, :], x)[..., 0, :] for x, f in ((b, O), (a, I)))
+    return _with_all(a, into, eps), _with_all(b, out_of, eps)
 
 
 def wide_competition(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -148,10 +148,23 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
+def _with_all(x: Tensor, total: Tensor, eps: float) -> Tensor:
+    """dot(x + eps, total + eps) of each of x (..., tokens, d) with the one `total` (..., d): a
+    product, which reads x once and writes nothing of its size.
+    """
+    total = total + eps
+    return product(x, total[..., None])[..., 0] + eps * total.sum(-1, keepdim=True)
+
+
+def inverse(flow: Tensor) -> Tensor:
+    """1 / flow, and 0 where the flow is 0."""
+    nothing = flow == 0
+    return torch.where(nothing, 0.0, 1 / torch.where(nothing, 1.0, flow))
+
+
 def quotient(x: Tensor, flow: Tensor) -> Tensor:
     """x (..., tokens, d) / flow (..., tokens), and 0 where the flow is 0."""
-    nothing = (flow == 0)[..., None]
-    return torch.where(nothing, 0.0, x / torch.where(nothing, 1.0, flow[..., None]))
+    return x * inverse(flow)[..., None]
 
 
 def clip(Oh: Tensor, clamp: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """The filter kernels on the CPU: one task a head, rows in order.
 
 float32 and float64 are computed as they are; float16 and bfloat16 are widened to a float32 copy and
-the results rounded back. Sums over tokens are taken in float64. All strides are read in place.
+the results rounded back. Sums over tokens are taken in float64. Inputs with gaps are copied: loops
+over channels fill vector registers only where the compiler knows that there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numba import njit, types
 from torch import Tensor
 
 from attnspec.fast.engines.flash import numba_cpu as flash_host
-from attnspec.fast.engines.flash.numba_visible import KERNEL, strided, work_types
+from attnspec.fast.engines.flash.numba_visible import KERNEL, work_types
 
 
 def _forward(p, w, b, state, y, part, parts, scratch, spans):
@@ -62,14 +63,13 @@ def _backward(dy, p, w, state, dp, dstate, sums, part, parts, scratch, spans):
 
 @functools.cache
 def _kernel(real: types.Type, backward: bool) -> Any:
-    """The compiled kernel for numbers of type `real`: one signature, whatever the strides."""
-    tensor, made = strided(real, 4), real[:, :, :, ::1]
-    tail = work_types(real)[1:]
+    """The compiled kernel for numbers of type `real`."""
+    rows, filters, tail = real[:, :, :, ::1], real[:, ::1], work_types(real)[1:]
     if backward:
         sums = types.float64[:, :, :, ::1]
-        signature = types.void(tensor, tensor, real[:, ::1], tensor, made, made, sums, *tail)
+        signature = types.void(rows, rows, filters, rows, rows, rows, sums, *tail)
         return njit(signature, **KERNEL)(_backward)
-    signature = types.void(tensor, real[:, ::1], real[::1], tensor, made, *tail)
+    signature = types.void(rows, filters, real[::1], rows, rows, *tail)
     return njit(signature, **KERNEL)(_forward)
 
 
@@ -81,9 +81,9 @@ def _run(backward: bool, arguments: list[Any], p: Tensor, dtype: torch.dtype, ta
 
 def _inputs(p: Tensor, w: Tensor, state: Tensor | None) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """p, the filters as (K, d) and the state, empty if absent, widened."""
-    wide = flash_host.widened(p)
+    wide = flash_host.widened(p).contiguous()
     filters = np.ascontiguousarray(flash_host.widened(w).numpy().T)
-    return wide, filters, flash_host.option_array(state, 4, wide.dtype)
+    return wide, filters, np.ascontiguousarray(flash_host.option_array(state, 4, wide.dtype))
 
 
 def forward(p: Tensor, w: Tensor, b: Tensor, state: Tensor | None) -> Tensor:
@@ -104,7 +104,7 @@ def backward(
     dp = torch.zeros(p.shape, dtype=wide.dtype)
     dstate = torch.zeros(before.shape, dtype=wide.dtype)
     sums = torch.zeros(*p.shape[:2], K + 1, d, dtype=torch.float64)
-    upstream = flash_host.widened(dy).numpy()
+    upstream = flash_host.widened(dy).contiguous().numpy()
     _run(
         True,
         [upstream, wide.numpy(), filters, before, *(x.numpy() for x in (dp, dstate, sums))],

@@ -14,6 +14,8 @@ from numba import njit, prange
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.flash.numba_lanes import REGISTER_BYTES, address, multiply
+from attnspec.fast.engines.numba_math import exp
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp", "afn"}
 ROWS = 64
@@ -68,34 +70,44 @@ def _gates_backward(
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy", fastmath=FLAGS)
-def _summary(k: Any, v: Any, KV: Any, top: Any, total: Any) -> None:
-    """k (rows, tokens, d), v (rows, tokens, e); KV (rows, d, e) and total come as zeros, top as
-    -inf. Each block of rows is weighed by its own maximum, once.
+def _summary(k, v, wide, KV, top, total):
+    """k (rows, tokens, d), v (rows, tokens, e); total comes as zeros and top as -inf. KV (rows, d,
+    wide) ends with columns that mean nothing, to fill vectors. Each block of rows is weighed by its
+    own maximum, once, and multiplied in registers.
     """
-    zero = KV.dtype.type(0)
+    kind = KV.dtype
+    zero = kind.type(0)
     tokens, d, e = k.shape[1], k.shape[2], v.shape[2]
     for row in prange(k.shape[0]):
+        weights, values = np.empty((ROWS, d), kind), np.zeros((ROWS, wide), kind)
+        sums, base = np.zeros((d, wide), kind), np.empty(d, kind)
         for first in range(0, tokens, ROWS):
-            last = min(first + ROWS, tokens)
+            count = min(ROWS, tokens - first)
+            base[:] = top[row]
+            for t in range(count):
+                for c in range(d):
+                    base[c] = max(base[c], k[row, first + t, c])
+                for j in range(e):
+                    values[t, j] = v[row, first + t, j]
             for c in range(d):
-                above = top[row, c]
-                for t in range(first, last):
-                    above = max(above, k[row, t, c])
-                base = zero if above == -np.inf else above
-                old = np.exp(top[row, c] - base)
+                before, top[row, c] = top[row, c], base[c]
+                base[c] = zero if base[c] == -np.inf else base[c]
+                old = exp(before - base[c])
                 total[row, c] *= old
-                for j in range(e):
-                    KV[row, c, j] *= old
-                for t in range(first, last):
-                    p = np.exp(k[row, t, c] - base)
-                    total[row, c] += p
-                    for j in range(e):
-                        KV[row, c, j] += p * v[row, t, j]
-                top[row, c] = above
+                for j in range(wide):
+                    sums[c, j] *= old
+            for t in range(count):
+                for c in range(d):
+                    weights[t, c] = exp(k[row, first + t, c] - base[c])
+                    total[row, c] += weights[t, c]
+            multiply(
+                address(weights), 1, d, address(values), wide, address(sums), wide, d, count, wide,
+                False,
+            )  # fmt: skip
         for c in range(d):
-            if total[row, c] > zero:
-                for j in range(e):
-                    KV[row, c, j] /= total[row, c]
+            share = zero if total[row, c] == zero else 1 / total[row, c]
+            for j in range(wide):
+                KV[row, c, j] = sums[c, j] * share
 
 
 def _rows(x: Tensor) -> np.ndarray:
@@ -136,10 +148,13 @@ def summary(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax_time(k)^T v (batch, heads, d, dv) and the logsumexp of k (batch, heads, d)."""
     batch, heads, _, d = k.shape
     keys, values = _rows(k), _rows(v)
-    KV = np.zeros((batch * heads, d, v.shape[3]), keys.dtype)
+    lanes = REGISTER_BYTES // keys.itemsize
+    wide = -(-v.shape[3] // lanes) * lanes
+    KV = np.empty((batch * heads, d, wide), keys.dtype)
     top = np.full((batch * heads, d), -np.inf, keys.dtype)
     total = np.zeros_like(top)
     count_launch()
-    _summary(keys, values, KV, top, total)
+    _summary(keys, values, wide, KV, top, total)
     z = torch.from_numpy(top) + torch.from_numpy(total).log()
-    return torch.from_numpy(KV).view(batch, heads, d, -1), z.view(batch, heads, d)
+    made = torch.from_numpy(np.ascontiguousarray(KV[..., : v.shape[3]]))
+    return made.view(batch, heads, d, -1), z.view(batch, heads, d)
