@@ -54,6 +54,8 @@ def right(operation: str) -> Callable[..., Any]:
 def replacing(function: Callable[..., Any], **steps: Any) -> Callable[..., Any]:
     """`function` with names of its module replaced while it runs: a wrong step inside."""
     module = importlib.import_module(function.__module__)
+    for name in steps:
+        getattr(module, name)  # a name that is not there would kill the mutant by itself
 
     @functools.wraps(function)
     def mutant(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_attention_inputs, check_integer, check_size
+from attnspec.fast.backend import (
+    FLOATS,
+    INTEGERS,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.cache.streaming_llm_rows import (
     Trace,
     alibi_bias,
@@ -40,7 +47,7 @@ from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.merge import merge
-from attnspec.fast.growing import check_continues
+from attnspec.fast.growing import check_continues, checkable
 
 __all__ = [
     "State",
@@ -106,6 +113,10 @@ def init_state(k: Tensor, v: Tensor, *, backend: str | None = None) -> State:
 
 def keep_rows(state: State, rows: Tensor, *, backend: str | None = None) -> State:
     """The state with only `rows`, as `evict_rows` and its siblings return them."""
+    check_tensor("rows", rows, ("kept",), INTEGERS)
+    last = state.k.shape[2] - 1
+    if checkable(rows) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) <= last:
+        raise ValueError(f"rows: got {rows.tolist()}, expected rows in 0..{last}")
     rows = rows.to(state.k.device)
     return State(state.k[:, :, rows], state.v[:, :, rows], state.pos[rows], state.seen)
 
@@ -120,15 +131,17 @@ def step(
     *,
     rope_base: float | None = None,
     alibi_slopes: Tensor | None = None,
+    rotary_dims: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, State]:
     """One call with w new tokens: output (batch, heads, w, dv) and the next state, a new value.
 
     q (batch, heads, w, d), k (batch, kv_heads, w, d), v (batch, kv_heads, w, dv), none of them
-    rotated; `rope_base` for a model with rotary positions, `alibi_slopes` (heads) for one with
-    ALiBi, neither for no positions at all. For inference: there is no gradient.
+    rotated; `rope_base` for a model with rotary positions, of which `rotary_dims` channels turn
+    (all d if None), `alibi_slopes` (heads) for one with ALiBi, neither for no positions at all. For
+    inference: there is no gradient.
     """
-    _check_call(q, k, v, S, R, rope_base, alibi_slopes)
+    _check_call(q, k, v, S, R, rope_base, alibi_slopes, rotary_dims)
     check_continues(state, k, v)
     n, w = state.k.shape[2], q.shape[2]
     new_pos = torch.arange(state.seen, state.seen + w, device=q.device)
@@ -139,7 +152,8 @@ def step(
     if rope_base is not None:
         p_k = torch.arange(n + w, device=q.device)
         queries, rotated, mixed = unrounded(queries, keys, values)
-        queries, rotated = rope(queries, p_k[n:], rope_base), rope(rotated, p_k, rope_base)
+        queries = rope(queries, p_k[n:], rope_base, rotary_dims)
+        rotated = rope(rotated, p_k, rope_base, rotary_dims)
     if alibi_slopes is not None:
         slopes = alibi_slopes.detach()
         out, _ = flash(queries, rotated, mixed, causal=True, slopes=slopes, backend=backend)
@@ -163,6 +177,7 @@ def streaming_attend(
     chunk: int | Sequence[int] = 1,
     rope_base: float | None = None,
     alibi_slopes: Tensor | None = None,
+    rotary_dims: int | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Trace]:
@@ -170,9 +185,10 @@ def streaming_attend(
 
     q (batch, heads, T, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, dv), none of them
     rotated; `chunk` tokens a call, or the list of call sizes: ``[w, 1, 1, ...]`` is a dense prompt
-    of w tokens, then decoding. Returns out (batch, heads, T, dv), differentiable, and the trace.
+    of w tokens, then decoding. Positions as in `step`. Returns out (batch, heads, T, dv),
+    differentiable in q, k and v, and the trace.
     """
-    _check_call(q, k, v, S, R, rope_base, alibi_slopes)
+    _check_call(q, k, v, S, R, rope_base, alibi_slopes, rotary_dims)
     calls, T = calls_of(q.shape[2], chunk), q.shape[2]
     trace = Trace(calls, S, R)
     # Up to the first call that comes after an eviction, every token sees all before it.
@@ -182,7 +198,7 @@ def streaming_attend(
     dtype, slopes = q.dtype, alibi_slopes
     if rope_base is not None:
         q, k, v = unrounded(q, k, v)
-        queries, keys = rope(q, positions, rope_base), rope(k, positions, rope_base)
+        queries, keys = (rope(x, positions, rope_base, rotary_dims) for x in (q, k))
     else:
         queries, keys = q, k
 
@@ -205,7 +221,7 @@ def streaming_attend(
     seen_from = S + R + positions[dense:] - calls.begins(dense, q.device)
     sink_queries = q[:, :, dense:]
     if rope_base is not None:
-        sink_queries = rope(sink_queries, seen_from, rope_base)
+        sink_queries = rope(sink_queries, seen_from, rope_base, rotary_dims)
     sinks = flash(
         sink_queries, keys[:, :, :S], v[:, :, :S], slopes=slopes,
         slope_positions=None if slopes is None else seen_from, backend=backend,
@@ -214,13 +230,17 @@ def streaming_attend(
     return torch.cat([early, late], dim=2).to(dtype), trace
 
 
-def _check_call(q: Any, k: Any, v: Any, S: Any, R: Any, rope_base: Any, alibi_slopes: Any) -> None:
+def _check_call(
+    q: Any, k: Any, v: Any, S: Any, R: Any, rope_base: Any, alibi_slopes: Any, rotary_dims: Any
+) -> None:
     check_attention_inputs(q, k, v, FLOATS)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
     check_integer("S", S, least=0)
     check_integer("R", R, least=0)
     if rope_base is not None:
-        check_rotary("q", q, "rope_base", rope_base)
+        check_rotary("q", q, "rope_base", rope_base, rotary_dims)
+    elif rotary_dims is not None:
+        raise ValueError(f"rotary_dims: got {rotary_dims!r} without a rope_base, expected both")
     if alibi_slopes is not None:
         check_slopes(alibi_slopes)
         check_size("alibi_slopes", alibi_slopes.shape[0], q.shape[1], "heads, as in q")

@@ -57,22 +57,30 @@ def cache_positions(n: int, w: int, *, backend: str | None = None) -> tuple[Tens
     return torch.arange(n, n + w), torch.arange(n + w)
 
 
-def rope(x: Tensor, pos: Tensor, base: float = 10000.0, *, backend: str | None = None) -> Tensor:
-    """`x` (..., T, d), d even, rotated to the positions `pos` int (T).
+def rope(
+    x: Tensor,
+    pos: Tensor,
+    base: float = 10000.0,
+    rotary_dims: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`x` (..., T, d) rotated to the positions `pos` int (T).
 
-    Angles are float64, the rotation is float32 (float64 for float64), the result has x's dtype.
+    `rotary_dims` channels turn, the first ones, an even number; all d if None. Angles are float64,
+    the rotation is float32 (float64 for float64), the result has x's dtype.
     """
     _check_rows("x", x, "T")
     check_tensor("pos", pos, ("T",), INTEGERS)
     check_size("pos", pos.shape[0], x.shape[-2], "T, as in x")
-    check_rotary("x", x, "base", base)
-    half = x.shape[-1] // 2
+    check_rotary("x", x, "base", base, rotary_dims)
+    half = (x.shape[-1] if rotary_dims is None else rotary_dims) // 2
     powers = torch.arange(half, dtype=torch.float64, device=x.device) / -half
     angles = pos.to(x.device)[:, None] * base**powers
     wide = wide_dtype(x)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    first, second = x[..., :half], x[..., half:]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
     return turned.to(x.dtype)
 
 
@@ -186,14 +194,22 @@ class Trace(list[Tensor]):
         return evict_rows(self.calls.end(call), self.S, self.R)
 
 
-def check_rotary(name: str, x: Tensor, base_name: str, base: Any) -> None:
-    """`x` has an even head size and `base` is a positive number."""
+def check_rotary(name: str, x: Tensor, base_name: str, base: Any, rotary_dims: Any = None) -> None:
+    """`x` has an even number of channels to rotate and `base` is a positive number."""
     if isinstance(base, bool) or not isinstance(base, (int, float)):
         raise TypeError(f"{base_name}: got {base!r}, expected a number > 0")
     if not base > 0:
         raise ValueError(f"{base_name}: got {base!r}, expected a number > 0")
-    if x.shape[-1] % 2:
-        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
+    d = x.shape[-1]
+    if rotary_dims is None:
+        if d % 2:
+            raise ValueError(f"{name}: got d = {d}, expected an even d for rotary positions")
+        return
+    check_integer("rotary_dims", rotary_dims, least=2)
+    if rotary_dims % 2 or rotary_dims > d:
+        raise ValueError(
+            f"rotary_dims: got {rotary_dims}, expected an even integer of at most d = {d}"
+        )
 
 
 def check_slopes(alibi_slopes: Any) -> None:

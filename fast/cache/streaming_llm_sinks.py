@@ -58,9 +58,7 @@ def attend_with_sink_logit(
     dv), `s_h` (heads); `mask` bool, broadcastable to the scores, True = visible. Differentiable.
     """
     check_attention_inputs(q, k, v, FLOATS)
-    check_tensor("s_h", s_h, ("heads",), FLOATS)
-    check_same("s_h", s_h, "q", q)
-    check_size("s_h", s_h.shape[0], q.shape[1], "heads, as in q")
+    _check_sink(s_h, q)
     options = mask_options(k, mask)
     return flash(q, k, v, sink_logit=s_h, scale=scale, backend=backend, **options)
 
@@ -83,6 +81,7 @@ def attend_with_sink_logit_backward(
     two outputs of `attend_with_sink_logit`; no `dlse` means lse is not used.
     """
     check_attention_inputs(q, k, v, FLOATS)
+    _check_sink(s_h, q)
     _check_shape("dout", dout, (*q.shape[:3], v.shape[3]))
     if dlse is not None:
         _check_shape("dlse", dlse, tuple(q.shape[:3]))
@@ -101,6 +100,12 @@ def _check_axis(x: Any, axis: Any) -> None:
         raise TypeError(f"axis: got {axis!r}, expected an integer")
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis: got {axis}, expected one of the {x.dim()} axes of x")
+
+
+def _check_sink(s_h: Any, q: Tensor) -> None:
+    check_tensor("s_h", s_h, ("heads",), FLOATS)
+    check_same("s_h", s_h, "q", q)
+    check_size("s_h", s_h.shape[0], q.shape[1], "heads, as in q")
 
 
 def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:

@@ -99,6 +99,8 @@ def partial(
     if mask is not None:
         check_kind("mask", mask, ("rows", "Tk"), "bool")
         check_size("mask", mask.shape[-1], k.shape[-2], "Tk, as in k")
+        if mask.shape[-2] != 1:
+            check_size("mask", mask.shape[-2], q.shape[-2], "rows, as in q")
         seen = mask[..., lo:hi]
         x = torch.where(seen, x, -torch.inf)
         values = torch.where(seen.any(dim=-2)[..., None], values, 0.0)
@@ -112,6 +114,12 @@ def merge(a: Triple, b: Triple) -> Triple:
     for name, triple in (("a", a), ("b", b)):
         for field, x in zip(Triple._fields, triple, strict=True):
             check_kind(f"{name}.{field}", x, ())
+        _check_triple(*triple, f"{name}.")
+    for field, x, y in zip(Triple._fields, a, b, strict=True):
+        if y.shape != x.shape:
+            raise ValueError(
+                f"b.{field}: got shape {tuple(y.shape)}, expected {tuple(x.shape)}, as a.{field}"
+            )
     m = torch.maximum(a.m, b.m)
     scale_a, scale_b = torch.exp(a.m - _finite(m)), torch.exp(b.m - _finite(m))
     total = scale_a * a.l + scale_b * b.l
@@ -123,6 +131,7 @@ def finalize(m: Tensor, l: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     check_kind("m", m, ("rows",))
     check_kind("l", l, ("rows",))
     check_kind("o", o, ("rows", "dv"))
+    _check_triple(m, l, o)
     wide = wide_dtype(o)
     mass = l.to(wide)
     empty = mass == 0
@@ -167,6 +176,16 @@ def attend(
         q, k, v, lengths=lengths, scale=scale, causal=causal, rows=rows, tile=tile, workers=G,
         order=order, backend=backend,
     )  # fmt: skip
+
+
+def _check_triple(m: Tensor, l: Tensor, o: Tensor, prefix: str = "") -> None:
+    """The sums and outputs have the rows of the maxima."""
+    for field, x, rows in (("l", l, l.shape), ("o", o, o.shape[:-1])):
+        if rows != m.shape:
+            raise ValueError(
+                f"{prefix}{field}: got shape {tuple(x.shape)}, expected rows {tuple(m.shape)}, "
+                f"as in {prefix}m"
+            )
 
 
 def _finite(m: Tensor) -> Tensor:

@@ -20,19 +20,20 @@ Query i of the window stands at P + i and sees j <= P + i; a padding key is seen
 
 S4. **Weigh.** A is the softmax of L over *all* T keys: the window's own keys are in the normaliser.
 
-S5. **Score.** :math:`s_j = \sum_i A_{ij}` for j in [0, P).
+S5. **Score.** :math:`s_j = \sum_i A_{ij}` for j in [0, P); the window's own columns are dropped.
 
 S6. **Smooth.** Pooling of width p, odd, stride 1, within the prefix: ``avg`` is
 :math:`\frac{1}{p} \sum_{|t - j| \le p // 2} s_t`, where what lies outside counts as 0 and the
 divisor stays p; ``max`` is the largest of the :math:`s_t` that exist.
 
-S7. **Reduce.** After pooling, one score for each kv head: ``group_mean`` or ``group_max`` over its
-query heads. ``per_query_head`` keeps them all, and keys and values are repeated to the query
-heads.
+S7. **Reduce.** After pooling (a mean of maxima is not a maximum of means), one score for each kv
+head: ``group_mean`` or ``group_max`` over its query heads. ``per_query_head`` keeps them all, and
+keys and values are repeated to the query heads.
 
 S8. **Select.** The n = C - w best positions of each head, ties to the lower index, sorted ascending
-(K6). A padding key comes after all others; it is selected only where there are fewer than n real
-keys, and stays hidden.
+(K6). Under ``max`` ties are the rule: a peak lends its very score to p neighbours, so that the n-th
+place usually falls inside a plateau. A padding key comes after all others; it is selected only
+where there are fewer than n real keys, and stays hidden.
 
 S9. **State.** Keys and values at the selected positions, then the window's: C slots. ``pos`` holds
 the absolute position of each slot, ``seen`` = T is the next one.
@@ -48,8 +49,8 @@ The functions of S3 to S8, from the window's weights to the selection, are in `s
 
 Complexity
 ----------
-:math:`O(w T d)` time a head beside the prompt's own attention, and :math:`O(C + m)` a decoded token
-and head, in place of :math:`O(T + m)`.
+:math:`O(w T d)` time a head beside the prompt's own attention, which stays what it was, and
+:math:`O(C + m)` a decoded token and head, in place of :math:`O(T + m)`.
 
 Paper and code
 --------------
@@ -61,7 +62,8 @@ NVIDIA's kvpress) is our default. It keeps the selected slots in score order, wh
 output since keys carry their rotation, and leaves ties to the library. It ignores the padding mask,
 so that padding (S3, S8) is ours. It computes the weights in float32 and adds them in the model's
 dtype; we stay in one dtype (K10). A prompt that meets a filled cache is appended uncompressed
-there; S11 refuses it. kvpress takes a ratio r instead of C: C = int(T (1 - r)).
+there; S11 refuses it. kvpress takes a ratio r instead of C, C = int(T (1 - r)), and the mean over
+the window, which ranks as the sum does.
 """
 
 from __future__ import annotations

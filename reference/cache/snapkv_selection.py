@@ -98,6 +98,9 @@ def select(m: np.ndarray, n: int, mask: np.ndarray | None = None) -> np.ndarray:
     check_integer("n", n, least=1)
     if mask is not None:
         check_array("mask", mask, ("P",), dtype="bool")
+        pairs = zip(mask.shape[::-1], m.shape[::-1], strict=False)
+        if mask.ndim > m.ndim or any(got not in (1, size) for got, size in pairs):
+            raise ValueError(f"mask: got shape {mask.shape}, expected {m.shape} or ones")
         m = np.where(mask, m, -np.inf)
     return top_k(m, n)
 

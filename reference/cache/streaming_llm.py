@@ -12,7 +12,8 @@ Definition
 n is the number of rows in the cache, w the number of tokens of a call. Rows keep their order, and
 are the same for every head and batch row.
 
-S1. **Keep.** Of T rows keep all if T <= S + R, else rows [0, S) and [T - R, T).
+S1. **Keep.** Of T rows keep all if T <= S + R, else rows [0, S) and [T - R, T). S = 0 is plain
+window attention; R = 0 leaves the sinks only, so that a new token is used once and dropped.
 
 S2. **Make room.** Before m tokens come: keep all T rows if T + m <= S + R, else rows
 [0, min(S, T)) and [T - R + m, T). For m >= R only the sinks stay.
@@ -27,8 +28,9 @@ S6. **Positions.** Query i stands at n + i and row j at j. Both are cache-relati
 rows, not tokens of the text.
 
 S7. **Rotate.** Queries and *all* rows are rotated to these positions (half-split pairs, angle
-:math:`p\, b^{-2i/d}` for pair i). A model with ALiBi does not rotate; it adds
-:math:`\sigma_h (p_k - p_q) \le 0` to the scores of head h.
+:math:`p\, b^{-2i/d}` for pair i and the model's base b). A model that turns only its first r
+channels has r in place of d here, and leaves the others as they are. A model with ALiBi does not
+rotate; it adds :math:`\sigma_h (p_k - p_q) \le 0` to the scores of head h.
 
 S8. **Attend.** Softmax attention, scale :math:`1/\sqrt d` (K2), grouped heads (K7); query i sees
 rows j <= n + i (K3).
@@ -46,7 +48,7 @@ it cut. Results therefore depend on how a stream is divided into calls.
 
 The functions that choose and number rows (S1 to S3, S6, S7, S10, S11) are in `streaming_llm_rows`.
 S12 to S15, the softmax variants that give a model a sink when it is trained, are in
-`streaming_llm_sinks`.
+`streaming_llm_sinks`; S16, the gradient of a stream, is in `streaming_llm_gradient`.
 
 Complexity
 ----------
@@ -60,23 +62,26 @@ that a query sees one more. We follow the code. Defaults: S = 4 and R = 512 are 
 cache class; its chat demo uses 4 and 2000 and makes room for the prompt plus 1000 tokens before a
 turn, its perplexity script 1 and 255. S + R should not exceed the context the model was trained
 with. The paper says nothing about prompts longer than the cache; S11 is what the code does. The
-authors' code has no support for padding, and all sequences of a batch share n. Deeper layers hold
-keys and values that were computed while evicted tokens were still visible, which the method
-accepts: it is not equal to running the model again on the tokens kept.
+code rotates all channels of Llama and only the first ones of GPT-NeoX (Pythia), as these models do.
+The authors' code has no support for padding, and all sequences of a batch share n. Deeper layers
+hold keys and values that were computed while evicted tokens were still visible, which the method
+accepts: it is not equal to running the model again on the tokens kept. That is what the paper
+compares with, a window computed anew for every token; it is not in the code and not defined here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from attnspec.reference.cache.streaming_llm_gradient import streaming_attend_backward
 from attnspec.reference.cache.streaming_llm_rows import (
     alibi_bias,
     cache_positions,
     call_sizes,
-    check_rotary,
+    check_call,
     evict_rows,
     evict_rows_for_space,
     evict_rows_range,
@@ -90,14 +95,7 @@ from attnspec.reference.cache.streaming_llm_sinks import (
     softmax1,
     softmax1_backward,
 )
-from attnspec.reference.conventions import (
-    causal_mask,
-    check_array,
-    check_attention_inputs,
-    check_continues,
-    check_integer,
-    check_size,
-)
+from attnspec.reference.conventions import causal_mask, check_array, check_continues
 from attnspec.reference.dense.attention import combine, score
 from attnspec.reference.primitives.softmax import softmax_lse
 from attnspec.reference.spec import PHASES, Coverage, Mechanism, Operation, Paper
@@ -135,6 +133,8 @@ def keep_rows(state: State, rows: np.ndarray) -> State:
     array([0, 8])
     """
     check_array("rows", rows, ("kept",), dtype="int")
+    if np.any(rows < 0) or np.any(rows >= len(state.pos)):
+        raise ValueError(f"rows: got {rows.tolist()}, expected rows in 0..{len(state.pos) - 1}")
     return State(state.k[..., rows, :], state.v[..., rows, :], state.pos[rows], state.seen)
 
 
@@ -148,19 +148,20 @@ def step(
     *,
     rope_base: float | None = None,
     alibi_slopes: np.ndarray | None = None,
+    rotary_dims: int | None = None,
 ) -> tuple[np.ndarray, State]:
     """S5-S9: one call with w new tokens: output (..., heads, w, dv) and the next state.
 
     q (..., heads, w, d), k (..., kv_heads, w, d), v (..., kv_heads, w, dv), none of them rotated;
-    `rope_base` for a model with rotary positions, `alibi_slopes` (heads) for one with ALiBi,
-    neither for no positions at all.
+    `rope_base` for a model with rotary positions, of which `rotary_dims` channels turn (all d if
+    None), `alibi_slopes` (heads) for one with ALiBi, neither for no positions at all.
 
     >>> x = np.ones((1, 3, 2))
     >>> out, state = step(init_state(x, x), x, x, x, S=1, R=1)
     >>> state.pos, state.seen
     (array([0, 2]), 3)
     """
-    _check_call(q, k, v, S, R, rope_base, alibi_slopes)
+    check_call(q, k, v, S, R, rope_base, alibi_slopes, rotary_dims)
     check_continues(state, k, v)
     w = q.shape[-2]
     rows = State(
@@ -173,7 +174,8 @@ def step(
     if rope_base is None:
         scores = score(q, rows.k)
     else:
-        scores = score(rope(q, p_q, rope_base), rope(rows.k, p_k, rope_base))
+        turned = rope(rows.k, p_k, rope_base, rotary_dims)
+        scores = score(rope(q, p_q, rope_base, rotary_dims), turned)
     if alibi_slopes is not None:
         scores = scores + alibi_bias(alibi_slopes.astype(q.dtype), p_q, p_k)
     weights, _ = softmax_lse(scores, causal_mask(w, len(p_k)))
@@ -189,20 +191,21 @@ def streaming_attend(
     chunk: int | Sequence[int] = 1,
     rope_base: float | None = None,
     alibi_slopes: np.ndarray | None = None,
+    rotary_dims: int | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """S1-S11: a stream of T tokens in calls of `chunk`: output and what each call left behind.
 
     q (..., heads, T, d), k (..., kv_heads, T, d), v (..., kv_heads, T, dv), none of them rotated;
     `chunk` tokens a call, or the list of call sizes: ``[w, 1, 1, ...]`` is a dense prompt of w
-    tokens, then decoding. Returns out (..., heads, T, dv) and the trace, a list that holds for each
-    call the numbers of the tokens kept after it, int (kept).
+    tokens, then decoding. Positions as in `step`. Returns out (..., heads, T, dv) and the trace, a
+    list that holds for each call the numbers of the tokens kept after it, int (kept).
 
     >>> x = np.ones((1, 4, 2))
     >>> out, trace = streaming_attend(x, x, x, S=1, R=2)
     >>> trace
     [array([0]), array([0, 1]), array([0, 1, 2]), array([0, 2, 3])]
     """
-    _check_call(q, k, v, S, R, rope_base, alibi_slopes)
+    check_call(q, k, v, S, R, rope_base, alibi_slopes, rotary_dims)
     state, out = init_state(k, v), np.zeros_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     trace = []
     for size in call_sizes(q.shape[-2], chunk):
@@ -216,24 +219,10 @@ def streaming_attend(
             R,
             rope_base=rope_base,
             alibi_slopes=alibi_slopes,
+            rotary_dims=rotary_dims,
         )
         trace.append(state.pos)
     return out, trace
-
-
-def _check_call(q: Any, k: Any, v: Any, S: Any, R: Any, rope_base: Any, alibi_slopes: Any) -> None:
-    check_attention_inputs(q, k, v)
-    check_size("k", k.shape[-2], q.shape[-2], "tokens, as in q")
-    check_integer("S", S, least=0)
-    check_integer("R", R, least=0)
-    if rope_base is not None:
-        check_rotary("q", q, "rope_base", rope_base)
-    if alibi_slopes is not None:
-        check_array("alibi_slopes", alibi_slopes, ("heads",))
-        check_size("alibi_slopes", alibi_slopes.ndim, 1, "axes")
-        check_size("alibi_slopes", alibi_slopes.shape[-1], q.shape[-3], "heads, as in q")
-        if rope_base is not None:
-            raise ValueError("alibi_slopes: got slopes and a rope_base, expected one of the two")
 
 
 MECHANISM = Mechanism(
@@ -258,7 +247,12 @@ MECHANISM = Mechanism(
         Operation(sink_window_mask, clauses=("S10",)),
         Operation(sink_window_distances, clauses=("S10",)),
         Operation(step, clauses=("S5", "S6", "S7", "S8", "S9")),
-        Operation(streaming_attend, clauses=tuple(f"S{n}" for n in range(1, 12))),
+        Operation(
+            streaming_attend,
+            clauses=(*(f"S{n}" for n in range(1, 12)), "S16"),
+            gradient=streaming_attend_backward,
+            differentiable=("q", "k", "v"),
+        ),
         Operation(softmax1, clauses=("S12",), gradient=softmax1_backward, differentiable=("x",)),
         Operation(
             attend_with_sink_logit,

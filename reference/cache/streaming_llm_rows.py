@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_integer,
+    check_size,
+)
 from attnspec.reference.primitives.rope import rope_angles, rotate
 
 
@@ -62,17 +67,23 @@ def cache_positions(n: int, w: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(n, n + w), np.arange(n + w)
 
 
-def rope(x: np.ndarray, pos: np.ndarray, base: float = 10000.0) -> np.ndarray:
-    """S7: `x` (..., T, d), d even, rotated to the positions `pos` int (T).
+def rope(
+    x: np.ndarray, pos: np.ndarray, base: float = 10000.0, rotary_dims: int | None = None
+) -> np.ndarray:
+    """S7: `x` (..., T, d) rotated to the positions `pos` int (T).
 
-    >>> rope(np.array([[1.0, 0.0]]), np.array([1])).round(4)
-    array([[0.5403, 0.8415]])
+    `rotary_dims` channels turn, the first ones, an even number; all d if None.
+
+    >>> rope(np.array([[1.0, 0.0, 3.0]]), np.array([1]), rotary_dims=2).round(4)
+    array([[0.5403, 0.8415, 3.    ]])
     """
     check_array("x", x, ("T", "d"))
     check_array("pos", pos, ("T",), dtype="int")
     check_size("pos", pos.shape[-1], x.shape[-2], "T, as in x")
-    check_rotary("x", x, "base", base)
-    return rotate(x, rope_angles(pos, x.shape[-1], base))
+    check_rotary("x", x, "base", base, rotary_dims)
+    turning = x.shape[-1] if rotary_dims is None else rotary_dims
+    turned = rotate(x[..., :turning], rope_angles(pos, turning, base))
+    return np.concatenate([turned, x[..., turning:]], axis=-1)
 
 
 def alibi_bias(alibi_slopes: np.ndarray, p_q: np.ndarray, p_k: np.ndarray) -> np.ndarray:
@@ -138,8 +149,10 @@ def call_sizes(T: int, chunk: int | Sequence[int]) -> list[int]:
     return list(chunk)
 
 
-def check_rotary(name: str, x: np.ndarray, base_name: str, base: Any) -> None:
-    """S7, K14: `x` has an even head size and `base` is a positive number.
+def check_rotary(
+    name: str, x: np.ndarray, base_name: str, base: Any, rotary_dims: Any = None
+) -> None:
+    """S7, K14: `x` has an even number of channels to rotate and `base` is a positive number.
 
     >>> check_rotary("q", np.zeros((1, 3)), "base", 10000.0)
     Traceback (most recent call last):
@@ -149,5 +162,46 @@ def check_rotary(name: str, x: np.ndarray, base_name: str, base: Any) -> None:
         raise TypeError(f"{base_name}: got {base!r}, expected a number > 0")
     if not base > 0:
         raise ValueError(f"{base_name}: got {base!r}, expected a number > 0")
-    if x.shape[-1] % 2:
-        raise ValueError(f"{name}: got d = {x.shape[-1]}, expected an even d for rotary positions")
+    d = x.shape[-1]
+    if rotary_dims is None:
+        if d % 2:
+            raise ValueError(f"{name}: got d = {d}, expected an even d for rotary positions")
+        return
+    check_integer("rotary_dims", rotary_dims, least=2)
+    if rotary_dims % 2 or rotary_dims > d:
+        raise ValueError(
+            f"rotary_dims: got {rotary_dims}, expected an even integer of at most d = {d}"
+        )
+
+
+def check_call(
+    q: Any,
+    k: Any,
+    v: Any,
+    S: Any,
+    R: Any,
+    rope_base: Any = None,
+    alibi_slopes: Any = None,
+    rotary_dims: Any = None,
+) -> None:
+    """K14: what every call takes fits together; one kind of positions at most.
+
+    >>> x = np.ones((1, 1, 2))
+    >>> check_call(x, x, x, S=-1, R=2)
+    Traceback (most recent call last):
+    ValueError: S: got -1, expected an integer >= 0
+    """
+    check_attention_inputs(q, k, v)
+    check_size("k", k.shape[-2], q.shape[-2], "tokens, as in q")
+    check_integer("S", S, least=0)
+    check_integer("R", R, least=0)
+    if rope_base is not None:
+        check_rotary("q", q, "rope_base", rope_base, rotary_dims)
+    elif rotary_dims is not None:
+        raise ValueError(f"rotary_dims: got {rotary_dims!r} without a rope_base, expected both")
+    if alibi_slopes is not None:
+        check_array("alibi_slopes", alibi_slopes, ("heads",))
+        check_size("alibi_slopes", alibi_slopes.ndim, 1, "axes")
+        check_size("alibi_slopes", alibi_slopes.shape[-1], q.shape[-3], "heads, as in q")
+        if rope_base is not None:
+            raise ValueError("alibi_slopes: got slopes and a rope_base, expected one of the two")

@@ -43,12 +43,11 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import (
-    combine,
-    score,
+from attnspec.reference.dense.attention import combine, score, visible
+from attnspec.reference.dense.attention_gradient import (
+    check_upstream,
     score_gradient,
     sum_groups,
-    visible,
 )
 from attnspec.reference.primitives.softmax import (
     softmax_backward,
@@ -76,7 +75,7 @@ def softmax1_backward(x: np.ndarray, dout: np.ndarray, *, axis: int = -1) -> np.
     array([0.25])
     """
     _check_axis(x, axis)
-    _check_shape("dout", dout, x.shape)
+    check_upstream("dout", dout, x.shape)
     weights = np.moveaxis(softmax1(x, axis=axis), axis, -1)
     return np.moveaxis(softmax_backward(weights, np.moveaxis(dout, axis, -1)), -1, axis)
 
@@ -152,9 +151,9 @@ def attend_with_sink_logit_backward(
     """
     check_attention_inputs(q, k, v)
     _check_sink(s_h, q.shape[-3], q.dtype)
-    _check_shape("dout", dout, (*q.shape[:-1], v.shape[-1]))
+    check_upstream("dout", dout, (*q.shape[:-1], v.shape[-1]))
     if dlse is not None:
-        _check_shape("dlse", dlse, q.shape[:-1])
+        check_upstream("dlse", dlse, q.shape[:-1])
     heads, scale = q.shape[-3], default_scale(q.shape[-1]) if scale is None else scale
     allowed = visible(q.shape[-2], k.shape[-2], mask=mask)
     scores = score(q, k, scale=scale)
@@ -206,9 +205,3 @@ def _check_sink(s_h: Any, heads: int, dtype: np.dtype) -> None:
         raise ValueError(f"s_h: got shape {s_h.shape}, expected ({heads},), heads as in q")
     if s_h.dtype != dtype:
         raise TypeError(f"s_h: got dtype {s_h.dtype}, expected {dtype}, as q")
-
-
-def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    check_array(name, x, ())
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")

@@ -14,10 +14,11 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_integer,
+    check_offsets,
     check_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import check_offsets, sum_groups
+from attnspec.reference.dense.attention import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
     check_shaped,

@@ -9,10 +9,14 @@ exact: only the schedule is new.
 
 Definition
 ----------
-S1. **Triple.** For a set J of keys with scores :math:`x_j = \tau\, q \cdot k_j`:
-:math:`m = \max_j x_j`, :math:`l = \sum_j e^{x_j - m}`, :math:`o = \sum_j e^{x_j - m} v_j`, not
-divided by l. Changing the reference, :math:`(m + c, l e^{-c}, o e^{-c})`, changes nothing, so l may
-be below 1. (Kernels work in base 2; every number here is natural, K5.)
+"The authors" are their kernel in ONNX Runtime, "the port" is an independent one in Triton
+(ROCm/aiter).
+
+S1. **Triple.** For a set J of keys with scores :math:`x_j = \tau\, q \cdot k_j`, the scale
+:math:`\tau` being :math:`1/\sqrt d` unless it is given (K2): :math:`m = \max_j x_j`, :math:`l =
+\sum_j e^{x_j - m}`, :math:`o = \sum_j e^{x_j - m} v_j`, not divided by l. Changing the reference,
+:math:`(m + c, l e^{-c}, o e^{-c})`, changes nothing, so l may be below 1. (Kernels work in base 2;
+every number here is natural, K5.)
 
 S2. **Merge.** :math:`m = \max(m_1, m_2)`, :math:`a_i = e^{m_i - m}`, or 0 where
 :math:`m_i = -\infty`; :math:`l = a_1 l_1 + a_2 l_2`, :math:`o = a_1 o_1 + a_2 o_2`. Associative and
@@ -25,9 +29,12 @@ and is masked. The authors take N = 256 for d up to 64, 128 up to 128, 64 above;
 S4. **Output.** One for each kv head, sequence and block of M queries; the query heads of a group
 are packed as rows of one block, so keys and values are read once. It has
 :math:`n_u = \lceil c / N \rceil` tiles, where c is the length of the sequence, or under the causal
-rule :math:`\min((i + 1) M, T_q) + len - T_q` for block i, kept within [0, len].
+rule :math:`\min((i + 1) M, T_q) + len - T_q` for block i, kept within [0, len]. There query t sees
+the keys up to :math:`len - T_q + t`, none where that is below 0, and the heads packed in a block
+share their positions. The authors take M = 64, the port 128 or 16.
 
-S5. **Line.** The tiles of all outputs in the order kv head, sequence, query block; W in all.
+S5. **Line.** The tiles of all outputs in the order kv head, sequence, query block; W in all. Those
+of output u begin at :math:`\sum_{u' < u} n_{u'}`.
 
 S6. **Grid.** Of `slots` resident workers (2 a multiprocessor for the authors, 3 in the port), few
 tiles (:math:`W \le 2\,slots` for the authors, :math:`W \le slots` in the port) employ
@@ -67,11 +74,13 @@ at most G triples, written and read once.
 
 Paper and code
 --------------
-The authors' kernel and an independent port for another vendor differ in tile size, in workers, in
-the threshold of S6 and in packing the group: the port schedules each query head, and reads keys and
-values once for each. It also wants whole tiles and no ragged causal batches, and bounds the splits
-loosely. The general form is defined here, with the authors' packing. That outputs without tiles
-count in the cap of S6 is ours.
+The authors' kernel and the port differ in tile size, in workers, in the threshold of S6 and in
+packing the group: the port schedules each query head, and reads keys and values once for each. It
+also wants whole tiles and no ragged causal batches, and its bound for S9 adds up the tiles of all
+sequences. The paper promises any context length; the general form is defined here, with the
+authors' packing and their order of merges, so that equal schedules give equal bits. That outputs
+without tiles count in the cap of S6 is ours. Flags are plain stores that write through the caches,
+where an atomic exchange would be portable.
 """
 
 from __future__ import annotations
@@ -108,11 +117,13 @@ def attend(
     M: int | None = None,
     order: str = "natural",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """S1-S12: out (..., heads, Tq, dv) and lse (..., heads, Tq), computed by G workers.
+    """S1, S2, S4, S5, S7, S8, S10-S12: out (..., heads, Tq, dv) and lse (..., heads, Tq), by G
+    workers.
 
     q (..., heads, Tq, d), k (..., kv_heads, Tk, d), v (..., kv_heads, Tk, dv); `lengths` int, the
     leading axes of q: the first so many keys of a sequence exist, and the last query stands at the
-    last of them. N keys a tile, M queries a block (all if None). Neither changes the result.
+    last of them. N keys a tile, M queries a block (all if None), `order` that of the line. None of
+    them changes the result beyond rounding.
 
     >>> x = np.eye(2)[None]
     >>> attend(x, x, x, np.array(1), N=1, G=2)[0]
@@ -193,7 +204,7 @@ MECHANISM = Mechanism(
         code="microsoft/onnxruntime",
     ),
     operations=(
-        Operation(attend, clauses=("S1", "S2", "S4", "S5", "S7", "S8", "S11", "S12")),
+        Operation(attend, clauses=("S1", "S2", "S4", "S5", "S7", "S8", "S10", "S11", "S12")),
         Operation(partial, clauses=("S1",)),
         Operation(merge, clauses=("S2",)),
         Operation(finalize, clauses=("S2",)),

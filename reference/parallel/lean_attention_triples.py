@@ -52,6 +52,8 @@ def partial(
     if mask is not None:
         check_array("mask", mask, ("rows", "Tk"), dtype="bool")
         check_size("mask", mask.shape[-1], k.shape[-2], "Tk, as in k")
+        if mask.shape[-2] != 1:
+            check_size("mask", mask.shape[-2], q.shape[-2], "rows, as in q")
         seen = mask[..., lo:hi]
         x = np.where(seen, x, -np.inf)
         values = np.where(np.any(seen, axis=-2)[..., None], values, 0.0)
@@ -70,6 +72,10 @@ def merge(a: Triple, b: Triple) -> Triple:
     for name, triple in (("a", a), ("b", b)):
         for field, x in zip(Triple._fields, triple, strict=True):
             check_array(f"{name}.{field}", x, ())
+        _check_triple(*triple, f"{name}.")
+    for field, x, y in zip(Triple._fields, a, b, strict=True):
+        if y.shape != x.shape:
+            raise ValueError(f"b.{field}: got shape {y.shape}, expected {x.shape}, as a.{field}")
     m = np.maximum(a.m, b.m)
     scale_a, scale_b = np.exp(a.m - _finite(m)), np.exp(b.m - _finite(m))
     total = scale_a * a.l + scale_b * b.l
@@ -89,9 +95,19 @@ def finalize(
     check_array("m", m, ("rows",))
     check_array("l", l, ("rows",))
     check_array("o", o, ("rows", "dv"))
+    _check_triple(m, l, o)
     empty = l == 0
     total = np.where(empty, 1.0, l)
     return np.where(empty[..., None], 0.0, o / total[..., None]), m + np.log(total)
+
+
+def _check_triple(m: np.ndarray, l: np.ndarray, o: np.ndarray, prefix: str = "") -> None:
+    """K14: the sums and outputs have the rows of the maxima."""
+    for field, x, rows in (("l", l, l.shape), ("o", o, o.shape[:-1])):
+        if rows != m.shape:
+            raise ValueError(
+                f"{prefix}{field}: got shape {x.shape}, expected rows {m.shape}, as in {prefix}m"
+            )
 
 
 def _finite(m: np.ndarray) -> np.ndarray:

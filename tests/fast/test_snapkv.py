@@ -117,6 +117,7 @@ STATE = snapkv.init_state(K, V)._replace(seen=3)
         (lambda: snapkv.reduce_groups(Q[0], 2), ValueError, "Hk"),
         (lambda: snapkv.select(Q[0], 0), ValueError, "n"),
         (lambda: snapkv.select(Q[0], 1, Q[0]), TypeError, "mask"),
+        (lambda: snapkv.select(Q[0], 1, torch.ones(3) > 0), ValueError, "mask"),
         (lambda: snapkv.compress(K, V, torch.full((2, 2, 3), 8), 2), ValueError, "idx"),
         (lambda: snapkv.compress(K, V, torch.zeros(2, 3, 1).long(), 2), ValueError, "idx"),
         (lambda: snapkv.compress(K, V[:, :, :3], torch.zeros(2, 2, 1).long(), 2), ValueError, "v"),

@@ -48,6 +48,23 @@ def test_stream(chunk: Any, S: int, R: int, positions: str) -> None:
     assert state.seen == T
 
 
+@pytest.mark.parametrize(("d", "rotary_dims"), [(8, 4), (7, 6), (8, 8)])
+@pytest.mark.parametrize("chunk", [1, [17] + [1] * 13], ids=str)
+def test_some_channels_turn(d: int, rotary_dims: int, chunk: Any) -> None:
+    q, k, v = stream(d)
+    turned = {"rope_base": 50.0, "rotary_dims": rotary_dims}
+    expected, _ = reference.streaming_attend(q, k, v, 3, 6, chunk, **turned)
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    out, _ = fast.streaming_attend(*tensors, 3, 6, chunk, **turned)
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-12)
+    state, first = fast.init_state(*tensors[1:]), 0
+    for size in reference.call_sizes(T, chunk):
+        new = [x[:, :, first : first + size] for x in tensors]
+        out, state = fast.step(state, *new, 3, 6, **turned)
+        np.testing.assert_allclose(out.numpy(), expected[:, :, first : first + size], atol=1e-12)
+        first += size
+
+
 def test_stream_gradient() -> None:
     """Rotated sinks and window, merged: against differences of the reference."""
     tensors = [torch.from_numpy(x).requires_grad_() for x in stream(4)]
@@ -121,6 +138,10 @@ def test_rows() -> None:
         (TypeError, "R: got 2.5", {"R": 2.5}),
         (ValueError, "chunk: got 31", {"chunk": [31]}),
         (ValueError, "rope_base: got 0", {"rope_base": 0.0}),
+        (ValueError, "rotary_dims: got 4 without", {"rotary_dims": 4}),
+        (ValueError, "rotary_dims: got 3", {"rope_base": 9.0, "rotary_dims": 3}),
+        (ValueError, "rotary_dims: got 10", {"rope_base": 9.0, "rotary_dims": 10}),
+        (TypeError, "rotary_dims: got 4.0", {"rope_base": 9.0, "rotary_dims": 4.0}),
         (ValueError, "alibi_slopes: got a slope", {"alibi_slopes": torch.zeros(4)}),
         (ValueError, "alibi_slopes: got 3", {"alibi_slopes": torch.ones(3)}),
     ],
@@ -129,6 +150,19 @@ def test_refusals(error: type[Exception], message: str, wrong: dict[str, Any]) -
     q, k, v = (torch.from_numpy(x) for x in stream())
     with pytest.raises(error, match=message):
         fast.streaming_attend(q, k, v, **wrong)
+
+
+def test_refusals_of_rows_and_sinks() -> None:
+    q, k, v = (torch.from_numpy(x) for x in stream())
+    _, state = fast.step(fast.init_state(k, v), q, k, v, 2, 3)
+    assert fast.keep_rows(state, torch.tensor([0, 4])).pos.tolist() == [0, 29]
+    for rows in (torch.tensor([5]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=r"rows: got .*expected rows in 0\.\.4"):
+            fast.keep_rows(state, rows)
+    with pytest.raises(TypeError, match="rows: got dtype"):
+        fast.keep_rows(state, torch.ones(2))
+    with pytest.raises(TypeError, match="s_h: got NoneType"):
+        fast.attend_with_sink_logit_backward(q, k, v, None, None, q)  # type: ignore[arg-type]
 
 
 def seen_by(S: int, R: int, chunk: Any) -> np.ndarray:

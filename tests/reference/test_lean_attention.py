@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,18 @@ def test_schedule_invariants(n: np.ndarray, G: int) -> None:
         assert sum(s.host for s in mine) == sum(s.finishing for s in mine) == int(n[u] > 0)
         assert list(helpers(n, start, end, u)) == [s.g for s in mine[1:]]
         assert len(mine) <= split_bound(n, G)
+
+
+@pytest.mark.parametrize(("n", "G"), [([1, 8, 3], 6), ([2, 9, 2], 4), ([5, 7], 5), ([4], 4)])
+def test_split_bound_is_tight(n: list[int], G: int) -> None:
+    """By some place of the longest output on the line, so that no smaller bound would do."""
+    most = 0
+    for order in set(permutations(n)):
+        tiles = np.array(order)
+        start, end = lean_schedule(tiles, G)
+        pieces = [len(helpers(tiles, start, end, u)) + 1 for u in range(len(n))]
+        most = max(most, *pieces)
+    assert most == split_bound(np.array(n), G)
 
 
 def test_split_bound_is_reached_and_a_single_tile_each_divides() -> None:
@@ -249,7 +262,13 @@ unit = Triple(np.zeros(1), np.zeros(1), np.zeros((1, 1)))
         (lambda: partial(row[0], row[1], row[2][1:], 0, 2), ValueError, "v"),
         (lambda: partial(*row, 0, 2, mask=np.ones((2, 5), bool)), ValueError, "mask"),
         (lambda: partial(*row, 0, 2, mask=np.ones((2, 6))), TypeError, "mask"),
+        (lambda: partial(*row, 0, 2, mask=np.ones((3, 6), bool)), ValueError, "mask"),
         (lambda: merge(unit, Triple(np.zeros(1), 0.0, unit.o)), TypeError, "b.l"),
+        (lambda: merge(unit, unit._replace(l=np.zeros(2))), ValueError, "b.l"),
+        (lambda: merge(unit._replace(o=np.zeros((2, 1))), unit), ValueError, "a.o"),
+        (lambda: merge(unit, unit._replace(o=np.zeros((1, 2)))), ValueError, "b.o"),
+        (lambda: finalize(unit.m, np.zeros(2), unit.o), ValueError, "l"),
+        (lambda: finalize(unit.m, unit.l, np.zeros((2, 1))), ValueError, "o"),
         (lambda: finalize(unit.m, unit.l, np.zeros(1)), ValueError, "o"),
         (lambda: tile_size(0), ValueError, "d"),
         (lambda: tile_size(64, "theirs"), ValueError, "rule"),

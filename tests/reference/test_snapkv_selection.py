@@ -109,6 +109,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: snapkv.select(np.ones(3), 1), ValueError, "m"),
     (lambda: snapkv.select(np.ones((1, 3)), 0), ValueError, "n"),
     (lambda: snapkv.select(np.ones((1, 3)), 1, np.ones(3)), TypeError, "mask"),
+    (lambda: snapkv.select(np.ones((1, 3)), 1, np.ones(2, bool)), ValueError, "mask"),
+    (lambda: snapkv.select(np.ones((1, 3)), 1, np.ones((1, 1, 3), bool)), ValueError, "mask"),
 ]
 
 

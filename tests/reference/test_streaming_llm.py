@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attnspec.reference.cache import streaming_llm as stream
 from attnspec.reference.conventions import repeat_heads
-from attnspec.reference.dense.attention import attend, combine
+from attnspec.reference.dense.attention import attend, attend_backward, combine
 from attnspec.reference.primitives.softmax import softmax
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -178,11 +178,68 @@ def test_batch_rows_and_heads_are_independent_and_groups_share() -> None:
     np.testing.assert_allclose(single, out[0], atol=1e-14)
 
 
+@quick
+@given(S=small, R=small, rotary_dims=st.sampled_from([2, 4, 6]), d=st.sampled_from([6, 7]))
+def test_channels_that_do_not_turn_are_compared_as_they_are(
+    S: int, R: int, rotary_dims: int, d: int
+) -> None:
+    """The scores are a sum over channels, so turned and plain ones may be told apart."""
+    q, k, v = tokens(d=d)
+    out, _ = stream.streaming_attend(q, k, v, S, R, rope_base=10.0, rotary_dims=rotary_dims)
+    if rotary_dims == d:
+        whole, _ = stream.streaming_attend(q, k, v, S, R, rope_base=10.0)
+        np.testing.assert_array_equal(out, whole)
+    distance, keys = stream.sink_window_distances(12, S, R), repeat_heads(k, 4)
+    for t in range(12):
+        seen = np.flatnonzero(distance[t] >= 0)
+        query = np.repeat(q[..., t : t + 1, :], len(seen), axis=-2)
+        turned = stream.rope(query[..., :rotary_dims], distance[t, seen], 10.0)
+        products = (turned * keys[..., seen, :rotary_dims]).sum(-1)
+        products += (query * keys[..., seen, :])[..., rotary_dims:].sum(-1)
+        weights = softmax(products[..., None, :] / np.sqrt(d))
+        expected = combine(weights, v[..., seen, :])
+        np.testing.assert_allclose(out[..., t : t + 1, :], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", [{}, {"rope_base": 10.0}, {"alibi_slopes": np.ones(4)}])
+@pytest.mark.parametrize("chunk", [1, [5, 1, 6]])
+def test_gradient_of_a_stream(position: dict[str, Any], chunk: Any) -> None:
+    inputs, random = tokens(), np.random.default_rng(1)
+    dout = random.standard_normal((2, 4, 12, 5))
+    if position.get("rope_base"):
+        position = {**position, "rotary_dims": 4}
+    gradients = stream.streaming_attend_backward(*inputs, dout, 2, 3, chunk, **position)
+    for n, gradient in enumerate(gradients):
+        direction = random.standard_normal(gradient.shape)
+        above, below = (
+            stream.streaming_attend(
+                *(x + (step * direction if n == m else 0) for m, x in enumerate(inputs)),
+                2, 3, chunk, **position,
+            )[0]
+            for step in (1e-5, -1e-5)
+        )  # fmt: skip
+        slope = ((above - below) / 2e-5 * dout).sum()
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-7, atol=1e-7)
+
+
+@quick
+@given(S=small, R=small)
+def test_without_positions_the_gradient_is_that_of_the_static_mask(S: int, R: int) -> None:
+    q, k, v = tokens()
+    dout = np.random.default_rng(3).standard_normal((2, 4, 12, 5))
+    got = stream.streaming_attend_backward(q, k, v, dout, S, R)
+    expected = attend_backward(q, k, v, dout, mask=stream.sink_window_mask(12, S, R))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
 @pytest.mark.parametrize("position", [{"rope_base": 10.0}, {"alibi_slopes": np.ones(4)}])
 def test_float32_stays_float32(position: dict[str, Any]) -> None:
     q, k, v = (x.astype(np.float32) for x in tokens())
     out, _ = stream.streaming_attend(q, k, v, 1, 3, **position)
     assert out.dtype == np.float32
+    for x in stream.streaming_attend_backward(q, k, v, out, 1, 3, **position):
+        assert x.dtype == np.float32
     s_h = np.zeros(4, np.float32)
     for x in stream.attend_with_sink_logit(q, k, v, s_h):
         assert x.dtype == np.float32
@@ -199,6 +256,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: stream.init_state(K[0, 0], V), ValueError, "k"),
     (lambda: stream.init_state(K, V.astype(int)), TypeError, "v"),
     (lambda: stream.keep_rows(EMPTY, np.ones(1)), TypeError, "rows"),
+    (lambda: stream.keep_rows(EMPTY, np.zeros(1, int)), ValueError, "rows"),
     (lambda: stream.step(EMPTY, Q, K[:, :, :2], V[:, :, :2]), ValueError, "k"),
     (lambda: stream.step(EMPTY, Q, K[:, :1], V[:, :1]), ValueError, "k"),
     (lambda: stream.step(EMPTY, Q, K, V[..., :2]), ValueError, "v"),
@@ -210,6 +268,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: stream.streaming_attend(Q, K, V, chunk=[3, 0]), ValueError, "chunk"),
     (lambda: stream.streaming_attend(Q, K, V, rope_base=-1.0), ValueError, "rope_base"),
     (lambda: stream.streaming_attend(Q[..., :5], K[..., :5], V, rope_base=1.0), ValueError, "q"),
+    (lambda: stream.streaming_attend(Q, K, V, rotary_dims=2), ValueError, "rotary_dims"),
+    (
+        lambda: stream.streaming_attend(Q, K, V, rope_base=1.0, rotary_dims=8),
+        ValueError,
+        "rotary_dims",
+    ),
+    (lambda: stream.streaming_attend_backward(Q, K, V, Q), ValueError, "dout"),
     (lambda: stream.streaming_attend(Q, K, V, alibi_slopes=ZERO[:3]), ValueError, "alibi_slopes"),
     (lambda: stream.streaming_attend(Q, K, V, alibi_slopes=Q[0, 0]), ValueError, "alibi_slopes"),
     (lambda: stream.streaming_attend(Q, K, V, alibi_slopes=ZERO), ValueError, "alibi_slopes"),

@@ -73,6 +73,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: rows.rope(np.ones((2, 2)), np.arange(3)), ValueError, "pos"),
     (lambda: rows.rope(np.ones((2, 2)), np.ones(2)), TypeError, "pos"),
     (lambda: rows.rope(np.ones((2, 2)), np.arange(2), 0.0), ValueError, "base"),
+    (lambda: rows.rope(np.ones((2, 3)), np.arange(2), 9.0, 3), ValueError, "rotary_dims"),
+    (lambda: rows.rope(np.ones((2, 3)), np.arange(2), 9.0, 4), ValueError, "rotary_dims"),
+    (lambda: rows.rope(np.ones((2, 3)), np.arange(2), 9.0, 0), ValueError, "rotary_dims"),
+    (lambda: rows.rope(np.ones((2, 3)), np.arange(2), 9.0, True), TypeError, "rotary_dims"),
     (lambda: rows.rope(np.ones((2, 2)), np.arange(2), "1"), TypeError, "base"),  # type: ignore[arg-type]
     (lambda: rows.alibi_bias(ZERO, np.arange(1), np.arange(1)), ValueError, "alibi_slopes"),
     (lambda: rows.alibi_bias(ZERO + 1, np.ones(1), np.arange(1)), TypeError, "p_q"),

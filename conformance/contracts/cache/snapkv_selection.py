@@ -183,6 +183,7 @@ CONTRACTS = (
             ("nothing to select", "n", lambda a: 0),
             ("half a position", "n", lambda a: 1.5),
             ("an integer mask", "mask", lambda a: np.ones(a["m"].shape[-1], np.int64)),
+            ("a mask of other positions", "mask", lambda a: np.ones(a["m"].shape[-1] + 2, bool)),
         ),
     ),
 )

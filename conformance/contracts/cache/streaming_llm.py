@@ -63,6 +63,17 @@ def slopes(rng: np.random.Generator, case: Case) -> np.ndarray | None:
     return 2.0 ** -rng.uniform(0, 4, case.heads)
 
 
+def turned_channels(rng: np.random.Generator, case: Case) -> int | None:
+    """Some or all of the channels, if the case asks for them and has rotary positions."""
+    if "rotary_dims" not in case.options or case.parameters.get("rope_base") is None:
+        return None
+    return 2 * int(rng.integers(1, case.sizes["d"] // 2 + 1))
+
+
+def all_channels(case: Case) -> int | None:
+    return None if case.parameters.get("rope_base") is None else case.sizes["d"]
+
+
 def make_state(rng: np.random.Generator, case: Case) -> State:
     """What a stream of `past` tokens leaves behind."""
     past = case.sizes["past"]
@@ -75,7 +86,10 @@ def make_state(rng: np.random.Generator, case: Case) -> State:
 Q = Array("q", "batch heads tokens d", role="query")
 K = Array("k", "batch kv_heads tokens d", role="key")
 V = Array("v", "batch kv_heads tokens dv", role="value")
-SLOPES = Array("alibi_slopes", "heads", make=slopes, optional=True)
+POSITIONS = (
+    Array("alibi_slopes", "heads", make=slopes, optional=True),
+    Array("rotary_dims", "1", make=turned_channels, optional=True),
+)
 CELLS = {
     "causal self": lambda case: case,
     "MHA": heads_cell(2, 1),
@@ -92,6 +106,8 @@ BAD_CALLS = (
     ("a base of 0", "rope_base", lambda a: 0.0 if a["q"].shape[-1] % 2 == 0 else "a"),
     ("slopes of another number", "alibi_slopes", lambda a: np.ones(a["q"].shape[-3] + 1)),
     BadValue("a slope of 0", "alibi_slopes", lambda a: np.zeros(a["q"].shape[-3])),
+    ("an odd number of turned channels", "rotary_dims", lambda a: 3),
+    ("more turned channels than there are", "rotary_dims", lambda a: 2 * a["q"].shape[-1] + 2),
     *wrong_integers("S", "R"),
 )
 
@@ -100,7 +116,7 @@ CONTRACTS = (
         operation="streaming_llm.step",
         sizes={**SIZES, "past": (0, 24), "tokens": (1, 4)},
         least={"tokens": 1},
-        arrays=(Array("state", make=make_state), Q, K, V, SLOPES),
+        arrays=(Array("state", make=make_state), Q, K, V, *POSITIONS),
         outputs=(
             Output("out"),
             Output("state.k", "copy"),
@@ -109,13 +125,14 @@ CONTRACTS = (
             Output("state.seen", "exact", plain=True),
         ),
         parameters=window,
+        neutral={"rotary_dims": all_channels},
         cells=CELLS,
         bad_inputs=(
             *BAD_CALLS,
             ("keys of another width than the state's", "v", lambda a: a["v"].repeat(2, axis=-1)),
         ),
         stream=Stream(
-            arrays=(Q, K, V, SLOPES),
+            arrays=(Q, K, V, *POSITIONS),
             start=lambda whole: init_state(whole["k"], whole["v"]),
             feed=feed_tokens,
             whole=lambda whole: streaming_attend(**whole, chunk=1)[0],
@@ -127,11 +144,12 @@ CONTRACTS = (
         sizes={**SIZES, "tokens": (1, 24)},
         queries="tokens",
         keys="tokens",
-        arrays=(Q, K, V, SLOPES),
+        arrays=(Q, K, V, *POSITIONS),
         outputs=(Output("out"), Output("trace", "exact")),
         parameters=lambda sizes: {**window(sizes), "chunk": calls(sizes["tokens"])},
         linear_in=("v",),
         causal=lambda case: True,
+        neutral={"rotary_dims": all_channels},
         cells=CELLS,
         bad_inputs=(
             *BAD_CALLS,

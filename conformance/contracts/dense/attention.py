@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell, keys_cell
-from attnspec.conformance.contract import Array, Contract, Output, Stream
+from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State, attend
 
@@ -134,6 +134,7 @@ CONTRACTS = (
             ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
             ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
             ("an integer mask", "mask", lambda a: np.ones((1, 1, 1, 1), np.int64)),
+            ("a mask of too many keys", "mask", lambda a: np.ones((a["k"].shape[-2] + 2,), bool)),
         ),
     ),
     Contract(
@@ -152,6 +153,11 @@ CONTRACTS = (
         bad_inputs=(
             ("offsets that stop short", "q_offsets", lambda a: a["q_offsets"][:-1]),
             ("offsets of another number", "k_offsets", lambda a: a["k_offsets"].repeat(2)),
+            BadValue("offsets that decrease", "q_offsets", lambda a: a["q_offsets"][::-1].copy()),
+            ("offsets as floats", "k_offsets", lambda a: a["k_offsets"] + 0.5),
+            ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
+            ("k with more tokens than v", "v", lambda a: a["v"][..., :-1, :]),
+            ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
         ),
     ),
     Contract(
@@ -174,6 +180,12 @@ CONTRACTS = (
         ),
         outputs=(Output("out"), Output("state.k"), Output("state.v")),
         parameters=lambda sizes: {"scale": st.sampled_from([None, 0.5])},
+        bad_inputs=(
+            ("more queries than keys", "k", lambda a: a["k"][..., :-1, :]),
+            ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
+            ("values wider than the state's", "v", lambda a: a["v"].repeat(2, axis=-1)),
+            ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
+        ),
         stream=Stream(
             arrays=(
                 Array("q", "batch heads tokens d", role="query"),

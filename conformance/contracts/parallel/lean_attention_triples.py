@@ -96,6 +96,11 @@ CONTRACTS = (
             ("a fractional start", "lo", lambda a: 0.5),
             ("an integer mask", "mask", lambda a: np.ones((1, a["k"].shape[-2]), np.int64)),
             ("a mask of other keys", "mask", lambda a: np.ones((1, 99), bool)),
+            (
+                "a mask of other rows",
+                "mask",
+                lambda a: np.ones((a["q"].shape[-2] + 2, a["k"].shape[-2]), bool),
+            ),
         ),
     ),
     Contract(
@@ -106,6 +111,9 @@ CONTRACTS = (
         bad_inputs=(
             ("a maximum as a list", "a", lambda a: a["a"]._replace(m=a["a"].m.tolist())),
             ("integers as outputs", "b", lambda a: a["b"]._replace(o=a["b"].o.astype(np.int64))),
+            ("a maximum of other rows", "b", lambda a: a["b"]._replace(m=a["b"].m[..., :-1])),
+            ("sums of other rows", "a", lambda a: a["a"]._replace(l=a["a"].l[..., :-1])),
+            ("outputs of another width", "b", lambda a: a["b"]._replace(o=a["b"].o[..., :-1])),
         ),
     ),
     Contract(
@@ -122,6 +130,8 @@ CONTRACTS = (
             ("a maximum as a list", "m", lambda a: a["m"].tolist()),
             ("integers as sums", "l", lambda a: np.ones(a["l"].shape, np.int64)),
             ("no output", "o", lambda a: None),
+            ("sums of other rows", "l", lambda a: a["l"][..., :-1]),
+            ("outputs of other rows", "o", lambda a: a["o"][..., :-1, :]),
         ),
     ),
 )

@@ -10,7 +10,7 @@ from attnspec.conformance.mutants import Mutant, altering, replacing, right, spo
 from attnspec.conformance.mutants.dense.attention import (
     eleven_bits,
     read_as_contiguous,
-    top_left,
+    visible_top_left,
     wrap_32_bits,
 )
 from attnspec.reference.cache.snapkv import State
@@ -21,7 +21,6 @@ from attnspec.reference.cache.snapkv_selection import (
     select,
     window_attention,
 )
-from attnspec.reference.dense import attention
 from attnspec.reference.dense.attention import attend
 
 PREFILL = right("snapkv.prefill")
@@ -75,6 +74,14 @@ def window_beside_capacity(arguments: dict[str, Any]) -> None:
         arguments["C"] += arguments["w"]
 
 
+def short_prompts_too(q: Any, k: Any, v: Any, *, w: int = 32, C: int = 2048, **options: Any) -> Any:
+    """A prompt shorter than C is selected from as well, and repeated to the query heads."""
+    result = PREFILL(q, k, v, w=w, C=C, **options)
+    if w < k.shape[-2] < C:
+        result = PREFILL(q, k, v, w=w, C=k.shape[-2], **options)
+    return result
+
+
 def slots_as_tokens(result: Any) -> Any:
     out, state = result
     return out, state._replace(seen=state.k.shape[-2])
@@ -99,7 +106,7 @@ def not_causal(*args: Any, **options: Any) -> Any:
 
 
 def aligned_top_left(q: Any, k: Any, v: Any, *, causal: bool, mask: Any) -> Any:
-    return replacing(attention.attend, causal_mask=top_left)(q, k, v, causal=causal, mask=mask)
+    return replacing(attend, visible=visible_top_left)(q, k, v, causal=causal, mask=mask)
 
 
 def cut_prompt(q: Any, k: Any, v: Any, **options: Any) -> Any:
@@ -178,6 +185,8 @@ MUTANTS = (
             replacing(PREFILL, select=padding_competes)),
     prefill("window-on-top", "agreement", "C slots are kept beside the window",
             altering(PREFILL, window_beside_capacity)),
+    prefill("short-prompts", "lengths", "prompts shorter than C are not left as they are",
+            short_prompts_too),
     prefill("slots-as-tokens", "agreement", "the next position is the number of slots",
             spoiling(PREFILL, slots_as_tokens)),
     prefill("visible-padding", "agreement", "padding in a slot is not marked",

@@ -48,10 +48,6 @@ def tail_of_keys_skipped(A: np.ndarray) -> np.ndarray:
     return A if whole == 0 else np.where(np.arange(A.shape[-1]) < whole, A, 0).astype(A.dtype)
 
 
-def no_maximum_weights(scores: np.ndarray, mask: Any = None) -> np.ndarray:
-    return no_maximum(scores, mask)[0]
-
-
 def padding_leaks(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
     A = WINDOW(q, k, w, mask)
     return A + 0 * k.sum(axis=(-3, -2, -1))[..., None, None, None]
@@ -177,7 +173,7 @@ MUTANTS = (
     window("skipped-keys", "ragged", "keys after the last whole block get no weight",
            spoiling(WINDOW, tail_of_keys_skipped)),
     window("window-no-maximum", "magnitude", "exp without its maximum overflows",
-           replacing(WINDOW, softmax=no_maximum_weights)),
+           replacing(WINDOW, softmax_lse=no_maximum)),
     window("padding-leaks", "poison", "padding keys are multiplied by 0", padding_leaks),
     window("right-padded-window", "cells", "padding on the right is moved to the left",
            padding_on_the_right),

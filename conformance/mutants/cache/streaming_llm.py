@@ -15,12 +15,14 @@ from attnspec.conformance.mutants.dense.attention import (
 )
 from attnspec.reference.cache import streaming_llm, streaming_llm_rows
 from attnspec.reference.cache.streaming_llm import State
+from attnspec.reference.cache.streaming_llm_gradient import streaming_attend_backward
 from attnspec.reference.conventions import repeat_heads
 
 EVICT = right("streaming_llm.evict_rows")
 SPACE = right("streaming_llm.evict_rows_for_space")
 STEP = right("streaming_llm.step")
 STREAM = right("streaming_llm.streaming_attend")
+BACKWARD = streaming_attend_backward
 
 
 def no_sinks(T: int, S: int = 4, R: int = 512) -> np.ndarray:
@@ -53,6 +55,28 @@ def text_positions(state: State, *args: Any, **rest: Any) -> Any:
         return new, np.concatenate([state.pos, new])
 
     return replacing(STEP, cache_positions=places)(state, *args, **rest)
+
+
+def query_in_the_text(state: State, *args: Any, **rest: Any) -> Any:
+    """Rows stand at their numbers, but the query at its place in the text."""
+
+    def places(n: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+        return state.seen + np.arange(w), np.arange(n + w)
+
+    return replacing(STEP, cache_positions=places)(state, *args, **rest)
+
+
+def new_rows_rotated(state: State, *args: Any, **rest: Any) -> Any:
+    """Cached keys are left as they are; only those of the call are rotated."""
+    old = len(state.pos)
+
+    def rope(x: np.ndarray, pos: np.ndarray, *more: Any) -> np.ndarray:
+        turned = streaming_llm_rows.rope(x, pos, *more)
+        if len(pos) and pos[0] == 0:
+            turned[..., :old, :] = x[..., :old, :]
+        return turned
+
+    return replacing(STEP, rope=rope)(state, *args, **rest)
 
 
 def rotated_twice(state: State, *args: Any, **rest: Any) -> Any:
@@ -130,6 +154,17 @@ def last_call_lost(result: Any) -> Any:
     return unwritten, trace
 
 
+def not_turned_back(x: np.ndarray, pos: np.ndarray, *more: Any) -> np.ndarray:
+    return x if np.any(pos < 0) else streaming_llm_rows.rope(x, pos, *more)
+
+
+def sinks_without_gradient(*, S: int = 4, **given: Any) -> Any:
+    """The pass over the sinks has no backward."""
+    dq, dk, dv = BACKWARD(S=S, **given)
+    dk[..., :S, :] = 0
+    return dq, dk, dv
+
+
 class KeepsTheFirstKeys:
     """Reads the keys of the first call of each shape again, as a buffer that is never refilled."""
 
@@ -143,8 +178,8 @@ class KeepsTheFirstKeys:
         return result if np.array_equal(old, k) else STREAM(q, old, v, *args, **rest)
 
 
-def mutant(operation: str, name: str, law: str, bug: str, call: Any) -> Mutant:
-    return Mutant(f"streaming_llm.{name}", f"streaming_llm.{operation}", law, bug, call)
+def mutant(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
+    return Mutant(f"streaming_llm.{name}", f"streaming_llm.{operation}", law, bug, call, **rest)
 
 
 MUTANTS = (
@@ -152,6 +187,10 @@ MUTANTS = (
            evict_first),
     mutant("step", "text-positions", "stream", "positions count tokens of the text",
            text_positions),
+    mutant("step", "query-in-text", "stream", "the query stands at its place in the text",
+           query_in_the_text),
+    mutant("step", "new-rows-rotated", "agreement", "cached keys are not rotated",
+           new_rows_rotated),
     mutant("step", "rotated-cache", "stream", "keys are cached rotated and rotated again",
            rotated_twice),
     mutant("step", "top-left", "agreement", "a call of several tokens is masked as if n were 0",
@@ -188,4 +227,9 @@ MUTANTS = (
            altering(STREAM, eleven_bits)),
     mutant("streaming_attend", "wrap-32", "far", "offsets are computed in 32 bits",
            altering(STREAM, wrap_32_bits)),
+    mutant("streaming_attend", "not-turned-back", "gradient",
+           "gradients of rotated queries and keys are not turned back", STREAM,
+           backward=replacing(BACKWARD, rope=not_turned_back)),
+    mutant("streaming_attend", "sinks-without-gradient", "gradient",
+           "keys of the sinks get no gradient", STREAM, backward=sinks_without_gradient),
 )  # fmt: skip

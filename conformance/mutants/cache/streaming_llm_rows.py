@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, right, spoiling
-from attnspec.reference.primitives.rope import rope_angles
+from attnspec.reference.primitives.rope import rope_angles, rotate
 
 EVICT = right("streaming_llm.evict_rows")
 SPACE = right("streaming_llm.evict_rows_for_space")
@@ -43,14 +43,34 @@ def after_the_rows(n: int, w: int) -> tuple[np.ndarray, np.ndarray]:
     return p_q - n, p_k
 
 
-def neighbouring_pairs(x: np.ndarray, pos: np.ndarray, base: float = 10000.0) -> np.ndarray:
-    ROPE(x, pos, base)
-    angles = rope_angles(pos, x.shape[-1], base)
+def neighbouring_pairs(
+    x: np.ndarray, pos: np.ndarray, base: float = 10000.0, rotary_dims: int | None = None
+) -> np.ndarray:
+    out = ROPE(x, pos, base, rotary_dims)
+    turning = x.shape[-1] if rotary_dims is None else rotary_dims
+    angles = rope_angles(pos, turning, base)
     cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
-    out = np.empty_like(x)
-    out[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin
-    out[..., 1::2] = x[..., 1::2] * cos + x[..., ::2] * sin
+    first, second = x[..., :turning:2], x[..., 1:turning:2]
+    out[..., :turning:2] = first * cos - second * sin
+    out[..., 1:turning:2] = second * cos + first * sin
     return out
+
+
+def frequencies_of_all(
+    x: np.ndarray, pos: np.ndarray, base: float = 10000.0, rotary_dims: int | None = None
+) -> np.ndarray:
+    """The channels that turn have the frequencies they would have if all turned."""
+    out = ROPE(x, pos, base, rotary_dims)
+    if rotary_dims is not None:
+        angles = rope_angles(pos, x.shape[-1], base)[..., : rotary_dims // 2]
+        out[..., :rotary_dims] = rotate(x[..., :rotary_dims], angles)
+    return out
+
+
+def all_channels(arguments: dict[str, Any]) -> None:
+    d, turning = arguments["x"].shape[-1], arguments["rotary_dims"]
+    if isinstance(turning, int) and turning in range(2, d, 2) and d % 2 == 0:
+        arguments["rotary_dims"] = d
 
 
 def row_numbers(arguments: dict[str, Any]) -> None:
@@ -82,6 +102,10 @@ MUTANTS = (
            neighbouring_pairs),
     mutant("rope", "row-number", "agreement", "rows are rotated to their number, not position",
            altering(ROPE, row_numbers)),
+    mutant("rope", "all-channels", "agreement", "channels turn that the model leaves alone",
+           altering(ROPE, all_channels)),
+    mutant("rope", "frequencies-of-all", "agreement",
+           "frequencies are those of d channels where fewer turn", frequencies_of_all),
     mutant("alibi_bias", "absolute", "lengths", "the bias grows with |p_k - p_q|",
            spoiling(ALIBI, lambda bias: -np.abs(bias))),
     mutant("sink_window_mask", "window-r", "agreement", "a token sees R - 1 tokens before it",

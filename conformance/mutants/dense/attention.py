@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.conventions import causal_mask, repeat_heads
 from attnspec.reference.dense import attention
+from attnspec.reference.dense.attention_gradient import attend_packed_backward, score_gradient
+from attnspec.reference.dense.attention_steps import visible
 from attnspec.reference.primitives.softmax import softmax_lse
 
 ATTEND = right("attention.attend")
@@ -22,8 +25,20 @@ def top_left(q_tokens: int, k_tokens: int) -> np.ndarray:
     return np.arange(k_tokens)[None, :] <= np.arange(q_tokens)[:, None]
 
 
-def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
-    return x[..., np.arange(heads) % x.shape[-3], :, :]
+def visible_top_left(
+    q_tokens: int, k_tokens: int, *, causal: bool = False, mask: Any = None
+) -> np.ndarray:
+    allowed = visible(q_tokens, k_tokens, mask=mask)
+    return allowed & top_left(q_tokens, k_tokens) if causal else allowed
+
+
+def interleaved(arguments: dict[str, Any]) -> None:
+    """Query head h reads kv head h % kv_heads."""
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    if all(isinstance(x, np.ndarray) and x.ndim > 2 for x in (q, k, v)) and k.shape[-3]:
+        order = np.arange(q.shape[-3]) % k.shape[-3]
+        if k.shape[-3] == v.shape[-3]:
+            arguments["k"], arguments["v"] = k[..., order, :, :], v[..., order, :, :]
 
 
 def finite_fill(scores: np.ndarray, mask: Any = None) -> Any:
@@ -96,7 +111,7 @@ def tail_not_written(result: Any) -> Any:
 
 
 def leaks_masked_values(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return weights @ attention.repeat_heads(v, weights.shape[-3])
+    return weights @ repeat_heads(v, weights.shape[-3])
 
 
 class CachedByShape:
@@ -164,7 +179,7 @@ def future_maximum(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) 
 
 
 def forget_row_term(weights: Any, values: Any, dout: Any, dlse: Any = None) -> Any:
-    ds, row_term = attention.score_gradient(weights, values, dout, dlse)
+    ds, row_term = score_gradient(weights, values, dout, dlse)
     return ds + weights * row_term[..., None], row_term
 
 
@@ -187,6 +202,24 @@ def first_sequence_only(arguments: dict[str, Any]) -> None:
     arguments["k_offsets"] = offsets
 
 
+def causal_across(q: Any, k: Any, v: Any, q_offsets: Any, k_offsets: Any, *,
+                  causal: bool = False, scale: Any = None) -> Any:  # fmt: skip
+    """The causal rule is aligned at the end of everything, not of each sequence."""
+    result = PACKED(q, k, v, q_offsets, k_offsets, causal=causal, scale=scale)
+    if not causal:
+        return result
+    q_entry, k_entry = (
+        np.searchsorted(ends[1:], np.arange(x.shape[-2]), side="right")
+        for x, ends in ((q, q_offsets), (k, k_offsets))
+    )
+    mask = (q_entry[:, None] == k_entry) & causal_mask(len(q_entry), len(k_entry))
+    return ATTEND(q, k, v, mask=mask, scale=scale)
+
+
+def not_causal(*args: Any, causal: bool = False, **options: Any) -> Any:
+    return ATTEND(*args, **options)
+
+
 def forgets_the_oldest(result: Any) -> Any:
     out, state = result
     if state.k.shape[-2] > BLOCK:
@@ -207,9 +240,9 @@ MUTANTS = (
     mutant("lse-base-2", "agreement", "lse is in base 2",
            spoiling(ATTEND, lambda r: (r[0], (r[1] / np.log(2)).astype(np.float32)))),
     mutant("top-left", "lengths", "causal order is aligned at the top left",
-           replacing(ATTEND, causal_mask=top_left)),
+           replacing(ATTEND, visible=visible_top_left)),
     mutant("interleaved-heads", "heads", "query head h reads kv head h % kv_heads",
-           replacing(ATTEND, repeat_heads=interleaved)),
+           altering(ATTEND, interleaved)),
     mutant("finite-fill", "magnitude", "masked scores are -1e4, and large logits see them",
            replacing(ATTEND, softmax_lse=finite_fill)),
     mutant("no-maximum", "magnitude", "exp without subtracting the maximum overflows",
@@ -254,6 +287,13 @@ MUTANTS = (
     Mutant("attention.packed-overlap", "attention.attend_packed", "agreement",
            "key ranges of packed sequences are shifted by one",
            altering(PACKED, first_sequence_only)),
+    Mutant("attention.packed-causal", "attention.attend_packed", "agreement",
+           "the causal rule of packed sequences is aligned at the end of the last", causal_across),
+    Mutant("attention.packed-no-dlse", "attention.attend_packed", "gradient",
+           "the gradient through lse is dropped", PACKED,
+           backward=altering(attend_packed_backward, no_lse_gradient)),
     Mutant("attention.short-state", "attention.step", "stream",
            "the oldest token falls out of the state", spoiling(STEP, forgets_the_oldest)),
+    Mutant("attention.step-future", "attention.step", "agreement",
+           "tokens of a step see those behind them", replacing(STEP, attend=not_causal)),
 )  # fmt: skip
