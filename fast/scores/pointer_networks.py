@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_same, check_size, check_tensor, product
+from attnspec.fast.backend import (
+    FLOATS,
+    check_device,
+    check_same,
+    check_size,
+    check_tensor,
+    product,
+)
 from attnspec.fast.engines.additive import (
     additive_lse,
     additive_scores,
@@ -113,7 +120,9 @@ def pointer_log_probs(scores: Tensor, mask: Tensor | None, *, backend: str | Non
     check_tensor("scores", scores, ("batch", "steps", "slots"), FLOATS)
     if scores.shape[2] == 0:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected at least one slot")
-    return masked_log_softmax(scores, _allowed_slots(mask, *scores.shape))
+    if mask is not None:
+        mask = _allowed_slots(mask, *scores.shape, device=("scores", scores))
+    return masked_log_softmax(scores, mask)
 
 
 def pointer_loss(
@@ -131,7 +140,7 @@ def pointer_loss(
     only.
     """
     check_tensor("logp", logp, ("batch", "steps", "slots"), FLOATS)
-    targets = _real_targets(targets, target_mask, *logp.shape)
+    targets = _real_targets(targets, target_mask, *logp.shape, device=("logp", logp))
     surprise = -logp.gather(2, targets[..., None])[..., 0]
     return _mean(surprise, target_mask)
 
@@ -159,8 +168,9 @@ def pointer_cross_entropy(
     shape = (e.shape[0], d.shape[1], e.shape[1])
     if e.shape[1] == 0:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected at least one slot")
-    mask = _allowed_slots(mask, *shape)
-    targets = _real_targets(targets, target_mask, *shape)
+    if mask is not None:
+        mask = _allowed_slots(mask, *shape, device=("e", e))
+    targets = _real_targets(targets, target_mask, *shape, device=("e", e))
     k, q = project(e, W1, b1), project(d, W2, b2)
     lse, score = additive_lse(k, q, v.to(q.dtype), targets, mask=mask, backend=backend)
     return _mean(lse - score, target_mask)
@@ -181,6 +191,7 @@ def glimpse(
     """
     check_tensor("e", e, ("batch", "slots", "D"), FLOATS)
     check_tensor("logp", logp, ("batch", "steps", "slots"), FLOATS)
+    check_device("logp", logp, "e", e)
     _check_projection("W1", W1, e, "e")
     if b1 is not None:
         _check_vector("b1", b1, W1)
@@ -225,29 +236,41 @@ def _check_vector(name: str, x: Any, W1: Tensor) -> None:
     check_size(name, x.shape[0], W1.shape[0], "A, as in W1")
 
 
-def _allowed_slots(mask: Any, batch: int, steps: int, slots: int) -> Tensor | None:
-    """`mask` broadcastable to (batch, steps, slots), or None for no mask."""
-    if mask is None:
-        return None
+def _allowed_slots(
+    mask: Any, batch: int, steps: int, slots: int, *, device: tuple[str, Tensor]
+) -> Tensor:
+    """`mask`, broadcastable to (batch, steps, slots), on the device of the argument `device`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: got {got}, expected a bool torch.Tensor")
     shared, full = (batch, slots), (batch, steps, slots)
     if tuple(mask.shape) not in (shared, full):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected {shared} or {full}")
+    check_device("mask", mask, *device)
     if checkable(mask) and not bool(mask.any(-1).all()):
         raise ValueError("mask: got a row that allows no slot, expected at least one")
     return mask if mask.dim() == 3 else mask[:, None]
 
 
-def _real_targets(targets: Any, target_mask: Any, batch: int, steps: int, slots: int) -> Tensor:
+def _real_targets(
+    targets: Any,
+    target_mask: Any,
+    batch: int,
+    steps: int,
+    slots: int,
+    *,
+    device: tuple[str, Tensor],
+) -> Tensor:
     """`targets` int64 (batch, steps) with 0 where a step is padding."""
     check_tensor("targets", targets, ("batch", "steps"), (torch.int64, torch.int32))
     if target_mask is not None:
         check_tensor("target_mask", target_mask, ("batch", "steps"), (torch.bool,))
     for name, x in (("targets", targets), ("target_mask", target_mask)):
-        if x is not None and tuple(x.shape) != (batch, steps):
+        if x is None:
+            continue
+        if tuple(x.shape) != (batch, steps):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {(batch, steps)}")
+        check_device(name, x, *device)
     real = targets.long()
     if target_mask is not None:
         real = real.masked_fill(~target_mask, 0)

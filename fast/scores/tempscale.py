@@ -1,15 +1,55 @@
-"""TempScale on the flash engine: the temperature is folded into the softmax scale and is free."""
+"""TempScale on the flash engine: the temperature is folded into the softmax scale and is free.
+
+The steps that hand out whole matrices, and the diagnostics, are torch.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_positive, wide_dtype
 from attnspec.fast.engines.flash import flash, mask_options
-from attnspec.fast.engines.flash.checks import check_heads
+from attnspec.fast.scores.tempscale_collapse import (
+    attention_entropy,
+    centre_distance,
+    dc,
+    filter_gain,
+    hc,
+    pairwise_cosine,
+    retention,
+    token_spectrum,
+)
+from attnspec.fast.scores.tempscale_steps import (
+    attend,
+    check_temperatures,
+    scores,
+    softmax_rows,
+    temper,
+)
 
-CLAIMS = {"tempered_attention": {"gradient": True, "limits": {"bias": (False,)}}}
+__all__ = [
+    "attend",
+    "attention_entropy",
+    "centre_distance",
+    "dc",
+    "filter_gain",
+    "hc",
+    "pairwise_cosine",
+    "retention",
+    "scores",
+    "softmax_rows",
+    "temper",
+    "tempered_attention",
+    "token_spectrum",
+]
+
+CLAIMS: dict[str, dict[str, Any]] = {
+    **{name: {"launches": None} for name in __all__},
+    "temper": {"gradient": True, "launches": None},
+    "tempered_attention": {"gradient": True, "limits": {"bias": (False,)}},
+}
 
 
 def tempered_attention(
@@ -45,15 +85,8 @@ def tempered_attention(
     if not isinstance(tau, Tensor):
         check_positive("tau", tau)
         return flash(q, k, v, scale=scale / float(tau), **options)
-    _check_temperatures(q, tau)
+    check_temperatures(tau, q)
     wide = wide_dtype(q)
     tempered = q.to(wide) / tau.to(wide)[:, None, None]
     out, lse = flash(tempered, k.to(wide), v.to(wide), scale=scale, **options)
     return out.to(q.dtype), lse
-
-
-def _check_temperatures(q: Tensor, tau: Tensor) -> None:
-    check_heads(q, "tau", tau)
-    known = not tau.is_cuda and not torch.compiler.is_compiling()
-    if known and not bool(((tau > 0) & torch.isfinite(tau)).all()):
-        raise ValueError(f"tau: got {tau.tolist()}, expected finite numbers > 0")

@@ -13,6 +13,7 @@ from attnspec.fast.backend import (
     FLOATS,
     check_attention_inputs,
     check_integer,
+    check_same,
     check_size,
     check_tensor,
 )
@@ -132,6 +133,8 @@ def step(
     check_tensor("k_t", k_t, ("batch", "kv_heads", "d"))
     check_tensor("v_t", v_t, ("batch", "kv_heads", "dv"))
     check_size("q_t", q_t.shape[2], k_t.shape[2], "d, as in k_t")
+    check_same("q_t", q_t, "k_t", k_t)
+    check_same("v_t", v_t, "k_t", k_t)
     expected = (*k_t.shape[:2], state.v.shape[3])
     if tuple(v_t.shape) != expected:
         raise ValueError(f"v_t: got shape {tuple(v_t.shape)}, expected {expected}")

@@ -59,6 +59,8 @@ def compress_step(
     check_kinds(kinds)
     rest, gk = cache.rest, cache.gk
     check_integer("b", b, least=rest.shape[2] + 1)
+    check_same("k_t", k_t, "the cache's keys", rest)
+    check_same("Wk", Wk, "k_t", k_t)
     expected = (*rest.shape[:2], rest.shape[3])
     if tuple(k_t.shape) != expected:
         raise ValueError(f"k_t: got shape {tuple(k_t.shape)}, expected {expected}")
@@ -104,7 +106,10 @@ def decode_gate(
         )
     group = q_t.shape[1] // kv_heads
     _check_projection(Wq, {"Qproj": (kv_heads, group, d, dg), "Qavgproj": (kv_heads, d, dg)}, mode)
-    if Wq is None:
+    check_same("q_t", q_t, "the cache", gk)
+    if Wq is not None:
+        check_same("Wq", Wq, "q_t", q_t)
+    else:
         check_size("q_t", d, dg, "dg, as there is no Wq")
     gq = q_t.reshape(-1, kv_heads, group, d)
     if mode == "Qproj" and Wq is not None:

@@ -49,6 +49,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.primitives.softmax import log_softmax
+from attnspec.reference.scores.pointer_networks_decoding import constraint_mask
 from attnspec.reference.scores.pointer_networks_glimpse import glimpse, glimpse_backward
 from attnspec.reference.scores.pointer_networks_gradients import (
     pointer_log_probs_backward,
@@ -225,6 +226,7 @@ MECHANISM = Mechanism(
             gradient=glimpse_backward,
             differentiable=("e", "logp", "W1", "b1"),
         ),
+        Operation(constraint_mask, clauses=("S10",)),
         Operation(hull_target, clauses=("S14",)),
         Operation(delaunay_target, clauses=("S15",)),
         Operation(incenter, clauses=("S15",)),

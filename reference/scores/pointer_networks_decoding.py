@@ -22,7 +22,8 @@ Paper and code
 --------------
 The paper constrains its beam for large tours only (above about 20 points, unverified) and otherwise
 counts invalid ones. Constrained tours are the intended default for reported lengths; without a
-constraint, report the share of valid permutations too (S19). The paper does not state a width.
+constraint, report the share of valid permutations too (S19). The width of the paper's beam is
+unverified; independent implementations go up to n.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnspec.reference.conventions import check_choice, check_integer
-from attnspec.reference.scores.pointer_networks import pointer_log_probs
+from attnspec.reference.primitives.softmax import log_softmax
 
 CONSTRAINTS = (None, "hull", "tsp")
 StepFn = Callable[[Any, int], tuple[np.ndarray, Any]]
@@ -53,6 +54,8 @@ def step_limit(task: str, n: int) -> int:
 def constraint_mask(slots: tuple[int, ...], n: int, constraint: str | None) -> np.ndarray:
     """S10: bool (n + 1), True where the next slot may be, after `slots`.
 
+    ValueError for another constraint or for what is no slot of `n` points.
+
     >>> constraint_mask((2,), 3, "tsp").astype(int)
     array([0, 1, 0, 1])
     >>> constraint_mask((2, 1, 3), 3, "tsp").astype(int)
@@ -60,6 +63,10 @@ def constraint_mask(slots: tuple[int, ...], n: int, constraint: str | None) -> n
     """
     check_integer("n", n, least=1)
     check_choice("constraint", constraint, CONSTRAINTS)
+    for slot in slots:
+        check_integer("slots", slot, least=0)
+        if slot > n:
+            raise ValueError(f"slots: got {slot}, expected 0 to {n}")
     allowed = np.ones(n + 1, dtype=bool)
     if constraint is None:
         return allowed
@@ -148,7 +155,7 @@ def _next_log_probs(
         raise ValueError(
             f"step_fn: got {seen.tolist()} at the allowed slots, expected a finite one"
         )
-    return pointer_log_probs(logp[None], allowed)[0], state
+    return log_softmax(logp, allowed), state
 
 
 def _check_search(n: int, constraint: str | None, max_steps: int) -> None:

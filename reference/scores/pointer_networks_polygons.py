@@ -6,10 +6,11 @@ S17. **Convex hull.** An answer is *valid* if its polygon is simple: at least 3 
 edges that are not neighbours without a common point (touching counts), neighbours with only their
 vertex in common. It is *accurate* if it is the true cycle of vertices, rotation allowed and
 reversal not: the right hull written clockwise is valid and not accurate. Its *coverage* is the area
-it shares with the true hull over the area of the true hull, by clipping against each edge of the
-convex hull in turn. An invalid answer is not accurate and has no coverage. Over many answers: the
-share of valid ones, the accuracy over all, the coverage over the valid; more than 1 % invalid is a
-failure, and then the coverage is not reported.
+it shares with the true hull over the area of the true hull, found by clipping the answer against
+each edge of the convex hull in turn (Sutherland and Hodgman); the answer need not be convex. An
+invalid answer is not accurate and has no coverage. Over many answers: the share of valid ones, the
+accuracy over all, the coverage over the valid; more than 1 % invalid is a failure, and then the
+coverage is not reported.
 
 Paper and code
 --------------

@@ -14,16 +14,17 @@ coordinates; a point on an edge is no vertex. Solver: monotone chain, :math:`O(n
 S15. **Delaunay.** The triangles whose circumcircle holds no other point, :math:`2n - 2 - h` of them
 with h hull vertices. The indices of a triangle increase; triangles are sorted by their incenter, x
 then y. The incenter is :math:`(a A + b B + c C) / (a + b + c)` with :math:`a = |BC|`, :math:`b =
-|CA|`, :math:`c = |AB|`. Four points on a circle leave the answer open and are refused. Solver:
-across each edge, the triangle goes to the point that sees the edge under the largest angle,
-:math:`O(n^2)`.
+|CA|`, :math:`c = |AB|`. Four points on a circle leave the answer open and are refused: whoever
+draws points draws again. Solver: across each edge, the triangle goes to the point that sees the
+edge under the largest angle, :math:`O(n^2)`.
 
 S16, the travelling salesman, is in `pointer_networks_tours`.
 
 Paper and code
 --------------
-One implementation starts its hulls anywhere; this follows the paper. Refusing four points on a
-circle, rather than choosing a triangulation, is ours.
+The paper draws 5, 10 or 50 points, or 5 to 50, for hulls and 5 to 20 for tours (unverified). One
+implementation starts its hulls anywhere; this follows the paper. Refusing four points on a circle,
+rather than choosing a triangulation, is ours.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ S1. **Score.** :math:`z_{ij} = \sigma\, q_i \cdot k_j + b_{ij}`. The scale :math
 or BERT's relative-key terms already scaled, is optional and added unscaled. Query head h reads kv
 head h // group (K7).
 
-S2. **Temper.** :math:`z_{ij} / \tau` with :math:`\tau > 0`, one number for the model or one for
-each query head. The bias is inside the division and is sharpened too. :math:`\tau` may not depend
-on the length; :math:`\tau = 1` changes nothing.
+S2. **Temper.** :math:`z_{ij} / \tau` with :math:`\tau > 0`, one number for the model, or one for
+each layer or each query head. The bias is inside the division and is sharpened too. :math:`\tau`
+may not depend on the length; :math:`\tau = 1` changes nothing.
 
 S3. **Weigh.** :math:`p_{ij} = \operatorname{softmax}_j(z_{ij} / \tau)` over the visible keys, and
 lse is that of the tempered scores (K5); nothing visible means weights 0 and lse -inf (K4).
@@ -39,8 +39,11 @@ The paper divides :math:`q \cdot k / \sqrt d`; the authors' code adds bias and m
 divides the sum. We follow the code for the bias. Its mask is the least number of the dtype, which
 overflows to -inf when divided and gives NaN in a row that is wholly masked; ours is boolean (K4).
 For T5 the code takes the softmax in float32, we stay in one dtype (K10). It patches BERT, RoBERTa
-and T5 only, and its default temperature is 1; values such as 0.8 or 0.9 are used, the exact grid of
-the paper is unverified. A temperature for each head and the causal order are ours.
+and T5 only: a "gte" model is recognised by its name and left as it is, so that the option does
+nothing there. Its default temperature is 1; values such as 0.8 or 0.9 are used, the exact grid of
+the paper is unverified. The first version of the paper states its aim as a higher rate of low-pass
+attenuation, the final one as a narrower gap between short and long texts; the formula is the same.
+A temperature for each layer or head and the causal order are ours.
 """
 
 from __future__ import annotations

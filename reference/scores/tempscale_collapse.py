@@ -25,8 +25,9 @@ rows, :math:`s_f` the mean of :math:`|F_f|` over the columns, and the spectrum i
 :math:`s_f / s_0` for f = 0..T//2; 0 if A is 0. A low-pass filter decreases in f. The entropy of a
 row of weights is :math:`-\sum_j p_j \ln p_j` with 0 ln 0 = 0.
 
-S10. **Collapse.** Embeddings of texts of similar length: the mean cosine over unordered pairs, and
-the mean distance to their mean. Buckets of different lengths are compared.
+S10. **Collapse.** Embeddings of texts of similar length: the mean cosine over unordered pairs, a
+text with itself left out, and the mean distance to their mean, of the embeddings as they are.
+Buckets of different lengths are compared.
 
 S11. **Gaussian logits.** A closed form for :math:`\sigma` that falls with T, with :math:`s^2` the
 variance of the logits: :math:`\sqrt{T / (2 \sqrt{1 + e^{-2 s^2}}\,(T - 1)^{3/2} + 1)}`.
@@ -39,7 +40,8 @@ S7 is :math:`O(T^3)`, by singular values; S9's spectrum is :math:`O(T^3)` as wri
 Paper and code
 --------------
 The authors released no code for these: S6 to S10 are exact definitions of what their theory speaks
-of. The zeros of S8 and S9 and the cosine 0 of a zero vector are ours. S11 is unverified, and is no
+of. The zeros of S8 and S9, the cosine 0 of a zero vector and a distance of embeddings that are not
+brought to length 1 are ours. S11 is unverified, and is no
 bound in fact: random Gaussian logits of variance 1 at T = 64 have a gain of 0.34 where it says
 0.24. It is here to be reported, not relied on.
 """

@@ -60,7 +60,10 @@ def temper_backward(
     >>> dscores, dtau
     (array([[[2., 2.]]]), array(-12.))
     """
+    check_array("scores", scores, ("heads", "q_tokens", "k_tokens"))
     check_array("dout", dout, ("heads", "q_tokens", "k_tokens"))
+    if dout.shape != scores.shape:
+        raise ValueError(f"dout: got shape {dout.shape}, expected {scores.shape}, as scores")
     check_temperature(tau, scores.shape[-3], scores.dtype)
     terms = np.where(dout == 0, np.zeros_like(scores), dout * scores)
     slopes = np.sum(terms / _over_scores(tau) / -_over_scores(tau), axis=(-2, -1))

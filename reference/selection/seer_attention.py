@@ -72,11 +72,15 @@ Gate :math:`O(T d + nb^2 dg)`, attention :math:`O(density \cdot T^2 d)`, a head.
 Paper and code
 --------------
 The first version of the paper describes another regression loss (unverified); S10 is what the
-authors' code does. The order of norm and rotation in S11 and S12, the zero of an incomplete block
-and the always selected last block are our reading of the decode code, without outside evidence.
-Defaults are the authors': b = 64, "Qavg_Kmaxminavg", :math:`\tau = 0.002`, `last_dense`, a budget
-of 4096; "Qproj" with max, min and avg keys at decode is our choice. The decode variant has a paper
-of its own, SeerAttention-R, arXiv 2506.08889.
+authors' code does. The code leaves :math:`W_q` out wherever S2 allows it, unless it is told not to;
+here a missing `Wq` says so. Its kernels take blocks of 32, 64 or 128 tokens (16, 32 or 64 at
+decode) and know a gate that is not causal, which no model uses and which is not here. The order of
+norm and rotation in S11 and S12, the zero of an incomplete block and the always selected last block
+are our reading of the decode code, without outside evidence. Defaults are those of the authors'
+training script and documents: b = 64, dg = 128, "Qavg_Kmaxminavg", :math:`\tau = 0.002` (0.0005 to
+0.005 are in use), `last_dense`, a budget of 4096; their class itself has "Qavg_Kmaxmin" and
+:math:`\tau = 0`. "Qproj" with max, min and avg keys at decode is our choice. The decode variant has
+a paper of its own, SeerAttention-R, arXiv 2506.08889.
 """
 
 from __future__ import annotations

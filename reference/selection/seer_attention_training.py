@@ -1,7 +1,9 @@
 """SeerAttention's self-distillation: the clauses S9, S10 and S16 of `seer_attention`.
 
 Full attention tells, beside its output, the largest weight inside each pair of blocks; the gate
-learns to predict these, row by row, and nothing else of the model is trained.
+learns to predict these, row by row, and nothing else of the model is trained. The authors do so for
+Llama 3.1 8B on half a billion tokens in texts of 64k, with a learning rate of 0.001 that warms up
+in 20 steps and falls as a cosine.
 """
 
 from __future__ import annotations

@@ -89,6 +89,19 @@ TARGETS = torch.zeros(1, 2, dtype=torch.long)
         (lambda: fast.pointer_loss(S, TARGETS, TARGETS > 0), ValueError, "target_mask"),
         (lambda: fast.pointer_loss(S, TARGETS[:, :1], None), ValueError, "targets"),
         (lambda: fast.glimpse(E, S[..., :2], W), ValueError, "logp"),
+        (lambda: fast.glimpse(E, S.to("meta"), W), ValueError, "logp"),
+        (lambda: fast.pointer_log_probs(S, ~NOTHING.to("meta")), ValueError, "mask"),
+        (lambda: fast.pointer_loss(S, TARGETS.to("meta"), None), ValueError, "targets"),
+        (
+            lambda: fast.pointer_loss(S, TARGETS, (TARGETS == 0).to("meta")),
+            ValueError,
+            "target_mask",
+        ),
+        (
+            lambda: fast.pointer_cross_entropy(E, E[:, :2], W, W, V, TARGETS.to("meta")),
+            ValueError,
+            "targets",
+        ),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], argument: str) -> None:

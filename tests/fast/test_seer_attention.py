@@ -147,6 +147,13 @@ WK = torch.zeros(KV_HEADS, D, D)
 CACHE = seer.init_cache(K[:, :, 0], WK)
 
 
+def stepped(**changed: torch.Tensor) -> Any:
+    """A first step of decoding, with some of its tokens exchanged."""
+    token = {"q_t": Q[:, :, 0], "k_t": K[:, :, 0], "v_t": V[:, :, 0], **changed}
+    state = seer.init_state(K[:, :, 0], V[:, :, 0], WK)
+    return seer.step(state, *token.values(), None, WK, b=4, kinds=("avg",), mode="Qavg")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "argument"),
     [
@@ -163,6 +170,12 @@ CACHE = seer.init_cache(K[:, :, 0], WK)
         (lambda: seer.distill_loss(G, G[:, :1]), ValueError, "GT"),
         (lambda: seer.compress_step(CACHE, K[:, :1, 0], WK, 4, ("avg",)), ValueError, "k_t"),
         (lambda: seer.compress_step(CACHE, K[:, :, 0], WK, 4, ("avg", "max")), ValueError, "Wk"),
+        (lambda: seer.compress_step(CACHE, K[:, :, 0].half(), WK, 4, ("avg",)), TypeError, "k_t"),
+        (lambda: seer.compress_step(CACHE, K[:, :, 0], WK.half(), 4, ("avg",)), TypeError, "Wk"),
+        (lambda: seer.decode_gate(Q[:, :, 0].half(), CACHE, 0, None, "Qavg"), TypeError, "q_t"),
+        (lambda: seer.decode_gate(Q[:, :, 0], CACHE, 0, WK.half(), "Qavgproj"), TypeError, "Wq"),
+        (lambda: stepped(v_t=V[:, :, 0].half()), TypeError, "v_t"),
+        (lambda: stepped(q_t=Q[:, :, 0].half()), TypeError, "q_t"),
         (lambda: seer.decode_gate(Q[:, :, 0], CACHE, 0, None, "Qsum"), ValueError, "mode"),
         (lambda: seer.decode_gate(Q[:, :, 0], CACHE, 0, WK, "Qavg"), ValueError, "Wq"),
         (lambda: seer.decode_select(G[0], 4, budget=6), ValueError, "budget"),

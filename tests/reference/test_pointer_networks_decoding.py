@@ -163,6 +163,8 @@ def constant(values: list[float]) -> Callable[[Any, int], tuple[np.ndarray, Any]
         (lambda: step_limit("delaunay", 2), ValueError, "n"),
         (lambda: constraint_mask((), 3, "any"), ValueError, "constraint"),
         (lambda: constraint_mask((), 0, None), ValueError, "n"),
+        (lambda: constraint_mask((4,), 3, "tsp"), ValueError, "slots"),
+        (lambda: constraint_mask((-1,), 3, "hull"), ValueError, "slots"),
         (lambda: greedy_decode(uniform, None, 3, "any", 3), ValueError, "constraint"),
         (lambda: greedy_decode(uniform, None, 3.0, None, 3), TypeError, "n"),
         (lambda: greedy_decode(uniform, None, 3, None, 0), ValueError, "max_steps"),

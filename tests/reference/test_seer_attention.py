@@ -206,6 +206,23 @@ def test_gate_is_causal_by_block() -> None:
     assert not np.any(np.delete(changed, 2, axis=-1))
 
 
+def test_selection_is_not_causal_by_token() -> None:
+    """A row's blocks depend on later tokens of its own block, and some rules on the length."""
+    q, k, _ = draw(2, 24)
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((4, 4, 4)), rng.standard_normal((2, 12, 4))
+
+    def rows(q: np.ndarray, T: int, **rule: Any) -> np.ndarray:
+        return select_blocks(q[..., :T, :], k[..., :T, :], *weights, b=4, **rule)[..., :4, :4]
+
+    moved = q.copy()
+    moved[..., 15, :] *= -5.0
+    plain: dict[str, Any] = {"last_dense": False}
+    assert not np.array_equal(rows(q, 16, tau=0.2, **plain), rows(moved, 16, tau=0.2, **plain))
+    for rule in ({"rho": 0.75, **plain}, {"tau": 0.2}):
+        assert not np.array_equal(rows(q, 16, **rule), rows(q, 24, **rule))
+
+
 def test_gate_rotation_sees_only_the_distance_of_blocks() -> None:
     one = np.ones((1, 6, 4))
     G = gate_scores(one, one, None, np.eye(4)[None], *gate_rope(6, 64, 4))[0]
@@ -286,6 +303,21 @@ def test_ragged_tail_equals_padded_blocks() -> None:
     padded = (np.concatenate([x, np.ones_like(x[..., :2, :])], axis=-2) for x in (q, k, v))
     out, lse = block_sparse_attend(q, k, v, M, 4)
     longer, longer_lse = block_sparse_attend(*padded, M, 4)
+    np.testing.assert_allclose(out, longer[..., :14, :], atol=1e-12)
+    np.testing.assert_allclose(lse, longer_lse[..., :14], atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [{"tau": 0.2}, {"rho": 0.4}, {"rho": 0.4, "last_dense": False}])
+def test_ragged_tail_equals_a_tail_that_pools_alike(rule: dict[str, Any]) -> None:
+    """The mean of a short block behind it moves neither its largest, its least nor its mean."""
+    q, k, v = draw(8, 14)
+    rng = np.random.default_rng(8)
+    Wq, Wk = rng.standard_normal((4, 4, 6)), rng.standard_normal((2, 12, 6))
+    padded = [np.concatenate([x, x[..., [12, 13], :].mean(-2, keepdims=True).repeat(2, -2)], -2)
+              for x in (q, k, v)]  # fmt: skip
+    out, lse, M = attend(q, k, v, Wq, Wk, b=4, **rule)
+    longer, longer_lse, longer_M = attend(*padded, Wq, Wk, b=4, **rule)
+    np.testing.assert_array_equal(M, longer_M)
     np.testing.assert_allclose(out, longer[..., :14, :], atol=1e-12)
     np.testing.assert_allclose(lse, longer_lse[..., :14], atol=1e-12)
 

@@ -91,6 +91,8 @@ def test_the_limits_of_the_temperature() -> None:
     q, k, v = tokens()
     out, _ = attention(q, k, v, tau=1e12)
     np.testing.assert_allclose(hc(out), 0, atol=1e-9)
+    hot = tempscale.softmax_rows(tempscale.temper(tempscale.scores(q, k), 1e12))
+    np.testing.assert_allclose(filter_gain(hot), 0, atol=1e-9)
 
 
 @quick
@@ -102,6 +104,10 @@ def test_rows_flatten_as_the_temperature_rises(seed: int, causal: bool) -> None:
     for cooler, warmer in itertools.pairwise(rows):
         assert np.all(attention_entropy(cooler) <= attention_entropy(warmer) + 1e-12)
         assert np.all(cooler.max(axis=-1) >= warmer.max(axis=-1) - 1e-12)
+        assert np.all(attention_entropy(cooler)[:, -1] < attention_entropy(warmer)[:, -1])
+    equal = np.full((1, 2, 5), 3.0)
+    same = [attention_entropy(tempscale.softmax_rows(tempscale.temper(equal, t))) for t in (0.1, 9)]
+    np.testing.assert_allclose(same[0], same[1], rtol=1e-12)
 
 
 @quick
@@ -307,6 +313,8 @@ Z, FILTER = np.zeros((2, 3, 3)), np.eye(3)
         (lambda: tempscale.temper(Z[0], 0.5), ValueError, "scores"),
         (lambda: tempscale.temper(Z, np.ones(3)), ValueError, "tau"),
         (lambda: tempscale.temper_backward(Z, 1.0, Z[0]), ValueError, "dout"),
+        (lambda: tempscale.temper_backward(Z, 1.0, Z[:1]), ValueError, "dout"),
+        (lambda: tempscale.temper_backward(Z[0], 1.0, Z), ValueError, "scores"),
         (lambda: tempscale.softmax_rows([[[1.0]]]), TypeError, "scores"),  # type: ignore[arg-type]
         (lambda: tempscale.softmax_rows(Z, np.ones((2, 2), bool)), ValueError, "mask"),
         (lambda: tempscale.attend(Z, Z[:, :2]), ValueError, "v"),

@@ -1,4 +1,4 @@
-"""Benchmarks of SeerAttention: block-sparse prefill, and decoding from the blocks selected."""
+"""Benchmarks of SeerAttention: prefill with and without its gate, and decoding from few blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from attnspec.conformance.bench.inputs import qkv
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival
 from attnspec.conformance.bench.rivals import flex, sdpa, torch_sdpa
+from attnspec.reference.selection.seer_attention_selection import ratio_to_k
 
 
 def random_blocks(heads: int, tokens: int, d: int, b: int, share: float) -> Any:
@@ -49,6 +50,47 @@ def sparse(device: str, heads: int, tokens: int, d: int, b: int, rivals: Any) ->
         dtype="bfloat16" if device == "cuda" else "float32",
         rivals=rivals,
         settings={"tokens": tokens, "d": d, "heads": heads, "b": b, "share": 0.1},
+    )
+
+
+def gated_inputs(heads: int, kv_heads: int, tokens: int, d: int, b: int, rho: float) -> Any:
+    """q, k, v and a random gate without a projection of the queries."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator(device).manual_seed(1)
+        Wk = torch.randn(heads, 3 * d, d, generator=generator, device=device) * (3 * d) ** -0.5
+        arguments = qkv(1, heads, kv_heads, tokens, tokens, d)(device, dtype)
+        return {**arguments, "Wq": None, "Wk": Wk.to(getattr(torch, dtype)), "b": b, "rho": rho}
+
+    return make
+
+
+def gate_and_pairs(arguments: Mapping[str, Any]) -> Cost:
+    """The gate, and attention to the blocks that the ratio keeps; all but the gate moves once."""
+    q, k, v, Wk, b = (arguments[name] for name in ("q", "k", "v", "Wk", "b"))
+    nb, heads = -(-q.shape[2] // b), q.shape[0] * q.shape[1]
+    kept = ratio_to_k(arguments["rho"], nb)
+    blocks = sum(R + 1 if nb - 2 <= R else min(R + 1, kept) for R in range(nb))
+    pooling = float(3 * k.numel() + q.numel())
+    gate = heads * nb * (2.0 * Wk.shape[1] * Wk.shape[2] + 2.0 * nb * Wk.shape[2])
+    pairs = 2.0 * heads * blocks * b * b * (q.shape[3] + v.shape[3])
+    moved = (q.numel() + k.numel() + v.numel() + heads * q.shape[2] * v.shape[3]) * q.element_size()
+    return Cost(pooling + gate + pairs, moved + heads * nb * nb)
+
+
+def gated(device: str, heads: int, kv_heads: int, tokens: int, d: int, rivals: Any) -> Benchmark:
+    """All of it, from queries and keys before their rotation to the output."""
+    return Benchmark(
+        "seer_attention.attend",
+        f"{tokens // 1024}k tokens, gate and a tenth of the 64-blocks",
+        device,
+        gated_inputs(heads, kv_heads, tokens, d, 64, 0.1),
+        gate_and_pairs,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        rivals=rivals,
+        settings={"tokens": tokens, "d": d, "heads": heads, "kv_heads": kv_heads, "rho": 0.1},
     )
 
 
@@ -106,6 +148,8 @@ def gathered(device: str, heads: int, kv_heads: int, tokens: int, d: int, b: int
 
 DENSE = (sdpa("flash", causal=True), sdpa("cudnn", causal=True))
 BENCHMARKS = (
+    gated("cuda", 32, 8, 32768, 128, DENSE),
+    gated("cpu", 8, 8, 4096, 64, (torch_sdpa(causal=True),)),
     sparse("cuda", 32, 32768, 128, 128, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 32768, 128, 64, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 131072, 128, 128, (flex(block_mask, per_head=True), *DENSE)),

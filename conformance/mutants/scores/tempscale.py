@@ -87,6 +87,16 @@ def finite_mask(scores: np.ndarray, mask: Any = None) -> Any:
     return softmax_lse(np.where(mask, scores, scores.dtype.type(-1e4)))
 
 
+def leaking_mask(scores: np.ndarray, mask: Any = None) -> Any:
+    """-1e4 is added to hidden scores, which are read all the same; a blind row is right."""
+    if mask is None:
+        return softmax_lse(scores)
+    weights, lse = softmax_lse(scores + np.where(mask, 0, -1e4).astype(scores.dtype))
+    blind = np.broadcast_to(~np.any(mask, axis=-1, keepdims=True), (*lse.shape, 1))
+    nothing = np.full_like(lse, -np.inf)
+    return np.where(blind, 0, weights).astype(scores.dtype), np.where(blind[..., 0], nothing, lse)
+
+
 def overflowing_mask(scores: np.ndarray, mask: Any = None) -> Any:
     """The least number of the dtype divided by tau < 1 is -inf, and -inf - -inf is NaN."""
     weights, lse = softmax_lse(scores, mask)
@@ -181,6 +191,8 @@ MUTANTS = (
            lse_of_plain_scores),
     mutant("finite-mask", "agreement", "hidden scores are -1e4 and a blind row sees them",
            replacing(ATTENTION, softmax_lse=finite_mask)),
+    mutant("leaking-mask", "poison", "-1e4 is added to hidden scores, so what they hold leaks",
+           replacing(ATTENTION, softmax_lse=leaking_mask)),
     mutant("overflowing-mask", "lengths", "a finite mask overflows and a blind row is NaN",
            replacing(ATTENTION, softmax_lse=overflowing_mask)),
     mutant("top-left", "lengths", "causal order is aligned at the top left",

@@ -45,6 +45,16 @@ def not_causal_inside(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bo
     return dense.attend(q, k, v, mask=mask & np.tri(T, T, 1, dtype=bool), scale=scale)
 
 
+def causal_in_the_last(q: np.ndarray, k: np.ndarray, v: np.ndarray, M: np.ndarray, b: int, *,
+                       scale: Any = None) -> Any:  # fmt: skip
+    """Only the last selected block of a row is causal, be it the diagonal or not."""
+    mask = token_mask(q, k, v, M, b)
+    T, nb = mask.shape[-1], M.shape[-1]
+    last = np.max(np.where(M, np.arange(nb), -1), axis=-1, initial=-1).repeat(b, axis=-1)
+    in_last = np.arange(T) // b == last[..., :T, None]
+    return dense.attend(q, k, v, mask=mask & (np.tri(T, dtype=bool) | ~in_last), scale=scale)
+
+
 def next_block_too(q: np.ndarray, k: np.ndarray, v: np.ndarray, M: np.ndarray, b: int) -> Any:
     """A query sees the block behind each block that was selected."""
     mask = token_mask(q, k, v, M, b)
@@ -163,6 +173,8 @@ MUTANTS = (
            with_dense(softmax_lse=nan_when_empty)),
     mutant("full-diagonal", "prefix", "the block on the diagonal is not causal",
            replacing(SPARSE, dense=SimpleNamespace(attend=not_causal_inside))),
+    mutant("causal-in-the-last", "prefix", "only the last selected block of a row is causal",
+           causal_in_the_last),
     mutant("next-block", "agreement", "the block behind a selected one is read as well",
            replacing(SPARSE, _token_mask=next_block_too)),
     mutant("group-mask", "heads", "a group shares the mask of its first head",

@@ -126,6 +126,11 @@ def future_kept(chosen: np.ndarray, last_dense: bool, force_diagonal: bool) -> n
     return finish(chosen, last_dense, force_diagonal) | dense
 
 
+def future_chosen(chosen: np.ndarray, last_dense: bool, force_diagonal: bool) -> np.ndarray:
+    """What was chosen beyond the diagonal, where a row has fewer than k blocks, stays."""
+    return finish(chosen, last_dense, force_diagonal) | chosen
+
+
 def rounded(rho: float, nb: int) -> int:
     return max(1, round((1 - math.sqrt(1 - rho)) * nb)) if TO_K(rho, nb) else 1
 
@@ -233,6 +238,8 @@ MUTANTS = (
            rationed(top_k_mask=share_of_each_row)),
     mutant("future-kept", "select_ratio", "agreement", "dense rows keep the future",
            rationed(_finish=future_kept)),
+    mutant("future-chosen", "select_ratio", "agreement", "blocks of the future fill up the k",
+           rationed(_finish=future_chosen)),
     mutant("on-the-budget", "select_ratio", "agreement", "a forced diagonal counts among the k",
            on_the_budget),
     mutant("token-share", "select_blocks", "agreement", "k is computed from tokens",

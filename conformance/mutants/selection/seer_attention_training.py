@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, replacing, right, spoiling
+from attnspec.reference.dense.attention import score
 from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.selection import seer_attention_training as training
 
@@ -39,6 +40,34 @@ def last_row_wins(q: np.ndarray, k: np.ndarray, v: np.ndarray, b: int, **options
         row = P[..., min((R + 1) * b, T) - 1, :]
         for C in range(R + 1):
             A[..., R, C] = row[..., C * b : (C + 1) * b].max(axis=-1)
+    return out, A
+
+
+def running_normaliser(q: np.ndarray, k: np.ndarray, v: np.ndarray, b: int,
+                       **options: Any) -> Any:  # fmt: skip
+    """Each weight is divided by the sum over the blocks so far, not by that of the whole row."""
+    out, A = FUSED(q, k, v, b, **options)
+    _, P = FUSED(q, k, v, 1, **options)
+    for C in range(A.shape[-1]):
+        so_far = P[..., : (C + 1) * b].sum(axis=-1, keepdims=True)
+        column = P[..., C * b : (C + 1) * b] / np.maximum(so_far, np.finfo(P.dtype).tiny)
+        for R in range(C, A.shape[-1]):
+            A[..., R, C] = column[..., R * b : (R + 1) * b, :].max(axis=(-1, -2))
+    return out, A
+
+
+def largest_logit(q: np.ndarray, k: np.ndarray, v: np.ndarray, b: int, **options: Any) -> Any:
+    """The weight of the pair with the largest logit: rows are compared before they are divided."""
+    out, A = FUSED(q, k, v, b, **options)
+    _, P = FUSED(q, k, v, 1, **options)
+    T = P.shape[-1]
+    logits = np.where(np.tri(T, dtype=bool), score(q, k, **options), -np.inf)
+    for R in range(A.shape[-1]):
+        for C in range(R + 1):
+            place = (..., slice(R * b, (R + 1) * b), slice(C * b, (C + 1) * b))
+            z, p = (x[place].reshape(*x.shape[:-2], -1) for x in (logits, P))
+            best = np.argmax(z, axis=-1)[..., None]
+            A[..., R, C] = np.take_along_axis(p, best, axis=-1)[..., 0]
     return out, A
 
 
@@ -124,6 +153,10 @@ MUTANTS = (
            averaged),
     mutant("last-query", "attend_with_block_max", "agreement", "a block's last query alone",
            last_row_wins),
+    mutant("running-normaliser", "attend_with_block_max", "agreement",
+           "weights are divided by a running sum", running_normaliser),
+    mutant("largest-logit", "attend_with_block_max", "agreement",
+           "logits are compared across rows, not weights", largest_logit),
     mutant("one-token-ahead", "attend_with_block_max", "prefix", "a query sees the next token",
            replacing(FUSED, visible=sees_one_ahead)),
     mutant("16-bit-maxima", "attend_with_block_max", "agreement", "maxima are kept in 16 bits",
