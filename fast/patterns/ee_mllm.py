@@ -15,6 +15,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     INTEGERS,
+    check_choice,
     check_device,
     check_integer,
     check_size,
@@ -25,10 +26,12 @@ from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import checkable
 from attnspec.fast.patterns.ee_mllm_attention import (
     TOKENS,
+    VISIBILITIES,
     composite_attention,
     composite_mask,
 )
 from attnspec.fast.patterns.ee_mllm_layers import (
+    MODES,
     Layer,
     align,
     aligner_update,
@@ -80,6 +83,7 @@ def layer_step(
     Differentiable in the states and the weights.
     """
     _check_states(Xt, Xv, layer, pos_t, pos_v)
+    _check_options(mode, image_visible)
     images, text = Xv.shape[1], Xt.shape[1]
     pos = torch.cat([pos_v, pos_t])
     # Weights are read once for both kinds of token; queries are of text alone.
@@ -116,6 +120,9 @@ def run_layers(
         check_integer("layers", number, least=0)
         if number >= len(stack):
             raise ValueError(f"layers: got {number}, expected numbers below {len(stack)}")
+    _check_options(mode, image_visible)
+    for layer in stack:
+        _check_states(Xt, Xv, layer, pos_t, pos_v)
     for number, layer in enumerate(stack):
         if number in chosen:
             Xt, Xv = layer_step(
@@ -146,6 +153,11 @@ def dense_step(
     out = out.index_select(TOKENS, torch.argsort(order))
     X = feed_forward(X + product(join_heads(out), layer.Wo), layer)
     return X[:, images:], X[:, :images]
+
+
+def _check_options(mode: Any, image_visible: Any) -> None:
+    check_choice("mode", mode, MODES)
+    check_choice("image_visible", image_visible, VISIBILITIES)
 
 
 def _check_states(Xt: Any, Xv: Any, layer: Any, pos_t: Any, pos_v: Any) -> None:

@@ -6,6 +6,7 @@ the states.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -141,10 +142,15 @@ def flops(
 
 def check_layer(layer: Any, name: str, X: Tensor) -> None:
     """The weights of `layer` fit one another and the states X (..., D) of argument `name`."""
+    if not all(hasattr(layer, name) for name in Layer._fields):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected a Layer")
     check_integer("layer", layer.H, least=1)
     check_integer("layer", layer.Hk, least=1)
     if layer.H % layer.Hk:
         raise ValueError(f"layer: got {layer.Hk} kv heads, expected a divisor of {layer.H} heads")
+    if not isinstance(layer.ffn, (tuple, list)) or len(layer.ffn) != 3:
+        raise TypeError("layer: got another ffn, expected the weights (gate, up, down)")
+    _check_numbers(layer.rope, layer.eps)
     D = X.shape[-1]
     (gate, up, down), Wq, Wv = layer.ffn, layer.Wq, layer.Wv
     for weights in (gate, Wq, Wv):
@@ -168,3 +174,10 @@ def check_layer(layer: Any, name: str, X: Tensor) -> None:
         check_device(name, X, "layer", weights)
     if layer.rope is not None and d % 2:
         raise ValueError(f"layer: got head size {d}, expected an even one for rotary positions")
+
+
+def _check_numbers(base: Any, eps: Any) -> None:
+    if base is not None and not (isinstance(base, (int, float)) and 0 < base < math.inf):
+        raise ValueError(f"layer: got rope {base!r}, expected a number above 0 or None")
+    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+        raise ValueError(f"layer: got eps {eps!r}, expected a number of at least 0")

@@ -76,8 +76,9 @@ def adapt(
 ) -> nn.Module:
     """Puts adapters beside the linear layers of `model` called `targets`, IN PLACE.
 
-    Then only adapters and the parameters that `is_trained` names require gradients. ValueError if
-    no layer is called so.
+    Then only adapters and the parameters that `is_trained` names require gradients. The default
+    names are those of Llama; GPT-NeoX has "query_key_value" and "dense". ValueError if no layer is
+    called so.
     """
     found = [
         (parent, name, child)

@@ -21,8 +21,9 @@ def choose_group_size(
 ) -> int:
     """The group size G for texts of T tokens.
 
-    Without `sft_group_size` T must be a multiple of G = T `ratio`, a whole number; with it (the
-    authors use 8192) any T will do.
+    Without `sft_group_size` T must be a multiple of G = T `ratio`, a whole number. With it (the
+    authors use 8192) any T will do: G is T / 4 if T is a multiple of 4096, else `sft_group_size`,
+    and `ratio` is not used.
     """
     check_integer("T", T, least=1)
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):

@@ -26,6 +26,7 @@ from attnspec.fast.patterns.s2_attention_patterns import (
     block_pattern,
     check_starts,
     check_stride,
+    check_window,
     is_kv_efficient,
     live_blocks,
     stride_mask,
@@ -105,8 +106,7 @@ def s2_attend(
     left, right, step = check_stride(
         heads, kv_heads, local, v_stride, num_dense_heads, step, offset, homo_head
     )
-    if causal and isinstance(local, tuple):
-        raise TypeError(f"local: got {local!r}, expected an integer, for causal attention")
+    check_window(local, causal)
     ahead = q_start - kv_start
     common = order(q, k, causal, ahead)
     options: dict[str, Any] = {"key_mask": key_mask, "scale": scale, "backend": backend}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_attention_inputs
+from attnspec.fast.backend import FLOATS, check_attention_inputs, check_bool
 from attnspec.fast.engines.flash import BlockLists, flash
 from attnspec.fast.patterns.s2_attention_patterns import check_blocks
 
@@ -38,6 +38,7 @@ def block_sparse_attend(
     """
     check_attention_inputs(q, k, v, FLOATS)
     check_blocks(pattern, b, q.shape[2], k.shape[2], q_start, kv_start)
+    check_bool("causal", causal)
     heads, kv_heads = q.shape[1], k.shape[1]
     if pattern.shape[0] not in (1, kv_heads, heads):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnspec.fast.flex import MaskMod
-from attnspec.fast.patterns.s2_attention_patterns import check_starts, check_stride
+from attnspec.fast.patterns.s2_attention_patterns import check_starts, check_stride, check_window
 
 
 def mask_mod(
@@ -27,6 +27,7 @@ def mask_mod(
     left, right, step = check_stride(
         H, Hk, local, v_stride, num_dense_heads, step, offset, homo_head
     )
+    check_window(local, causal)
     check_starts(b, q_start, kv_start)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer
+from attnspec.fast.backend import check_bool, check_integer
 from attnspec.fast.patterns.s2_attention_patterns import check_pattern
 
 
@@ -44,6 +44,7 @@ def merge_q(
         raise ValueError(f"bm: got {bm}, expected a multiple or a divisor of the block size {b}")
     if b % bn:
         raise ValueError(f"bn: got {bn}, expected a divisor of the block size {b}")
+    check_bool("causal", causal)
     if not causal and bm > b:
         raise ValueError(f"bm: got {bm}, expected at most {b}, the block size, without causal")
     heads, M, N = pattern.shape

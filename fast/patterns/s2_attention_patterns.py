@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_integer, check_tensor
+from attnspec.fast.backend import check_bool, check_integer, check_tensor
 
 
 def stride_mask(N: int, c: int, step: int, o: int, v: int, *, backend: str | None = None) -> Tensor:
@@ -48,11 +48,8 @@ def block_pattern(
     for name, value in (("M", M), ("N", N), ("q_block", q_block), ("kv_block", kv_block)):
         check_integer(name, value, least=0)
     left, right, step = check_stride(H, Hk, local, v, num_dense_heads, step, offset, homo_head)
-    if causal and isinstance(local, tuple):
-        raise TypeError(f"local: got {local!r}, expected an integer, for causal attention")
-    first, last = (0, H) if active_head_range is None else active_head_range
-    if not 0 <= first < last <= H:
-        raise ValueError(f"active_head_range: got {active_head_range}, expected one of {H} heads")
+    check_window(local, causal)
+    first, last = check_active_heads(active_head_range, H)
     row = q_block + torch.arange(M)[:, None]
     column = kv_block + torch.arange(N)
     c = torch.arange(first, last)[:, None, None] // (H // Hk)
@@ -83,6 +80,7 @@ def token_mask(
     `q_start` and its first column to key `kv_start`, both multiples of b.
     """
     check_blocks(pattern, b, Tq, Tk, q_start, kv_start)
+    check_bool("causal", causal)
     t = torch.arange(Tq, device=pattern.device)
     u = torch.arange(Tk, device=pattern.device)
     mask = pattern[:, t // b][:, :, u // b]
@@ -123,6 +121,7 @@ def live_blocks(
     check_integer("c", c, least=0)
     check_integer("b", b, least=1)
     _check_local(local, v)
+    check_bool("dense", dense)
     row = t // b
     column = torch.arange(row + 1)
     return column[stride_mask(row + 1, c, step, offset, v) | (row - column < local) | dense]
@@ -152,6 +151,7 @@ def check_stride(
     left, right = local if isinstance(local, tuple) and len(local) == 2 else (local, local)
     for blocks in (left, right):
         _check_local(blocks, v)
+    check_bool("homo_head", homo_head)
     check_integer("num_dense_heads", num_dense_heads, least=0)
     if num_dense_heads > Hk:
         raise ValueError(f"num_dense_heads: got {num_dense_heads}, expected at most {Hk} kv heads")
@@ -162,6 +162,27 @@ def check_stride(
     check_integer("step", step, least=1)
     check_integer("offset", offset, least=0)
     return left, right, step
+
+
+def check_window(local: Any, causal: Any) -> None:
+    """A window with a left and a right is for noncausal patterns only."""
+    check_bool("causal", causal)
+    if causal and isinstance(local, tuple):
+        raise TypeError(f"local: got {local!r}, expected an integer, for causal attention")
+
+
+def check_active_heads(active_head_range: Any, H: int) -> tuple[int, int]:
+    """The first active head and the one behind the last; all H of them for None."""
+    if active_head_range is None:
+        return 0, H
+    if not isinstance(active_head_range, (tuple, list)) or len(active_head_range) != 2:
+        raise TypeError(f"active_head_range: got {active_head_range!r}, expected (first, last)")
+    first, last = active_head_range
+    check_integer("active_head_range", first, least=0)
+    check_integer("active_head_range", last, least=1)
+    if not first < last <= H:
+        raise ValueError(f"active_head_range: got {active_head_range}, expected one of {H} heads")
+    return first, last
 
 
 def _check_local(local: Any, v: Any) -> None:

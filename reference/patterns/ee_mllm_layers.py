@@ -148,10 +148,15 @@ def check_layer(layer: Any, name: str, X: np.ndarray) -> None:
     Traceback (most recent call last):
     ValueError: layer: got Wo of shape (1, 2), expected (2, 2)
     """
+    if not isinstance(layer, Layer):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected a Layer")
     check_integer("layer", layer.H, least=1)
     check_integer("layer", layer.Hk, least=1)
     if layer.H % layer.Hk:
         raise ValueError(f"layer: got {layer.Hk} kv heads, expected a divisor of {layer.H} heads")
+    if not isinstance(layer.ffn, (tuple, list)) or len(layer.ffn) != 3:
+        raise TypeError("layer: got another ffn, expected the weights (gate, up, down)")
+    _check_numbers(layer.rope, layer.eps)
     D = X.shape[-1]
     (gate, up, down), Wq, Wv = layer.ffn, layer.Wq, layer.Wv
     for weights in (gate, Wq, Wv):
@@ -171,3 +176,12 @@ def check_layer(layer: Any, name: str, X: np.ndarray) -> None:
             raise TypeError(f"{name}: got dtype {X.dtype}, expected {weights.dtype}, as the layer")
     if layer.rope is not None and d % 2:
         raise ValueError(f"layer: got head size {d}, expected an even one for rotary positions")
+
+
+def _check_numbers(base: Any, eps: Any) -> None:
+    """K14: the numbers of a layer."""
+    numbers = (int, float, np.floating)
+    if base is not None and not (isinstance(base, numbers) and 0 < base < np.inf):
+        raise ValueError(f"layer: got rope {base!r}, expected a number above 0 or None")
+    if not (isinstance(eps, numbers) and 0 <= eps < np.inf):
+        raise ValueError(f"layer: got eps {eps!r}, expected a number of at least 0")

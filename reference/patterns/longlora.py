@@ -26,8 +26,9 @@ S3. **Roll** (the paper's). H and G even, T a multiple of G. A shifted head is r
 token :math:`(r + g) \bmod T`; all heads then have the groups of plain heads, causal *by row*, and
 the output is rolled back. With :math:`r(t) = (t - g) \bmod T`, t sees u if :math:`\lfloor r(t) / G
 \rfloor = \lfloor r(u) / G \rfloor` and :math:`r(u) \le r(t)`. The last group of rows holds tokens
-T - g .. T - 1 and behind them 0 .. g - 1: **the first g tokens see the last g of the text**. In all
-other rows S3 is S2.
+T - g .. T - 1 and behind them 0 .. g - 1: **the first g tokens see the last g of the text**. All
+other rows of causal attention are those of S2; without the order the last group joins both ends of
+the text.
 
 S4. **Attend.** Softmax attention (K2) in each segment or group, with its lse (K5), in the order of
 the tokens. A text shorter than its first segment has dense attention.
@@ -35,22 +36,25 @@ the tokens. A text shorter than its first segment has dense attention.
 S5. **Lengths.** With padding on the right, cuts count from a sequence's own first token and nothing
 reaches beyond its own length; what is padded has output 0 and lse -inf (K4). With S2 only.
 
-S6. **Gradient.** From out and lse: :math:`P = e^{s - \ell}`, :math:`ds = P (do \cdot v - do \cdot o
-+ d\ell)` inside the segments, and for a kv head the sum over its query heads, of either kind.
+S6. **Gradient.** From the output o and its lse :math:`\ell`, with upstream :math:`do` and
+:math:`d\ell`: :math:`P = e^{s - \ell}` and :math:`ds = P (do \cdot v - do \cdot o + d\ell)` inside
+the segments; then dq, dk and dv as in dense attention, a kv head's being the sum over its query
+heads, of either kind.
 
 S7. **Group size.** In pre-training G = T / 4, a whole number that divides T. In supervised
 training T / 4 if T is a multiple of 4096, else a fixed 8192.
 
 S8. **Adapters.** For the projections of q, k, v and the output, with W (out, in) frozen,
-:math:`y = x W^T + s\, \tilde{x} A^T B^T`, :math:`s = \alpha / r`; A (r, in) starts random, B
-(out, r) at 0; :math:`\tilde{x}` is x after dropout, if there is any. Merged:
-:math:`W' = W + s B A`.
+:math:`y = x W^T + s\, \tilde{x} A^T B^T`, :math:`s = \alpha / r`; A (r, in) starts random
+(Kaiming-uniform), B (out, r) at 0; :math:`\tilde{x}` is x after dropout, if there is any. Merged:
+:math:`W' = W + s B A`. The authors have r = 8, :math:`\alpha` = 16 and no dropout.
 
 S9. **Their gradient.** With upstream :math:`G_y`: :math:`dB = s\, G_y^T (\tilde{x} A^T)`,
 :math:`dA = s\, (G_y B)^T \tilde{x}`, :math:`dx = G_y W + s\, (G_y B) A`, the second term through
 the dropout; W has none.
 
-S10. **What else is trained.** All parameters with "embed" or "norm" in their names. Of a norm
+S10. **What else is trained.** All parameters with "embed" or "norm" in their names: the gains of
+norms and the embedding of tokens, but no output head unless it is tied to it. Of a norm
 :math:`y = w \hat{x}`, :math:`\hat{x} = x / \rho`, :math:`\rho = \sqrt{mean(x^2) + \epsilon}`:
 :math:`dw = \sum G_y \hat{x}`, :math:`dx = (w G_y - \hat{x}\, mean(w G_y \hat{x})) / \rho`. Of an
 embedding: row n of dE sums the upstream over the positions whose token is n.
@@ -75,8 +79,15 @@ Paper and code
   that mixes the batch; the fast path takes its cuts from the longest sequence, which reach into the
   next. S5 is what they mean; rolled groups have no lengths here.
 - The code truncates T / 4; an odd G it rolls by g + 1 and back by g. Both raise an error here.
+- The paper has G = T / 4, and T / 2 in an ablation; the 8192 of S7 is the code's alone, in the
+  script for supervised training. To the left or to the right, a shift served the authors as well.
+- The code for GPT-NeoX has the same groups; its projections are called otherwise (query_key_value
+  and dense, where Llama has q_proj, k_proj, v_proj and o_proj).
+- The authors train with AdamW, a rate of 2e-5 and 20 steps of warm-up; from memory, and not
+  verified, for about 1000 steps with 64 texts in each.
 - Attention without the causal order inside a group, an odd number of heads and lse are ours.
-- The paper allows grouped attention at inference as well; the code has dense attention there.
+- The paper allows grouped attention at inference as well; the code has dense attention there, and
+  that is what we recommend.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def s2_backward(
     check_inputs(q, k, v, G, variant, lengths, causal)
     H, T = q.shape[-3:-1]
     expected = (*q.shape[:-1], v.shape[-1])
-    for name, x, shape in (("out", out, expected), ("lse", lse, expected[:-1]),
-                           ("dout", dout, expected)):  # fmt: skip
+    given = {"out": out, "lse": lse, "dout": dout} | ({} if dlse is None else {"dlse": dlse})
+    for name, x in given.items():
+        shape = expected if name.endswith("out") else expected[:-1]
         check_array(name, x, ("H", "T"))
         if x.shape != shape:
             raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")

@@ -28,8 +28,9 @@ WHOLE_CONTEXT = 4096
 def choose_group_size(T: int, ratio: float = 0.25, sft_group_size: int | None = None) -> int:
     """S7: the group size G for texts of T tokens.
 
-    Without `sft_group_size` T must be a multiple of G = T `ratio`, a whole number; with it (the
-    authors use 8192) any T will do. ValueError otherwise.
+    Without `sft_group_size` T must be a multiple of G = T `ratio`, a whole number; ValueError
+    otherwise. With it (the authors use 8192) any T will do: G is T / 4 if T is a multiple of 4096,
+    else `sft_group_size`, and `ratio` is not used.
 
     >>> choose_group_size(8192), choose_group_size(10000, sft_group_size=8192)
     (2048, 8192)

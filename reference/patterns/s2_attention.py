@@ -19,8 +19,8 @@ S3. **Window.** Block J is local to block I if :math:`I - J < local`: the diagon
 
 S4. **Causal pattern.** Head c reads J from I if :math:`J \le I` and J is in its stride or local to
 I. The last `num_dense_heads` kv heads are dense: they read every :math:`J \le I`. With `homo_head`
-all heads have the pattern of c = 0. Ranks that hold some of the heads take their slice of the
-pattern of all of them: a phase comes from a head's number in the whole model.
+all heads have the pattern of c = 0, and none is dense. Ranks that hold some of the heads take their
+slice of the pattern of all of them: a phase comes from a head's number in the whole model.
 
 S5. **Noncausal pattern.** With a window of (left, right) blocks, the current one counted in both,
 :math:`l = \max(0, I - J - left + 1)` and :math:`r = \max(0, J - I - right + 1)`, a sparse head
@@ -33,11 +33,13 @@ position of its first token (`q_start`, `kv_start`, multiples of b), and the cau
 these, not the bottom right corner of K3. Padding hides single keys besides.
 
 S7. **Coverage.** The heads together read every :math:`J \le I` if a head is dense, or if each block
-that some row has outside its window is in the stride of a head; with step 1, if there are v sparse
-kv heads or more.
+that some row has outside its window is in the stride of a head, and only then; with step 1, v
+sparse kv heads do it.
 
-S8. **KV-efficiency.** A pattern is efficient if below the diagonal no column returns from 0 to 1. A
-causal pattern of S4 always is; others may make the cache grow, but are no error.
+S8. **KV-efficiency.** A pattern is efficient if below the diagonal no column returns from 0 to 1:
+with rows of bm queries and columns of bn keys, :math:`P[I, J] \le P[I - 1, J]` for all :math:`I\,
+bm \ge (J + 1)\, bn`. A causal pattern of S4 always is; others may make the cache grow, which is no
+error.
 
 S9. **Decode.** The query at position t reads the keys of the blocks that row t // b reads. After
 it, head c frees block J if it is not in the stride and the query at t + 1 has it outside the
@@ -48,13 +50,15 @@ S10. **Lists.** A pattern as compressed rows (for queries) or columns (for the g
 *Merged* rows serve a tile of bm = m b queries: block J is listed if one of the m rows reads it, and
 the first :math:`micro = b\,(1 + \text{last row that does})` queries of the tile use it. That is the
 pattern if in each tile the rows that read a block come first, which holds for efficient ones: at
-the diagonal the causal order hides the rest.
+the diagonal the causal order hides the rest. Tiles of queries smaller than b (micro = bm) share a
+row; tiles of bn keys, smaller than b, list the parts of a block that are not all in the future.
 
 S11. **Attend.** Softmax attention (K2) over the keys read, with its lse (K5); a row that reads
 nothing is 0 (K4). Any pattern is allowed, for query heads, kv heads, or one for all.
 
-S12. **Gradient.** That of dense attention on the pairs read, through the output and through lse:
-:math:`ds = P (dP - \delta + d\ell)`, summed over the heads of a group for keys and values.
+S12. **Gradient.** That of dense attention on the pairs read, through the output o and through lse:
+:math:`ds = P (do \cdot v - do \cdot o + d\ell)`, with weights P and upstream :math:`do` and
+:math:`d\ell`; for keys and values the sum over the heads of a group.
 
 S13. **Merge.** Parts i of the keys, with outputs :math:`o_i` and :math:`\ell_i`: the whole has
 :math:`o = \sum_i w_i o_i` with :math:`w = \mathrm{softmax}(\ell)`, and the log-sum-exp of the
@@ -71,8 +75,9 @@ than dense attention in a long text, in time, and in the cache of a decoder.
 Paper and code
 --------------
 - The paper argues for any division of the context among heads; the code's ready pattern is that of
-  S4, with v = 8, b = 64 and 32 local blocks in its examples. Here the pattern is an array, and S4
-  one way to make it.
+  S4, with v = 8, b = 64 and 32 local blocks in its examples (v = 4 and 4 blocks unless given). Here
+  the pattern is an array, and S4 one way to make it. The code warns of one that is not efficient,
+  and wants the diagonal in a causal one; here a row may read nothing.
 - The default step counts query heads, as in the code. With few kv heads the context may not be
   covered: 8 heads on 2 kv heads with v = 8 have two phases. Give `step` then.
 - With some dense heads the code takes the first row of the noncausal pattern for all rows. We read

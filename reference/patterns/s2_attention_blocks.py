@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_attention_inputs, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_size,
+    group_size,
+)
 from attnspec.reference.dense.attention import attend, attend_backward
-from attnspec.reference.patterns.s2_attention_patterns import pattern_of_heads, token_mask
+from attnspec.reference.patterns.s2_attention_patterns import check_pattern, token_mask
 
 
 def block_sparse_attend(
@@ -64,6 +69,22 @@ def block_sparse_attend_backward(
     """
     mask = _visible(q, k, v, pattern, b, causal, q_start, kv_start, key_mask)
     return attend_backward(q, k, v, dout, dlse, mask=mask, scale=scale)
+
+
+def pattern_of_heads(pattern: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """S11: a pattern of query heads, kv heads or one head as bool (heads, M, N).
+
+    >>> pattern_of_heads(np.ones((1, 2, 3), bool), 4, 2).shape
+    (4, 2, 3)
+    """
+    check_pattern(pattern)
+    group_size(heads, kv_heads)
+    if pattern.shape[0] not in (1, kv_heads, heads):
+        raise ValueError(
+            f"pattern: got {pattern.shape[0]} heads, expected {heads} or {kv_heads}, as in q or k, "
+            "or 1"
+        )
+    return np.repeat(pattern, heads // pattern.shape[0], axis=0)
 
 
 def _visible(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_integer
+from attnspec.reference.patterns.longlora_groups import check_bool
 from attnspec.reference.patterns.s2_attention_patterns import check_pattern
 
 
@@ -51,7 +52,8 @@ def merge_q(
 
     `bm` is a multiple or a divisor of b, `bn` a divisor. col counts tiles of bn keys, ascending;
     the first `micro` queries of the tile read them, if the causal order lets them. Tiles that come
-    after all queries are dropped with `causal`; what is filled up is -1 in col and 0 in micro.
+    after all queries are dropped with `causal`; what is filled up is -1 in col and 0 in micro. The
+    authors' kernels have bm = max(b, 64) and bn = b.
 
     >>> crow, col, micro = merge_q(np.array([[[1, 0], [0, 1]]], bool), 2, 4, 2)
     >>> crow, col, micro
@@ -64,6 +66,7 @@ def merge_q(
         raise ValueError(f"bm: got {bm}, expected a multiple or a divisor of the block size {b}")
     if b % bn:
         raise ValueError(f"bn: got {bn}, expected a divisor of the block size {b}")
+    check_bool("causal", causal)
     if not causal and bm > b:
         raise ValueError(f"bm: got {bm}, expected at most {b}, the block size, without causal")
     heads, M, _ = pattern.shape

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer, group_size
+from attnspec.reference.conventions import check_array, check_integer
+from attnspec.reference.patterns.longlora_groups import check_bool
 
 
 def stride_mask(N: int, c: int, step: int, o: int, v: int) -> np.ndarray:
@@ -56,11 +57,10 @@ def block_pattern(
     for name, value in (("M", M), ("N", N), ("q_block", q_block), ("kv_block", kv_block)):
         check_integer(name, value, least=0)
     left, right, step = check_stride(H, Hk, local, v, num_dense_heads, step, offset, homo_head)
+    check_bool("causal", causal)
     if causal and not isinstance(local, (int, np.integer)):
         raise TypeError(f"local: got {local!r}, expected an integer, for causal attention")
-    first, last = (0, H) if active_head_range is None else active_head_range
-    if not 0 <= first < last <= H:
-        raise ValueError(f"active_head_range: got {active_head_range}, expected one of {H} heads")
+    first, last = check_active_heads(active_head_range, H)
     row = q_block + np.arange(M)[:, None]
     column = kv_block + np.arange(N)[None, :]
     heads = []
@@ -102,6 +102,7 @@ def token_mask(
     check_integer("Tq", Tq, least=0)
     check_integer("Tk", Tk, least=0)
     check_starts(b, q_start, kv_start)
+    check_bool("causal", causal)
     blocks = (-(-Tq // b), -(-Tk // b))
     if pattern.shape[1:] != blocks:
         raise ValueError(
@@ -150,6 +151,7 @@ def live_blocks(
     check_integer("c", c, least=0)
     check_integer("b", b, least=1)
     _check_local(local, v)
+    check_bool("dense", dense)
     row = t // b
     column = np.arange(row + 1)
     seen = stride_mask(row + 1, c, step, offset, v) | (row - column < local) | dense
@@ -169,15 +171,9 @@ def union_coverage(pattern: np.ndarray) -> np.ndarray:
 
 
 def check_stride(
-    H: Any,
-    Hk: Any,
-    local: Any,
-    v: Any,
-    num_dense_heads: Any,
-    step: Any,
-    offset: Any,
+    H: Any, Hk: Any, local: Any, v: Any, num_dense_heads: Any, step: Any, offset: Any,
     homo_head: Any,
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int]:  # fmt: skip
     """K14: the blocks of the window on the left and on the right, and the step of the phase.
 
     >>> check_stride(2, 2, 4, 8, 0, None, 0, False)
@@ -190,6 +186,7 @@ def check_stride(
     left, right = local if isinstance(local, tuple) and len(local) == 2 else (local, local)
     for blocks in (left, right):
         _check_local(blocks, v)
+    check_bool("homo_head", homo_head)
     check_integer("num_dense_heads", num_dense_heads, least=0)
     if num_dense_heads > Hk:
         raise ValueError(f"num_dense_heads: got {num_dense_heads}, expected at most {Hk} kv heads")
@@ -200,6 +197,25 @@ def check_stride(
     check_integer("step", step, least=1)
     check_integer("offset", offset, least=0)
     return left, right, step
+
+
+def check_active_heads(active_head_range: Any, H: int) -> tuple[int, int]:
+    """K14: the first active head and the one behind the last; all H of them for None.
+
+    >>> check_active_heads((2, 5), 4)
+    Traceback (most recent call last):
+    ValueError: active_head_range: got (2, 5), expected one of 4 heads
+    """
+    if active_head_range is None:
+        return 0, H
+    if not isinstance(active_head_range, (tuple, list)) or len(active_head_range) != 2:
+        raise TypeError(f"active_head_range: got {active_head_range!r}, expected (first, last)")
+    first, last = active_head_range
+    check_integer("active_head_range", first, least=0)
+    check_integer("active_head_range", last, least=1)
+    if not first < last <= H:
+        raise ValueError(f"active_head_range: got {active_head_range}, expected one of {H} heads")
+    return first, last
 
 
 def _check_local(local: Any, v: Any) -> None:
@@ -231,19 +247,3 @@ def check_pattern(pattern: Any) -> None:
     check_array("pattern", pattern, (), dtype="bool")
     if pattern.ndim != 3:
         raise ValueError(f"pattern: got shape {pattern.shape}, expected (heads, M, N)")
-
-
-def pattern_of_heads(pattern: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
-    """S6: a pattern of query heads, kv heads or one head as bool (heads, M, N).
-
-    >>> pattern_of_heads(np.ones((1, 2, 3), bool), 4, 2).shape
-    (4, 2, 3)
-    """
-    check_pattern(pattern)
-    group_size(heads, kv_heads)
-    if pattern.shape[0] not in (1, kv_heads, heads):
-        raise ValueError(
-            f"pattern: got {pattern.shape[0]} heads, expected {heads} or {kv_heads}, as in q or k, "
-            "or 1"
-        )
-    return np.repeat(pattern, heads // pattern.shape[0], axis=0)

@@ -61,3 +61,14 @@ def test_what_is_refused() -> None:
         fast.composite_attention(x[:, :, :6], x, x, ~TEXT)
     with pytest.raises(ValueError, match=r"^pos: got \[0, 0"):
         fast.composite_attention(x[:, :, :5], x, x, ~TEXT, torch.zeros(10, dtype=torch.int64))
+
+
+def test_a_stack_is_checked_before_its_first_layer() -> None:
+    eye, one = torch.eye(2), torch.ones(2)
+    layer = fast.Layer(one, eye, eye, eye, eye, one, (eye, eye, eye), 1, 1)
+    states = (eye[None], eye[None, :1], [layer, layer._replace(Wo=eye[:1])])
+    positions = (torch.tensor([0, 2]), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"^layer: got Wo"):
+        fast.run_layers(*states, *positions)
+    with pytest.raises(ValueError, match=r"^mode: got 'none'"):
+        fast.run_layers(*states, *positions, layers=(), mode="none")

@@ -138,6 +138,11 @@ def test_mask_function_is_the_references_mask(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(seen(torch.tensor(0), head, row, key).numpy(), expected)
 
 
+def test_mask_function_of_a_causal_pattern_has_no_right_window() -> None:
+    with pytest.raises(TypeError, match=r"^local: got \(2, 1\)"):
+        mask_mod(4, 2, local=(2, 1))
+
+
 def test_a_state_can_be_continued_twice() -> None:
     """Steps write into spare room; a second continuation moves to room of its own."""
     q, k, v = tensors(12, 12)

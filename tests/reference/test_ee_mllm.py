@@ -104,6 +104,22 @@ def test_without_images_it_is_causal_attention() -> None:
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+def test_of_image_tokens_alone_the_dense_form_returns_the_values() -> None:
+    _, k, v = tensors()
+    q = np.random.default_rng(1).standard_normal((2, 4, 10, 4))
+    out, _ = dense.attend(q, k, v, mask=composite_mask(np.ones(10, bool), np.arange(10)))
+    np.testing.assert_array_equal(out, np.repeat(v, 2, axis=1))
+
+
+def test_text_depends_on_images_by_their_keys_and_values_only() -> None:
+    Xt, Xv, pos_t, pos_v = states()
+    layer = make_layer()
+    blind = layer._replace(Wk=0 * layer.Wk, Wv=0 * layer.Wv)
+    for weights, same in ((blind, True), (layer, False)):
+        before, after = (layer_step(Xt, X, weights, pos_t, pos_v)[0] for X in (Xv, 3 - Xv))
+        assert np.array_equal(before, after) is same
+
+
 def test_without_text_there_is_no_attention() -> None:
     q, k, v = tensors()
     out, lse = composite_attention(q[:, :, :0], k, v, np.ones(10, bool))
@@ -314,6 +330,19 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (layer_step, (XT, XV, LAYER._replace(H=12, Hk=2), POS_T, POS_V), {}, ValueError, "layer"),
     (run_layers, (XT, XV, [LAYER], POS_T, POS_V, [1]), {}, ValueError, "layers"),
     (run_layers, (XT, XV, [LAYER], POS_T, POS_V, [0.5]), {}, TypeError, "layers"),
+    (run_layers, (XT, XV, [LAYER], POS_T, POS_V, []), {"mode": "none"}, ValueError, "mode"),
+    (
+        run_layers,
+        (XT, XV, [LAYER], POS_T, POS_V, []),
+        {"image_visible": 1},
+        ValueError,
+        "image_visible",
+    ),
+    (run_layers, (XT, XV, [LAYER, LAYER._replace(Hk=3)], POS_T, POS_V), {}, ValueError, "layer"),
+    (aligner_update, (XV, None), {}, TypeError, "layer"),
+    (aligner_update, (XV, LAYER._replace(ffn=LAYER.ffn[:2])), {}, TypeError, "layer"),
+    (aligner_update, (XV, LAYER._replace(rope=0.0)), {}, ValueError, "layer"),
+    (aligner_update, (XV, LAYER._replace(eps="small")), {}, ValueError, "layer"),
     (flops, (-1, 1, 1, 1, 1), {}, ValueError, "Nt"),
     (flops, (1, 1, 0, 1, 1), {}, ValueError, "D"),
 )

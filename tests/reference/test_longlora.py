@@ -166,6 +166,13 @@ def test_the_roll_lets_the_first_tokens_see_the_last() -> None:
         assert moved[2:, : min(t + 1, g)].all()
 
 
+def test_without_the_order_a_roll_joins_both_ends_of_the_text() -> None:
+    T, G, g = 16, 4, 2
+    cut, rolled = (s2_mask(T, G, 2, variant, causal=False)[1] for variant in VARIANTS)
+    ends = np.minimum(np.arange(T), T - 1 - np.arange(T)) < g
+    np.testing.assert_array_equal(rolled, np.where(ends[:, None] & ends, True, cut))
+
+
 def test_variants_differ_in_the_first_rows_of_shifted_heads_only() -> None:
     q, k, v = tensors()
     cut, rolled = (grouped_attend(q, k, v, 4, variant)[0] for variant in VARIANTS)
@@ -351,6 +358,9 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (grouped_attend, (Q, K, V, 4), {"lengths": [1, 2]}, TypeError, "lengths"),
     (s2_backward, (Q, K, V, OUT, LSE, None, 4), {}, TypeError, "dout"),
     (s2_backward, (Q, K, V, OUT, LSE[..., 1:], OUT, 4), {}, ValueError, "lse"),
+    (s2_backward, (Q, K, V, OUT, LSE, OUT[:, :1], 4), {}, ValueError, "dout"),
+    (s2_backward, (Q, K, V, OUT, LSE, OUT, 4), {"dlse": LSE[:, :1]}, ValueError, "dlse"),
+    (s2_backward, (Q, K, V, OUT, LSE, OUT, 4), {"dlse": 1.0}, TypeError, "dlse"),
     (lora_forward, (X, W, A[:, 1:], B), {}, ValueError, "A"),
     (lora_forward, (X, W, A, B[1:]), {}, ValueError, "B"),
     (lora_forward, (X, W, A, B[:, 1:]), {}, ValueError, "B"),
@@ -363,6 +373,7 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (lora_forward, (X, W, A, B), {"keep": X}, TypeError, "keep"),
     (lora_forward, (X, W, A, B), {"keep": X[1:] > 0}, ValueError, "keep"),
     (lora_backward, (X, W, A, B, 1.0, None), {}, TypeError, "dout"),
+    (lora_backward, (X, W, A, B, 1.0, X), {}, ValueError, "dout"),
     (lora_merge, (W[0], A, B), {}, ValueError, "W"),
     (lora_merge, (W, A.astype(np.float32), B), {}, TypeError, "A"),
     (is_trained, (3,), {}, TypeError, "name"),
@@ -370,6 +381,7 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (rmsnorm, (X, X), {}, ValueError, "w"),
     (rmsnorm, (X, X[0], -1.0), {}, ValueError, "eps"),
     (rmsnorm_backward, (X, X[0], None), {}, TypeError, "dout"),
+    (rmsnorm_backward, (X, X[0], X[:1]), {}, ValueError, "dout"),
     (embedding_backward, (IDS, X[:2], 2), {}, ValueError, "ids"),
     (embedding_backward, (IDS * 1.0, X[:2], 3), {}, TypeError, "ids"),
     (embedding_backward, (IDS, X, 3), {}, ValueError, "dout"),

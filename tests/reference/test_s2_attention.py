@@ -92,6 +92,34 @@ def test_attention_gradients_and_merge_are_those_of_the_authors(
     np.testing.assert_allclose(lse, case["lse"], atol=2e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_it_is_dense_attention_with_the_mask_of_the_definition(causal: bool) -> None:
+    """Token by token: grouped heads, a dense one, a phase, a chunk of queries and one of keys."""
+    b, local, stride, step, offset, q_start, kv_start = 2, 2, 3, 2, 1, 6, 2
+    q, k, v = tensors(6, 3, 7, 11)
+    mask = np.zeros((6, 7, 11), bool)
+    for h, t, u in np.ndindex(*mask.shape):
+        c, I, J = h // 2, (q_start + t) // b, (kv_start + u) // b
+        back = I - J
+        if causal:
+            seen = (J + c * step + offset) % stride == 0 or back < local
+        else:
+            seen = (max(0, back - local + 1) + max(0, -back - local + 1)) % stride == 0
+        mask[h, t, u] = (seen or c == 2) and (not causal or kv_start + u <= q_start + t)
+    options: dict[str, Any] = {
+        "b": b, "local": local, "v_stride": stride, "step": step, "offset": offset,
+        "num_dense_heads": 1, "causal": causal, "q_start": q_start, "kv_start": kv_start,
+    }  # fmt: skip
+    random = np.random.default_rng(1)
+    dout, dlse = random.standard_normal((2, 6, 7, 5)), random.standard_normal((2, 6, 7))
+    got = (*s2_attend(q, k, v, **options),
+           *s2_attend_backward(q, k, v, dout=dout, dlse=dlse, **options))  # fmt: skip
+    expected = (*dense.attend(q, k, v, mask=mask),
+                *dense.attend_backward(q, k, v, dout, dlse, mask=mask))  # fmt: skip
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,8 +160,9 @@ def test_coverage_balance_and_cost(
     assert np.array_equal(union_coverage(pattern), lower) == covered
     if M - local >= v:
         assert covered == (len({c * step % v for c in range(H)}) == v)
-    assert is_kv_efficient(pattern)
-    assert is_kv_efficient(pattern[::-1])
+    dense = block_pattern(M, M, H, H, local, v, min(2, H), step=step, offset=offset)
+    assert np.array_equal(union_coverage(dense), lower)
+    assert all(is_kv_efficient(x) for x in (pattern, pattern[::-1], dense))
     rows = np.arange(M)
     assert np.all(pattern.sum(axis=2) <= local + -(-(rows + 1) // v))
     if H % v == 0:
@@ -148,6 +177,8 @@ def test_coverage_balance_and_cost(
     )
     shifted = block_pattern(M, M, H, H, local, v, step=step, offset=offset + step)
     np.testing.assert_array_equal(shifted[:-1], pattern[1:])
+    if H * step % v == 0:
+        np.testing.assert_array_equal(shifted[-1], pattern[0])
 
 
 def test_few_kv_heads_leave_blocks_uncovered() -> None:
@@ -347,6 +378,14 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (block_pattern, (4, 4, 2, 2, 1, 2), {"offset": 1.0}, TypeError, "offset"),
     (block_pattern, (4, 4, 2, 2, 1, 2), {"active_head_range": (1, 3)}, ValueError,
      "active_head_range"),
+    (block_pattern, (4, 4, 2, 2, 1, 2), {"active_head_range": (0, 1.0)}, TypeError,
+     "active_head_range"),
+    (block_pattern, (4, 4, 2, 2, 1, 2), {"active_head_range": 2}, TypeError, "active_head_range"),
+    (block_pattern, (4, 4, 2, 2, 1, 2), {"causal": 1}, TypeError, "causal"),
+    (block_pattern, (4, 4, 2, 2, 1, 2), {"homo_head": None}, TypeError, "homo_head"),
+    (token_mask, (PATTERN, 2, 4, 4, 1), {}, TypeError, "causal"),
+    (live_blocks, (1, 0, 2, 1, 2), {"dense": 1}, TypeError, "dense"),
+    (merge_q, (PATTERN, 4, 4, 4, 0), {}, TypeError, "causal"),
     (token_mask, (PATTERN, 2, 5, 4), {}, ValueError, "pattern"),
     (token_mask, (PATTERN, 0, 4, 4), {}, ValueError, "b"),
     (token_mask, (PATTERN, 2, 4, 4), {"q_start": 3}, ValueError, "q_start"),

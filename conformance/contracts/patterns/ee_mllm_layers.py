@@ -102,6 +102,11 @@ STATES = (
     Array("pos_v", "images", make=make_positions("image")),
 )
 BAD_LAYER = (
+    ("no layer", "layer", lambda a: None),
+    ("an FFN of two parts", "layer", lambda a: _spoiled(a["layer"], ffn=a["layer"].ffn[:2])),
+    ("a negative base", "layer", lambda a: _spoiled(a["layer"], rope=-1.0)),
+    ("a base in words", "layer", lambda a: _spoiled(a["layer"], rope="ten thousand")),
+    ("a negative eps", "layer", lambda a: _spoiled(a["layer"], eps=-1.0)),
     ("kv heads that do not divide", "layer", lambda a: _spoiled(a["layer"], Hk=29)),
     ("no heads", "layer", lambda a: _spoiled(a["layer"], H=0)),
     (
@@ -116,6 +121,10 @@ BAD_LAYER = (
     ),
 )
 BAD_MODE = (("a fourth mode", "mode", lambda a: "none"),)
+BAD_OPTIONS = (
+    *BAD_MODE,
+    ("a third way to see images", "image_visible", lambda a: "none"),
+)
 BAD_STATES = (
     ("images of another batch", "Xv", lambda a: a["Xv"].repeat(2, axis=0)),
     ("positions of other text", "pos_t", lambda a: np.arange(99)),
@@ -138,7 +147,7 @@ CONTRACTS = (
         arrays=(*STATES, Array("layer", make=make_layer)),
         outputs=(Output("Xt", cancels=True), Output("Xv", cancels=True)),
         parameters=_parameters,
-        bad_inputs=(*BAD_LAYER, *BAD_STATES, *BAD_MODE),
+        bad_inputs=(*BAD_LAYER, *BAD_STATES, *BAD_OPTIONS),
     ),
     Contract(
         operation="ee_mllm.run_layers",
@@ -152,6 +161,7 @@ CONTRACTS = (
         },
         bad_inputs=(
             *BAD_STATES,
+            *BAD_OPTIONS,
             ("a layer that is not there", "layers", lambda a: (2,)),
             ("a layer that is no number", "layers", lambda a: (0.5,)),
         ),

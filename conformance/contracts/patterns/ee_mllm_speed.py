@@ -1,4 +1,4 @@
-"""Benchmarks of composite attention: prompts with images, beside attention of all tokens."""
+"""Benchmarks of composite attention and of a layer around it, beside attention of all tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from attnspec.conformance.bench.inputs import bytes_of
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival
 from attnspec.conformance.bench.rivals import with_backward
+from attnspec.reference.patterns.ee_mllm_layers import Layer
 
 
 def prompt(
@@ -132,7 +133,106 @@ def composite(
     )
 
 
+def prompt_states(
+    texts: int, images: int, heads: int, kv_heads: int, d: int, F: int
+) -> Callable[[str, str], dict[str, Any]]:
+    """Random states of an image and of the text behind it, and a layer of width heads d."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator(device).manual_seed(0)
+        D = heads * d
+
+        def random(*shape: int) -> Any:
+            x = torch.randn(shape, generator=generator, device=device)
+            return x.to(getattr(torch, dtype))
+
+        def weights(rows: int, columns: int) -> Any:
+            return random(rows, columns) * rows**-0.5
+
+        one: Any = torch.ones(D, device=device, dtype=getattr(torch, dtype))
+        Wq, Wk, Wv = (weights(D, n * d) for n in (heads, kv_heads, kv_heads))
+        ffn = (weights(D, F), weights(D, F), weights(F, D))
+        layer = Layer(one, Wq, Wk, Wv, weights(D, D), one, ffn, heads, kv_heads)
+        pos = torch.arange(images + texts, device=device)
+        states = {"Xt": random(1, texts, D), "Xv": random(1, images, D)}
+        return {**states, "layer": layer, "pos_t": pos[images:], "pos_v": pos[:images]}
+
+    return make
+
+
+def layer_cost(arguments: Mapping[str, Any]) -> Cost:
+    """All products of a layer but the queries of image tokens, and the attention of text."""
+    Xt, Xv, layer = (arguments[name] for name in ("Xt", "Xv", "layer"))
+    texts, images = Xt.shape[1], Xv.shape[1]
+    weights = (layer.Wq, layer.Wk, layer.Wv, layer.Wo, *layer.ffn)
+    every = sum(W.numel() for W in weights)
+    products = texts * every + images * (every - layer.Wq.numel())
+    pairs = texts * images + texts * (texts + 1) / 2
+    attention = pairs * (layer.Wq.shape[1] + layer.Wo.shape[0])
+    return Cost(2.0 * (products + attention), bytes_of(*weights) + 2 * bytes_of(Xt, Xv))
+
+
+def dense_layer() -> Rival:
+    """The same layer in torch, in which image tokens are queries as well; its angles are ready."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        import torch
+        from torch.nn import functional
+
+        layer: Any = arguments["layer"]
+        gate, up, down = layer.ffn
+        X = torch.cat([arguments["Xv"], arguments["Xt"]], dim=1)
+        D, d = X.shape[-1], layer.Wq.shape[1] // layer.H
+        steps = torch.arange(0, d, 2, device=X.device, dtype=torch.float64) / d
+        angles = torch.arange(X.shape[1], device=X.device)[:, None] * layer.rope**-steps
+        cos, sin = (x.repeat(1, 2).to(X.dtype) for x in (angles.cos(), angles.sin()))
+
+        def heads_of(h: Any, W: Any, heads: int) -> Any:
+            return (h @ W).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        def rotated(x: Any) -> Any:
+            first, second = x.chunk(2, dim=-1)
+            return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+        def forward() -> Any:
+            h = functional.rms_norm(X, (D,), layer.norm1, layer.eps)
+            out = functional.scaled_dot_product_attention(
+                rotated(heads_of(h, layer.Wq, layer.H)),
+                rotated(heads_of(h, layer.Wk, layer.Hk)),
+                heads_of(h, layer.Wv, layer.Hk),
+                is_causal=True,
+                enable_gqa=layer.Hk < layer.H,
+            )
+            Y = X + out.transpose(1, 2).flatten(2) @ layer.Wo
+            h = functional.rms_norm(Y, (D,), layer.norm2, layer.eps)
+            return Y + (functional.silu(h @ gate) * (h @ up)) @ down
+
+        return forward
+
+    return Rival("torch layer, all tokens", prepare)
+
+
+def whole_layer(
+    device: str, texts: int, images: int, heads: tuple[int, int], d: int, F: int
+) -> Benchmark:
+    return Benchmark(
+        "ee_mllm.layer_step",
+        f"layer, {images} image and {texts} text tokens, heads={heads[0]}/{heads[1]} F={F}",
+        device,
+        prompt_states(texts, images, *heads, d, F),
+        layer_cost,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        rivals=(dense_layer(),),
+        settings={"texts": texts, "images": images, "d": d, "heads": list(heads), "F": F},
+    )
+
+
 BENCHMARKS = (
+    whole_layer("cuda", 100, 576, (32, 32), 128, 11008),
+    whole_layer("cuda", 1024, 2880, (32, 32), 128, 11008),
+    whole_layer("cpu", 64, 192, (8, 8), 64, 1376),
     composite("cuda", 1024, 2880, (32, 32), 128),
     composite("cuda", 1024, 2880, (32, 8), 128),
     composite("cuda", 1024, 2880, (32, 32), 128, placed=True),

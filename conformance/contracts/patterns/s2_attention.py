@@ -12,11 +12,8 @@ from attnspec.conformance.case import Case
 from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.values import bad_integers
-from attnspec.reference.patterns.s2_attention_patterns import (
-    block_pattern,
-    pattern_of_heads,
-    token_mask,
-)
+from attnspec.reference.patterns.s2_attention_blocks import pattern_of_heads
+from attnspec.reference.patterns.s2_attention_patterns import block_pattern, token_mask
 
 SIZES = {
     "batch": (1, 2),
@@ -166,6 +163,7 @@ BAD: tuple[tuple[str, str, Any], ...] = (
     ("an integer key_mask", "key_mask", lambda a: np.ones(a["k"].shape[::2], np.int64)),
     ("a key_mask of one axis", "key_mask", lambda a: np.ones(a["k"].shape[2], bool)),
     *bad_integers("b"),
+    ("causal = 1", "causal", lambda a: 1),
     ("a negative start", "q_start", lambda a: -16),
     ("a start that is no integer", "kv_start", lambda a: 16.0),
 )
@@ -180,6 +178,7 @@ CONTRACTS = (
             *bad_integers("step"),
             ("local = -1", "local", lambda a: -1),
             ("a window of three", "local", lambda a: (1, 2, 3)),
+            ("homo_head = 1", "homo_head", lambda a: 1),
             ("more dense heads than there are", "num_dense_heads", lambda a: 99),
         ),
         **SHARED,

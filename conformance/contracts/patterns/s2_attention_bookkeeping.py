@@ -93,7 +93,12 @@ CONTRACTS = (
             ("offset = -1", "offset", lambda a: -1),
             ("more dense heads than there are", "num_dense_heads", lambda a: 99),
             ("a negative row", "q_block", lambda a: -1),
+            ("causal = 1", "causal", lambda a: 1),
+            ("homo_head in words", "homo_head", lambda a: "yes"),
             ("heads that are not there", "active_head_range", lambda a: (2, 99)),
+            ("no heads", "active_head_range", lambda a: (1, 1)),
+            ("half a head", "active_head_range", lambda a: (0, 1.5)),
+            ("heads without an end", "active_head_range", lambda a: (1,)),
         ),
     ),
     Contract(
@@ -114,6 +119,7 @@ CONTRACTS = (
             ("a pattern with too many rows", "pattern", lambda a: a["pattern"].repeat(9, axis=1)
              if a["pattern"].size else np.ones((1, 9, 9), bool)),
             *bad_integers("b"),
+            ("causal = 1", "causal", lambda a: 1),
             ("q_start = -12", "q_start", lambda a: -12),
             ("a start inside a block", "kv_start", lambda a: 12 * a["b"] + 1 if a["b"] > 1 else -1),
         ),
@@ -152,7 +158,9 @@ CONTRACTS = (
             *bad_integers("b"),
             *bad_integers("v"),
             ("t = -1", "t", lambda a: -1),
+            ("c = -1", "c", lambda a: -1),
             ("local = -1", "local", lambda a: -1),
+            ("dense = 1", "dense", lambda a: 1),
         ),
     ),
     *(
@@ -181,6 +189,7 @@ CONTRACTS = (
             *bad_integers("b"),
             ("a tile that does not fit", "bm", lambda a: 6),
             ("keys that do not divide", "bn", lambda a: 3),
+            ("causal = 1", "causal", lambda a: 1),
         ),
     ),
 )  # fmt: skip

@@ -44,31 +44,41 @@ def ready(
     pattern: tuple[int, int, int],
     backward: bool = False,
     rivals: Any = (),
+    batch: int = 1,
 ) -> Benchmark:
     b, local, v = pattern
     return Benchmark(
         "s2_attention.s2_attend",
         f"causal {tokens // 1024}k b={b} local={local} stride={v} heads={heads[0]}/{heads[1]}"
+        + (f" batch={batch}" if batch > 1 else "")
         + (" forward+backward" if backward else ""),
         device,
-        qkv(1, *heads, tokens, tokens, d, b=b, local=local, v_stride=v),
+        qkv(batch, *heads, tokens, tokens, d, b=b, local=local, v_stride=v),
         attention_cost(
             pairs=pairs_a_head(tokens, *heads, b, local, v), factor=3.5 if backward else 1.0
         ),
         dtype="bfloat16" if device == "cuda" else "float32",
         call=forward_and_backward if backward else None,
         rivals=rivals,
-        settings={"tokens": tokens, "d": d, "heads": list(heads), "b": b, "local": local, "v": v},
-    )
+        settings={"batch": batch, "tokens": tokens, "d": d, "heads": list(heads), "b": b,
+                  "local": local, "v": v},
+    )  # fmt: skip
 
 
-def cuda(tokens: int, kv_heads: int, pattern: tuple[int, int, int], backward: bool) -> Benchmark:
+def cuda(
+    tokens: int,
+    kv_heads: int,
+    pattern: tuple[int, int, int],
+    backward: bool,
+    heads: int = 32,
+    batch: int = 1,
+) -> Benchmark:
     rivals = (
         sdpa("flash", backward, causal=True),
         sdpa("cudnn", backward, causal=True),
         flex(local_and_stride, backward, per_head=True),
     )
-    return ready("cuda", tokens, (32, kv_heads), 128, pattern, backward, rivals)
+    return ready("cuda", tokens, (heads, kv_heads), 128, pattern, backward, rivals, batch)
 
 
 BENCHMARKS = (
@@ -76,6 +86,7 @@ BENCHMARKS = (
     cuda(131072, 32, (64, 2, 16), backward=False),
     cuda(131072, 32, (128, 4, 16), backward=False),
     cuda(131072, 16, (64, 8, 16), backward=False),
+    cuda(65536, 16, (64, 8, 16), backward=False, heads=16, batch=4),
     cuda(32768, 32, (64, 8, 16), backward=False),
     cuda(32768, 32, (64, 32, 8), backward=False),
     cuda(32768, 32, (64, 8, 16), backward=True),

@@ -138,6 +138,11 @@ def padded_rows_attend(lengths: Any, rows: slice) -> Any:
         ..., None, None, :], real.shape)  # fmt: skip
 
 
+def padding_of_the_first_group(lengths: Any, rows: slice) -> Any:
+    """The corner of the padding mask is repeated for every group."""
+    return longlora_groups.real_pairs(lengths, slice(0, rows.stop - rows.start))
+
+
 def leaks(q: Any, k: Any, v: Any, *, causal: bool, mask: Any, scale: Any = None) -> Any:
     """Hidden values are multiplied by 0 instead of skipped."""
     out, lse = attend(q, k, v, causal=causal, mask=mask, scale=scale)
@@ -216,6 +221,8 @@ MUTANTS = (
             altering(ATTEND, longest)),
     grouped("padded-rows", "agreement", "padded rows have outputs",
             replacing(ATTEND, real_pairs=padded_rows_attend)),
+    grouped("first-group", "agreement", "every group has the padding of the first",
+            replacing(ATTEND, real_pairs=padding_of_the_first_group)),
     grouped("leak", "poison", "hidden values are multiplied by 0",
             replacing(ATTEND, attend=leaks)),
     grouped("one-half", "gradient", "a kv head of both halves has the gradient of one", ATTEND,
