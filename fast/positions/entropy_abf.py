@@ -16,23 +16,54 @@ from attnspec.fast.backend import (
     FLOATS,
     INTEGERS,
     check_attention_inputs,
+    check_bool,
     check_device,
     check_integer,
     check_size,
     check_tensor,
+    product,
     wide_dtype,
 )
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import check_masks
+from attnspec.fast.engines.weights import average
+from attnspec.fast.positions.entropy_abf_probe import attention_entropy, entropy_growth
 
+__all__ = [
+    "CLAIMS",
+    "attend",
+    "attention_entropy",
+    "entropy_growth",
+    "extended_attention",
+    "layer_is_exempt",
+    "logits",
+    "rope_frequencies",
+    "rope_rotate",
+    "row_scale",
+]
 CLAIMS = {
+    "rope_frequencies": {"launches": None},
     "rope_rotate": {"gradient": True, "launches": None},
     "row_scale": {"launches": None},
     "layer_is_exempt": {"launches": None},
+    "logits": {"launches": None},
+    "attend": {"launches": None},
+    "attention_entropy": {"launches": None},
+    "entropy_growth": {"launches": None},
     "extended_attention": {
         "gradient": True,
         "triton": {"draws": {"d": (16, 64, 80), "dv": (16, 64, 96), "group": (1, 2, 3)}},
     },
 }
+
+
+def rope_frequencies(d: int, base: float = 500000.0, *, backend: str | None = None) -> Tensor:
+    """Frequencies (d/2), float64 on the CPU, of an even head size `d`."""
+    check_integer("d", d, least=2)
+    if d % 2:
+        raise ValueError(f"d: got {d}, expected an even head size")
+    check_above("base", base, 1)
+    return _basis(d, base, torch.device("cpu"))
 
 
 def rope_rotate(
@@ -74,6 +105,64 @@ def layer_is_exempt(layer: int, n_exempt: int = 2, *, backend: str | None = None
     return layer < n_exempt
 
 
+def logits(
+    q: Tensor,
+    k: Tensor,
+    pq: Tensor | None = None,
+    pk: Tensor | None = None,
+    *,
+    layer: int,
+    base: float = 500000.0,
+    c: float = 4096,
+    n_exempt: int = 2,
+    floor: float = 1.0,
+    freqs: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Logits (batch, heads, T, S), not masked, all of which are stored.
+
+    Arguments as in `extended_attention`.
+    """
+    check_attention_inputs(q, k, k, FLOATS)
+    turned, keys, _, _ = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
+    return _scores(turned, keys).to(q.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pq: Tensor | None = None,
+    pk: Tensor | None = None,
+    *,
+    layer: int,
+    base: float = 500000.0,
+    c: float = 4096,
+    n_exempt: int = 2,
+    floor: float = 1.0,
+    freqs: Tensor | None = None,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, T, dv) and weights P (batch, heads, T, S), all of which are stored.
+
+    For a few queries, such as the last one that the probe asks for. Arguments as in
+    `extended_attention`, which stores no weights.
+    """
+    check_attention_inputs(q, k, v, FLOATS)
+    check_bool("causal", causal)
+    check_masks(q, k, key_mask, None)
+    turned, keys, pq, pk = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
+    z = _scores(turned, keys)
+    if causal:
+        z = torch.where(_not_after(pk, pq), z, -math.inf)
+    if key_mask is not None:
+        z = torch.where(key_mask[:, None, None], z, -math.inf)
+    out, P = average(z, v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+    return out, P.to(q.dtype)
+
+
 def extended_attention(
     q: Tensor,
     k: Tensor,
@@ -100,36 +189,17 @@ def extended_attention(
     ``causal=False``. `freqs` (d/2) takes the place of those of `base`. Differentiable in q, k, v.
     """
     check_attention_inputs(q, k, v, FLOATS)
-    check_above("base", base, 1)
+    check_bool("causal", causal)
+    check_masks(q, k, key_mask, None)
     in_order = pq is None and pk is None
-    T, S, d = q.shape[2], k.shape[2], q.shape[3]
-    pq = torch.arange(S - T, S, device=q.device) if pq is None else pq
-    pk = torch.arange(S, device=q.device) if pk is None else pk
-    check_positions("pq", pq, q)
-    check_positions("pk", pk, k)
-    if freqs is None:
-        if d % 2:
-            raise ValueError(f"q: got d {d}, expected an even head size")
-        steps = torch.arange(0, d, 2, device=q.device, dtype=torch.float64)
-        freqs = float(base) ** (-steps / d)
-    else:
-        check_tensor("freqs", freqs, ("d/2",), FLOATS)
-        check_device("freqs", freqs, "q", q)
-        check_size("freqs", 2 * freqs.shape[0], d, "d, as in q")
-    lam = row_scale(pq, c, floor)
-    turned = _turn(q, pq, freqs)
-    if not layer_is_exempt(layer, n_exempt):
-        turned = turned * lam.to(turned.dtype)[..., None, :, None]
-    mask = None
-    if causal and not in_order:
-        mask = pk[..., None, None, :] <= pq[..., None, :, None]
+    turned, keys, pq, pk = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
     return flash(
         turned.to(q.dtype),
-        _turn(k, pk, freqs).to(k.dtype),
+        keys.to(k.dtype),
         v,
         causal=causal and in_order,
         key_mask=key_mask,
-        mask=mask,
+        mask=_not_after(pk, pq) if causal and not in_order else None,
         backend=backend,
     )
 
@@ -154,6 +224,53 @@ def check_positions(name: str, positions: Any, x: Tensor) -> None:
             f"{name}: got shape {tuple(positions.shape)}, expected {whole} or {whole[1:]}"
         )
     check_device(name, positions, "the tokens", x)
+
+
+def _turned(
+    q: Tensor, k: Tensor, pq: Tensor | None, pk: Tensor | None, layer: int, base: float, c: float,
+    n_exempt: int, floor: float, freqs: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q rotated and scaled and k rotated, both in float32 or wider, and their positions.
+
+    Everything but q and k is checked here, before it is used.
+    """
+    check_above("base", base, 1)
+    exempt = layer_is_exempt(layer, n_exempt)
+    T, S, d = q.shape[2], k.shape[2], q.shape[3]
+    pq = torch.arange(S - T, S, device=q.device) if pq is None else pq
+    pk = torch.arange(S, device=q.device) if pk is None else pk
+    check_positions("pq", pq, q)
+    check_positions("pk", pk, k)
+    if d < 2 or d % 2:
+        raise ValueError(f"q: got d {d}, expected an even head size")
+    if freqs is None:
+        freqs = _basis(d, base, q.device)
+    else:
+        check_tensor("freqs", freqs, ("d/2",), FLOATS)
+        check_device("freqs", freqs, "q", q)
+        check_size("freqs", 2 * freqs.shape[0], d, "d, as in q")
+    lam = row_scale(pq, c, floor)
+    turned = _turn(q, pq, freqs)
+    if not exempt:
+        turned = turned * lam.to(turned.dtype)[..., None, :, None]
+    return turned, _turn(k, pk, freqs), pq, pk
+
+
+def _basis(d: int, base: float, device: torch.device) -> Tensor:
+    """The frequencies (d/2), float64."""
+    steps = torch.arange(0, d, 2, device=device, dtype=torch.float64)
+    return float(base) ** (-steps / d)
+
+
+def _not_after(pk: Tensor, pq: Tensor) -> Tensor:
+    """bool (..., 1, T, S): keys at `pk` that stand at or before queries at `pq`."""
+    return pk[..., None, None, :] <= pq[..., None, :, None]
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled dot products (batch, heads, T, S) of queries and the keys of their groups."""
+    grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
+    return product(grouped, k.mT[:, :, None]).flatten(1, 2) / math.sqrt(q.shape[3])
 
 
 def _turn(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:

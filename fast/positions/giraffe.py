@@ -22,6 +22,7 @@ from attnspec.fast.positions.giraffe_rotation import (
     check_positions,
     check_width,
     plain_basis,
+    positions,
     random_positions,
     rope_basis,
     rotate_half_split,
@@ -36,6 +37,7 @@ __all__ = [
     "State",
     "attend",
     "init_state",
+    "positions",
     "random_positions",
     "rope_basis",
     "rotate_half_split",
@@ -48,6 +50,7 @@ __all__ = [
 ATTENTION: dict[str, Any] = {"gradient": True, "blocks": (16, 64)}
 CLAIMS: dict[str, dict[str, Any]] = {
     "rope_basis": {"launches": None},
+    "positions": {"launches": None},
     "random_positions": {"launches": None, "dtypes": ("float32",)},
     "rotate_half_split": {"gradient": True, "launches": None},
     "rotate_interleaved": {"gradient": True, "launches": None},

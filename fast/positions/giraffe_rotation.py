@@ -105,6 +105,12 @@ def plain_basis(d: int, base: float, device: torch.device) -> Tensor:
     return float(base) ** (-2 * pairs / d)
 
 
+def positions(T: int, *, backend: str | None = None) -> Tensor:
+    """The positions (T) of evaluation, int64 on the CPU."""
+    check_integer("T", T, least=0)
+    return torch.arange(T)
+
+
 def random_positions(u: Tensor, *, backend: str | None = None) -> Tensor:
     """Positions (..., T) from uniform draws `u` (..., T) of each sequence, float32 or float64.
 

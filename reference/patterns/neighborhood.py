@@ -10,7 +10,7 @@ Definition
 S1. **Grid.** Shape :math:`X_1 \times \ldots \times X_n`, n = 1, 2 or 3; tokens are flattened
 row-major, the last axis fastest. Each axis has a kernel :math:`k \ge 2`, a stride :math:`1 \le s
 \le k`, a dilation :math:`\delta \ge 1` with :math:`k \delta \le X`, and is causal or not. Anything
-else is refused.
+else is refused; an axis of length 1 is left out. A batch shares one grid, without padding.
 
 S2. **Dilation groups.** Coordinate x of an axis is entry :math:`\lfloor x / \delta \rfloor` of
 group :math:`x \bmod \delta`; a query sees its own group only. Groups differ in length by one where
@@ -32,9 +32,9 @@ S6. **Attend.** Dense attention under this mask (K2, K7). E additional keys and 
 behind those of the grid, are seen by every query. lse comes with the output (K5).
 
 S7. **Gradient.** That of masked attention. A key gathers from the queries whose windows hold it,
-which near a border are not those of its own window: with s = :math:`\delta` = 1 the first key lies
-in :math:`\lfloor k / 2 \rfloor + 1` windows, key k - 1 in :math:`k + \lfloor k / 2 \rfloor`, a far
-interior key in k.
+which near a border are not those of its own window: with s = :math:`\delta` = 1 and :math:`X \ge
+2k` the first key lies in :math:`\lfloor k / 2 \rfloor + 1` windows, the last in :math:`\lceil k / 2
+\rceil`, key k - 1 in :math:`k + \lfloor k / 2 \rfloor`, a far interior key in k.
 
 S8. **Unfused form.** Scores (tokens, :math:`\prod k`) in window order: row-major offsets from the
 window's start, those behind the end of a causal axis -inf. Softmax over them, then the weighted sum
@@ -49,8 +49,9 @@ S10. **Merge.** Attentions over disjoint sets of keys: :math:`\sum_i w_i o_i` wi
 S11. **Special cases.** Kernel = length on all axes is dense attention; one causal axis with kernel
 = length is causal attention; stride = kernel is attention in blocks, the last block pushed inwards
 if the kernel does not divide the length. On one causal axis with stride and dilation 1 a decoder
-needs the last k keys only; with a larger stride the windows of the last, incomplete group move as
-the sequence grows, so L means the final length there.
+needs the last k keys only, and on a causal axis of time, of stride 1, the last :math:`k \delta`
+frames, whole ones where another axis is not causal. With a larger stride the windows of the last,
+incomplete group move as the sequence grows, so L means the final length there.
 
 Complexity
 ----------
@@ -61,8 +62,10 @@ stores :math:`N \prod k` scores.
 Paper and code
 --------------
 - The papers define odd kernels and stride 1; strides came with a later one, even kernels with the
-  library. S3 and S4 are the library's present rules. Its older versions cut a dilated kernel that
-  does not fit in silence; here that is refused.
+  library. S3 and S4 are the library's present rules. Before version 0.15 it took kernels that with
+  their dilation do not fit an axis; since then, and here, they are refused.
+- The paper is about speed: S8 as batched matrix products, on one or two axes, and S6 as one kernel,
+  on up to three. Here both are defined on all three.
 - The library keeps heads behind the tokens; here they come first (K1). A key head shared by a group
   of query heads (K7) is ours where one of its backends has none.
 - Position biases of older versions, (2k - 1) an axis because border queries are not centred, are

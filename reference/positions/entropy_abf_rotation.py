@@ -75,7 +75,8 @@ def interpolated_frequencies(d: int, s: float, base: float = 10000.0) -> np.ndar
 
 
 def ntk_frequencies(d: int, s: float, base: float = 10000.0) -> np.ndarray:
-    """S9: frequencies (d/2) of the NTK-aware base; the slowest is that of interpolation.
+    """S9: frequencies (d/2) of the NTK-aware base; the slowest is that of interpolation. With d = 2
+    there is one, which is 1 whatever the base.
 
     >>> ntk_frequencies(4, 2.0).round(6)
     array([1.   , 0.005])

@@ -18,7 +18,8 @@ for their group (K7); then :math:`o = \mathrm{softmax}(q' k'^\top / \sqrt d)\, v
 S13. **Gradient.** That of dense attention in the turned queries and keys, turned back.
 
 S14. **Decode.** The state holds turned keys and values. A step turns its own by their absolute
-positions, which it is given (K13), and attends to all; decoding equals prefill.
+positions, which it is given (K13), and attends to all; decoding equals prefill. The same holds for
+keys turned by S7, if N stays as it is (S8).
 
 The tasks: S15 to S17, lines to look up, are in `giraffe_lines`; S18 to S21, questions on documents,
 in `giraffe_questions`.
@@ -53,7 +54,9 @@ from attnspec.reference.positions.giraffe_questions import (
 from attnspec.reference.positions.giraffe_rotation import (
     check_frequencies,
     check_width,
+    positions,
     random_positions,
+    relative_kernel,
     rope_basis,
     rotate_half_split,
     rotate_half_split_backward,
@@ -207,6 +210,7 @@ MECHANISM = Mechanism(
     ),
     operations=(
         Operation(rope_basis, clauses=("S1", "S2", "S3")),
+        Operation(positions, clauses=("S4",)),
         Operation(random_positions, clauses=("S4",)),
         Operation(
             rotate_half_split,
@@ -220,6 +224,7 @@ MECHANISM = Mechanism(
             gradient=rotate_interleaved_backward,
             differentiable=("x",),
         ),
+        Operation(relative_kernel, clauses=("S6",)),
         Operation(xpos_scale, clauses=("S7",)),
         Operation(xpos, clauses=("S7",), gradient=xpos_backward, differentiable=("q", "k")),
         Operation(

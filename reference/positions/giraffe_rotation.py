@@ -13,13 +13,15 @@ the slowest loses most, none becomes 0. The power :math:`\kappa = 0` changes not
 
 S3. **Truncated** at a training length :math:`T_c`, which sees the f that S1 and S2 leave. With
 :math:`c = 2\pi / T_c`, the slowest frequency that completes a turn in training: :math:`f_m` stays
-from c on, becomes c/16 from c/8 on, and is 0 below: such a pair does not turn at all. No
-:math:`T_c` above 0 changes nothing.
+from c on, becomes c/16 from c/8 on, and is 0 below: such a pair does not turn at all. Of the 64
+pairs of d = 128, :math:`T_c = 2048` keeps 41, gives 14 the frequency 0.0001917 and stops 9; 4096
+makes that 46, 14 and 4. Without a :math:`T_c` above 0 nothing changes.
 
-S4. **Random positions**, in training alone. From :math:`u_1..u_T` uniform in [0, 1), one draw for
-each sequence and shared by all heads and layers, :math:`p_t = \sum_{r \le t} 2 u_r`, all multiplied
-by :math:`T / \max(p_T, T)`: real numbers whose mean step is 1 and whose last is at most T.
-Elsewhere positions are 0..T-1.
+S4. **Random positions**, in training alone. From :math:`u_1..u_T` uniform in [0, 1), drawn anew for
+each sequence and forward pass and shared by all heads and layers, :math:`p_t = \sum_{r \le t} 2
+u_r`, all multiplied by :math:`T / \max(p_T, T)`: real numbers whose mean step is 1, whose first is
+not 0 and whose last is at most T. Frequencies may be scaled besides (S1). Elsewhere positions are
+0..T-1.
 
 S5. **Rotate.** A pair of channels is turned by the angle :math:`p f_m`. Half-split: m and m + M are
 a pair. Interleaved: 2m and 2m + 1 are.
@@ -31,9 +33,11 @@ What stays where each pair adds a weight :math:`w_m`: :math:`\sum_m w_m \cos((i-
 Paper and code
 --------------
 The paper gives the cuts of S3 as symbols and the authors' description sets all slow frequencies to
-0; their code has the numbers above and the band in the middle. Their training script uses S1 or S2,
-never both, though the code combines them. That random positions are only ever shrunk is in the code
-alone.
+0; their code has the numbers above and the band in the middle. They train with scales of 4 and 16,
+of 8 for 32k tokens on a model of 4k, with powers of 0.5 and 0.1 and training lengths :math:`T_c` of
+2048 and 4096; the scale of an evaluation may be larger. Their training script uses S1 or S2,
+never both, though the code combines them. That a scale up to 1 is ignored, and that random
+positions, which the paper describes by their steps, are only ever shrunk, is in the code alone.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnspec.reference.dense.attention import attend as dense
-from attnspec.reference.positions import entropy_abf
+from attnspec.reference.positions import entropy_abf, giraffe
 from attnspec.reference.positions.entropy_abf_probe import attention_entropy, entropy_growth
 from attnspec.reference.positions.entropy_abf_rotation import (
     interpolated_frequencies,
@@ -74,11 +74,13 @@ def test_inside_the_window_and_in_exempt_layers_it_is_rotary(base: float, option
     got = attention(q, k, v, base=base, **options)
     np.testing.assert_allclose(got[0], plain[0], atol=1e-12)
     np.testing.assert_allclose(got[1], plain[1], atol=1e-12)
+    if base == 10000.0:
+        np.testing.assert_allclose(got[0], giraffe.attend(q, k, v)[0], atol=1e-12)
 
 
 def test_the_scale_of_known_positions() -> None:
     assert np.all(row_scale(np.arange(4096)) == 1)
-    assert row_scale(np.array([4096]))[0] > 1
+    assert 1 < row_scale(np.array([4096]))[0] < 1.00003
     np.testing.assert_allclose(row_scale(np.array([4096**2 - 1])), 2)
     lam = row_scale(np.arange(-3, 200), c=8, floor=0.5)
     assert np.all(np.diff(lam) >= 0)
@@ -173,6 +175,7 @@ def test_frequencies() -> None:
     assert np.all(slow[1:] < fast[1:])
     for variant in (interpolated_frequencies, ntk_frequencies):
         np.testing.assert_allclose(variant(16, 1.0), fast)
+    np.testing.assert_array_equal(ntk_frequencies(2, 4.0), [1.0])
     np.testing.assert_allclose(yarn_frequencies(16, 1.0, 4096), fast)
     np.testing.assert_allclose(ntk_frequencies(16, 4.0)[-1], fast[-1] / 4)
     yarn = yarn_frequencies(16, 4.0, 4096)
@@ -258,6 +261,8 @@ ROWS = np.full((1, 1, 1, 2), 0.5)
         (lambda: attention(Q, K, V, layer=2, floor=0.0), ValueError, "floor"),
         (lambda: attention(Q, K, V, layer=2, floor=math.inf), ValueError, "floor"),
         (lambda: attention(Q, K, V, layer=2, base=1.0), ValueError, "base"),
+        (lambda: attention(Q, K, V, layer=2, base=1.0, freqs=np.ones(4)), ValueError, "base"),
+        (lambda: attention(Q, K, V, layer=2, causal=1), TypeError, "causal"),  # type: ignore[arg-type]
         (lambda: attention(Q, K, V, AT[:3], layer=2), ValueError, "pq"),
         (lambda: attention(Q, K, V, AT, AT / 2, layer=2), TypeError, "pk"),
         (lambda: attention(Q, K, V, layer=2, freqs=np.ones(3)), ValueError, "freqs"),

@@ -109,6 +109,16 @@ def test_key_counts(axis: tuple[int, int, int, int, bool]) -> None:
         assert np.all(counts == k)
 
 
+def test_key_counts_of_a_grid() -> None:
+    """Windows that do not cut are products; the query is in its own, and in its dilation group."""
+    mask = na_mask((7, 5, 4), (3, 2, 3), stride=(2, 1, 3), dilation=(2, 2, 1))
+    assert np.all(mask.sum(axis=1) == 3 * 2 * 3)
+    assert np.all(np.diag(mask))
+    z, y, _ = np.unravel_index(np.arange(len(mask)), (7, 5, 4))
+    for coordinate in (z, y):
+        assert not np.any(mask & (coordinate[:, None] % 2 != coordinate % 2))
+
+
 @quick
 @given(AXES)
 def test_dilation_is_one_attention_for_each_group(axis: tuple[int, int, int, int, bool]) -> None:
@@ -166,14 +176,32 @@ def test_axes_are_independent_and_may_change_places() -> None:
 
 
 def test_flipping_an_axis() -> None:
-    for k, s in ((3, 1), (2, 2), (5, 3)):
-        np.testing.assert_array_equal(axis_mask(12, k, s)[::-1, ::-1], axis_mask(12, k, s))
-    assert not np.array_equal(axis_mask(12, 4)[::-1, ::-1], axis_mask(12, 4))
+    """It changes nothing if kernel and stride are both odd or both even, and the stride divides the
+    length of every dilation group.
+    """
+    for axis in ((12, 3), (12, 2, 2), (12, 5, 3), (14, 3, 1, 4), (12, 2, 2, 3)):
+        np.testing.assert_array_equal(axis_mask(*axis)[::-1, ::-1], axis_mask(*axis))
+    for axis in ((12, 4), (12, 3, 2), (13, 5, 3), (14, 2, 2, 2)):
+        assert not np.array_equal(axis_mask(*axis)[::-1, ::-1], axis_mask(*axis))
+
+
+@pytest.mark.parametrize("dil", [1, 2, 3])
+def test_what_a_decoder_keeps(dil: int) -> None:
+    """A causal axis of stride 1 may grow; with a larger stride the last windows move."""
+    k, frames, whole = 3, 12, na_mask((12, 4), (3, 2), dilation=(dil, 1), causal=(True, False))
+    for length in range(k * dil, frames):
+        part = na_mask((length, 4), (k, 2), dilation=(dil, 1), causal=(True, False))
+        np.testing.assert_array_equal(whole[: 4 * length, : 4 * length], part)
+    seen = whole.reshape(frames, 4, frames, 4).any(axis=(1, 3))
+    assert not np.any(np.tril(seen, -k * dil))
+    assert np.any(axis_mask(12, k, 3, causal=True)[:7, :7] != axis_mask(7, k, 3, causal=True))
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
 def test_how_many_windows_hold_a_key(k: int) -> None:
     held = axis_mask(4 * k, k).sum(axis=0)
+    x = np.zeros((1, 4 * k, 1))
+    np.testing.assert_allclose(na_backward(x, x, x, (4 * k,), k, x + 1)[2].ravel(), held / k)
     assert held[0] == k // 2 + 1
     assert held[-1] == k - k // 2
     assert held[k - 1] == k + k // 2
@@ -292,6 +320,7 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (na_mask, ((2, 2, 2, 2), 2), {}, ValueError, "shape"),
     (na_mask, ((3, 4), (3, 3, 3)), {}, ValueError, "kernel"),
     (na_mask, ((3, 4), 4), {}, ValueError, "kernel"),
+    (na_mask, ((1, 12), 2), {}, ValueError, "kernel"),
     (na_mask, ((3, 4), 3), {"stride": (1, 4)}, ValueError, "stride"),
     (na_mask, ((3, 4), 2), {"dilation": 2}, ValueError, "kernel"),
     (na_mask, ((3, 4), 2), {"causal": (True, None)}, TypeError, "causal"),

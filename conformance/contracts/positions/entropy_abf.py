@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell, keys_cell, padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.reference.positions.entropy_abf import visible
+from attnspec.reference.positions.entropy_abf_masks import visible
 
 SIZES = {
     "batch": (1, 2),
@@ -52,12 +53,17 @@ def real_keys(rng: np.random.Generator, case: Case) -> np.ndarray:
     return rng.random((batch, keys)) < 0.8
 
 
+def frequencies(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """Some of another scheme, in no order."""
+    return float(rng.choice([500000.0, 10000.0, 20.0])) ** -rng.random(case.size("d") // 2)
+
+
 def parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
     """Training lengths within reach of a small case, so that many rows are scaled."""
     return {
-        "layer": st.sampled_from([2, 1, 3]),
+        "layer": st.sampled_from([2, 1, 3, 0]),
         "base": st.sampled_from([500000.0, 10000.0, 20.0]),
-        "c": st.sampled_from([2.5, 3, 8, 4096]),
+        "c": st.sampled_from([2.5, 3, 8, 4096, math.inf]),
         "n_exempt": st.sampled_from([2, 3, 0]),
         "floor": st.sampled_from([1.0, 1.25]),
     }
@@ -108,6 +114,7 @@ K = Array("k", "batch kv_heads keys d", role="key")
 V = Array("v", "batch kv_heads keys dv", role="value")
 PQ = Array("pq", "batch queries", make=query_positions, optional=True)
 PK = Array("pk", "batch keys", make=key_positions, optional=True)
+FREQS = Array("freqs", "d/2", make=frequencies, optional=True)
 KEY_MASK = Array("key_mask", "batch keys", make=real_keys, optional=True)
 BAD_OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
@@ -125,6 +132,7 @@ BAD_OPTIONS: tuple[tuple[str, str, Any], ...] = (
 )
 BAD_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("k with more tokens than v", "v", lambda a: a["v"][..., :-1, :]),
+    ("an order that is no choice", "causal", lambda a: 1),
     ("an integer mask", "key_mask", lambda a: np.ones((1, a["k"].shape[-2]), np.int64)),
     ("a mask of other keys", "key_mask", lambda a: np.ones((len(a["k"]), 99), bool)),
 )
@@ -135,7 +143,7 @@ def _attention(name: str, second: Output, **more: Any) -> Contract:
         operation=f"entropy_abf.{name}",
         sizes=SIZES,
         fix=even_width,
-        arrays=(Q, K, V, PQ, PK, KEY_MASK),
+        arrays=(Q, K, V, PQ, PK, FREQS, KEY_MASK),
         outputs=(Output("out"), second),
         parameters=attention_parameters,
         linear_in=("v",),
@@ -152,7 +160,7 @@ CONTRACTS = (
         operation="entropy_abf.logits",
         sizes={axis: bounds for axis, bounds in SIZES.items() if axis != "dv"},
         fix=even_width,
-        arrays=(Q, K, PQ, PK),
+        arrays=(Q, K, PQ, PK, FREQS),
         outputs=(Output("z"),),
         parameters=parameters,
         linear_in=("q", "k"),

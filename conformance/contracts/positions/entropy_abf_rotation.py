@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.positions.entropy_abf import even_width
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contracts.positions.entropy_abf import even_width, frequencies
 
 LENGTHS = (3, 8, 17)
 
@@ -18,10 +19,6 @@ def any_positions(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Positions in no order, a few below 0, within a context or far out."""
     far = int(rng.choice([3, 60, 5000, 200000]))
     return rng.integers(-2 - far // 8, far, case.shape("batch tokens"))
-
-
-def frequencies(rng: np.random.Generator, case: Case) -> np.ndarray:
-    return float(rng.choice([500000.0, 10000.0, 20.0])) ** -rng.random(case.size("d") // 2)
 
 
 def make_weights(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -90,7 +87,7 @@ CONTRACTS = (
         arrays=(Array("positions", "batch tokens", make=any_positions),),
         outputs=(Output("lam", dtype="float64", row_axes=0),),
         parameters=numbers(
-            c=st.sampled_from([4096, 8, 2.5]), floor=st.sampled_from([1.0, 1.25, 0.5])
+            c=st.sampled_from([4096, 8, 2.5, math.inf]), floor=st.sampled_from([1.0, 1.25, 0.5])
         ),
         bad_inputs=(
             ("positions that are not whole", "positions", lambda a: a["positions"] / 2),
@@ -127,7 +124,7 @@ CONTRACTS = (
         bad_inputs=(
             ("a list as P", "P", lambda a: a["P"].tolist()),
             ("integers as P", "P", lambda a: np.ones((1, 1), np.int64)),
-            ("a weight below 0", "P", lambda a: -np.ones((1, 1))),
+            BadValue("a weight below 0", "P", lambda a: -np.ones_like(a["P"])),
         ),
     ),
     Contract(

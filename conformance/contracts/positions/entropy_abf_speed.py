@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
 from attnspec.conformance.bench.inputs import attention_cost, forward_and_backward, qkv
-from attnspec.conformance.bench.model import Benchmark
+from attnspec.conformance.bench.model import Benchmark, Rival
 from attnspec.conformance.bench.rivals import reference, sdpa, torch_sdpa
+from attnspec.conformance.contracts.positions.giraffe_speed import rotary
 from attnspec.reference.positions.entropy_abf import extended_attention
+from attnspec.reference.positions.entropy_abf_rotation import rope_frequencies, row_scale
+
+
+def scaled(rival: Rival) -> Rival:
+    """A rival that rotates, given the frequencies and the row scale, as the authors' code does."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        import torch
+
+        q = arguments["q"]
+        f = torch.from_numpy(rope_frequencies(q.shape[-1])).to(q.device)
+        scale = row_scale(np.arange(q.shape[2]), arguments.get("c", 4096))[:, None]
+        lam = torch.from_numpy(scale).to(q.device, q.dtype)
+        return rival.prepare({**arguments, "f": f, "lam": lam})
+
+    return Rival(rival.name, prepare)
 
 
 def prompt(tokens: int, kv_heads: int = 32, backward: bool = False) -> Benchmark:
@@ -17,7 +39,12 @@ def prompt(tokens: int, kv_heads: int = 32, backward: bool = False) -> Benchmark
         qkv(1, 32, kv_heads, tokens, tokens, 128, layer=2),
         attention_cost(pairs=tokens * (tokens + 1) / 2, factor=3.5 if backward else 1.0),
         call=forward_and_backward if backward else None,
-        rivals=(sdpa("flash", backward, causal=True), sdpa("cudnn", backward, causal=True)),
+        rivals=(
+            scaled(rotary(compiled=False, backward=backward)),
+            scaled(rotary(compiled=True, backward=backward)),
+            sdpa("flash", backward, causal=True),
+            sdpa("cudnn", backward, causal=True),
+        ),
         settings={"tokens": tokens, "d": 128, "heads": 32, "kv_heads": kv_heads},
     )
 
@@ -33,7 +60,11 @@ BENCHMARKS = (
         qkv(1, 8, 8, 1024, 1024, 64, layer=2, c=256),
         attention_cost(pairs=1024 * 1025 / 2),
         dtype="float32",
-        rivals=(torch_sdpa(causal=True), reference(extended_attention)),
+        rivals=(
+            scaled(rotary(compiled=False)),
+            torch_sdpa(causal=True),
+            reference(extended_attention),
+        ),
         settings={"tokens": 1024, "d": 64, "heads": 8},
     ),
 )

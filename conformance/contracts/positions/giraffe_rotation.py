@@ -19,6 +19,9 @@ from attnspec.conformance.contracts.positions.giraffe import (
     rising,
 )
 
+WITHOUT_CONTRACT = {
+    "relative_kernel": "its answer is a function; the reference's tests cover it",
+}
 ROTATED = {"batch": (1, 2), "kv_heads": (1, 2), "group": (1, 2), "tokens": (1, 12), "d": (2, 24)}
 BAD_ROTATIONS: tuple[tuple[str, str, Any], ...] = (
     ("positions of other tokens", "p", lambda a: np.arange(99)),
@@ -85,6 +88,17 @@ CONTRACTS = (
             ("a scale that is no number", "scale", lambda a: "4"),
             ("a negative power", "power", lambda a: -0.5),
             ("an endless training length", "truncate", lambda a: math.inf),
+        ),
+    ),
+    Contract(
+        operation="giraffe.positions",
+        sizes={},
+        arrays=(),
+        outputs=(Output("p", "exact"),),
+        parameters=lambda sizes: {"T": st.integers(0, 40)},
+        bad_inputs=(
+            ("fewer than no tokens", "T", lambda a: -1),
+            ("half a token", "T", lambda a: 2.5),
         ),
     ),
     Contract(

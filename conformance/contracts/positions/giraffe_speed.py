@@ -28,12 +28,15 @@ def linear(make: Callable[[str, str], dict[str, Any]], d: int) -> Any:
 
 
 def rotary(compiled: bool, backward: bool = False) -> Rival:
-    """The usual rotation by tables in the dtype of q, then torch's attention."""
+    """The usual rotation by tables in the dtype of q, then torch's attention; with an argument
+    `lam` (q_tokens, 1) queries are multiplied by it.
+    """
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         import torch
 
         q, k, v, f = (arguments[name] for name in ("q", "k", "v", "f"))
+        lam = arguments.get("lam")
         angles = torch.arange(k.shape[2], device=k.device)[:, None] * f.float()
         cos, sin = (table.repeat(1, 2).to(q.dtype) for table in (angles.cos(), angles.sin()))
 
@@ -42,8 +45,9 @@ def rotary(compiled: bool, backward: bool = False) -> Rival:
             return x * cos[-x.shape[2] :] + torch.cat((-second, first), -1) * sin[-x.shape[2] :]
 
         def forward(q: Any, k: Any, v: Any) -> Any:
+            turned = turn(q) if lam is None else turn(q) * lam
             return torch.nn.functional.scaled_dot_product_attention(
-                turn(q), turn(k), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                turned, turn(k), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
             )
 
         run = torch.compile(forward, dynamic=False) if compiled else forward

@@ -6,23 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.conventions import check_size
+from attnspec.conformance.mutants import Mutant, altering, replacing, right
 from attnspec.reference.dense import attention as dense
-from attnspec.reference.patterns import neighborhood, neighborhood_unfused
-from attnspec.reference.patterns.neighborhood_windows import check_grid, token_order
+from attnspec.reference.patterns.neighborhood_windows import check_grid
 
 ATTEND = right("neighborhood.na_attend")
 AXIS = right("neighborhood.axis_window")
 AXIS_MASK = right("neighborhood.axis_mask")
 MASK = right("neighborhood.na_mask")
-QK = right("neighborhood.na_qk")
-AV = right("neighborhood.na_av")
-PERMUTE = right("neighborhood.token_permute")
-UNPERMUTE = right("neighborhood.token_unpermute")
-MERGE = right("neighborhood.merge_attentions")
-BACKWARD = neighborhood.na_backward
-SPREAD = neighborhood_unfused._over_tokens
 TILE = 4
 
 
@@ -110,6 +101,17 @@ def causal_shifted(
     return start, np.maximum(end, k) if causal else end, group
 
 
+def leader_beyond_the_end(
+    x: Any, X: int, k: int, s: int = 1, dil: int = 1, causal: bool = False
+) -> tuple[Any, Any, Any]:
+    """The leader of a causal group that is not whole lies behind the axis."""
+    start, end, group = AXIS(x, X, k, s, dil, causal)
+    if not causal:
+        return start, end, group
+    leader = np.asarray(x) // dil // s * s + s - 1
+    return np.maximum(leader - k + 1, 0), end, group
+
+
 def masks_with(window: Any) -> Any:
     """`axis_mask` with another `axis_window`."""
     return replacing(AXIS_MASK, axis_window=window)
@@ -140,6 +142,14 @@ def first_axis_fastest(shape: Any, kernel: Any, **options: Any) -> np.ndarray:
     return mask
 
 
+def order_of_first_axis(shape: Any, kernel: Any, **options: Any) -> np.ndarray:
+    """All axes are causal if the first one is."""
+    causal = options.get("causal", False)
+    if isinstance(causal, (tuple, list)) and len(causal) == len(shape):
+        options["causal"] = (causal[0],) * len(causal)
+    return MASK(shape, kernel, **options)
+
+
 def extra_in_front(arguments: dict[str, Any]) -> None:
     """The additional keys are taken to lie before those of the grid."""
     extra = arguments["extra"]
@@ -148,78 +158,30 @@ def extra_in_front(arguments: dict[str, Any]) -> None:
             arguments[name] = np.roll(arguments[name], -extra, axis=-2)
 
 
-def extra_by_window(q: Any, k: Any, v: Any, shape: Any, kernel: Any, **options: Any) -> Any:
-    """Additional keys are seen by the first half of the queries only."""
-    ATTEND(q, k, v, shape, kernel, **options)
-    scale = options.pop("scale", None)
-    extra = options.pop("extra", 0)
-    mask = MASK(shape, kernel, **options)
+def with_extra_seen(seen: Any) -> Any:
+    """`na_attend` whose queries see only those of the additional keys that ``seen(mask, extra)``,
+    bool (tokens, extra), allows.
+    """
+
+    def call(q: Any, k: Any, v: Any, shape: Any, kernel: Any, **options: Any) -> Any:
+        ATTEND(q, k, v, shape, kernel, **options)
+        scale, extra = options.pop("scale", None), options.pop("extra", 0)
+        mask = MASK(shape, kernel, **options)
+        mask = np.concatenate([mask, seen(mask, extra)], axis=1)
+        return dense.attend(q, k, v, mask=mask, scale=scale)
+
+    return call
+
+
+def by_first_half(mask: np.ndarray, extra: int) -> np.ndarray:
     behind = np.ones((len(mask), extra), bool)
     behind[len(mask) // 2 :] = False
-    return dense.attend(q, k, v, mask=np.concatenate([mask, behind], axis=1), scale=scale)
+    return behind
 
 
-def symmetric_inverse(
-    q: Any, k: Any, v: Any, shape: Any, kernel: Any, dout: Any, dlse: Any = None, **options: Any
-) -> Any:
-    """dk and dv gather from the queries in the key's own window."""
-    dq, dk, _ = BACKWARD(q, k, v, shape, kernel, dout, dlse, **options)
-    extra, scale = options.pop("extra", 0), options.pop("scale", None)
-    mask = np.concatenate([MASK(shape, kernel, **options), np.ones((q.shape[-2], extra), bool)], 1)
-    own = mask.copy()
-    own[:, : q.shape[-2]] &= mask[:, : q.shape[-2]].T
-    weights, _ = dense.softmax_lse(dense.score(q, k, scale=scale), mask)
-    P = np.where(own, weights, 0).astype(weights.dtype)
-    return dq, dk, dense.sum_groups(np.swapaxes(P, -1, -2) @ dout, v.shape[-3])
-
-
-def no_lse_gradient(arguments: dict[str, Any]) -> None:
-    arguments["dlse"] = None
-
-
-def first_of_group(x: np.ndarray, heads: int) -> np.ndarray:
-    return x[..., :: x.shape[-3] // heads, :, :]
-
-
-def no_scale(arguments: dict[str, Any]) -> None:
-    if arguments["scale"] is None:
-        arguments["scale"] = 1.0
-
-
-def reads_behind_the_end(x: np.ndarray, index: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    return SPREAD(x, index, np.ones_like(inside))
-
-
-def window_backwards(result: np.ndarray) -> np.ndarray:
-    return result[..., ::-1]
-
-
-def zero_behind_the_end(result: np.ndarray) -> np.ndarray:
-    return np.where(np.isneginf(result), np.zeros_like(result), result)
-
-
-def strided_runs(x: np.ndarray, shape: Any, dil: Any) -> Any:
-    """The groups in the order of the last axis's residues first."""
-    permuted, shapes = PERMUTE(x, shape, dil)
-    cuts = np.cumsum(np.prod(shapes, axis=1))[:-1]
-    groups = np.split(permuted, cuts, axis=-2)[::-1]
-    return np.concatenate(groups, axis=-2), shapes[::-1].copy()
-
-
-def permuted_again(x: np.ndarray, shape: Any, dil: Any) -> np.ndarray:
-    UNPERMUTE(x, shape, dil)
-    check_size("x", x.shape[-2], x.shape[-2], "tokens")
-    return x[..., token_order(shape, dil)[0], :]
-
-
-def plain_average(outs: Any, lses: Any) -> Any:
-    _, lse = MERGE(outs, lses)
-    return sum(outs[1:], outs[0]) / outs[0].dtype.type(len(outs)), lse
-
-
-def lse_of_largest(outs: Any, lses: Any) -> Any:
-    out, _ = MERGE(outs, lses)
-    return out, np.max(np.stack(lses), axis=0)
+def as_of_the_grid(mask: np.ndarray, extra: int) -> np.ndarray:
+    """Windows go round the grid, and have hold of what lies behind it."""
+    return mask[:, np.arange(extra) % len(mask)]
 
 
 def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
@@ -245,6 +207,10 @@ MUTANTS = (
            attention_with(causal_to_leader)),
     mutant("causal-shifted", "prefix", "a causal window is pushed inwards at the start",
            attention_with(causal_shifted)),
+    mutant("leader-unclipped", "agreement", "a causal leader may lie behind the end of its axis",
+           attention_with(leader_beyond_the_end)),
+    mutant("order-of-first-axis", "agreement", "all axes are causal if the first is",
+           replacing(ATTEND, na_mask=order_of_first_axis)),
     mutant("no-groups", "agreement", "windows mix dilation groups",
            replacing(ATTEND, na_mask=replacing(MASK, axis_mask=without_groups))),
     mutant("first-axis-fastest", "agreement", "the axes are flattened in the wrong order",
@@ -252,33 +218,12 @@ MUTANTS = (
     mutant("extra-in-front", "lengths", "additional keys are taken from the front",
            altering(ATTEND, extra_in_front)),
     mutant("extra-by-window", "lengths", "the last queries do not see the additional keys",
-           extra_by_window),
-    mutant("symmetric-inverse", "gradient", "dv gathers from the key's own window", ATTEND,
-           backward=symmetric_inverse),
-    mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
-           ATTEND, backward=replacing(BACKWARD, dense=type("Dense", (), {
-               "attend_backward": staticmethod(
-                   replacing(dense.attend_backward, sum_groups=first_of_group))}))),
-    mutant("no-dlse", "gradient", "the gradient through lse is dropped", ATTEND,
-           backward=altering(BACKWARD, no_lse_gradient)),
+           with_extra_seen(by_first_half)),
+    mutant("extra-in-windows", "lengths", "additional keys are masked as those of the grid are",
+           with_extra_seen(as_of_the_grid)),
     of("axis_window", "window-cut", "agreement", "windows are cut at borders", cut_at_borders),
     of("axis_mask", "mask-without-groups", "agreement", "windows mix dilation groups",
        without_groups),
     of("na_mask", "mask-flattened", "agreement", "the axes are flattened in the wrong order",
        first_axis_fastest),
-    of("na_qk", "no-scale", "agreement", "scores are not scaled", altering(QK, no_scale)),
-    of("na_qk", "window-backwards", "agreement", "window entries come last to first",
-       spoiling(QK, window_backwards)),
-    of("na_qk", "zero-behind-the-end", "agreement", "scores behind a causal end are 0",
-       spoiling(QK, zero_behind_the_end)),
-    of("na_av", "reads-behind-the-end", "agreement", "weights behind a causal end are read",
-       replacing(AV, _over_tokens=reads_behind_the_end)),
-    of("token_permute", "groups-backwards", "agreement", "the dilation groups come last to first",
-       strided_runs),
-    of("token_unpermute", "permuted-again", "agreement", "the inverse is the permutation itself",
-       permuted_again),
-    of("merge_attentions", "plain-average", "agreement", "parts count alike, whatever their lse",
-       plain_average),
-    of("merge_attentions", "lse-of-largest", "agreement", "the merged lse is the largest one",
-       lse_of_largest),
 )  # fmt: skip

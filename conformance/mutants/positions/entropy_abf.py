@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.conformance.mutants import Mutant, altering, replacing, right
 from attnspec.reference.positions import entropy_abf
 
 ATTENTION = right("entropy_abf.extended_attention")
@@ -18,8 +18,6 @@ ROTATE = right("entropy_abf.rope_rotate")
 SCALE = right("entropy_abf.row_scale")
 FREQUENCIES = right("entropy_abf.rope_frequencies")
 EXEMPT = right("entropy_abf.layer_is_exempt")
-GROWTH = right("entropy_abf.entropy_growth")
-ENTROPY = right("entropy_abf.attention_entropy")
 
 
 def of_the_position(positions: Any, c: float = 4096, floor: float = 1.0) -> Any:
@@ -62,11 +60,6 @@ def in_bfloat16(positions: Any, c: float = 4096, floor: float = 1.0) -> Any:
     return np.round(lam / exponent * 128) / 128 * exponent
 
 
-def nan_below_zero(positions: Any, c: float = 4096, floor: float = 1.0) -> Any:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.maximum(np.log(positions + 1.0) / np.log(c), floor)
-
-
 def one_layer_more(layer: int, n_exempt: int = 2) -> bool:
     return layer <= n_exempt
 
@@ -105,6 +98,27 @@ def scaled_twice(q: Any, k: Any, v: Any, pq: Any = None, pk: Any = None, **optio
     return ATTENTION(q, k, v, pq, pk, **options)
 
 
+def maximum_before_scale(
+    q: Any, k: Any, v: Any, pq: Any = None, pk: Any = None, *, causal: bool = True,
+    key_mask: Any = None, **options: Any,
+) -> Any:  # fmt: skip
+    """Rows are shifted by the largest of their logits without the scale."""
+    plain, z = LOGITS(q, k, pq, pk, **{**options, "n_exempt": 99}), LOGITS(q, k, pq, pk, **options)
+    mask = VISIBLE(*entropy_abf.default_positions(q, k, pq, pk), causal, key_mask)
+    top = np.max(np.where(mask, plain, -np.inf), axis=-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isneginf(top), 0, top).astype(z.dtype)
+    with np.errstate(all="ignore"):
+        weights = np.where(mask, np.exp(z - top), 0).astype(z.dtype)
+        total = np.sum(weights, axis=-1, keepdims=True)
+        out = entropy_abf.dense.combine(weights / np.where(total == 0, 1, total), v)
+        return out.astype(q.dtype), (top + np.log(total))[..., 0]
+
+
+def own_frequencies(arguments: dict[str, Any]) -> None:
+    """The table is that of the base, whatever frequencies are given."""
+    arguments["freqs"] = None
+
+
 def by_index(pq: Any, pk: Any, causal: bool = True, key_mask: Any = None) -> Any:
     """The causal order of the array, whatever the positions."""
     T, S = pq.shape[-1], pk.shape[-1]
@@ -119,10 +133,6 @@ def neighbours(x: Any, positions: Any, freqs: Any) -> Any:
     """Channels 2m and 2m + 1 are a pair, where m and m + d/2 should be."""
     order = np.concatenate([np.arange(0, x.shape[-1], 2), np.arange(1, x.shape[-1], 2)])
     return ROTATE(x[..., order], positions, freqs)[..., np.argsort(order)]
-
-
-def other_way(x: Any, positions: Any, freqs: Any) -> Any:
-    return ROTATE(x, -positions, freqs)
 
 
 def unscaled_queries(
@@ -145,38 +155,8 @@ def no_lse_gradient(arguments: dict[str, Any]) -> None:
     arguments["dlse"] = None
 
 
-def over_d(d: int, base: float = 500000.0) -> Any:
-    """The exponent is m/d."""
-    return np.sqrt(FREQUENCIES(d, base))
-
-
 def trained_base(d: int, base: float = 500000.0) -> Any:
     return FREQUENCIES(d, 10000.0)
-
-
-def softmax_again(P: Any) -> Any:
-    """The weights are taken for logits, as the released script does."""
-    weights = np.exp(P)
-    return ENTROPY(weights / weights.sum(axis=-1, keepdims=True))
-
-
-def in_bits(entropy: Any) -> Any:
-    return (entropy / np.log(2)).astype(entropy.dtype)
-
-
-def average_first(P_by_length: Any) -> Any:
-    """Documents are averaged before the entropy."""
-    return GROWTH({n: P.mean(axis=0, keepdims=True) for n, P in P_by_length.items()})
-
-
-def head_0_for_all(P_by_length: Any) -> Any:
-    lengths, E = GROWTH(P_by_length)
-    return lengths, np.zeros_like(E) + E[..., :1]
-
-
-def as_they_come(P_by_length: Any) -> Any:
-    """Lengths in the order of the mapping, beside entropies in ascending order."""
-    return np.array(list(P_by_length)), GROWTH(P_by_length)[1]
 
 
 def mutant(name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
@@ -210,6 +190,10 @@ MUTANTS = (
     mutant("exempt-base", "agreement", "exempt layers keep the base 10000", exempt_from_the_base),
     mutant("scaled-keys", "agreement", "keys are scaled in place of queries", scaled_keys),
     mutant("scaled-twice", "agreement", "queries and keys are both scaled", scaled_twice),
+    mutant("maximum-before-scale", "magnitude", "the maximum is taken before the scale",
+           maximum_before_scale),
+    mutant("own-frequencies", "agreement", "frequencies that are given are not used",
+           altering(ATTENTION, own_frequencies)),
     mutant("order-by-index", "agreement", "causal order goes by index, not by position",
            replacing(ATTENTION, visible=by_index)),
     mutant("first-mask", "batch", "every entry of the batch uses the first entry's key mask",
@@ -226,24 +210,4 @@ MUTANTS = (
          replacing(LOGITS, rope_frequencies=trained_base)),
     step("weights-by-index", "attend", "agreement", "causal order goes by index",
          replacing(ATTEND, visible=by_index)),
-    step("neighbouring-pairs", "rope_rotate", "agreement", "neighbouring channels are paired",
-         neighbours),
-    step("other-way", "rope_rotate", "agreement", "the rotation has the other sign", other_way),
-    step("gradient-other-way", "rope_rotate", "gradient", "the gradient is turned on, not back",
-         ROTATE, backward=lambda x, positions, freqs, dout: ROTATE(dout, positions, freqs)),
-    step("scale-of-position", "row_scale", "agreement", "ln(p) in place of ln(p + 1)",
-         of_the_position),
-    step("negative-nan", "row_scale", "agreement", "positions below 0 give NaN", nan_below_zero),
-    step("exponent", "rope_frequencies", "agreement", "the exponent is m/d, not 2m/d", over_d),
-    step("exempt-too-many", "layer_is_exempt", "agreement", "n_exempt itself is exempt",
-         one_layer_more),
-    step("softmax-again", "attention_entropy", "agreement", "weights are taken for logits",
-         softmax_again),
-    step("entropy-in-bits", "attention_entropy", "agreement", "the logarithm has base 2",
-         spoiling(ENTROPY, in_bits)),
-    step("average-first", "entropy_growth", "agreement", "weights are averaged, not entropies",
-         average_first),
-    step("head-0", "entropy_growth", "agreement", "head 0 stands for all", head_0_for_all),
-    step("unsorted", "entropy_growth", "agreement", "lengths come in the order given",
-         as_they_come),
 )  # fmt: skip

@@ -36,6 +36,13 @@ def first_entry(x: Any, p: Any, f: Any) -> Any:
     return HALF_SPLIT(x, p[0] if p.ndim > 1 else p, f)
 
 
+def own_of_heads(x: Any, p: Any, f: Any) -> Any:
+    """Every head has positions of its own, drawn for it alone."""
+    heads = range(x.shape[-3])
+    turned = [HALF_SPLIT(x[..., h : h + 1, :, :], p * (1 + h / 4), f) for h in heads]
+    return np.concatenate(turned, axis=-3) if turned else HALF_SPLIT(x, p, f)
+
+
 def other_layout(x: Any, p: Any, f: Any) -> Any:
     return INTERLEAVED(x, p, f)
 
@@ -112,6 +119,7 @@ MUTANTS = (
     turning("whole", "agreement", "positions are cut to integers", whole),
     turning("coarse", "agreement", "angles are rounded to eight bits", coarse),
     turning("first-entry", "batch", "every entry has the positions of the first", first_entry),
+    turning("own-of-heads", "agreement", "positions are drawn for each head", own_of_heads),
     turning("interleaved", "agreement", "neighbouring channels are paired", other_layout),
     attention("one-way", "agreement", "keys are turned the other way",
               lambda q, k, v, pq=None, pk=None, f=None, **o: ATTEND(

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import Mutant, replacing, right
+from attnspec.conformance.mutants import Mutant, replacing, right, spoiling
 from attnspec.reference.positions import giraffe_rotation, giraffe_xpos
 
 BASIS = right("giraffe.rope_basis")
+PLACES = right("giraffe.positions")
 RANDOM = right("giraffe.random_positions")
 HALF_SPLIT = right("giraffe.rotate_half_split")
 INTERLEAVED = right("giraffe.rotate_interleaved")
@@ -78,6 +79,11 @@ def from_zero(u: Any) -> Any:
     return p - p[..., :1]
 
 
+def end_of_table(x: Any, p: Any, f: Any) -> Any:
+    """Tables made for 2048 positions: those beyond read the last row."""
+    return HALF_SPLIT(x, np.minimum(p, 2047), f)
+
+
 def coarse(x: Any, p: Any, f: Any) -> Any:
     """Angles are rounded to eight bits before the cosine."""
     fraction, exponent = np.frexp(p[..., None, :, None] * f)
@@ -116,6 +122,12 @@ def over_m(d: int, p: Any, N: int, b: float = 512) -> Any:
     return zeta ** ((p.astype(np.float64) - N // 2) / b)[..., None]
 
 
+def whole_table_at_its_end(q: Any, k: Any, pq: Any, pk: Any, *, N: int, **options: Any) -> Any:
+    """A slice that ends with the table is not taken: the last position reads the first row."""
+    pq, pk = (np.where(p == N - 1, 0, p) for p in (pq, pk))
+    return XPOS(q, k, pq, pk, N=N, **options)
+
+
 def both_grown(q: Any, k: Any, pq: Any, pk: Any, *, N: int, b: float = 512,
                base: float = 10000.0) -> Any:  # fmt: skip
     """Keys grow as queries do: the product depends on where the two are, not how far apart."""
@@ -149,6 +161,8 @@ MUTANTS = (
     basis("stretched", "a scale below 1 is not ignored", stretched),
     basis("no-band", "there is no band between kept and 0", without_band),
     basis("cut-exclusive", "a frequency at the cut is not kept", cut_exclusive),
+    step("from-one", "positions", "agreement", "the first position is 1",
+         spoiling(PLACES, lambda p: p + 1)),
     step("always-rescaled", "random_positions", "agreement", "positions are stretched as well",
          always_rescaled),
     step("never-rescaled", "random_positions", "agreement", "positions run beyond T",
@@ -158,6 +172,8 @@ MUTANTS = (
     step("from-zero", "random_positions", "agreement", "the first position is 0", from_zero),
     step("bfloat16-angles", "rotate_half_split", "agreement", "angles are rounded to eight bits",
          coarse),
+    step("table-end", "rotate_half_split", "agreement", "a table is read beyond its end",
+         end_of_table),
     step("other-way", "rotate_half_split", "agreement", "the rotation has the other sign",
          other_way),
     step("onwards", "rotate_half_split", "gradient", "the gradient is turned on, not back",
@@ -174,6 +190,8 @@ MUTANTS = (
          replacing(XPOS, xpos_scale=half_amplitudes)),
     step("inverse", "xpos", "agreement", "queries shrink and keys grow",
          replacing(XPOS, xpos_scale=key_grown)),
+    step("last-slice", "xpos", "agreement", "the last position reads the first row of the table",
+         whole_table_at_its_end),
     step("keys-grow", "xpos", "agreement", "keys grow as queries do", both_grown),
     step("xpos-half-split", "xpos", "agreement", "xPos on half-split pairs", halves_turned),
     step("no-amplitudes", "xpos", "gradient", "gradients lack the amplitudes", XPOS,
