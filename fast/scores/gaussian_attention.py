@@ -101,10 +101,11 @@ def block(
             axes.append(_check_layer(x, *layer))
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers: in layer {number}, {error}") from None
-    if padding_value is not None and (
-        isinstance(padding_value, bool) or not isinstance(padding_value, Real)
-    ):
-        raise TypeError(f"padding_value: got {padding_value!r}, expected a number or None")
+    if padding_value is not None:
+        if isinstance(padding_value, bool) or not isinstance(padding_value, Real):
+            raise TypeError(f"padding_value: got {padding_value!r}, expected a number or None")
+        if math.isnan(padding_value):
+            raise ValueError(f"padding_value: got {padding_value}, expected a number or None")
     options = _options(eps, clamp, combine, exact_mask, residual=True)
     backend = choose_by_dtype(backend, "x", x)
     weights, dtype = [], x.dtype

@@ -6,6 +6,8 @@ operations keep nothing larger than their inputs.
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.functional import pad
 
 from attnspec.fast.backend import (
     FLOATS,
+    check_bool,
     check_integer,
     check_same,
     check_size,
@@ -60,6 +63,15 @@ def _check_rows(name: str, rows: int, causal: bool) -> None:
         raise ValueError(f"{name}: got {rows} rows, expected {expected}")
 
 
+def _check_scale(scale: Any) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale: got {scale!r}, expected a finite number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number or None")
+
+
 def _check_self(q: Any, k: Any, v: Any = None) -> None:
     check_tensor("q", q, ("batch", "heads", "L", "d"), FLOATS)
     for name, x in (("k", k), ("v", v)):
@@ -83,6 +95,8 @@ def relative_table_slice(E: Tensor, L: int, causal: bool = True, clip: bool = Fa
     shared = isinstance(E, Tensor) and E.dim() == 2
     check_tensor("E", E, ("rows", "d") if shared else ("heads", "rows", "d"), FLOATS)
     check_integer("L", L, least=1)
+    check_bool("causal", causal)
+    check_bool("clip", clip)
     rows = E.shape[-2]
     _check_rows("E", rows, causal)
     zero = rows - 1 if causal else rows // 2
@@ -143,6 +157,7 @@ def relative_logits_gather(qs: Tensor, E: Tensor, L: int, causal: bool = True) -
     check_tensor("qs", qs, ("batch", "heads", "L", "d"), FLOATS)
     check_integer("L", L, least=0)
     check_size("qs", qs.shape[2], L, "L tokens")
+    check_bool("causal", causal)
     _check_table("E", E, qs.shape[1], qs.shape[3], causal)
     check_same("E", E, "qs", qs)
     index, there = _pairs(E.shape[-2], L, causal, qs.device)
@@ -170,6 +185,8 @@ def global_logits(
 ) -> Tensor:
     """Logits (batch, heads, L, L); in the causal order those with j > i are to be masked."""
     _check_self(q, k)
+    _check_scale(scale)
+    check_bool("causal", causal)
     _check_table("E", E, q.shape[1], q.shape[3], causal)
     check_same("E", E, "q", q)
     return _logits(q, k, E, scale, causal)
@@ -195,6 +212,7 @@ def _check_local_rows(E: Tensor, L: int, b: int) -> None:
 def local_logits(q: Tensor, k: Tensor, E: Tensor, b: int, scale: float | None = None) -> Tensor:
     """Logits (batch, heads, L, L), -inf where nothing is seen."""
     _check_self(q, k)
+    _check_scale(scale)
     _check_table("E", E, q.shape[1], q.shape[3], causal=True)
     check_same("E", E, "q", q)
     seen = local_visibility(q.shape[2], b).to(q.device)
@@ -228,6 +246,7 @@ def decode_relative(q_row: Tensor, E: Tensor, n_keys: int, scale: float | None =
     """The newest query's relative logits (batch, heads, n_keys) of q_row (batch, heads, d)."""
     check_tensor("q_row", q_row, ("batch", "heads", "d"), FLOATS)
     check_integer("n_keys", n_keys, least=1)
+    _check_scale(scale)
     _check_table("E", E, q_row.shape[1], q_row.shape[2], causal=True)
     check_same("E", E, "q_row", q_row)
     used = relative_table_slice(E, n_keys)
@@ -238,6 +257,7 @@ def decode_relative(q_row: Tensor, E: Tensor, n_keys: int, scale: float | None =
 def relative_values(P: Tensor, Ev: Tensor, causal: bool = True) -> Tensor:
     """What a table of values adds, (batch, heads, L, dv), for weights P (batch, heads, L, L)."""
     _check_square("P", P)
+    check_bool("causal", causal)
     _check_table("Ev", Ev, P.shape[1], Ev.shape[-1] if isinstance(Ev, Tensor) else 0, causal)
     check_same("Ev", Ev, "P", P)
     return product(_by_distance(P, Ev.shape[-2], causal), Ev)
@@ -256,7 +276,8 @@ def table_gradient(dlogits: Tensor, qs: Tensor, M: int, causal: bool = True) -> 
     _check_square("dlogits", dlogits)
     check_tensor("qs", qs, ("batch", "heads", "L", "d"), FLOATS)
     check_integer("M", M, least=1)
-    check_same("qs", qs, "dlogits", dlogits)
+    check_same("dlogits", dlogits, "qs", qs)
+    check_bool("causal", causal)
     if dlogits.shape[:3] != qs.shape[:3]:
         raise ValueError(
             f"dlogits: got shape {tuple(dlogits.shape)}, expected {qs.shape[:3]} first"
@@ -298,6 +319,8 @@ def global_attention(
     Differentiable in q, k, v and E. A table of values `Ev` is refused.
     """
     _check_self(q, k, v)
+    _check_scale(scale)
+    check_bool("causal", causal)
     _check_table("E", E, q.shape[1], q.shape[3], causal)
     check_same("E", E, "q", q)
     _refuse_values(Ev)
@@ -321,6 +344,7 @@ def local_attention(
     Arguments as in `global_attention`; E needs min(2 b, L) rows.
     """
     _check_self(q, k, v)
+    _check_scale(scale)
     _check_table("E", E, q.shape[1], q.shape[3], causal=True)
     check_same("E", E, "q", q)
     check_integer("b", b, least=1)

@@ -17,6 +17,7 @@ from attnspec.fast.backend import (
     FLOATS,
     check_bool,
     check_choice,
+    check_device,
     check_integer,
     check_same,
     check_size,
@@ -125,6 +126,7 @@ def lssa_logits(q: Tensor, k: Tensor, n: Tensor, *, normalise_qk: bool = True) -
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} kv heads, expected a divisor of the heads")
     counts = _check_counts(n, (q.shape[0], q.shape[2]))
+    check_bool("normalise_qk", normalise_qk)
     a, b = wide(q), wide(k)
     if normalise_qk:
         a, b = unit(a), unit(b)
@@ -242,6 +244,7 @@ def _masked(q: Tensor, k: Tensor, causal: Any, mask: Any) -> tuple[Tensor, dict[
         raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
+    check_device("mask", mask, "q", q)
     rows_fit = mask.dim() in (2, 3) and mask.shape[-2] in (1, q_tokens)
     if not rows_fit or mask.shape[-1] != k_tokens or mask.shape[:-2] not in ((), (batch,)):
         raise ValueError(
@@ -284,6 +287,7 @@ def lssa(
     """
     check_inputs(q, k, v, "numba")
     eps = _check_number("eps", eps, 0)
+    check_bool("normalise_qk", normalise_qk)
     counts, options = _masked(q, k, causal, mask)
     return softplus(
         q, k, v, counts, factor=_factor(q.shape[3], normalise_qk), normalise=normalise_qk, eps=eps,
@@ -316,6 +320,7 @@ def lssar(
     check_integer("warm", warm, least=1)
     check_choice("eps_mode", eps_mode, ("additive", "logspace"))
     tolerance = _check_number("dead_tol", dead_tol, 0)
+    check_bool("normalise_qk", normalise_qk)
     second = Sharpening(p, warm, eps) if eps_mode == "additive" else None
     counts, options = _masked(q, k, causal, mask)
     return softplus(
@@ -353,6 +358,7 @@ def step(
         _check_number("p", p, 1)
     check_integer("warm", warm, least=1)
     _check_number("eps", eps, 0)
+    check_bool("normalise_qk", normalise_qk)
     room = getattr(state, "room", None)
     (keys, values), room = append(room, (state.k, state.v), (k.detach(), v.detach()))
     options: dict[str, Any] = {"causal": True, "eps": eps, "normalise_qk": normalise_qk}

@@ -24,8 +24,9 @@ S3. **Density.** Head m has K offsets :math:`\delta_k` and K widths :math:`c_k \
 :math:`r_j = \prod_k G_{jk}`, or as the mean :math:`\frac 1 K \sum_k G_{jk}`.
 
 S4. **Weigh.** :math:`w_j = r_j / \max(\sum_i r_i, \varepsilon)`. Padded entries take part. Where
-the raw sum is below :math:`\varepsilon`, as products of narrow densities soon are, the weights sum
-to less than 1, down to 0; the clamp "none" divides by the sum all the same.
+the raw sum is below :math:`\varepsilon`, as products of narrow or of many densities soon are, the
+weights sum to less than 1, down to 0; the clamp "none" divides by the sum all the same. So a
+constant fibre, where v is :math:`\varepsilon` alone and an offset lies far out, has weights 0.
 
 S5. **Apply.** :math:`o_j = z_j w_j`; a padded entry stays :math:`z_j`. The chunks are put
 together again along A.
@@ -60,8 +61,11 @@ The paper speaks of a mixture that models any distribution; the authors' code mu
 densities, which is one Gaussian again. We follow the code and keep the sum for the paper's claim.
 In the code the argument eps lands in the place of another parameter, so that 1e-8 is always used;
 ours works, with that default. Zeros counted for padding are likely a bug, kept as the default. S8,
-the clamp "none" and K14's checks are ours; S9 is our reading of the paper and unverified. The paper
-also puts the layer before grouped-query attention: apply `block` to the sequence, or
+the clamp "none" and K14's checks are ours; S9 is our reading of the paper and unverified. Offsets
+start at 0 and widths at the exponential of a normal variate; the code's example has 3 layers of 4
+heads and 5 Gaussians along axis 1, which is time in (batch, time, features).
+
+The paper also puts the layer before grouped-query attention: apply `block` to the sequence, or
 `multi_head` to the keys, and attend as usual; the code has no such layer. Along time a new token
 changes every statistic, so there is no streaming form; along features every token stands alone.
 """
@@ -73,19 +77,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from attnspec.reference.scores.gaussian_attention_checks import (
-    check_axes,
-    check_input,
     check_layer,
     check_layers,
     check_mask,
     check_options,
     check_padding,
+    check_upstream,
 )
 from attnspec.reference.scores.gaussian_attention_gradient import multi_head_backward
 from attnspec.reference.scores.gaussian_attention_steps import (
     apply,
     axis_stats,
     collapse,
+    importance_factor,
     log_density,
     normalise,
     split_chunks,
@@ -181,6 +185,10 @@ def block_backward(
     >>> block_backward(x, ((1, (0 * one, one)),), np.ones((1, 2))).round(3)
     array([[1.5, 1.5]])
     """
+    check_layers(x, layers)
+    check_padding(padding_value)
+    check_options(eps, clamp, combine, exact_mask)
+    check_upstream("dout", dout, x)
     steps = []
     for axis, params in layers:
         mask = None if padding_value is None else x != padding_value
@@ -196,21 +204,6 @@ def block_backward(
         )  # fmt: skip
         dout = dout + dx
     return dout
-
-
-def importance_factor(w: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
-    """S9: how much each entry of the one axis that is not in `axes` matters, from 0 to 1.
-
-    >>> importance_factor(np.array([[0.2, 0.8], [0.4, 0.6]]), 0)
-    array([0., 1.])
-    """
-    check_input("w", w, -1)
-    kept = check_axes(w, axes)
-    if w.size == 0:
-        raise ValueError(f"w: got shape {w.shape}, expected at least one entry")
-    g = np.mean(w, axis=tuple(a for a in range(w.ndim) if a != kept))
-    span = np.max(g) - np.min(g)
-    return (g - np.min(g)) / np.where(span == 0, np.ones_like(span), span)
 
 
 MECHANISM = Mechanism(

@@ -120,11 +120,20 @@ def check_options(eps: Any, clamp: Any, combine: Any, exact_mask: Any) -> None:
 
 
 def check_padding(value: Any) -> None:
-    """S6, K14: `value` is None or a number."""
-    if value is not None and (
-        isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number))
-    ):
+    """S6, K14: `value` is None or a real number; NaN equals no entry, not even NaN."""
+    if value is None:
+        return
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"padding_value: got {value!r}, expected a number or None")
+    if math.isnan(value):
+        raise ValueError(f"padding_value: got {value}, expected a number or None")
+
+
+def check_upstream(name: str, gradient: Any, x: np.ndarray) -> None:
+    """S10, K14: the gradient of an output is shaped as the entries are."""
+    check_array(name, gradient, ())
+    if gradient.shape != x.shape:
+        raise ValueError(f"{name}: got shape {gradient.shape}, expected {x.shape}, as x")
 
 
 def check_axes(w: np.ndarray, axes: Any) -> int:

@@ -6,6 +6,12 @@ import math
 
 import numpy as np
 
+from attnspec.reference.scores.gaussian_attention_checks import (
+    check_layer,
+    check_mask,
+    check_options,
+    check_upstream,
+)
 from attnspec.reference.scores.gaussian_attention_steps import (
     axis_stats,
     join,
@@ -39,9 +45,12 @@ def multi_head_backward(
     >>> dx.round(3), ddelta.round(3), dc.round(3)
     (array([[0.5, 0.5]]), array([[0.5]]), array([[0.]]))
     """
-    for name, gradient in (("dout", dout), ("dw", dw)):
-        if gradient is not None and gradient.shape != x.shape:
-            raise ValueError(f"{name}: got shape {gradient.shape}, expected {x.shape}, as x")
+    axis = check_layer(x, axis, params)
+    check_mask(mask, x)
+    check_options(eps, clamp, combine, exact_mask)
+    check_upstream("dout", dout, x)
+    if dw is not None:
+        check_upstream("dw", dw, x)
     delta, c = params
     dw = np.zeros_like(x) if dw is None else dw
     real = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)

@@ -1,4 +1,4 @@
-"""Gaussian attention, the steps: chunks, statistics, density, weights; S1 to S5 and S7."""
+"""Gaussian attention, the steps: chunks, statistics, density, weights; S1 to S5, S7 and S9."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from attnspec.reference.conventions import check_array, check_choice, check_inte
 from attnspec.reference.scores.gaussian_attention_checks import (
     CLAMPS,
     COMBINATIONS,
+    check_axes,
     check_broadcast,
     check_dtype,
     check_flag,
@@ -188,3 +189,18 @@ def collapse(delta: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sharpness = 1 / c**2
     lam = np.sum(sharpness, axis=-1)
     return np.asanyarray(np.sum(delta * sharpness, axis=-1) / lam), np.asanyarray(lam)
+
+
+def importance_factor(w: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
+    """S9: how much each entry of the one axis that is not in `axes` matters, from 0 to 1.
+
+    >>> importance_factor(np.array([[0.2, 0.8], [0.4, 0.6]]), 0)
+    array([0., 1.])
+    """
+    check_input("w", w, -1)
+    kept = check_axes(w, axes)
+    if w.size == 0:
+        raise ValueError(f"w: got shape {w.shape}, expected at least one entry")
+    g = np.mean(w, axis=tuple(a for a in range(w.ndim) if a != kept))
+    span = np.max(g) - np.min(g)
+    return (g - np.min(g)) / np.where(span == 0, np.ones_like(span), span)

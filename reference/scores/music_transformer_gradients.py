@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import (
-    causal_mask,
-    check_array,
-    default_scale,
-    repeat_heads,
-)
+from attnspec.reference.conventions import causal_mask, default_scale, repeat_heads
 from attnspec.reference.dense.attention import sum_groups
 from attnspec.reference.primitives.softmax import softmax, softmax_backward
+from attnspec.reference.scores.music_transformer_checks import (
+    check_self,
+    check_upstream,
+    check_values_table,
+)
 from attnspec.reference.scores.music_transformer_steps import (
     global_logits,
     local_logits,
@@ -89,7 +89,9 @@ def _gradients(
     scale: float | None,
     causal: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    check_array("dout", dout, ("heads", "L", "dv"))
+    check_self("v", q, v)
+    check_upstream(dout, q, v)
+    check_values_table(Ev, q, v, causal)
     P = softmax(logits, seen)
     heads, L = q.shape[-3], q.shape[-2]
     dP = dout @ np.swapaxes(repeat_heads(v, heads), -1, -2)

@@ -11,20 +11,16 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-
-
-def check_table(name: str, E: np.ndarray, heads: int, width: int, causal: bool) -> None:
-    """S1, K14: a table (heads, rows, width), or (rows, width) shared by all heads."""
-    check_array(name, E, ("rows", "d"))
-    if E.ndim > 3 or (E.ndim == 3 and E.shape[0] != heads):
-        raise ValueError(
-            f"{name}: got shape {E.shape}, expected ({heads}, rows, {width}) or (rows, {width})"
-        )
-    check_size(name, E.shape[-1], width, "the width of what it is multiplied with")
-    if E.shape[-2] < 1:
-        raise ValueError(f"{name}: got 0 rows, expected at least 1")
-    if not causal and E.shape[-2] % 2 == 0:
-        raise ValueError(f"{name}: got {E.shape[-2]} rows, expected 2 M - 1 of them")
+from attnspec.reference.scores.music_transformer_checks import (
+    check_dtype,
+    check_flag,
+    check_local_rows,
+    check_rows,
+    check_scale,
+    check_self,
+    check_square,
+    check_table,
+)
 
 
 def relative_table_slice(
@@ -42,14 +38,14 @@ def relative_table_slice(
     """
     check_array("E", E, ("rows", "d"))
     check_integer("L", L, least=1)
-    if E.shape[-2] < 1 or (not causal and E.shape[-2] % 2 == 0):
-        expected = "at least 1" if causal else "2 M - 1"
-        raise ValueError(f"E: got {E.shape[-2]} rows, expected {expected}")
+    check_flag("causal", causal)
+    check_flag("clip", clip)
+    check_rows("E", E, causal)
     rows = E.shape[-2]
     zero = rows - 1 if causal else rows // 2
     index = zero + np.arange(1 - L, 1 if causal else L)
     there = (index >= 0) & (index < rows) | bool(clip)
-    kept = E[..., np.clip(index, 0, max(rows - 1, 0)), :]
+    kept = E[..., np.clip(index, 0, rows - 1), :]
     return np.where(there[:, None], kept, np.zeros_like(kept))
 
 
@@ -61,8 +57,7 @@ def relative_logits(qs: np.ndarray, Eused: np.ndarray) -> np.ndarray:
     """
     check_array("qs", qs, ("heads", "L", "d"))
     check_table("Eused", Eused, qs.shape[-3], qs.shape[-1], causal=True)
-    if Eused.dtype != qs.dtype:
-        raise TypeError(f"Eused: got dtype {Eused.dtype}, expected {qs.dtype}, as qs")
+    check_dtype("Eused", Eused, qs, "qs")
     return qs @ np.swapaxes(Eused, -1, -2)
 
 
@@ -75,7 +70,7 @@ def skew(R: np.ndarray) -> np.ndarray:
     array([[2., 0.],
            [3., 4.]])
     """
-    _check_square("R", R)
+    check_square("R", R)
     L = R.shape[-1]
     padded = np.concatenate([np.zeros_like(R[..., :1]), R], axis=-1)
     return padded.reshape(*R.shape[:-2], L + 1, L)[..., 1:, :]
@@ -88,7 +83,7 @@ def unskew(S: np.ndarray) -> np.ndarray:
     array([[0., 2.],
            [3., 4.]])
     """
-    _check_square("S", S)
+    check_square("S", S)
     L = S.shape[-1]
     padded = np.concatenate([np.zeros_like(S[..., :1, :]), S], axis=-2)
     return padded.reshape(*S.shape[:-2], L, L + 1)[..., 1:]
@@ -111,11 +106,6 @@ def skew_full(R: np.ndarray) -> np.ndarray:
     return flat.reshape(*R.shape[:-2], L + 1, 2 * L - 1)[..., :L, L - 1 :]
 
 
-def _check_square(name: str, x: np.ndarray) -> None:
-    check_array(name, x, ("L", "L"))
-    check_size(name, x.shape[-1], x.shape[-2], "columns, as many as rows")
-
-
 def relative_logits_gather(
     qs: np.ndarray, E: np.ndarray, L: int, causal: bool = True
 ) -> np.ndarray:
@@ -130,7 +120,9 @@ def relative_logits_gather(
     check_array("qs", qs, ("heads", "L", "d"))
     check_integer("L", L, least=0)
     check_size("qs", qs.shape[-2], L, "L tokens")
+    check_flag("causal", causal)
     check_table("E", E, qs.shape[-3], qs.shape[-1], causal)
+    check_dtype("E", E, qs, "qs")
     zero = E.shape[-2] - 1 if causal else E.shape[-2] // 2
     index = zero + np.arange(L)[None, :] - np.arange(L)[:, None]
     there = (index >= 0) & (index < E.shape[-2])
@@ -156,30 +148,16 @@ def global_logits(
     array([6., 4.])
     """
     check_self("k", q, k)
+    check_scale(scale)
+    check_flag("causal", causal)
     check_table("E", E, q.shape[-3], q.shape[-1], causal)
-    if E.dtype != q.dtype:
-        raise TypeError(f"E: got dtype {E.dtype}, expected {q.dtype}, as q")
+    check_dtype("E", E, q, "q")
     qs = (default_scale(q.shape[-1]) if scale is None else scale) * q
     content = qs @ np.swapaxes(repeat_heads(k, q.shape[-3]), -1, -2)
     if q.shape[-2] == 0:
         return content
     R = relative_logits(qs, relative_table_slice(E, q.shape[-2], causal))
     return content + (skew(R) if causal else skew_full(R))
-
-
-def check_self(name: str, q: np.ndarray, x: np.ndarray) -> None:
-    """K7, K14: keys or values fit the queries and stand at their positions."""
-    check_array("q", q, ("heads", "L", "d"))
-    check_array(name, x, ("kv_heads", "L", "d"))
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected {q.dtype}, as q")
-    if x.shape[:-3] != q.shape[:-3]:
-        raise ValueError(f"{name}: got leading axes {x.shape[:-3]}, expected {q.shape[:-3]}")
-    check_size(name, x.shape[-2], q.shape[-2], "L tokens, as in q")
-    if name == "k":
-        check_size(name, x.shape[-1], q.shape[-1], "d, as in q")
-    if x.shape[-3] < 1 or q.shape[-3] % x.shape[-3]:
-        raise ValueError(f"{name}: got {x.shape[-3]} kv heads, expected a divisor of the heads")
 
 
 def local_visibility(L: int, b: int) -> np.ndarray:
@@ -214,11 +192,12 @@ def local_logits(
            [-inf,   6.,   4.]])
     """
     check_self("k", q, k)
+    check_scale(scale)
     check_table("E", E, q.shape[-3], q.shape[-1], causal=True)
-    seen = local_visibility(q.shape[-2], b)
+    check_dtype("E", E, q, "q")
     L = q.shape[-2]
-    if E.shape[-2] < min(2 * b, L):
-        raise ValueError(f"E: got {E.shape[-2]} rows, expected at least {min(2 * b, L)}")
+    seen = local_visibility(L, b)
+    check_local_rows("E", E, L, b)
     logits = np.full_like(q, -np.inf, shape=(*q.shape[:-1], L))
     block = L if 2 * b > L else b
     for first in range(0, L, max(block, 1)):
@@ -234,14 +213,17 @@ def decode_relative(
 ) -> np.ndarray:
     """S6: the newest query's relative logits (..., heads, n_keys), the oldest key first.
 
-    q_row (..., heads, d) stands at the position of the last key.
+    q_row (..., heads, d), not yet scaled, stands at the position of the last key. Positions are
+    relative: keys that are seen no more may leave the cache.
 
     >>> decode_relative(np.ones((1, 1)), np.array([[5.0], [3.0]]), 3)
     array([[0., 5., 3.]])
     """
     check_array("q_row", q_row, ("heads", "d"))
     check_integer("n_keys", n_keys, least=1)
+    check_scale(scale)
     check_table("E", E, q_row.shape[-2], q_row.shape[-1], causal=True)
+    check_dtype("E", E, q_row, "q_row")
     qs = (default_scale(q_row.shape[-1]) if scale is None else scale) * q_row
     return relative_logits(qs[..., None, :], relative_table_slice(E, n_keys))[..., 0, :]
 
@@ -262,6 +244,8 @@ def table_gradient(dlogits: np.ndarray, qs: np.ndarray, M: int, causal: bool = T
     L = qs.shape[-2]
     if dlogits.shape != (*qs.shape[:-1], L):
         raise ValueError(f"dlogits: got shape {dlogits.shape}, expected {(*qs.shape[:-1], L)}")
+    check_dtype("dlogits", dlogits, qs, "qs")
+    check_flag("causal", causal)
     rows, zero = (M, M - 1) if causal else (2 * M - 1, M - 1)
     index = zero + np.arange(L)[None, :] - np.arange(L)[:, None]
     hit = (index[..., None] == np.arange(rows)).astype(qs.dtype)

@@ -1,9 +1,10 @@
 r"""Softplus attention: weights that keep their sharpness as the context grows, and no exponential.
 
-Softmax is a positive map and a normaliser, and only the second is needed. LSSA keeps the normaliser
-and takes softplus for the map, of logits multiplied by the logs of the width and of the number of
-keys seen, so that a longer context does not flatten the weights. LSSAR sharpens them: what is not
-above the uniform weight vanishes exactly, and the rest is raised to a large power.
+Softmax is a positive map and a normaliser, and the paper argues that only the second is needed.
+Length-scaled softplus attention (LSSA) keeps the normaliser and takes softplus for the map, of
+logits multiplied by the logs of the width and of the number of keys seen, so that a longer context
+does not flatten the weights. Its re-weighted form (LSSAR) sharpens them: what is not above the
+uniform weight vanishes exactly, and the rest is raised to a large power.
 
 Definition
 ----------
@@ -12,10 +13,12 @@ sequence in causal order, more behind a cache, all of them without an order; hid
 count. The count goes into the logits, so that repeating every key changes the output.
 
 S2. **Unit.** :math:`\hat q_i = q_i / \max(\|q_i\|, 10^{-12})`, the keys likewise, after any
-rotation by position. Query head h reads kv head h // group (K7).
+rotation by position, so that the lengths of queries and keys do not matter. Query head h reads kv
+head h // group (K7).
 
-S3. **Score.** :math:`x_{ij} = \ln d\, \ln N_i\, \hat q_i \cdot \hat k_j`, with :math:`\ln 0 = 0`
-here. There is no 1/sqrt(d) besides; without unit vectors it takes their place.
+S3. **Score.** :math:`x_{ij} = \ln d\, \ln N_i\, \hat q_i \cdot \hat k_j` with d the width of a
+head and :math:`\ln 0 = 0` here. There is no 1/sqrt(d) besides; without unit vectors it takes their
+place. A row that sees one key, and every row if d = 1, has x = 0 and so equal scores.
 
 S4. **Soften.** :math:`s_{ij} = \ln(1 + e^{x_{ij}})` over visible keys and 0 elsewhere: hidden keys
 are dropped after the map, since softplus(0) is not 0.
@@ -24,8 +27,9 @@ S5. **Weigh.** :math:`a_{ij} = s_{ij} / (\sum_j s_{ij} + \epsilon)`, the weights
 those of a softmax over :math:`\ln s_{ij}`.
 
 S6. **Sharpen.** :math:`r_{ij} = \max(N_i a_{ij} - O_i, 0)^p`, where :math:`O_i` is 0 if
-:math:`N_i \le` warm and else 1, and :math:`b_{ij} = r_{ij} / (\sum_j r_{ij} + \epsilon)`: the
-weights of LSSAR. A row without any excess above 0, as one of equal scores, is *dead*: weights 0.
+:math:`N_i \le` warm and else 1, whatever the row's index, and :math:`b_{ij} = r_{ij} / (\sum_j
+r_{ij} + \epsilon)`: the weights of LSSAR. A row without any excess above 0, as one of equal scores
+or one that sees nothing, is *dead*: weights 0.
 
 S7. **In log space.** :math:`\ln b = p \ln(N a - O) - \operatorname{logsumexp}`, without the second
 :math:`\epsilon`, so that every live row sums to 1; rows whose largest excess is at most dead_tol
@@ -33,27 +37,32 @@ are dead, because equal scores leave an excess as large as rounding.
 
 S8. **Combine.** :math:`o_i = \sum_j a_{ij} v_j`, or b. Nothing visible means 0, gradients too (K4).
 
-S9. **Gradient.** With :math:`g_{ij} = do_i \cdot v_j`: LSSA has :math:`ds_{ij} = (g_{ij} - do_i
-\cdot o_i) / (\sum s + \epsilon)`. LSSAR has the same for r and b, :math:`da = p N \max(N a -
-O, 0)^{p - 1} dr`, 0 where clipped even if p = 1, and :math:`ds_{ij} = (da_{ij} - \sum_k a_{ik}
-da_{ik}) / (\sum s + \epsilon)`. Then :math:`dx = ds / (1 + e^{-x})`, and a unit vector passes on
-:math:`(I - \hat q \hat q^T) / \|q\|`.
+S9. **Gradient.** :math:`do_i` is the gradient of :math:`o_i`, :math:`g_{ij} = do_i \cdot v_j`, and
+:math:`dv_j = \sum_i a_{ij} do_i`, or b. LSSA has :math:`ds_{ij} = (g_{ij} - do_i \cdot o_i) /
+(\sum s + \epsilon)`. LSSAR has the same for r and b, without :math:`\epsilon` in log space,
+:math:`da = p N \max(N a - O, 0)^{p - 1} dr`, 0 where clipped even if p = 1, and :math:`ds_{ij} =
+(da_{ij} - \sum_k a_{ik} da_{ik}) / (\sum s + \epsilon)`. Then :math:`dx = ds / (1 + e^{-x})`,
+:math:`d\hat q_i = \ln d\, \ln N_i \sum_j dx_{ij} \hat k_j`, the keys likewise, and a unit vector
+passes on :math:`(I - \hat q \hat q^T) / \|q\|`.
 
 S10. **Decode.** A new query needs its own row only, with the keys and values so far: a pass for the
-sum of s, and for LSSAR a second one.
+sum of s, and for LSSAR a second one. Older rows never change; keys may be kept as unit vectors.
 
 Complexity
 ----------
-As attention, without a running maximum; LSSAR reads the keys twice.
+Time :math:`O(q\_tokens \cdot k\_tokens \cdot d)` a head, as attention, without a running maximum;
+LSSAR reads the keys twice.
 
 Paper and code
 --------------
-Neither the paper's full text nor the authors' code was at hand: the steps, :math:`\epsilon`, the
-unit vectors and the three warm rows are read from an independent implementation that agrees with
-the abstract, p = 15 is what it calls the paper's default, and `normalise_qk` False is what an
-earlier version of the paper may have done (unverified). Padding, N = 0, noncausal and cross
+Neither the paper's full text nor the authors' code was at hand: the steps, :math:`\epsilon` =
+1e-8, the unit vectors and the three warm rows are read from an independent implementation that
+agrees with the abstract, p = 15 is what it calls the paper's default, and `normalise_qk` False is
+what an earlier version of the paper may have done (unverified). Padding, N = 0, noncausal and cross
 attention, S7 and `dead_tol` are ours. With additive :math:`\epsilon` a row of small excesses sums
-to clearly less than 1 (0.3 to the power 15 is 1.4e-8): a property of the source, kept.
+to clearly less than 1 (0.3 to the power 15 is 1.4e-8): a property of the source, kept; where that
+matters, S7 is the better choice. There are no parameters: the first abstract applies the second
+stage to a trained model, later versions train with it, and LSSA itself has to be trained with.
 """
 
 from __future__ import annotations
@@ -64,6 +73,7 @@ import numpy as np
 
 from attnspec.reference.conventions import check_attention_inputs, check_size
 from attnspec.reference.dense.attention import State, combine
+from attnspec.reference.scores.softplus_attention_checks import check_second
 from attnspec.reference.scores.softplus_attention_gradients import (
     first_stage,
     lssa_backward,
@@ -130,6 +140,7 @@ def lssar(
     >>> lssar(q, k, np.eye(4)[None], p=1, causal=True)[0, -1].round(3)
     array([0.312, 0.   , 0.34 , 0.349])
     """
+    check_second(p, warm, eps_mode, dead_tol)
     rows = first_stage(q, k, v, causal, mask, eps, normalise_qk)
     return combine(second_stage(rows, p, eps, warm, eps_mode, dead_tol), v)
 
@@ -199,7 +210,7 @@ MECHANISM = Mechanism(
         ),
         Operation(
             lssar,
-            clauses=("S6", "S7", "S8"),
+            clauses=("S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8"),
             gradient=lssar_backward,
             differentiable=("q", "k", "v"),
         ),

@@ -6,16 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attnspec.reference.conventions import (
-    check_array,
-    check_attention_inputs,
-    check_choice,
-    repeat_heads,
-)
+from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.scores.softplus_attention_checks import (
+    check_first,
+    check_second,
+    check_upstream,
+)
 from attnspec.reference.scores.softplus_attention_steps import (
-    check_mask,
-    check_number,
     excess_of,
     length_factor,
     log_weights,
@@ -51,9 +49,7 @@ def first_stage(
     normalise_qk: bool,
 ) -> Rows:
     """S1-S5: the weights of LSSA and all that leads to them."""
-    check_attention_inputs(q, k, v)
-    if mask is not None:
-        check_mask(mask, q.shape[:-3], q.shape[-2], k.shape[-2])
+    check_first(q, k, v, causal, mask, eps, normalise_qk)
     seen = visible_pairs(q.shape[-2], k.shape[-2], causal, mask)
     counts = visible_counts(seen)
     logits = lssa_logits(q, k, counts, normalise_qk=normalise_qk)
@@ -68,8 +64,6 @@ def second_stage(
     rows: Rows, p: float, eps: float, warm: int, eps_mode: str, dead_tol: float
 ) -> np.ndarray:
     """S6 or S7: the sharpened weights."""
-    check_choice("eps_mode", eps_mode, ("additive", "logspace"))
-    check_number("dead_tol", dead_tol, least=0)
     if eps_mode == "additive":
         return reweight(rows.weights, rows.n[..., 0, :, 0], p, eps, warm)[0]
     return np.exp(log_weights(rows.weights, rows.n[..., 0, :, 0], p, warm, dead_tol)[0])
@@ -92,8 +86,8 @@ def lssa_backward(
     >>> [x.ravel().round(6) for x in lssa_backward(one, one, one, one)]
     [array([0., 0.]), array([0., 0.]), array([1., 1.])]
     """
-    check_array("dout", dout, ("heads", "q_tokens", "dv"))
     rows = first_stage(q, k, v, causal, mask, eps, normalise_qk)
+    check_upstream(dout, q, v)
     da, dv, inner = weights_gradient(rows.weights, v, dout)
     return *scores_gradient(rows, da, inner, q, k, eps, normalise_qk), dv
 
@@ -119,8 +113,9 @@ def lssar_backward(
     >>> [x.ravel().round(6) for x in lssar_backward(one, one, one, one)]
     [array([0., 0.]), array([0., 0.]), array([1., 1.])]
     """
-    check_array("dout", dout, ("heads", "q_tokens", "dv"))
+    check_second(p, warm, eps_mode, dead_tol)
     rows = first_stage(q, k, v, causal, mask, eps, normalise_qk)
+    check_upstream(dout, q, v)
     sharpened = second_stage(rows, p, eps, warm, eps_mode, dead_tol)
     db, dv, inner = weights_gradient(sharpened, v, dout)
     # b du/u: as p b (db - inner) / u, whose b / u stays finite where u is small.

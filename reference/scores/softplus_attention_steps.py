@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
-from typing import Any
 
 import numpy as np
 
@@ -12,42 +10,19 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_integer,
-    check_size,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import combine
+from attnspec.reference.scores.softplus_attention_checks import (
+    check_broadcast,
+    check_flag,
+    check_number,
+    check_products,
+    check_row_numbers,
+    check_values,
+)
 
 SMALLEST_NORM = 1e-12
-
-
-def check_number(name: str, value: Any, least: float) -> None:
-    """K14: `value` is a finite number, at least `least`."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a number >= {least}")
-    if not (math.isfinite(value) and float(value) >= least):
-        raise ValueError(f"{name}: got {value}, expected a finite number >= {least}")
-
-
-def check_row_numbers(name: str, x: Any, rows: tuple[int, ...]) -> None:
-    """K14: `x` holds one number for each row, of `rows` or broadcastable to it."""
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected numpy.ndarray")
-    if x.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected numbers")
-    shape = (1,) * (len(rows) - x.ndim) + x.shape
-    if len(shape) > len(rows) or any(a not in (1, b) for a, b in zip(shape, rows, strict=True)):
-        raise ValueError(f"{name}: got shape {x.shape}, expected one that broadcasts to {rows}")
-
-
-def check_mask(mask: Any, leading: tuple[int, ...], q_tokens: int, k_tokens: int) -> None:
-    """K14: `mask` is bool (..., q_tokens or 1, k_tokens), with the leading axes or none."""
-    check_array("mask", mask, ("q_tokens", "k_tokens"), dtype="bool")
-    rows_fit = mask.shape[-2] in (1, q_tokens) and mask.shape[-1] == k_tokens
-    if not rows_fit or mask.shape[:-2] not in ((), leading):
-        raise ValueError(
-            f"mask: got shape {mask.shape}, expected {(*leading, q_tokens, k_tokens)}, with one "
-            "row for all queries or without leading axes if they are the same"
-        )
 
 
 def visible_pairs(
@@ -131,14 +106,9 @@ def lssa_logits(
     >>> lssa_logits(np.ones((1, 1, 4)), np.ones((1, 1, 4)), np.array([1]))
     array([[[0.]]])
     """
-    check_array("q", q, ("heads", "q_tokens", "d"))
-    check_array("k", k, ("kv_heads", "k_tokens", "d"))
-    if k.dtype != q.dtype:
-        raise TypeError(f"k: got dtype {k.dtype}, expected {q.dtype}, as q")
-    if k.shape[:-3] != q.shape[:-3]:
-        raise ValueError(f"k: got leading axes {k.shape[:-3]}, expected {q.shape[:-3]}, as q")
-    check_size("k", k.shape[-1], q.shape[-1], "d, as in q")
+    check_products(q, k)
     check_row_numbers("n", n, (*q.shape[:-3], q.shape[-2]))
+    check_flag("normalise_qk", normalise_qk)
     d = q.shape[-1]
     if normalise_qk:
         q, k = unit(q), unit(k)
@@ -167,13 +137,7 @@ def lssa_scores(logits: np.ndarray, mask: np.ndarray | None = None) -> np.ndarra
     check_array("logits", logits, ("heads", "q_tokens", "k_tokens"))
     if mask is not None:
         check_array("mask", mask, ("k_tokens",), dtype="bool")
-        shape = (1,) * (logits.ndim - mask.ndim) + mask.shape
-        if len(shape) > logits.ndim or any(
-            a not in (1, b) for a, b in zip(shape, logits.shape, strict=True)
-        ):
-            raise ValueError(
-                f"mask: got shape {mask.shape}, expected one that broadcasts to {logits.shape}"
-            )
+        check_broadcast("mask", mask, logits.shape)
         logits = np.where(mask, logits, np.zeros_like(logits))
     softened = np.maximum(logits, np.zeros_like(logits)) + np.log1p(np.exp(-np.abs(logits)))
     return softened if mask is None else np.where(mask, softened, np.zeros_like(softened))
@@ -280,13 +244,5 @@ def attend(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
     >>> attend(np.array([[[0.5, 0.25]]]), np.array([[[2.0], [4.0]]]))
     array([[[2.]]])
     """
-    check_array("weights", weights, ("heads", "q_tokens", "k_tokens"))
-    check_array("v", v, ("kv_heads", "k_tokens", "dv"))
-    if v.dtype != weights.dtype:
-        raise TypeError(f"v: got dtype {v.dtype}, expected {weights.dtype}, as weights")
-    if v.shape[:-3] != weights.shape[:-3]:
-        raise ValueError(f"v: got leading axes {v.shape[:-3]}, expected {weights.shape[:-3]}")
-    check_size("v", v.shape[-2], weights.shape[-1], "k_tokens, as in weights")
-    if v.shape[-3] < 1 or weights.shape[-3] % v.shape[-3]:
-        raise ValueError(f"v: got {v.shape[-3]} kv heads, expected a divisor of the heads")
+    check_values(weights, v)
     return combine(weights, v)

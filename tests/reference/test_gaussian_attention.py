@@ -59,6 +59,13 @@ def test_unclamped_weights_are_the_softmax_of_one_gaussian(seed: int) -> None:
     var = x.var(axis=1, keepdims=True, ddof=1) + 1e-8
     E = np.exp(-lam * (x - x.mean(axis=1, keepdims=True) - centre) ** 2 / (2 * var))
     np.testing.assert_allclose(w, E / E.sum(axis=1, keepdims=True), rtol=1e-9)
+    mu, var = axis_stats(x, axis=1)
+    logw = log_density(x, mu, var, delta[0], c[0])
+    raw = np.exp(logw).sum(axis=1, keepdims=True)
+    assert np.all(raw > 1e-8)
+    np.testing.assert_allclose(multi_head(x, 1, (delta, c))[1], w, rtol=1e-12)
+    clamped = normalise(logw, eps=0.5, axis=1)
+    np.testing.assert_allclose(clamped, w * np.minimum(raw / 0.5, 1), rtol=1e-9)
     one = multi_head(x, 1, (np.array([[centre]]), np.array([[lam**-0.5]])), clamp="none")[1]
     np.testing.assert_allclose(one, w, rtol=1e-9)
 
@@ -259,6 +266,11 @@ ONE = np.ones((1, 1))
         (lambda: block(X, ()), TypeError, "layers"),
         (lambda: block(X, ((2, P),)), ValueError, "layers"),
         (lambda: block(X, ((1, P),), "0"), TypeError, "padding_value"),  # type: ignore[arg-type]
+        (lambda: block(X, ((1, P),), np.nan), ValueError, "padding_value"),
+        (lambda: block_backward(X, (), X), TypeError, "layers"),
+        (lambda: block_backward(X, ((1, P),), X[0]), ValueError, "dout"),
+        (lambda: multi_head_backward(X, 1, P, None), TypeError, "dout"),  # type: ignore[arg-type]
+        (lambda: multi_head_backward(X, 3, P, X), ValueError, "axis"),
         (lambda: importance_factor(X, 0), ValueError, "axes"),
         (lambda: importance_factor(X, (0, 3)), ValueError, "axes"),
         (lambda: importance_factor(X[:0], (0, 1)), ValueError, "w"),

@@ -106,6 +106,19 @@ def test_tables_are_padded_with_zeros_cut_or_clipped() -> None:
     np.testing.assert_array_equal(relative_table_slice(E, 5, clip=True).ravel(), [1, 1, 1, 2, 3])
     np.testing.assert_array_equal(relative_table_slice(E, 3, False).ravel(), [0, 1, 2, 3, 0])
     np.testing.assert_array_equal(relative_table_slice(E, 1, False).ravel(), [2])
+    clipped = relative_table_slice(E, 3, causal=False, clip=True)
+    np.testing.assert_array_equal(clipped.ravel(), [1, 1, 2, 3, 3])
+
+
+def test_a_clipped_table_gives_shaws_rule() -> None:
+    q, k, v, E = tokens(rows=3)
+    distance = np.arange(7)[:, None] - np.arange(7)[None, :]
+    rel = np.einsum("bhid,hijd->bhij", q / 2, E[:, 2 - np.clip(distance, 0, 2)])
+    logits = global_logits(q, k, 0 * E) + rel
+    expected, _ = attend(logits, causal_mask(7, 7), v)
+    got = global_attention(q, k, v, relative_table_slice(E, 7, clip=True))
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    assert not np.allclose(global_attention(q, k, v, E), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -122,6 +135,10 @@ def test_logits_depend_on_the_distance_alone() -> None:
     part = global_logits(q[..., 3:, :], k[..., 3:, :], E)
     seen = causal_mask(6, 6)
     np.testing.assert_allclose(whole[..., 3:, 3:][..., seen], part[..., seen], atol=1e-12)
+    local, cut = local_logits(q, k, E, 2), local_logits(q[..., 2:, :], k[..., 2:, :], E, 2)
+    both = local_visibility(9, 2)[2:, 2:] & local_visibility(7, 2)
+    assert both.sum() > 14
+    np.testing.assert_allclose(local[..., 2:, 2:][..., both], cut[..., both], atol=1e-12)
     far = np.arange(9)[:, None] - np.arange(9)[None, :] >= 5
     content = global_logits(q, k, 0 * E)
     np.testing.assert_allclose(whole[..., far], content[..., far], atol=1e-12)
@@ -172,6 +189,29 @@ def test_relative_logits_are_linear_and_decoding_is_their_last_row(seed: int) ->
     np.testing.assert_allclose(global_attention(q, k, v, E)[..., :4, :], before, atol=1e-12)
 
 
+def test_decoding_is_prefill_and_blocks_keep_few_keys() -> None:
+    """A new token needs its own row; in blocks of 2 only keys of its block and the one before."""
+    q, k, v, E = tokens(L=9, rows=5)
+    whole, local = global_attention(q, k, v, E), local_attention(q, k, v, E, 2)
+    for p in range(9):
+        for first, expected in ((0, whole), (max(p // 2 - 1, 0) * 2, local)):
+            keys, values = (np.repeat(x[:, :, first : p + 1], 2, axis=1) for x in (k, v))
+            content = np.einsum("bhd,bhjd->bhj", q[:, :, p] / 2, keys)
+            logits = content + decode_relative(q[:, :, p], E, p + 1 - first)
+            out, _ = attend(logits[:, :, None], None, values)
+            np.testing.assert_allclose(out[:, :, 0], expected[:, :, p], atol=1e-12)
+
+
+@quick
+@given(seeds)
+def test_relative_logits_are_linear_in_the_queries(seed: int) -> None:
+    q, _, _, E = tokens(seed, rows=5)
+    other = tokens(seed + 1)[0]
+    mixed = relative_logits_gather(2 * q - 3 * other, E, 7)
+    parts = 2 * relative_logits_gather(q, E, 7) - 3 * relative_logits_gather(other, E, 7)
+    np.testing.assert_allclose(mixed, parts, atol=1e-10)
+
+
 def test_values_have_a_table_too() -> None:
     q, k, v, E = tokens()
     Ev = np.random.default_rng(3).standard_normal((4, 5, 3))
@@ -183,6 +223,25 @@ def test_values_have_a_table_too() -> None:
     np.testing.assert_allclose(relative_values(P, Ev), expected, atol=1e-12)
     with_values = global_attention(q, k, v, E, Ev=Ev)
     np.testing.assert_allclose(with_values - global_attention(q, k, v, E), expected, atol=1e-12)
+    local = local_attention(q, k, v, E, 2, Ev=Ev) - local_attention(q, k, v, E, 2)
+    _, P = attend(local_logits(q, k, E, 2), None, v)
+    np.testing.assert_allclose(local, relative_values(P, Ev), atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gradient_of_a_table_of_values_is_a_tables_gradient(causal: bool) -> None:
+    q, k, v, E = tokens(rows=9)
+    random = np.random.default_rng(6)
+    Ev, direction = random.standard_normal((2, 4, 9, 3))
+    dout = random.standard_normal((2, 4, 7, 3))
+    seen = causal_mask(7, 7) if causal else None
+    _, P = attend(global_logits(q, k, E, causal=causal), seen, v)
+    dEv = table_gradient(P, dout, 9 if causal else 5, causal)
+    sides = [
+        np.sum(dout * global_attention(q, k, v, E, Ev=Ev + s * direction, causal=causal))
+        for s in (1, -1)
+    ]
+    np.testing.assert_allclose(np.sum(dEv * direction), (sides[0] - sides[1]) / 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -270,6 +329,18 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (global_attention, (X, X, X[:, :2], T), {}, ValueError, "v"),
     (global_attention, (X, X, X, T[:, :4]), {"causal": False}, ValueError, "E"),
     (local_attention, (X, X, X, T, True), {}, TypeError, "b"),
+    (relative_table_slice, (T, 3, 1), {}, TypeError, "causal"),
+    (relative_table_slice, (T, 3), {"clip": 1}, TypeError, "clip"),
+    (relative_logits_gather, (X, T.astype(np.float32), 3), {}, TypeError, "E"),
+    (global_logits, (X, X, T, "1"), {}, TypeError, "scale"),
+    (local_logits, (X, X, T, 1, float("nan")), {}, ValueError, "scale"),
+    (decode_relative, (X[:, 0], T.astype(np.float32), 2), {}, TypeError, "E"),
+    (table_gradient, (A.astype(np.float32), X, 1), {}, TypeError, "dlogits"),
+    (global_attention, (X, X, X, T), {"Ev": T[..., :1]}, ValueError, "Ev"),
+    (global_attention, (X, X, X, T), {"Ev": T.astype(np.float32)}, TypeError, "Ev"),
+    (local_attention, (X, X, X, T, 1), {"Ev": T[:, :1]}, ValueError, "Ev"),
+    (global_attention_backward, (X, X, X[:, :2], T, X), {}, ValueError, "v"),
+    (local_attention_backward, (X, X, X, T, 1, X[:, :2]), {}, ValueError, "dout"),
     (global_attention_backward, (X, X, X, T, None), {}, TypeError, "dout"),
 )
 

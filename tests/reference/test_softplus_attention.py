@@ -118,6 +118,8 @@ def test_sharpened_rows_are_sparse_and_keep_the_order(seed: int, p: float) -> No
     best = np.argmax(np.where(seen, logits, -np.inf), axis=-1)
     np.testing.assert_array_equal(np.argmax(weights, axis=-1), best)
     np.testing.assert_array_equal(np.argmax(sharp, axis=-1), best)
+    by_logit = np.argsort(np.where(seen, logits, -np.inf), axis=-1)
+    assert np.all(np.diff(np.take_along_axis(weights, by_logit, axis=-1), axis=-1) >= 0)
     order = np.argsort(weights, axis=-1)
     assert np.all(np.diff(np.take_along_axis(sharp, order, axis=-1), axis=-1) >= 0)
     above = np.any(weights > 1 / n[:, None] * (1 + 1e-6), axis=-1) & late
@@ -166,6 +168,9 @@ def test_log_domain_of_the_map() -> None:
     x = np.array([[[-1e4, -20.0, 0.0, 1e4]]])
     expected = [0, math.log1p(math.exp(-20)), math.log(2), 1e4]
     np.testing.assert_allclose(lssa_scores(x)[0, 0], expected, rtol=1e-14)
+    hidden = np.array([[[True, False, True, True]]])
+    scores = lssa_scores(np.where(hidden, x, -np.inf))
+    np.testing.assert_array_equal(scores, lssa_scores(x, hidden))
 
 
 def test_counts_and_the_first_row() -> None:
@@ -188,6 +193,9 @@ def test_decoding_is_prefill_and_later_keys_have_no_influence(p: float | None) -
         out, state = step(state, *(x[..., first:last, :] for x in (q, k, v)), p=p)
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=-2), whole, atol=1e-12)
+    form: Any = lssa if p is None else lssar
+    later = [np.where(np.arange(8)[:, None] < 5, x, x + 3) for x in (q, k, v)]
+    np.testing.assert_allclose(form(*later, causal=True)[..., :5, :], whole[..., :5, :])
 
 
 def test_order_of_keys_and_copies_of_keys() -> None:
@@ -230,11 +238,31 @@ def test_gradients_are_finite_differences(form: str) -> None:
         np.testing.assert_allclose(np.sum(gradient * direction), numeric, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_stay_finite_and_clipped_keys_get_none_of_their_own() -> None:
+def test_gradients_stay_finite() -> None:
     q, k, v = (1e4 * x for x in tokens())
     for backward in (lssa_backward, lssar_backward):
         for gradient in backward(q, k, v, np.ones((2, 4, 7, 3)), normalise_qk=False):
             assert np.all(np.isfinite(gradient))
+
+
+def test_clipped_keys_have_a_gradient_through_the_normaliser_alone() -> None:
+    """One query without unit vectors: dk = ln d ln N / sqrt(d) dx q, and dx = ds sigmoid(x)."""
+    q, k, v = (x[0] for x in tokens(T=1, S=9, H=1, Hk=1))
+    dout = np.ones((1, 1, 3))
+    logits = lssa_logits(q, k, np.array([9]), normalise_qk=False)
+    scores = lssa_scores(logits)
+    sharp, _ = reweight(lssa_weights(scores, row_sum(scores)), np.array([9]), 2)
+    clipped = sharp[0, 0] == 0
+    assert 2 <= clipped.sum() <= 7
+    _, dk, dv = lssar_backward(q, k, v, dout, p=2, normalise_qk=False)
+    assert np.all(dv[0, clipped] == 0)
+    assert np.all(dv[0, ~clipped] != 0)
+    ds = (dk[0] / q[0])[:, 0] * (1 + np.exp(-logits[0, 0]))
+    np.testing.assert_allclose(ds[clipped], ds[clipped][0], rtol=1e-9)
+    assert np.all(np.abs(ds[~clipped] / ds[clipped][0] - 1) > 1e-3)
+
+
+def test_a_unit_vector_passes_on_what_is_across_it() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(unit_backward(x, x)[0], 0, atol=1e-15)
     np.testing.assert_allclose(np.linalg.norm(unit(x), axis=-1), [1, 0])
@@ -251,8 +279,13 @@ def test_rows_that_see_nothing_are_zero_and_hidden_nan_is_not_read() -> None:
         out = form(q, *poisoned, mask=mask)
         np.testing.assert_array_equal(out, form(q, k, v, mask=mask))
         assert np.all(out[:, :, 2] == 0)
-        for gradient in backward(q, *poisoned, np.ones(out.shape), mask=mask):
+        gradients = backward(q, *poisoned, np.ones(out.shape), mask=mask)
+        for gradient in gradients:
             assert np.all(np.isfinite(gradient))
+        assert np.all(gradients[0][:, :, 2] == 0)
+        for gradient in gradients[1:]:
+            assert np.all(gradient[:, :, 4] == 0)
+    assert np.all(reweight(np.zeros((1, 2, 3)), np.array([0, 4]))[1])
     nothing = [x[..., :0, :] for x in (k, v)]
     assert np.all(lssar(q, *nothing) == 0)
 
@@ -303,6 +336,11 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (lssa, (X, X, X), {"eps": "1"}, TypeError, "eps"),
     (lssar, (X, X, X), {"eps_mode": "none"}, ValueError, "eps_mode"),
     (lssar, (X, X, X), {"p": True}, TypeError, "p"),
+    (lssa, (X, X, X), {"causal": 1}, TypeError, "causal"),
+    (lssar, (X, X, X), {"normalise_qk": 0}, TypeError, "normalise_qk"),
+    (lssa_logits, (X, X, N), {"normalise_qk": "yes"}, TypeError, "normalise_qk"),
+    (lssa_backward, (X, X, X, X[:, :2]), {}, ValueError, "dout"),
+    (lssar_backward, (X, X, X, X), {"p": 0.5}, ValueError, "p"),
     (lssar, (X, X, X), {"warm": 2.5}, TypeError, "warm"),
     (lssa_backward, (X, X, X, None), {}, TypeError, "dout"),
     (lssar_backward, (X, X, X, None), {}, TypeError, "dout"),

@@ -171,6 +171,7 @@ CONTRACTS = (
             ("a layer of too many heads", "layers", lambda a: ((1, (np.ones((99, 1)),) * 2),)),
             ("padding that is no number", "padding_value", lambda a: "0"),
             ("padding that is a truth", "padding_value", lambda a: True),
+            ("padding that equals nothing", "padding_value", lambda a: float("nan")),
             *BAD_OPTIONS,
         ),
     ),

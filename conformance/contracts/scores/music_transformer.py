@@ -11,8 +11,11 @@ from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.scores.music_transformer_steps import (
+    BAD_SCALES,
     BAD_TABLES,
+    BLOCKS,
     NO_BLOCKS,
+    NO_ORDER,
     ON_TOKENS,
     OTHER_KEYS,
     SIZES,
@@ -45,6 +48,8 @@ EV = Array("Ev", "heads rows dv", make=make_table("dv"), optional=True)
 BAD_TOKENS = (
     *OTHER_KEYS,
     *BAD_TABLES,
+    *BAD_SCALES,
+    ("a table of values of another width", "Ev", lambda a: np.ones((99, a["v"].shape[-1] + 1))),
     ("v with fewer tokens", "v", lambda a: a["v"][..., :-1, :]),
     ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
 )
@@ -66,18 +71,22 @@ CONTRACTS = (
         },
         causal=lambda case: case.parameters["causal"],
         cells={"causal self": _order(True), "noncausal self": _order(False), **HEADS},
-        bad_inputs=BAD_TOKENS,
+        bad_inputs=(*BAD_TOKENS, NO_ORDER),
         **SHARED,
     ),
     Contract(
         operation="music_transformer.local_attention",
         parameters=lambda sizes: {
-            "b": st.sampled_from([1, 2, 3, 5, 8, 30]),
+            "b": st.sampled_from(BLOCKS),
             "scale": st.sampled_from([None, 0.5]),
         },
         causal=lambda case: True,
         cells={"causal self": lambda case: case, **HEADS},
-        bad_inputs=(*BAD_TOKENS, *NO_BLOCKS),
+        bad_inputs=(
+            *BAD_TOKENS,
+            *NO_BLOCKS,
+            ("a short table of values", "Ev", lambda a: np.ones((0, a["v"].shape[-1]))),
+        ),
         **SHARED,
     ),
 )

@@ -20,6 +20,7 @@ SIZES = {
     "d": (1, 24),
     "dv": (1, 24),
 }
+BLOCKS = (1, 2, 3, 3, 4, 5, 8, 30)
 ON_TOKENS: dict[str, Any] = {"queries": "tokens", "keys": "tokens"}
 
 
@@ -97,6 +98,11 @@ BAD_TABLES = (
     ("a table of another width", "E", lambda a: a["E"].repeat(2, axis=-1)),
     ("a table without rows", "E", lambda a: a["E"][..., :0, :]),
 )
+NO_ORDER = ("a number for causal", "causal", lambda a: 1)
+BAD_SCALES = (
+    ("a word for the scale", "scale", lambda a: "1"),
+    ("an infinite scale", "scale", lambda a: float("inf")),
+)
 OTHER_KEYS = (
     ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
     ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
@@ -124,6 +130,8 @@ CONTRACTS = (
         bad_inputs=(
             ("no tokens", "L", lambda a: 0),
             ("a table without rows", "E", lambda a: a["E"][..., :0, :]),
+            ("a number for clip", "clip", lambda a: 1),
+            NO_ORDER,
         ),
         **ON_TOKENS,
     ),
@@ -143,7 +151,11 @@ CONTRACTS = (
         outputs=(Output("rel"),),
         parameters=lambda sizes: {"L": st.just(sizes["tokens"]), "causal": st.booleans()},
         linear_in=("qs", "E"),
-        bad_inputs=(*BAD_TABLES, ("other tokens", "qs", lambda a: a["qs"].repeat(2, axis=-2))),
+        bad_inputs=(
+            *BAD_TABLES,
+            ("other tokens", "qs", lambda a: a["qs"].repeat(2, axis=-2)),
+            NO_ORDER,
+        ),
         **ON_TOKENS,
     ),
     Contract(
@@ -179,7 +191,7 @@ CONTRACTS = (
             "scale": st.sampled_from([None, 0.5]),
             "causal": st.just(False),
         },
-        bad_inputs=(*OTHER_KEYS, *BAD_TABLES),
+        bad_inputs=(*OTHER_KEYS, *BAD_TABLES, *BAD_SCALES, NO_ORDER),
         **ON_TOKENS,
     ),
     Contract(
@@ -189,7 +201,7 @@ CONTRACTS = (
         outputs=(Output("seen", kind="exact"),),
         parameters=lambda sizes: {
             "L": st.just(sizes["tokens"]),
-            "b": st.sampled_from([1, 2, 3, 5, 8, 30]),
+            "b": st.sampled_from(BLOCKS),
         },
         bad_inputs=NO_BLOCKS,
         **ON_TOKENS,
@@ -200,10 +212,10 @@ CONTRACTS = (
         arrays=(Q, K, E),
         outputs=(Output("logits"),),
         parameters=lambda sizes: {
-            "b": st.sampled_from([1, 2, 3, 5, 8, 30]),
+            "b": st.sampled_from(BLOCKS),
             "scale": st.sampled_from([None, 0.5]),
         },
-        bad_inputs=(*OTHER_KEYS, *BAD_TABLES, *NO_BLOCKS),
+        bad_inputs=(*OTHER_KEYS, *BAD_TABLES, *BAD_SCALES, *NO_BLOCKS),
         **ON_TOKENS,
     ),
     Contract(
@@ -235,7 +247,7 @@ CONTRACTS = (
             "scale": st.sampled_from([None, 0.5]),
         },
         linear_in=("q_row", "E"),
-        bad_inputs=(*BAD_TABLES, ("no keys", "n_keys", lambda a: 0)),
+        bad_inputs=(*BAD_TABLES, *BAD_SCALES, ("no keys", "n_keys", lambda a: 0)),
         **ON_TOKENS,
     ),
     Contract(
@@ -252,6 +264,7 @@ CONTRACTS = (
             ("a table of other heads", "Ev", lambda a: np.ones((99, 3, 2))),
             ("a table without rows", "Ev", lambda a: a["Ev"][..., :0, :]),
             wider("P"),
+            NO_ORDER,
         ),
         **ON_TOKENS,
     ),
@@ -269,6 +282,7 @@ CONTRACTS = (
             ("no rows", "M", lambda a: 0),
             ("half a row", "M", lambda a: 2.5),
             ("other tokens", "dlogits", lambda a: a["dlogits"].repeat(2, axis=-1)),
+            NO_ORDER,
         ),
         **ON_TOKENS,
     ),

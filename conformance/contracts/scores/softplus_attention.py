@@ -15,6 +15,7 @@ from attnspec.conformance.contracts.dense.attention import SIZES
 from attnspec.conformance.contracts.scores.softplus_attention_steps import (
     BAD_EPS,
     BAD_POWERS,
+    NO_CHOICE,
     OTHER_KEYS,
     K,
     Q,
@@ -83,6 +84,7 @@ BAD_TOKENS = (
     ("v with fewer tokens", "v", lambda a: a["v"][..., :-1, :]),
     ("another batch in v", "v", lambda a: a["v"].repeat(2, axis=0)),
 )
+BAD_ORDERS = (("a number for causal", "causal", lambda a: 1), *NO_CHOICE)
 BAD_MASKS = (
     ("an integer mask", "mask", lambda a: np.ones((1, 1), np.int64)),
     ("a mask of other keys", "mask", lambda a: np.ones((1, 99), bool)),
@@ -115,7 +117,7 @@ CONTRACTS = (
     Contract(
         operation="softplus_attention.lssa",
         parameters=first_stage,
-        bad_inputs=(*BAD_TOKENS, *BAD_MASKS, *BAD_EPS),
+        bad_inputs=(*BAD_TOKENS, *BAD_MASKS, *BAD_EPS, *BAD_ORDERS),
         **SHARED,
     ),
     Contract(
@@ -130,6 +132,7 @@ CONTRACTS = (
             *BAD_TOKENS,
             *BAD_MASKS,
             *BAD_EPS,
+            *BAD_ORDERS,
             *BAD_POWERS,
             ("another mode of eps", "eps_mode", lambda a: "none"),
             ("a negative dead_tol", "dead_tol", lambda a: -1.0),
@@ -153,6 +156,11 @@ CONTRACTS = (
             feed=feed_tokens,
             whole=_whole,
         ),
-        bad_inputs=(*BAD_TOKENS, *(bad for bad in BAD_POWERS if bad[1] == "p")),
+        bad_inputs=(
+            *BAD_TOKENS,
+            *BAD_EPS,
+            *NO_CHOICE,
+            *(bad for bad in BAD_POWERS if bad[1] == "p"),
+        ),
     ),
 )

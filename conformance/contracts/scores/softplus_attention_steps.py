@@ -96,6 +96,10 @@ BAD_EPS = (
     ("a negative eps", "eps", lambda a: -1e-8),
     ("an eps that is not a number", "eps", lambda a: float("nan")),
 )
+NO_CHOICE = (
+    ("a number for normalise_qk", "normalise_qk", lambda a: 1),
+    ("a word for normalise_qk", "normalise_qk", lambda a: "yes"),
+)
 BAD_COUNTS = (
     ("counts of other rows", "n", lambda a: np.ones((1, 99))),
     ("counts in a list", "n", lambda a: [1, 2]),
@@ -139,7 +143,7 @@ CONTRACTS = (
         arrays=(Q, K, COUNTS),
         outputs=(Output("logits"),),
         parameters=lambda sizes: {"normalise_qk": st.booleans()},
-        bad_inputs=(*OTHER_KEYS, *BAD_COUNTS),
+        bad_inputs=(*OTHER_KEYS, *BAD_COUNTS, *NO_CHOICE),
     ),
     Contract(
         operation="softplus_attention.lssa_scores",
