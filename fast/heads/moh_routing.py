@@ -160,10 +160,12 @@ def norm_router(q_unrot: Tensor, hs: int, k: int, *, backend: str | None = None)
     """gates (batch, tokens, H), 1 for the `hs` shared heads and for the routed ones chosen.
 
     q_unrot (batch, H, tokens, dh). Chosen are the `k` largest norms, ties to the lower index; the
-    authors' numbers are hs = H // 2 and k = H // 4. No gradient.
+    authors' numbers are hs = H // 2 and k = H // 4. ValueError unless hs + k >= 1. No gradient.
     """
     norms = _norms(q_unrot.detach() if isinstance(q_unrot, Tensor) else q_unrot, hs)
     check_count(k, norms.shape[-1])
+    if hs + k == 0:
+        raise ValueError("k: got 0 without shared heads, expected at least 1")
     chosen = top_k_mask(norms, k, backend=backend)
     shared = chosen.new_ones(*chosen.shape[:2], hs)
     return torch.cat([shared, chosen], dim=-1).to(q_unrot.dtype)

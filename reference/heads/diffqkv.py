@@ -7,52 +7,54 @@ keys only, and the others are not read.
 
 Definition
 ----------
-S1. **Head maps.** q has Hq heads, k has Hk and v has Hv; Hk and Hv divide Hq, but need not divide
-one another. Query head h reads key head :math:`h // (Hq / Hk)` and value head
-:math:`h // (Hq / Hv)`, two maps of which neither follows from the other (K7).
+S1. **Head maps.** q has Hq heads, k has Hk of width d, v has Hv of width dv; Hk and Hv divide Hq,
+but need not divide one another. Query head h reads key head :math:`h // (Hq / Hk)` and value head
+:math:`h // (Hq / Hv)`, two maps of which neither follows from the other (K7). As a rule Hk <= Hv
+and d <= dv. Hk = Hv is grouped attention, and if they are Hq, multi-head attention.
 
 S2. **Contract the query.** A query wider than the keys is brought to their width by a learned map
 of its head: :math:`qe = q E_h`. Then :math:`(q E) \cdot k = q \cdot (E k)`, so this is the most
 general bilinear score, and the cache stays narrow. Rotary positions act on qe and k, afterwards.
 
 S3. **Score.** :math:`s_{hij} = qe_{hi} \cdot k_{hk(h), j} / \sqrt{d}`, d the width of the *keys*
-(K2).
+(K2), not that of the query before S2, of the values, or of heads padded for a kernel.
 
 S4. **Weigh.** :math:`P = \mathrm{softmax}(s)` over the keys that the causal rule (K3) and the
 padding allow, with its lse (K5); a row that sees nothing is 0 (K4).
 
 S5. **Combine.** :math:`o_{hi} = \sum_j P_{hij} v_{hv(h), j}`, as wide as the values.
 
-S6. **Gradient.** That of dense attention for each query head; dk sums over the Hq / Hk heads that
-read a key head, dv over the Hq / Hv that read a value head, :math:`dq = dqe\, E^T` and :math:`dE_h
-= \sum_i q_{hi}^T dqe_{hi}`, over the batch too.
+S6. **Gradient.** That of dense attention for each query head. The gradient of a key head sums over
+the Hq / Hk heads that read it, that of a value head over its own Hq / Hv. With dqe the gradient of
+qe, :math:`dq = dqe\, E^T` and :math:`dE_h = \sum_i q_{hi}^T dqe_{hi}`, over the batch too.
 
 S7. **Selective values.** With all of a row's P known, I is the set of its min(c, k_tokens) largest
 entries, ties to the lower index (K6), listed by *descending* P: :math:`o = \sum_{j \in I} P_j v_j`.
-Keys with P = 0 add exactly 0 and are not read (K11). The normaliser stays that of the full row;
-`renormalise` divides by the mass kept instead. c >= k_tokens is exact (K9). The error is at most
-:math:`(1 - kept) \max_j |v_j|`.
+Keys with P = 0 add exactly 0 and are not read (K11). The normaliser stays that of the full row, and
+with *kept*, the sum of P over I, the error is at most :math:`(1 - kept) \max_j |v_j|`;
+`renormalise` divides by *kept* instead, and a row without mass stays 0. c >= k_tokens is exact
+(K9).
 
-S8. **What is read.** Of a value head: the union of I over the query heads that read it. The cache
-holds Hk dk + Hv dv numbers a token.
+S8. **What is read.** All keys, since the choice needs the whole row. Of a value head: the union of
+I over the rows of all query heads that read it. The cache holds Hk d + Hv dv numbers a token.
 
 S9. **Decode.** The state is the keys and values so far; a step appends its own and attends
 causally, to all values (then it equals prefill) or, given c, to selected ones.
 
 Complexity
 ----------
-As grouped attention in arithmetic; the cache shrinks from 2 G d numbers a token to Hk dk + Hv dv.
+As grouped attention in arithmetic; its cache of 2 G d numbers a token, for G heads of keys and of
+values, becomes Hk d + Hv dv. Query heads that share a value head but no key head have different
+weights: they share what is loaded, nothing that is computed.
 
 Paper and code
 --------------
-- The model code is not public. Head maps and scale follow the authors' kernels; theirs mask with
-  -10000, we with -inf.
-- How the wider query is wired is not verified: S2 takes a wider query *head*. A wider hidden layer
-  before the projection would look like S3 to a kernel, with nothing to contract.
-- Whether selected weights are renormalised is not stated where we read it. The default, not to, is
-  ours: it makes c = k_tokens the limit of smaller c, and the error bound hold.
-- Recalled, not verified: Hq, Hk, Hv = 32, 4, 16 and dk = dv in the released models, c = 100 in an
-  ablation.
+- Of the paper we could read the abstract and summaries; the model code is not public. Head maps and
+  scale follow the authors' kernels. The test beside them masks with -10000, we with -inf: that is
+  the same unless logits are as large.
+- Their example has Hq, Hk, Hv = 32, 4, 16; they are built for (d, dv) of (32, 64), (64, 128),
+  (96, 192), (128, 256) and (192, 128). Recalled, not verified: the same counts, but d = dv, in the
+  released models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,12 @@
 """The steps of DiffQKV attention, one by one: head maps, contraction, scores, weights, outputs.
 
 The clauses are those of `diffqkv`.
+
+Paper and code
+--------------
+- How the wider query is wired is not verified: S2 takes a wider query *head*. A wider hidden layer
+  before the projection would look like S3 to a kernel, with nothing to contract. Recalled, not
+  verified: queries of 3072 channels in all for 2048 of the model, 6144 for 4096.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""DiffQKV's selective values: which are kept, what they give, what must be read (S7, S8)."""
+"""DiffQKV's selective values: which are kept, what they give, what must be read (S7, S8).
+
+The clauses are those of `diffqkv`.
+
+Paper and code
+--------------
+- Whether selected weights are renormalised is not stated where we read it. The default, not to, is
+  ours: it makes c = k_tokens the limit of smaller c, and the error bound hold. Recalled, not
+  verified: c = 100 in an ablation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ def select_values(P: np.ndarray, c: int) -> tuple[np.ndarray, np.ndarray]:
     """S7: the keys kept, int64 (..., q_tokens, min(c, k_tokens)), and their mass (..., q_tokens).
 
     P (..., q_tokens, k_tokens) are the weights of whole rows. By descending weight, equal ones by
-    index.
+    index. ValueError unless c >= 1.
 
     >>> select_values(np.array([[0.2, 0.5, 0.2, 0.1]]), 2)
     (array([[1, 0]]), array([0.7]))
@@ -78,7 +87,9 @@ def union_indices(idx: np.ndarray, hv: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def cache_bytes(Hk: int, dk: int, Hv: int, dv: int, itemsize: int, S: int) -> int:
-    """S8: bytes of the cache of one sequence of S tokens.
+    """S8: bytes of the cache of one sequence of S tokens, numbers of `itemsize` bytes.
+
+    Hk key heads are dk wide, Hv value heads dv.
 
     >>> cache_bytes(4, 128, 16, 128, 2, 1) / cache_bytes(16, 128, 16, 128, 2, 1)
     0.625

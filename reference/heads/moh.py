@@ -23,21 +23,23 @@ S5. **Between the groups.** :math:`a = 2\, \mathrm{softmax}(x W_0^T)` over two l
 are :math:`a_0 g^s` for the shared heads, :math:`a_1 g^r` for the routed ones. With hs = 0 they are
 :math:`g^r`, with k = 0 they are :math:`g^s` and 0 for routed heads; there is no :math:`W_0` then.
 
-S6. **Heads.** :math:`h_i` is ordinary attention of query head i (dense attention's S1-S4) over all
-keys that the causal rule and the padding leave: k and v exist for every head and token. A row
+S6. **Heads.** :math:`h_i` is ordinary softmax attention of query head i, scaled as in K2, over all
+keys that the causal rule (K3) and the padding leave: k and v exist for every head and token. A row
 (token, head) that is not *active* is not computed and its :math:`h` is 0, as that of a row that
 sees nothing (K4).
 
 S7. **Mix.** :math:`out = \mathrm{concat}_i(gate_i\, h_i)\, W_O^T + b_O`. The gate multiplies the
-head's output, not its weights, and not the bias.
+head's output, not its weights, and not the bias. :math:`W_O` is (D, H dv): the heads together need
+not be as wide as the model.
 
 S8. **Gradient.** Of every step by the chain rule; the choice in S2 is a constant. An inactive row
 gets and gives gradient 0, its gate's included. dk and dv sum over a group of query heads (K7).
 
 S9. **Routing by norms.** For a model trained without a router: :math:`s_i = \|q_i\|_2` for the
-routed heads, q before positions (which keep norms); :math:`g = \mathrm{softmax}(s / \mathrm{std}
-(s))` with the unbiased std over the hr heads. The k largest :math:`s_i`, which are those of g, have
-gate 1 like the shared heads, all others 0. In training the gate's gradient is handed to g as it is.
+routed *query* heads, grouped or not, q before positions (which keep norms); :math:`g =
+\mathrm{softmax}(s / \mathrm{std}(s))` with the unbiased std over the hr heads. The k largest
+:math:`s_i`, which are those of g, have gate 1 like the shared heads, all others 0. In training the
+gate's gradient is handed to g as it is.
 
 S10. **Balance.** Over all real tokens of a layer together, :math:`me_i` the mean of :math:`r_i` and
 :math:`ce_i` the share of tokens that chose i: :math:`L = hr \sum_i me_i\, ce_i`. Uniform routing
@@ -48,7 +50,8 @@ of *all* heads, since any later token may choose any of them.
 
 Complexity
 ----------
-A fraction (hs + k) / H of dense attention's scores and sums; the cache stays as it is.
+A fraction (hs + k) / H of dense attention's scores and sums. The cache stays as it is; a decoding
+step need not read that of a kv head whose group has no active head.
 
 Paper and code
 --------------
@@ -56,13 +59,11 @@ Paper and code
   the factors k, hs, 2 and, in S10, hr. The authors' code has them, and we follow it: with zero
   routers and k = hr it is exactly dense attention. `rescale=False` gives the other form.
 - The class for diffusion models fails for hs = 1 and k > 0; S4 follows that for images.
-- For hr = 1 or equal norms the std in S9 is undefined or 0. The choice does not need it; a uniform
-  g, without gradient, is ours.
-- The training code of S9 is not published: that the gradient goes to g is our reading.
+- Many of the authors' models have k = 0 in their first layers: the gates there are S4's, not 1.
 - That S6 leaves inactive rows out, forward and backward, is ours: the authors compute all heads and
-  multiply by 0. The gates then differ in one place: a gate that is 0 learns nothing from its head.
-- The authors' models use 50 to 90 % of the heads; S9 uses hs = H / 2, k = H / 4, and 0.01 L is
-  added to the loss.
+  multiply by 0. The gates then differ in one place: a gate that is 0, by choice or because its
+  probability underflows, learns nothing from its head.
+- Which of equal probabilities is chosen (S2) the authors leave to torch; the lower index is ours.
 """
 
 from __future__ import annotations
@@ -197,6 +198,8 @@ def moh_backward(
     >>> moh_backward(one, one, one, 3 * one[0], one[0], None, one[0])[2].item()
     3.0
     """
+    check_attention_inputs(q, k, v)
+    check_mix(gates, np.zeros_like(v, shape=(*q.shape[:-1], v.shape[-1])), Wo, bo)
     active = gates != 0
     h = head_outputs(q, k, v, active, causal=causal, key_mask=key_mask, scale=scale)
     dgates, dh, dWo, dbo = mix_heads_backward(gates, h, Wo, bo, dout)

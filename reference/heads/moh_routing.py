@@ -2,6 +2,13 @@
 
 The clauses are those of `moh`. Routers are matrices without bias; a group of heads that is switched
 off has no gates, and its step is not called.
+
+Paper and code
+--------------
+- The authors' models use 50 to 90 % of the heads. Shared + active routed heads of all, in the four
+  stages of ViT-B: 4 + 0 of 4, 8 + 0 of 8, 4 + 8 of 16, 5 + 16 of 32 at 75 %, and 2 + 2, 2 + 4,
+  2 + 6, 4 + 8 of as many at 50 %. DiT-XL/2 at 90 % has 16 + 3 of 24 in its last nine layers, and
+  shared heads alone before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,15 @@
 """MoH's router without parameters, and what training adds: balance and the straight-through gate.
 
 The clauses are those of `moh`.
+
+Paper and code
+--------------
+- S9 has hs = H // 2 and k = H // 4 in the authors' language model, which asks for an even H: 75 %
+  of the heads. Only its inference is published. There the softmax and the std of S9 change nothing,
+  and no balance loss is computed; that in training the gradient goes to g is our reading.
+- For hr = 1 or equal norms the std in S9 is undefined or 0. The choice does not need it; a uniform
+  g, without gradient, is ours.
+- The authors add 0.01 times the mean of S10's L over the routed layers to the loss.
 """
 
 from __future__ import annotations
@@ -50,13 +59,15 @@ def norm_router(q_unrot: np.ndarray, hs: int, k: int) -> np.ndarray:
     """S9: gates (..., tokens, H), 1 for the `hs` shared heads and for the routed ones chosen.
 
     q_unrot (..., H, tokens, dh). Chosen are the `k` largest norms, ties to the lower index (K6);
-    the authors' numbers are hs = H // 2 and k = H // 4.
+    the authors' numbers are hs = H // 2 and k = H // 4. ValueError unless hs + k >= 1.
 
     >>> norm_router(np.array([[[0.0, 0.0]], [[3.0, 4.0]], [[6.0, 8.0]]]), 1, 1)
     array([[1., 0., 1.]])
     """
     norms = _norms(q_unrot, hs)
     check_count(k, norms.shape[-1])
+    if hs + k == 0:
+        raise ValueError("k: got 0 without shared heads, expected at least 1")
     shared = np.ones_like(norms, shape=(*norms.shape[:-1], hs))
     chosen = np.where(top_k_mask(norms, k), np.ones_like(norms), np.zeros_like(norms))
     return np.concatenate([shared, chosen], axis=-1)
@@ -92,7 +103,7 @@ def load_balance_loss(
     """S10: L, one number for all tokens of p and mask (..., tokens, hr) together.
 
     `valid` bool (..., tokens), True = a real token. Without `rescale` the factor hr is left out.
-    No token at all means 0. The authors add 0.01 times the mean over the routed layers.
+    No token at all means 0.
 
     >>> p = np.full((3, 4), 0.25)
     >>> load_balance_loss(p, np.array([[True, True, False, False]] * 3)).item()

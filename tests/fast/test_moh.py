@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.dense import attention as dense
+from attnspec.fast.engines.flash import flash
 from attnspec.fast.heads import moh
 
 SHAPES = ((4, 4, 70, 70), (6, 2, 65, 130), (4, 1, 40, 17), (3, 3, 1, 64))
@@ -66,6 +67,41 @@ def test_the_projection_reads_the_heads_without_a_copy() -> None:
     torch.testing.assert_close(h, moh.head_outputs(q, q, q))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_active_rows_meet_keys(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed sequences hold (hs + k) / H of all rows; the one behind them has no keys."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(options["offsets"])
+        return flash(*args, **options)
+
+    monkeypatch.setattr(moh, "flash", counted)
+    q, k, v = draw(2, 6, 20, 8), draw(2, 3, 25, 8), draw(2, 3, 25, 5)
+    active = moh.norm_router(q, 2, 1) != 0
+    moh.head_outputs(q, k, v, active, causal=causal)
+    ((rows, keys),) = calls
+    rows, keys = rows.diff(), keys.diff()
+    assert keys.tolist() == [25] * 6 + [0]
+    assert rows[:-1].sum() == active.sum() == 2 * 20 * 3
+    of_group = active.unflatten(2, (3, 2)).sum((1, 3))
+    torch.testing.assert_close(rows[:-1], of_group.flatten())
+
+
+def test_groups_that_are_switched_off() -> None:
+    x, Wr, Ws, W0 = draw(2, 7, 4), draw(5, 4), draw(3, 4), draw(2, 4)
+    p = moh.routed_probs(x, Wr)
+    routed = moh.routed_gates(p, moh.topk_mask(p, 2), 2)
+    same = torch.testing.assert_close
+    same(moh.route(x, Wr, None, None, 2), routed)
+    same(moh.route(x, None, Ws, None, 0), moh.shared_gates(x, Ws))
+    first = moh.route(x, Wr, Ws, None, 0)
+    same(first, torch.cat([moh.shared_gates(x, Ws), torch.zeros_like(p)], -1))
+    same(moh.route(x, Wr, None, W0, 2), moh.route(x, Wr, Ws[:1], W0, 2))
+    same(moh.route(x, None, None, W0, 0), torch.ones_like(p[..., :1]))
+    same(moh.combine_gates(None, routed, p[..., :2]), routed)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_steps_skip_heads_and_cache_all(tokens: int) -> None:
     q, k, v = (draw(2, heads, 30, 8) for heads in (6, 3, 3))
@@ -94,3 +130,21 @@ def test_bad_input_is_named(options: dict[str, Any], error: type, name: str) -> 
     q = torch.zeros(1, 4, 3, 2)
     with pytest.raises(error, match=f"^{name}: got"):
         moh.head_outputs(q, q, q, **options)
+
+
+X, W = torch.zeros(1, 3, 4), torch.zeros(5, 4)
+BAD_ROUTES: tuple[tuple[Any, tuple[Any, ...], str], ...] = (
+    (moh.route, (X, None, W, None, 1), "k"),
+    (moh.route, (X, W, None, None, 0), "k"),
+    (moh.route, (X, W, W, None, 1), "W0"),
+    (moh.combine_gates, (None, None), "gs"),
+    (moh.norm_router, (X[None], 0, 0), "k"),
+    (moh.norm_router, (X[None], 1, 0), "hs"),
+    (moh.topk_mask, (X, 5), "k"),
+)
+
+
+@pytest.mark.parametrize(("function", "args", "name"), BAD_ROUTES)
+def test_bad_routes_are_named(function: Any, args: tuple[Any, ...], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        function(*args)

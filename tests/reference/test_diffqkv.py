@@ -115,6 +115,22 @@ def test_contracting_the_query_is_expanding_the_key() -> None:
     np.testing.assert_allclose(near, far, atol=1e-9)
 
 
+def test_positions_act_in_the_width_of_the_keys() -> None:
+    """Expanding rotated keys is contracting the query; rotating expanded keys is another score."""
+    _, k, v = tensors((4, 2, 4))
+    random = np.random.default_rng(6)
+    wide, E = random.standard_normal((2, 4, 1, 8)), random.standard_normal((2, 8, 4))
+    at, place = np.arange(7), np.array([5])
+    qe = contract_query(wide, np.repeat(E, 2, axis=0))
+    expected, _ = diffqkv_attend(rope(qe, place), rope(k, at), v)
+    to_wide = np.swapaxes(E, -1, -2)
+    expanded = rope(k, at - place) @ to_wide
+    got, _ = diffqkv_attend(wide, expanded, v, scale=4**-0.5)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    rotated, _ = diffqkv_attend(rope(wide, place), rope(k @ to_wide, at), v, scale=4**-0.5)
+    assert not np.allclose(rotated, expected, atol=1e-3)
+
+
 def test_contraction_gradients_are_finite_differences() -> None:
     random = np.random.default_rng(3)
     q, E, dqe = (random.standard_normal(s) for s in ((2, 2, 3, 4), (2, 4, 2), (2, 2, 3, 2)))

@@ -42,6 +42,7 @@ from attnspec.reference.heads.moh_training import (
     straight_through_backward,
 )
 from attnspec.reference.primitives.rope import rope
+from attnspec.reference.primitives.softmax import softmax
 
 Golden = Callable[[str], dict[str, Any]]
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -124,6 +125,8 @@ def test_the_authors_routing_by_norms(golden: Golden) -> None:
     at = np.arange(6)
     q, k = rope(q, at).astype(q.dtype), rope(k, at).astype(k.dtype)
     np.testing.assert_array_equal(norm_router(q, 2, 1), gates)
+    weights = softmax(dense.score(q, k), dense.visible(6, 6, causal=True))
+    np.testing.assert_allclose(weights, case["attn_weights"], atol=2e-6)
     h = head_outputs(q, k, v, causal=True)
     np.testing.assert_allclose(np.swapaxes(h, 1, 2), case["head_out"], atol=2e-6)
     out = moh_attend(q, k, v, gates, case["o_proj_weight"], causal=True)
@@ -169,6 +172,32 @@ def test_how_many_gates_and_how_large(hs: int, hr: int, k: int, seed: int) -> No
         norms = norm_router(np.swapaxes(draw(2, 7, hs + hr, 3, seed=seed), 1, 2), hs, k)
         np.testing.assert_array_equal(norms.sum(-1), hs + k)
         np.testing.assert_array_equal(norms[..., :hs], 1)
+
+
+def test_groups_that_are_switched_off() -> None:
+    x, Wr, Ws, W0 = draw(5, 4), draw(4, 4), draw(2, 4), draw(2, 4, seed=1)
+    p = routed_probs(x, Wr)
+    routed = routed_gates(p, topk_mask(p, 3), 3)
+    np.testing.assert_array_equal(route(x, Wr, None, None, 3), routed)
+    np.testing.assert_array_equal(route(x, None, Ws, None, 0), shared_gates(x, Ws))
+    first = route(x, Wr, Ws, None, 0)
+    np.testing.assert_array_equal(first[:, :2], shared_gates(x, Ws))
+    np.testing.assert_array_equal(first[:, 2:], 0)
+    a = group_weights(x, W0)
+    single = route(x, Wr, None, W0, 3)
+    np.testing.assert_array_equal(single, route(x, Wr, Ws[:1], W0, 3))
+    np.testing.assert_array_equal(single, np.concatenate([a[:, :1], a[:, 1:] * routed], axis=-1))
+    np.testing.assert_array_equal(route(x, None, None, W0, 0), 1)
+
+
+def test_a_probability_that_underflows_switches_its_head_off() -> None:
+    Wr = np.array([[0.0], [1.0], [2.0]])
+    gates = route(np.array([[1000.0], [1.0]]), Wr, None, None, 2)
+    np.testing.assert_array_equal(gates != 0, [[False, False, True], [False, True, True]])
+    np.testing.assert_allclose(gates.sum(-1), 2)
+    tiny = np.array([[0.0, 1e-30]])
+    gates = routed_gates(tiny, np.array([[False, True]]), 1)
+    np.testing.assert_allclose(gates, tiny / np.finfo(float).eps)
 
 
 def test_without_rescaling_gates_are_the_probabilities() -> None:
@@ -409,10 +438,12 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (mix_heads, (B3 * 1.0, Q, np.zeros((1, 8)), np.zeros(1, int)), {}, TypeError, "bo"),
     (mix_heads, (B3, Q, np.zeros((1, 8))), {}, TypeError, "gates"),
     (moh_attend, (Q, Q, Q, B3, np.zeros((1, 8))), {}, TypeError, "gates"),
+    (moh_backward, (Q, Q, Q, None, np.zeros((1, 8)), None, Q[0]), {}, TypeError, "gates"),
     (norm_probs, (Q, 4), {}, ValueError, "hs"),
     (norm_router, (Q, -1, 1), {}, ValueError, "hs"),
     (norm_router, (Q, True, 1), {}, TypeError, "hs"),
     (norm_router, (Q, 2, 3), {}, ValueError, "k"),
+    (norm_router, (Q, 0, 0), {}, ValueError, "k"),
     (norm_router, (Q[0], 0, 1), {}, ValueError, "q_unrot"),
     (straight_through, (P, M), {}, ValueError, "mask"),
     (load_balance_loss, (P, MASKED[0]), {}, ValueError, "mask"),

@@ -14,7 +14,7 @@ from attnspec.conformance.contract import Array, Contract, Output, Ranking, Stre
 from attnspec.conformance.values import feed_tokens
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State
-from attnspec.reference.heads.diffqkv import diffqkv_attend, head_maps
+from attnspec.reference.heads.diffqkv import diffqkv_attend, head_maps, selective_attend
 from attnspec.reference.heads.diffqkv_steps import allowed, scores, softmax_rows
 
 SIZES = {
@@ -40,15 +40,6 @@ def without(*axes: str) -> dict[str, tuple[int, int]]:
     return {axis: span for axis, span in SIZES.items() if axis not in axes}
 
 
-def make_map(axis: str) -> Any:
-    """The contiguous map of query heads to the heads of `axis`."""
-
-    def make(rng: np.random.Generator, case: Case) -> np.ndarray:
-        return np.arange(case.heads) // (case.heads // case.sizes[axis])
-
-    return make
-
-
 def make_key_mask(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Padding on one side, up to all of a batch entry's keys; or three keys of four at random."""
     batch, keys = case.shape("batch keys")
@@ -56,22 +47,6 @@ def make_key_mask(rng: np.random.Generator, case: Case) -> np.ndarray:
         real = np.arange(keys) >= rng.integers(0, keys + 1, (batch, 1))
         return real if "left" in case.options else real[:, ::-1].copy()
     return np.logical_and(rng.random((batch, keys)) < 0.75, rng.random((batch, 1)) < 0.8)
-
-
-def make_weights(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Rows that sum to at most 1: multiples of 1/64, so that many are equal and some are 0."""
-    shape = case.shape("batch heads queries keys")
-    if not shape[-1]:
-        return np.zeros(shape)
-    counts = rng.multinomial(64, rng.dirichlet(np.full(shape[-1], 0.5)), shape[:-1])
-    return np.where(rng.random((*shape[:-1], 1)) < 0.1, 0.0, counts / 64.0)
-
-
-def make_chosen(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Distinct keys in any order, `c` a row."""
-    shape = case.shape("batch heads queries keys")
-    order = np.argsort(rng.random(shape), axis=-1, kind="stable")
-    return order[..., : case.sizes["c"]]
 
 
 def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -89,14 +64,6 @@ def poison_hidden(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     return arguments
 
 
-def poison_weightless(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
-    """NaN in the values that no row of the batch entry gives any weight."""
-    unread = np.all(arguments["P"] == 0, axis=(1, 2))
-    v: np.ndarray = arguments["v"].copy()
-    v[np.broadcast_to(unread[:, None], v.shape[:-1])] = np.nan
-    return {**arguments, "v": v}
-
-
 def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | None:
     if arguments["causal"]:
         return None
@@ -111,11 +78,17 @@ def halves(arguments: Mapping[str, Any], case: Case) -> list[dict[str, Any]] | N
 
 
 def weights_of_rows(a: Mapping[str, Any]) -> Ranking:
-    """What a selection of values is judged by; only rows that see nothing have no close calls."""
+    """What a selection of values is judged by: only keys that a row sees compete."""
     hk, _ = head_maps(a["q"].shape[-3], a["k"].shape[-3], 1)
     mask = allowed(a["q"], a["k"], a.get("causal", True), a.get("key_mask"))
     P, _ = softmax_rows(scores(a["q"], a["k"], hk, scale=a.get("scale")), mask)
-    return Ranking(P, k=a["c"])
+    c = P.shape[-1] if a["c"] is None else a["c"]
+    return Ranking(P, k=c, allowed=np.broadcast_to(mask, P.shape))
+
+
+def weights_of_step(a: Mapping[str, Any]) -> Ranking:
+    """The same over the cached keys and those of the step; without c nothing is chosen."""
+    return weights_of_rows({**a, "k": np.concatenate([a["state"].k, a["k"]], axis=-2)})
 
 
 def _heads(kv_heads: int, group: int, v_heads: int) -> Any:
@@ -125,6 +98,14 @@ def _heads(kv_heads: int, group: int, v_heads: int) -> Any:
 
 def _parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
     return {"causal": st.booleans(), "scale": st.sampled_from([None, 0.5])}
+
+
+def _at_once(whole: Mapping[str, Any]) -> np.ndarray:
+    """What steps with the same options give for the whole sequence."""
+    if whole["c"] is not None:
+        return selective_attend(**whole, causal=True)
+    tokens = {name: whole[name] for name in ("q", "k", "v", "scale")}
+    return diffqkv_attend(**tokens, causal=True)[0]
 
 
 def _state(rng: np.random.Generator, case: Case) -> State:
@@ -138,8 +119,6 @@ Q = Array("q", "batch heads queries d", role="query")
 K = Array("k", "batch kv_heads keys d", role="key")
 V = Array("v", "batch v_heads keys dv", role="value")
 MASK = Array("key_mask", "batch keys", make=make_key_mask, optional=True)
-P = Array("P", "batch heads queries keys", make=make_weights)
-HV = Array("hv", "heads", make=make_map("v_heads"))
 STEP = (
     Array("q", "batch heads tokens d", role="query"),
     Array("k", "batch kv_heads tokens d", role="key"),
@@ -177,10 +156,6 @@ def bad_integers(name: str) -> tuple[tuple[str, str, Any], ...]:
 
 
 BAD_C = tuple(bad for bad in bad_integers("c") if bad[0] != "c = None")
-BAD_MAP = (
-    ("a map of one head too many", "hv", lambda a: np.append(a["hv"], 0)),
-    ("a map of floats", "hv", lambda a: a["hv"] * 1.0),
-)
 CONTRACTS = (
     Contract(
         operation="diffqkv.diffqkv_attend",
@@ -225,12 +200,18 @@ CONTRACTS = (
         least={"tokens": 1},
         arrays=(Array("state", make=_state), *STEP),
         outputs=(Output("out", cancels=True), Output("state.k"), Output("state.v")),
-        parameters=lambda sizes: {"scale": st.sampled_from([None, 0.5])},
+        parameters=lambda sizes: {
+            "scale": st.sampled_from([None, 0.5]),
+            "c": st.sampled_from([None, None, None, None, 1, 3, 8, 100]),
+            "renormalise": st.booleans(),
+        },
+        hidden=weights_of_step,
         stream=Stream(
             arrays=STEP,
             start=lambda whole: State(whole["k"][..., :0, :], whole["v"][..., :0, :]),
             feed=feed_tokens,
-            whole=lambda whole: diffqkv_attend(**whole, causal=True)[0],
+            whole=_at_once,
+            hidden=weights_of_rows,
         ),
         bad_inputs=(*BAD_TOKENS, *BAD_C),
     ),

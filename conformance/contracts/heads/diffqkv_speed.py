@@ -1,4 +1,4 @@
-"""Benchmarks of DiffQKV attention: prefill, training and selective decode, beside grouped heads."""
+"""Benchmarks of DiffQKV attention: prefill, training and decode, beside grouped heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from attnspec.conformance.bench.inputs import attention_cost, bytes_of, forward_and_backward
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival
-from attnspec.conformance.bench.rivals import with_backward
+from attnspec.conformance.bench.rivals import flex, with_backward
+from attnspec.reference.dense.attention import State
 
 
 def unequal(
@@ -27,6 +28,54 @@ def unequal(
         return {n: x.to(getattr(torch, dtype)) for n, x in arrays.items()} | parameters
 
     return make
+
+
+def cached(
+    heads: tuple[int, int, int], keys: int, d: int, dv: int
+) -> Callable[[str, str], dict[str, Any]]:
+    """One new token, and the state of those before it: `keys` tokens in all."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        whole = unequal(heads, 1, keys, d, dv)(device, dtype)
+        k, v = whole["k"], whole["v"]
+        token = {"q": whole["q"], "k": k[:, :, -1:], "v": v[:, :, -1:]}
+        return {"state": State(k[:, :, :-1], v[:, :, :-1]), **token}
+
+    return make
+
+
+def step_cost(arguments: Mapping[str, Any]) -> Cost:
+    """The cache read once."""
+    q, state = arguments["q"], arguments["state"]
+    widths = state.k.shape[3] + state.v.shape[3]
+    flops = 2.0 * q.shape[0] * q.shape[1] * (state.k.shape[2] + 1) * widths
+    return Cost(flops, bytes_of(q, state.k, state.v))
+
+
+def decoding(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Each call is the step after the last one, as a decoder takes them."""
+    held = [arguments["state"]]
+    token = {name: arguments[name] for name in ("q", "k", "v")}
+
+    def call() -> Any:
+        out, held[0] = function(held[0], **token)
+        return out
+
+    return call
+
+
+def grouped() -> Rival:
+    """Grouped attention, of as many key as value heads: torch's, on the cache it would hold."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        import torch
+
+        q, state = arguments["q"], arguments["state"]
+        K, V = (torch.cat([getattr(state, n), arguments[n]], 2) for n in ("k", "v"))
+        K = K.repeat_interleave(V.shape[1] // K.shape[1], 1)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, K, V, enable_gqa=True)
+
+    return Rival("torch-sdpa, grouped heads", prepare)
 
 
 def selective_cost(arguments: Mapping[str, Any]) -> Cost:
@@ -58,6 +107,21 @@ def repeated(backward: bool = False) -> Rival:
     return Rival("torch-sdpa, repeated heads", prepare)
 
 
+def expanded(backward: bool = False) -> Rival:
+    """FlexAttention, which knows one count of kv heads: the keys repeated beforehand."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        k, v = arguments["k"], arguments["v"]
+        K = k.repeat_interleave(v.shape[1] // k.shape[1], 1)
+        return flex(lambda a: _ordered, backward).prepare({**arguments, "k": K})
+
+    return Rival("flex, repeated keys", prepare)
+
+
+def _ordered(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return j <= i
+
+
 def prefill(
     device: str, heads: tuple[int, int, int], tokens: int, d: int, dv: int, backward: bool = False
 ) -> Benchmark:
@@ -70,8 +134,22 @@ def prefill(
         attention_cost(factor=3.5 if backward else 1.0),
         dtype="bfloat16" if device == "cuda" else "float32",
         call=forward_and_backward if backward else None,
-        rivals=(repeated(backward),),
+        rivals=(repeated(backward), *((expanded(backward),) if device == "cuda" else ())),
         settings={"tokens": tokens, "d": d, "dv": dv, "heads": list(heads)},
+    )
+
+
+def decode(device: str, heads: tuple[int, int, int], keys: int, d: int, dv: int) -> Benchmark:
+    return Benchmark(
+        "diffqkv.step",
+        f"one token, {keys // 1024}k keys, d={d} dv={dv} heads={'/'.join(map(str, heads))}",
+        device,
+        cached(heads, keys, d, dv),
+        step_cost,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        call=decoding,
+        rivals=(grouped(),),
+        settings={"keys": keys, "d": d, "dv": dv, "heads": list(heads)},
     )
 
 
@@ -93,8 +171,12 @@ BENCHMARKS = (
     prefill("cuda", (32, 4, 16), 32768, 128, 128),
     prefill("cuda", (32, 4, 16), 32768, 64, 128),
     prefill("cuda", (32, 4, 16), 8192, 128, 128, backward=True),
+    decode("cuda", (32, 4, 16), 32768, 128, 128),
+    decode("cuda", (32, 4, 16), 131072, 128, 128),
+    decode("cuda", (32, 4, 16), 131072, 64, 128),
     selective("cuda", (32, 4, 16), 32768, 100),
     selective("cuda", (32, 4, 16), 131072, 100),
     prefill("cpu", (8, 2, 4), 1024, 64, 64),
+    decode("cpu", (8, 2, 4), 8192, 64, 64),
     selective("cpu", (8, 2, 4), 8192, 100),
 )

@@ -11,17 +11,11 @@ from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.heads.diffqkv import (
     BAD_C,
-    BAD_MAP,
-    HV,
     K,
-    P,
     Q,
     V,
     bad_integers,
     fit_heads,
-    make_chosen,
-    make_map,
-    poison_weightless,
     without,
 )
 
@@ -30,10 +24,51 @@ WITHOUT_CONTRACT = {
 }
 
 
+def make_map(axis: str) -> Any:
+    """The contiguous map of query heads to the heads of `axis`."""
+
+    def make(rng: np.random.Generator, case: Case) -> np.ndarray:
+        return np.arange(case.heads) // (case.heads // case.sizes[axis])
+
+    return make
+
+
 def make_mask(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Three of four pairs visible; one row in five sees nothing."""
     shape = case.shape("batch 1 queries keys")
     return np.logical_and(rng.random(shape) < 0.75, rng.random((*shape[:-1], 1)) < 0.8)
+
+
+def make_weights(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """Rows that sum to at most 1: multiples of 1/64, so that many are equal and some are 0."""
+    shape = case.shape("batch heads queries keys")
+    if not shape[-1]:
+        return np.zeros(shape)
+    counts = rng.multinomial(64, rng.dirichlet(np.full(shape[-1], 0.5)), shape[:-1])
+    return np.where(rng.random((*shape[:-1], 1)) < 0.1, 0.0, counts / 64.0)
+
+
+def make_chosen(rng: np.random.Generator, case: Case) -> np.ndarray:
+    """Distinct keys in any order, `c` a row."""
+    shape = case.shape("batch heads queries keys")
+    order = np.argsort(rng.random(shape), axis=-1, kind="stable")
+    return order[..., : case.sizes["c"]]
+
+
+def poison_unread(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
+    """NaN in the values that no row of the query heads which read them weighs, or has chosen."""
+    P, v = arguments["P"], arguments["v"].copy()
+    batch, heads, _, keys = P.shape
+    used = P != 0
+    if "idx" in arguments:
+        chosen = np.zeros(P.shape, bool)
+        np.put_along_axis(chosen, arguments["idx"], True, axis=-1)
+        used &= chosen
+    by_head: np.ndarray = np.any(used, axis=2)
+    groups = by_head.reshape(batch, v.shape[1], heads // v.shape[1], keys)
+    read: np.ndarray = np.any(groups, axis=2)
+    v[np.logical_not(read)] = np.nan
+    return {**arguments, "v": v}
 
 
 def _counts(sizes: Any) -> dict[str, st.SearchStrategy[Any]]:
@@ -47,6 +82,12 @@ def _sizes_of_a_cache(sizes: Any) -> dict[str, st.SearchStrategy[Any]]:
     return {name: st.integers(1, most) for name, most in names.items()}
 
 
+P = Array("P", "batch heads queries keys", make=make_weights)
+HV = Array("hv", "heads", make=make_map("v_heads"))
+BAD_MAP = (
+    ("a map of one head too many", "hv", lambda a: np.append(a["hv"], 0)),
+    ("a map of floats", "hv", lambda a: a["hv"] * 1.0),
+)
 CONTRACTS = (
     Contract(
         operation="diffqkv.head_maps",
@@ -113,7 +154,7 @@ CONTRACTS = (
         outputs=(Output("out"),),
         linear_in=("v", "P"),
         key_arrays=("P", "v"),
-        poison=poison_weightless,
+        poison=poison_unread,
         bad_inputs=(
             *BAD_MAP,
             ("v with fewer tokens", "v", lambda a: a["v"][..., :-1, :]),
@@ -136,7 +177,7 @@ CONTRACTS = (
         outputs=(Output("out"),),
         parameters=lambda sizes: {"renormalise": st.booleans()},
         linear_in=("v",),
-        poison=poison_weightless,
+        poison=poison_unread,
         bad_inputs=(
             *BAD_MAP,
             ("idx of floats", "idx", lambda a: a["idx"] * 1.0),

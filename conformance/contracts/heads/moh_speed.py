@@ -97,6 +97,70 @@ def gated(backward: bool = False) -> Rival:
     return Rival("all heads, gated", prepare)
 
 
+def weighted(
+    heads: int, kv_heads: int, tokens: int, d: int, share: float
+) -> Callable[[str, str], dict[str, Any]]:
+    """As `routed`, with random gates in the active rows and a projection to heads * d channels."""
+    whole = routed(heads, kv_heads, tokens, d, share)
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        import torch
+
+        arguments = whole(device, dtype)
+        active = arguments.pop("active")
+        generator = torch.Generator(device).manual_seed(2)
+        gates = torch.rand(active.shape, generator=generator, device=device) + 0.5
+        width = heads * d
+        Wo = torch.randn(width, width, generator=generator, device=device) * width**-0.5
+        kind = arguments["q"].dtype
+        return {**arguments, "gates": torch.where(active, gates, 0.0).to(kind), "Wo": Wo.to(kind)}
+
+    return make
+
+
+def mixed_cost(arguments: Mapping[str, Any]) -> Cost:
+    """The active rows, and the projection of all tokens, which is what is written."""
+    gates, Wo = arguments["gates"], arguments["Wo"]
+    heads = active_cost()({**arguments, "active": gates != 0})
+    tokens = gates.shape[0] * gates.shape[1]
+    moved = bytes_of(gates, Wo) + tokens * (Wo.shape[0] - Wo.shape[1]) * Wo.element_size()
+    return Cost(heads.flops + 2.0 * tokens * Wo.numel(), heads.bytes + moved)
+
+
+def gated_and_projected() -> Rival:
+    """What the authors do: all heads by torch's attention, times their gates, projected."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        import torch
+
+        q, k, v, gates, Wo = (arguments[name] for name in ("q", "k", "v", "gates", "Wo"))
+        grouped = q.shape[1] != k.shape[1]
+
+        def forward() -> Any:
+            h = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=arguments["causal"], enable_gqa=grouped
+            )
+            return (h.transpose(1, 2) * gates[..., None]).flatten(2) @ Wo.mT
+
+        return forward
+
+    return Rival("all heads, gated", prepare)
+
+
+def layer(device: str, heads: tuple[int, int], tokens: int, share: float, d: int) -> Benchmark:
+    """Attention, gates and projection together."""
+    return Benchmark(
+        "moh.moh_attend",
+        f"{tokens} tokens, {heads[0]}/{heads[1]} heads of {d}, causal, {share:.0%} active",
+        device,
+        weighted(*heads, tokens, d, share),
+        mixed_cost,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        rivals=(gated_and_projected(),),
+        settings={"tokens": tokens, "d": d, "heads": list(heads), "active": share},
+    )
+
+
 def attention(
     device: str,
     heads: tuple[int, int],
@@ -146,5 +210,7 @@ BENCHMARKS = (
         attention("cuda", (16, 16), 1024, share, d=64, batch=32, causal=False)
         for share in (None, 0.75, 0.5)
     ),
+    *(layer("cuda", (32, 8), tokens, 0.75, d=128) for tokens in (8192, 32768)),
     *(attention("cpu", (8, 2), 2048, share, d=64) for share in (None, 0.75, 0.5)),
+    layer("cpu", (8, 2), 2048, 0.75, d=64),
 )

@@ -1,4 +1,4 @@
-"""Wrong kernels of DiffQKV attention: one ratio for two maps, a wrong scale, half a selection."""
+"""Wrong kernels of DiffQKV attention: one ratio for two maps, a wrong scale, wrong sums."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ BACKWARD = diffqkv.diffqkv_backward
 CONTRACT = right("diffqkv.contract_query")
 MAPS = right("diffqkv.head_maps")
 SCORES = right("diffqkv.scores")
-SELECT = right("diffqkv.select_values")
-SELECTED = right("diffqkv.attend_selected")
-SELECTIVE = right("diffqkv.selective_attend")
 STEP = right("diffqkv.step")
 BLOCK = 8
 
@@ -93,54 +90,19 @@ def first_of_group(x: np.ndarray, heads: int) -> np.ndarray:
     return x[..., :: x.shape[-3] // heads, :, :]
 
 
+def values_by_key_group(q: Any, k: Any, v: Any, dout: Any, dlse: Any = None, **options: Any) -> Any:
+    """dv of a value head sums as many query heads as share a key head."""
+    hk, hv = diffqkv_steps.check_inputs(q, k, v)
+    dq, dk, each = BACKWARD(q, k, v[..., hv, :, :], dout, dlse, **options)
+    group = len(hk) // k.shape[-3]
+    parts = [
+        np.sum(each[..., g * group : (g + 1) * group, :, :], axis=-3) for g in range(v.shape[-3])
+    ]
+    return dq, dk, np.stack(parts, axis=-3)
+
+
 def no_lse_gradient(arguments: dict[str, Any]) -> None:
     arguments["dlse"] = None
-
-
-def half_the_row(P: np.ndarray, c: int) -> Any:
-    """The best of each tile of 8 keys compete, c / tiles a tile, instead of the whole row."""
-    idx, kept = SELECT(P, c)
-    if P.shape[-1] <= BLOCK or c >= P.shape[-1]:
-        return idx, kept
-    first, _ = SELECT(P[..., :BLOCK], max(c // 2, 1))
-    last, _ = SELECT(P[..., BLOCK:], c)
-    chosen = np.concatenate([first, last + BLOCK], axis=-1)[..., : idx.shape[-1]]
-    return chosen, np.sum(np.take_along_axis(P, chosen, axis=-1), axis=-1)
-
-
-def ties_to_the_last(P: np.ndarray, c: int) -> Any:
-    _, kept = SELECT(P, c)
-    return P.shape[-1] - 1 - np.argsort(-P[..., ::-1], axis=-1, kind="stable")[..., :c], kept
-
-
-def sorted_by_index(result: Any) -> Any:
-    return np.sort(result[0], axis=-1), result[1]
-
-
-def always_renormalised(arguments: dict[str, Any]) -> None:
-    arguments["renormalise"] = True
-
-
-def chosen_by_first_head(P: np.ndarray, c: int) -> Any:
-    """All query heads use the keys that the first one chose."""
-    idx, _ = SELECT(P, c)
-    idx = np.broadcast_to(idx[..., :1, :, :], idx.shape)
-    return idx, np.sum(np.take_along_axis(P, idx, axis=-1), axis=-1)
-
-
-def reads_weightless(P: Any, idx: Any, v: Any, hv: Any, *, renormalise: bool = False) -> np.ndarray:
-    SELECTED(P, idx, v, hv, renormalise=renormalise)
-    weights = np.take_along_axis(P, idx, axis=-1)[..., None]
-    rows = np.take_along_axis(v[..., hv, :, :][..., None, :, :], idx[..., None], axis=-2)
-    out = np.einsum("...cw,...cd->...d", weights, rows)
-    kept = np.sum(weights, axis=-2)
-    return out / np.where(kept == 0, np.ones_like(kept), kept) if renormalise else out
-
-
-def nan_without_mass(P: Any, idx: Any, v: Any, hv: Any, *, renormalise: bool = False) -> np.ndarray:
-    out = SELECTED(P, idx, v, hv, renormalise=renormalise)
-    kept = np.take_along_axis(P, idx, axis=-1).sum(axis=-1)[..., None]
-    return np.where((kept == 0) & renormalise, out.dtype.type(np.nan), out)
 
 
 def first_map(q: np.ndarray, E: np.ndarray) -> np.ndarray:
@@ -151,6 +113,10 @@ def first_map(q: np.ndarray, E: np.ndarray) -> np.ndarray:
 
 def scaled_by_wide(q: np.ndarray, E: np.ndarray) -> np.ndarray:
     return CONTRACT(q, E) * q.dtype.type((E.shape[-1] / E.shape[-2]) ** 0.5)
+
+
+def all_values(arguments: dict[str, Any]) -> None:
+    arguments["c"] = None
 
 
 def forgets_the_oldest(result: Any) -> Any:
@@ -189,6 +155,8 @@ MUTANTS = (
            backward=replacing(BACKWARD, sum_groups=sum_by_key_ratio)),
     mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
            ATTEND, backward=replacing(BACKWARD, sum_groups=first_of_group)),
+    mutant("values-by-key-group", "gradient", "dv is summed over the groups of the keys", ATTEND,
+           backward=values_by_key_group),
     mutant("no-dlse", "gradient", "the gradient through lse is dropped", ATTEND,
            backward=altering(BACKWARD, no_lse_gradient)),
     of("head_maps", "map-through-keys", "agreement", "the value map comes from the key map",
@@ -196,20 +164,8 @@ MUTANTS = (
     of("contract_query", "first-map", "agreement", "every head uses the first map", first_map),
     of("contract_query", "scale-of-wide", "agreement", "scores are scaled by the wide query",
        scaled_by_wide),
-    of("select_values", "by-tile", "agreement", "tiles choose, not the row", half_the_row),
-    of("select_values", "last-ties", "agreement", "ties go to the higher index",
-       ties_to_the_last),
-    of("select_values", "ascending", "agreement", "the keys kept are sorted by index",
-       spoiling(SELECT, sorted_by_index)),
-    of("attend_selected", "renormalised", "agreement", "weights are renormalised by default",
-       altering(SELECTED, always_renormalised)),
-    of("attend_selected", "weightless", "poison", "values of weight 0 are read",
-       reads_weightless),
-    of("attend_selected", "no-mass", "agreement", "a row without mass is NaN", nan_without_mass),
-    of("selective_attend", "one-head-chooses", "agreement", "one query head chooses for all",
-       replacing(SELECTIVE, select_values=chosen_by_first_head)),
-    of("selective_attend", "selective-renormalised", "agreement",
-       "weights are renormalised by default", altering(SELECTIVE, always_renormalised)),
+    of("step", "step-of-all-values", "agreement", "c is not passed on",
+       altering(STEP, all_values)),
     of("step", "short-state", "stream", "the oldest token falls out of the state",
        spoiling(STEP, forgets_the_oldest)),
 )  # fmt: skip

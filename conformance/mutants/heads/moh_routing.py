@@ -66,6 +66,31 @@ def one_more(p: np.ndarray, k: int) -> np.ndarray:
     return CHOOSE(p, min(k + 1, p.shape[-1]))
 
 
+def normalised_together(
+    x: Any, Wr: Any, Ws: Any, W0: Any, k: int, *, rescale: bool = True
+) -> np.ndarray:
+    """The chosen heads and the shared ones are divided by one sum, that of all active gates."""
+    gates = ROUTE(x, Wr, Ws, W0, k, rescale=rescale)
+    if not rescale:
+        return gates
+    active = np.sum(gates != 0, axis=-1, keepdims=True)
+    return (gates * active / np.sum(gates, axis=-1, keepdims=True)).astype(gates.dtype)
+
+
+def norms_of_key_heads(q_unrot: np.ndarray, hs: int, k: int) -> np.ndarray:
+    """Two query heads that share a kv head have one norm, that of the first."""
+    NORMS(q_unrot, hs, k)
+    first = np.arange(q_unrot.shape[-3]) // 2 * 2
+    return NORMS(q_unrot[..., first, :, :], hs, k)
+
+
+def tokens_before_heads(q_unrot: np.ndarray, hs: int, k: int) -> np.ndarray:
+    """The projection is read as if it still had tokens before heads."""
+    NORMS(q_unrot, hs, k)
+    *leading, heads, tokens, dh = q_unrot.shape
+    return NORMS(np.swapaxes(q_unrot.reshape(*leading, tokens, heads, dh), -2, -3), hs, k)
+
+
 def norms_of_all(q_unrot: np.ndarray, hs: int, k: int) -> np.ndarray:
     """The shared heads compete with the routed ones."""
     NORMS(q_unrot, hs, k)
@@ -136,6 +161,12 @@ MUTANTS = (
     of("topk_mask", "one-more", "agreement", "one head too many", one_more),
     of("route", "route-factor", "agreement", "the factor of the groups is lost",
        replacing(ROUTE, group_weights=altering(moh_routing.group_weights, never_rescaled))),
+    of("route", "normalised-together", "agreement", "one sum for shared and routed gates",
+       normalised_together),
+    of("norm_router", "norms-of-key-heads", "agreement", "one norm for the heads of a group",
+       norms_of_key_heads),
+    of("norm_router", "tokens-before-heads", "agreement", "the queries' layout is mistaken",
+       tokens_before_heads),
     of("norm_router", "all-compete", "agreement", "shared heads compete", norms_of_all),
     of("norm_router", "absolute-sum", "agreement", "the sum of absolute values for the norm",
        replacing(NORMS, _norms=norms_by_absolute_sum)),
