@@ -105,16 +105,22 @@ def flow_attend(
     """
     check_attention_inputs(q, k, v, FLOATS)
     check_eps(eps)
-    a, b, values = _tokens(q, k, v, kind)
     n: Any = q.shape[2]
     m: Any = k.shape[2]
+    # Padded rows are replaced before the features, whose slope would be that of NaN, and after.
     if query_mask is not None:
         check_mask("query_mask", query_mask, (q.shape[0], n), q)
-        a, n = a.masked_fill(~query_mask[:, None, :, None], 0), query_mask.sum(1)
+        no_sink = ~query_mask[:, None, :, None]
+        q, n = q.masked_fill(no_sink, 0), query_mask.sum(1)
     if key_mask is not None:
         check_mask("key_mask", key_mask, (k.shape[0], m), k)
-        hidden = ~key_mask[:, None, :, None]
-        b, values, m = b.masked_fill(hidden, 0), values.masked_fill(hidden, 0), key_mask.sum(1)
+        no_source = ~key_mask[:, None, :, None]
+        k, v, m = k.masked_fill(no_source, 0), v.masked_fill(no_source, 0), key_mask.sum(1)
+    a, b, values = _tokens(q, k, v, kind)
+    if query_mask is not None:
+        a = a.masked_fill(no_sink, 0)
+    if key_mask is not None:
+        b = b.masked_fill(no_source, 0)
     I, O = wide_flows(a, b, eps)
     Ih, Oh = wide_conserved(a, b, I, O, eps)
     c = wide_competition(clip(Oh, clamp), key_mask)

@@ -1,8 +1,9 @@
 """Lightning Attention-2 on Numba and Triton: every form of it is a plan for the scan engine.
 
 The quadratic, the recurrent and the blocked form of the chapter are one computation here, linear in
-the tokens, with the state in float32; `attend` and `attend_packed` are differentiable in q, k, v, s
-and S0. Values of s, g and offsets are checked on the CPU only: on a GPU the check would stall it.
+the tokens, with the state in float32; `attend`, `attend_packed` and `attend_padded` are
+differentiable in q, k, v, s and S0. Values of s, g and offsets are checked on the CPU only: on a
+GPU the check would stall it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from attnspec.fast.linear.lightning_attention_2_batches import (
     attend_packed,
     attend_packed_backward,
     attend_padded,
+    attend_padded_backward,
 )
 from attnspec.fast.linear.lightning_attention_2_chunks import (
     as_state,
@@ -43,6 +45,7 @@ __all__ = [
     "attend_packed",
     "attend_packed_backward",
     "attend_padded",
+    "attend_padded_backward",
     "attend_recurrent",
     "backward_chunk",
     "backward_left",
@@ -65,6 +68,7 @@ CLAIMS = {
         },
     },
     "attend_packed": {"gradient": True, "compiled": True},
+    "attend_padded": {"gradient": True},
     "attend_left": {"gradient": True},
     "decode_step": {"compiled": True, "triton": {"graph": True}},
 }

@@ -13,6 +13,7 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    wide,
 )
 from attnspec.fast.engines.scan import scan, scan_backward
 from attnspec.fast.growing import checkable
@@ -82,6 +83,46 @@ def attend_padded(
     T rows in each of q, k and v; `valid` bool (batch, T) is True at real tokens. What is stored at
     a padded token is replaced by 0 in copies of q, k and v; its output is 0.
     """
+    real, g = _check_padded(q, k, v, s, valid, block)
+    S0 = as_state("S0", S0, (*q.shape[:2], q.shape[3], v.shape[3]), q)
+    q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))
+    o, S = scan(q, k, v, log_decay=g, state=S0, block=block, backend=backend)
+    return torch.where(real, o, 0.0), S
+
+
+def attend_padded_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    valid: Tensor,
+    S0: Tensor | None,
+    do: Tensor,
+    dS: Tensor | None = None,
+    *,
+    block: int = 64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, which are 0 at padded tokens, ds (heads,), dS0 of `attend_padded`."""
+    real, g = _check_padded(q, k, v, s, valid, block)
+    check_upstream("do", do, (*q.shape[:3], v.shape[3]), q)
+    shape = (*q.shape[:2], q.shape[3], v.shape[3])
+    first, last = as_state("S0", S0, shape, q), as_state("dS", dS, shape, q)
+    q, k, v, do = (torch.where(real, x, 0.0) for x in (q, k, v, do))
+    dq, dk, dv, dg, dS0 = scan_backward(
+        q, k, v, do, last, log_decay=g, state=first, block=block, backend=backend
+    )
+    dq, dk, dv = (torch.where(real, x, 0.0) for x in (dq, dk, dv))
+    ds = -torch.where(valid[:, None], dg, 0.0).sum((0, 2))
+    return dq, dk, dv, ds.to(s.dtype), dS0
+
+
+def _check_padded(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, valid: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Where tokens are real, (batch, 1, T, 1), and the log decays, float32 at least so that ds is
+    summed in it, once the arguments fit one another (K14).
+    """
     check_attention_inputs(q, k, v, FLOATS)
     check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
     check_slopes(s, q.shape[1])
@@ -91,12 +132,7 @@ def attend_padded(
         raise ValueError(
             f"valid: got shape {tuple(valid.shape)}, expected {(q.shape[0], q.shape[2])}"
         )
-    S0 = as_state("S0", S0, (*q.shape[:2], q.shape[3], v.shape[3]), q)
-    real = valid[:, None, :, None]
-    q, k, v = (torch.where(real, x, 0.0) for x in (q, k, v))
-    g = torch.where(valid[:, None], -s[:, None], 0.0)
-    o, S = scan(q, k, v, log_decay=g, state=S0, block=block, backend=backend)
-    return torch.where(real, o, 0.0), S
+    return valid[:, None, :, None], torch.where(valid[:, None], -wide(s)[:, None], 0.0)
 
 
 def _pack(

@@ -24,15 +24,17 @@ norm (`use_norm=False`) the result is the numerator.
 
 S5. **Features.** :math:`\phi(x) = [1, \sqrt\tau\, x, (\tau / \sqrt 2)\, \mathrm{vec}(x x^T)]`, vec
 by rows, D = 1 + d + d * d numbers, has :math:`\phi(q) \cdot \phi(k) = 1 + s + s^2/2` exactly. The
-packed form keeps the pairs a <= b, those with a < b times :math:`\sqrt 2`: 153 numbers, not 273.
+packed form keeps the pairs a <= b, those with a < b times :math:`\sqrt 2`: of d = 16 channels it
+makes 153 numbers, not 273.
 
 S6. **Recurrence.** :math:`S_t = S_{t-1} + \phi(k_t) v_t^T`, :math:`zk_t = zk_{t-1} + \phi(k_t)`,
 then :math:`o_t = \phi(q_t)^T S_t / (\phi(q_t)^T zk_t + \epsilon)`. The state is (D, dv), unpacked,
 starts at 0, and zk[0] is the number of tokens in it.
 
 S7. **Chunks.** With (S, zk) entering a chunk, :math:`W = \mathrm{tril}(w)` inside it, :math:`num =
-\phi(Q) S + W V`, :math:`den = \phi(Q) zk + W 1`; then the chunk's tokens enter the state. The last
-chunk may be short and is never filled up: :math:`\phi(0)` is not 0.
+\phi(Q) S + W V`, :math:`den = \phi(Q) zk + W 1`; then the chunk's tokens enter the state. Features
+exist for one chunk at a time. The last chunk may be short and is never filled up: :math:`\phi(0)`
+is not 0, so a key of zeros would count.
 
 S8. **All keys.** Without a causal order every query reads the state of all keys.
 
@@ -40,8 +42,9 @@ S9. **Gradient.** With G = do: :math:`dnum = G/(z+\epsilon)`, :math:`dden_i = -G
 + \epsilon)`, :math:`dw_{ij} = M_{ij} (dnum_i \cdot v_j + dden_i)`, :math:`ds = dw (1 + s)`,
 :math:`dq = \tau\, ds\, k`, :math:`dk = \tau\, ds^T q`, :math:`dv = (M w)^T dnum`. Without the norm
 dnum = G and dden = 0. A row that sees nothing gives nothing. Through the state: :math:`d\phi(q) = S
-\, dnum + zk\, dden` and, with R and rz the gradient of the state behind a token, :math:`d\phi(k) =
-R v + rz`, :math:`dv = R^T \phi(k)`, where R sums :math:`\phi(q)\, dnum^T` over later queries.
+\, dnum + zk\, dden` and, with R and rz the gradients of S and zk behind a token, :math:`d\phi(k) =
+R v + rz`, :math:`dv = R^T \phi(k)`. Over the later queries of the group, R sums :math:`\phi(q)\,
+dnum^T` and rz sums :math:`\phi(q)\, dden`.
 
 S10. **Window layer.** Softmax attention with the scale :math:`1/\sqrt{d}` of its own head width, in
 which the query at position p sees the keys p - left .. p, so left + 1 of them (K8). Cached queries
@@ -69,15 +72,20 @@ tokens, and :math:`O(D\, dv)` a decoded token.
 
 Paper and code
 --------------
-- eps is 1e-12 in the authors' eager code and 1e-6 in their kernels; as :math:`z \ge 1/2` either is
-  invisible. The default here is 1e-12, added to z.
-- The authors' fastest kernel drops the denominator and normalises the output afterwards. That is a
-  different function: `use_norm=False` gives its numerator.
+- The authors' layers have 16 heads of d = 16; here d is any number. All forms have one scale, by
+  default :math:`1/\sqrt d`; a third-party layer that takes 1 in its quadratic form is not followed.
+- eps is 1e-12 in the authors' eager code and 1e-6 in their kernels and after a prefill by them; as
+  :math:`z \ge 1/2` either is invisible. The default here is 1e-12, added to z.
+- The authors' fastest kernel drops the denominator and has an RMS norm of the output in its place.
+  That is a different function: `use_norm=False` gives its numerator.
+- The authors decode with the state transposed, (dv, D). A third-party form counts a short last
+  chunk as a full one in zk; here the state returned is exact.
 - The text has windows of 64 and 128, the released configurations `window_size=256`, which is 128
-  tokens back. Here `left` says it directly. No rotary embedding enters the linear layers.
-- One third-party layer uses the scale 1 in its quadratic form and :math:`1/\sqrt d` in the others.
-  Another counts a short last chunk as a full one in zk. Neither is followed.
-- The polynomial of order 2 is the only one here; zk, S4's zero rows and S16 are as we state them.
+  tokens back and 129 keys. Here `left` says it directly.
+- No rotary embedding enters the linear layers, and the decay that the larger configuration lists
+  is read by none.
+- Ours: the zero rows of S4, S16, and that order 2 is the only one. Order 0 would be the mean of the
+  values; with order 1 weights may be negative and z may vanish.
 """
 
 from __future__ import annotations
@@ -88,10 +96,9 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
-    check_integer,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import attend, combine, sum_groups
+from attnspec.reference.dense.attention import combine, sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
     check_flag,
@@ -101,7 +108,7 @@ from attnspec.reference.linear.based_features import (
     taylor_weights,
     taylor_weights_backward,
 )
-from attnspec.reference.linear.based_layers import gated_convolution
+from attnspec.reference.linear.based_layers import gated_convolution, sliding_window_attend
 from attnspec.reference.linear.based_state import (
     based_chunk,
     based_chunk_backward,
@@ -184,19 +191,6 @@ def based_backward(
     dq, dk = taylor_weights_backward(q, keys, dw, scale=scale)
     dv = np.swapaxes(weights, -1, -2) @ dnum
     return dq, sum_groups(dk, k.shape[-3]), sum_groups(dv, k.shape[-3])
-
-
-def sliding_window_attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, left: int) -> np.ndarray:
-    """S10: o (..., heads, q_tokens, dv) of softmax attention to the last left + 1 keys.
-
-    >>> x, v = np.zeros((1, 3, 1)), np.array([[[1.0], [3.0], [5.0]]])
-    >>> sliding_window_attend(x, x, v, 1).ravel()
-    array([1., 2., 4.])
-    """
-    check_attention_inputs(q, k, v)
-    check_integer("left", left, least=0)
-    place = np.arange(q.shape[-2])[:, None] + k.shape[-2] - q.shape[-2]
-    return attend(q, k, v, causal=True, mask=np.arange(k.shape[-2]) >= place - left)[0]
 
 
 def masked_weights(

@@ -1,16 +1,36 @@
-"""Based's other layer and the order of layers: the clauses S11 and S12 of `based`."""
+"""Based's other layers and their order: the clauses S10 to S12 of `based`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_choice,
+    check_integer,
+    check_size,
+)
+from attnspec.reference.dense.attention import attend
 
 PATTERNS = {
     27: ((1, 6, 11, 16, 21), (2, 7, 12, 17, 22)),
     36: ((1, 6, 11, 16, 21, 27, 33), (2, 7, 12, 17, 22, 28, 34)),
 }
 """S12: the linear and the window layers of a model with so many layers; the others convolve."""
+
+
+def sliding_window_attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, left: int) -> np.ndarray:
+    """S10: o (..., heads, q_tokens, dv) of softmax attention to the last left + 1 keys.
+
+    >>> x, v = np.zeros((1, 3, 1)), np.array([[[1.0], [3.0], [5.0]]])
+    >>> sliding_window_attend(x, x, v, 1).ravel()
+    array([1., 2., 4.])
+    """
+    check_attention_inputs(q, k, v)
+    check_integer("left", left, least=0)
+    place = np.arange(q.shape[-2])[:, None] + k.shape[-2] - q.shape[-2]
+    return attend(q, k, v, causal=True, mask=np.arange(k.shape[-2]) >= place - left)[0]
 
 
 def gated_convolution(

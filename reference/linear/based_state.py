@@ -70,6 +70,9 @@ def based_read(
         )
     check_shaped("S", S, (*q.shape[:-3], S.shape[-3], D, S.shape[-1]))
     check_shaped("zk", zk, S.shape[:-1])
+    for name, x in (("S", S), ("zk", zk)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected {q.dtype}, as q")
     features = taylor_features(q, scale=scale)
     num, den = read(features, S, zk)
     return divide(num, den, eps)

@@ -26,7 +26,9 @@ first. The mean of c is 1.
 S5. **Allocation.** :math:`g_i = \sigma(\hat I_i\, n / m)`; :math:`\hat I` is not clamped.
 
 S6. **Aggregation.** :math:`out_i = g_i\, a_i^T (\sum_j b_j (c_j v_j)^T) / I_i`, without
-:math:`\epsilon` in a and b.
+:math:`\epsilon` in a and b. So sink i takes the share :math:`P_{ij} = a_i \cdot b_j / I_i` of
+:math:`c_j v_j`; with d = 1 it is the same for all sinks. One sink and one source give
+:math:`\sigma(1)\, v` up to :math:`O(\epsilon)`.
 
 S7. **Causal flows.** n = m = T. Both sums of S2 end with the token itself: O of a source counts the
 sinks *up to it*, not the later ones that will read it, which keeps the order.
@@ -39,7 +41,8 @@ S9. **Causal allocation.** :math:`g_t = \sigma(\hat I_t)`.
 
 S10. **Causal competition.** :math:`c_t = N_t e^{\hat O_t} / \sum_{s \le t} e^{\hat O_s}`, clamped
 as in S4. A source keeps the weight of its own time: later queries do not change it. Then
-:math:`out_t = g_t\, a_t^T (\sum_{s \le t} b_s (c_s v_s)^T) / I_t`.
+:math:`out_t = g_t\, a_t^T (\sum_{s \le t} b_s (c_s v_s)^T) / I_t`. The first output is that of one
+sink and one source; the last is not that of S6 on the same tokens.
 
 S11. **State.** Four sums of width d, the sum of :math:`e^{\hat O}`, the d by dv sum of S10, and N.
 A step updates them in the order of S7, S8, S10 and reads the last. The sum holds exponentials as
@@ -49,7 +52,7 @@ S12. **Padding.** A padded key has b = 0, is left out of the softmax and of m, i
 read; a padded query has a = 0 in all sums, is left out of n, and its output is 0. n and m are
 counted for each batch entry, a quotient of a padded token is 0 and never 0 / 0; so is one by a flow
 of 0, which :math:`\epsilon = 0` allows (ours). No real key means outputs of 0. The causal form
-takes no mask: a padded token would advance N and every sum.
+takes no mask: a padded token would advance N and every sum, so the caller skips it.
 
 S13. **Gradient.** Through all of S1 to S10, none through :math:`\hat O` where it is clamped.
 
@@ -64,10 +67,14 @@ Paper and code
 --------------
 - The paper has softmax and sigmoid alone; the factor m, the ratio n / m and the clamp are in the
   authors' main code, which is followed here, as are N and the competition at a source's own time,
-  which the paper's "cumulative sums" leave out.
-- Their code for long sequences has the relu features and no clamp: `kind` and `clamp=None`.
+  which the paper's "cumulative sums" leave out. The paper's form can be made of the same steps: no
+  clamp, c / m from S4 and `allocation(Ih, 1, 1)`.
+- Their code for long sequences has the relu features and no clamp: `kind` and `clamp=None`. Their
+  causal code multiplies 1 / I by N and divides by it again; here it does neither.
 - They advise to set padded values to zero, which leaves padded keys in I, O and the softmax. S12 is
   exact instead (ours).
+- Their causal code crashes when queries and keys differ in number; here q is refused by name. Keys
+  of the past are seen by continuing from their state (S11), and in no other way.
 - A layer around it has projections with bias and dropout 0.05 on its output, which is no part of
   this operation. Arbitrary masks of pairs are impossible.
 """

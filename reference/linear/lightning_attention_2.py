@@ -10,7 +10,8 @@ Definition
 ----------
 Per query head: q and k of width d, v of width e, slope :math:`s \ge 0`, decay
 :math:`\lambda = e^{-s}`. There is no softmax, no scale and no denominator: an activation of q and k
-before and a norm of the output behind are the caller's, and training needs them to be stable.
+before and a norm of the output behind are the caller's, and training needs them to be stable. In
+the authors' layer they are SiLU and one norm over all heads together.
 
 S1. **Left product.** :math:`o_t = \sum_{j \le t} \lambda^{t-j} (q_t \cdot k_j) v_j`: the scores
 times the mask :math:`M_{tj} = e^{-s (t-j)}`, which is 0 for :math:`j > t` and 1 on the diagonal.
@@ -58,7 +59,9 @@ S12. **Heads.** Query head h reads kv head h // group (K7). Slopes and states be
 dk and dv are summed over the group.
 
 S13. **Unequal lengths** (ours). q and k, v are aligned at the end (K3) and the shorter counts as
-zero in front, so keys before the first query only fill the state.
+zero in front: keys before the first query only fill the state, and queries before the first key
+see nothing but :math:`S_0`. Without a causal order only s = 0 has a meaning, the product :math:`Q
+(K^T V)`, which is no operation here.
 
 Complexity
 ----------
@@ -66,12 +69,17 @@ Time :math:`O(T (d e + B (d + e)))` a head for blocks of B rows, memory :math:`O
 
 Paper and code
 --------------
-The paper decays the query by :math:`\lambda^r`, as here; the authors' kernel uses
-:math:`\lambda^{r-1}` and a state already multiplied by :math:`\lambda`: the same outputs. The
-companion model paper writes the decay :math:`e^{-(8h/H)(1 - l/L)}`, the authors' code has S8, and
-a third library takes the paper's formula with h from 0: three different models. S8 is the default
-here and any slopes are accepted. The authors return no gradient for s, reject d = 16 by mistake and
-sum slices of wide heads in low precision; none of this is followed.
+- The paper decays the query by :math:`\lambda^r`, as here; the authors' kernel uses
+  :math:`\lambda^{r-1}` and a state already multiplied by :math:`\lambda`: the same outputs. It may
+  take a short last block for a whole one, as it drops the state, which here is returned and exact.
+- The companion model paper writes the decay :math:`e^{-(8h/H)(1 - l/L)}`, the authors' code has S8,
+  and a third library takes the paper's formula with h from 0, so that one head never decays: three
+  different models. `slopes` is S8, and any slopes are accepted.
+- Third-party kernels scale q by :math:`1/\sqrt d` unless told otherwise. Here nothing does.
+- The authors return no gradient for s, reject d = 16 by mistake and sum slices of heads wider than
+  128 in the dtype of the inputs; none of this is followed. Their blocks have 64 rows, in sub-blocks
+  of 32 on the way back: the default here is 64, and no result depends on it.
+- By "Lightning Attention-1" the authors mean the masked product of S1 in tiles, quadratic in T.
 """
 
 from __future__ import annotations
@@ -83,6 +91,7 @@ from attnspec.reference.linear.lightning_attention_2_batches import (
     attend_packed,
     attend_packed_backward,
     attend_padded,
+    attend_padded_backward,
 )
 from attnspec.reference.linear.lightning_attention_2_chunks import (
     backward_chunk,
@@ -238,7 +247,12 @@ MECHANISM = Mechanism(
             gradient=attend_packed_backward,
             differentiable=("q", "k", "v", "s", "S0"),
         ),
-        Operation(attend_padded, clauses=("S10",)),
+        Operation(
+            attend_padded,
+            clauses=("S10",),
+            gradient=attend_padded_backward,
+            differentiable=("q", "k", "v", "s", "S0"),
+        ),
         Operation(decode_step, clauses=("S11", "S12")),
     ),
     headline="attend",

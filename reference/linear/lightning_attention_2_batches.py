@@ -108,18 +108,41 @@ def attend_padded(
     >>> o.ravel(), S.ravel()
     (array([1. , 0. , 1.5]), array([1.5]))
     """
-    check_attention_inputs(q, k, v)
-    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_array("valid", valid, ("tokens",), dtype="bool")
-    expected = (*q.shape[:-3], q.shape[-2])
-    if valid.shape != expected:
-        raise ValueError(f"valid: got shape {valid.shape}, expected {expected}")
-    real = valid[..., None, :]
-    keys, values = (np.where(real[..., None], x, 0.0) for x in (k, v))
-    g = np.where(real, constant_log_decays(q, s), 0.0)
+    keys, values, g, real = _check_padded(q, k, v, s, valid)
     S_entering, S = chunk_states(keys, values, g, block, S0)
     o = chunk_output(q, keys, values, g, S_entering, block)
-    return np.where(real[..., None], o, 0.0), S
+    return np.where(real, o, np.zeros_like(o)), S
+
+
+def attend_padded_backward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    s: np.ndarray,
+    valid: np.ndarray,
+    S0: np.ndarray | None,
+    do: np.ndarray,
+    dS: np.ndarray | None = None,
+    *,
+    block: int = 64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S6, S7, S10: dq, dk, dv, which are 0 at padded tokens, ds (heads,) and dS0.
+
+    >>> x = np.ones((1, 3, 1))
+    >>> attend_padded_backward(x, x, x, np.zeros(1), np.array([True, False, True]), None, x)[2]
+    array([[[2.],
+            [0.],
+            [1.]]])
+    """
+    keys, values, g, real = _check_padded(q, k, v, s, valid)
+    check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
+    if dS is not None:
+        check_shaped("dS", dS, (*q.shape[:-2], q.shape[-1], v.shape[-1]))
+    queries, upstream = (np.where(real, x, np.zeros_like(x)) for x in (q, do))
+    dq, dk, dv, dg, dS0 = backward_chunk(queries, keys, values, g, upstream, dS, block, S0)
+    ds = -np.sum(np.where(real[..., 0], dg, np.zeros_like(dg)), axis=(*range(dg.ndim - 2), -1))
+    by_token = [np.where(real, x, np.zeros_like(x)) for x in (dq, dk, dv)]
+    return by_token[0], by_token[1], by_token[2], ds, dS0
 
 
 def _sequences(offsets: np.ndarray) -> list[slice]:
@@ -149,3 +172,21 @@ def _check_packed(
     if S0 is not None:
         check_shaped("S0", S0, _states_shape(q, v, offsets))
     return constant_log_decays(q, s)
+
+
+def _check_padded(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, valid: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """K14, S10: k, v and log decays (..., heads, T), each 0 at padded tokens, and where tokens are
+    real, bool (..., 1, T, 1), once the arguments fit one another.
+    """
+    check_attention_inputs(q, k, v)
+    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
+    check_array("valid", valid, ("tokens",), dtype="bool")
+    expected = (*q.shape[:-3], q.shape[-2])
+    if valid.shape != expected:
+        raise ValueError(f"valid: got shape {valid.shape}, expected {expected}")
+    g = constant_log_decays(q, s)
+    real = valid[..., None, :, None]
+    keys, values = (np.where(real, x, np.zeros_like(x)) for x in (k, v))
+    return keys, values, np.where(real[..., 0], g, np.zeros_like(g)), real

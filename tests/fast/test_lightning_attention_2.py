@@ -112,6 +112,12 @@ def test_padded() -> None:
     plain = [array(x) for x in (q, k, v, s)]
     expected = spec.attend_padded(*plain, valid.numpy(), array(S0))
     same(fast.attend_padded(q, k, v, s, valid, S0), expected)
+    do, dS = torch.randn(2, 4, 6, 3), torch.randn_like(S0)
+    gradients = spec.attend_padded_backward(*plain, valid.numpy(), array(S0), array(do), array(dS))
+    same(fast.attend_padded_backward(q, k, v, s, valid, S0, do, dS), gradients)
+    leaves = [x.requires_grad_() for x in (q, k, v, s, S0)]
+    outputs = fast.attend_padded(*leaves[:4], valid, S0)
+    same(torch.autograd.grad(outputs, leaves, (do, dS)), gradients)
 
 
 def test_golden_cases(request: pytest.FixtureRequest) -> None:

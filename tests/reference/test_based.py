@@ -91,13 +91,28 @@ def test_features_give_the_polynomial(d: int, scale: float | None, packed: bool)
 
 
 @quick
-@given(T=st.integers(0, 12), eps=st.sampled_from([0.0, 1e-12, 0.5]), seed=st.integers(0, 9))
-def test_quadratic_recurrent_and_chunked_agree(T: int, eps: float, seed: int) -> None:
+@given(
+    T=st.integers(0, 12),
+    eps=st.sampled_from([0.0, 1e-12, 0.5]),
+    scale=st.sampled_from([None, 0.7]),
+    seed=st.integers(0, 9),
+)
+def test_quadratic_recurrent_and_chunked_agree(
+    T: int, eps: float, scale: float | None, seed: int
+) -> None:
     q, k, v = tensors(T, T, seed=seed)
-    expected = based_attend(q, k, v, causal=True, eps=eps)
-    S_end, zk_end = based_state_update(*empty(k, v), k, v)
+    options: dict[str, Any] = {"eps": eps, "scale": scale}
+    expected = based_attend(q, k, v, causal=True, **options)
+    S, zk = empty(k, v)
+    rows = [expected[:, :, :0]]
+    for t in range(T):
+        o, S, zk = based_decode_step(S, zk, *(x[:, :, t : t + 1] for x in (q, k, v)), **options)
+        rows.append(o)
+    np.testing.assert_allclose(np.concatenate(rows, axis=2), expected, atol=EXACT)
+    S_end, zk_end = based_state_update(*empty(k, v), k, v, scale=scale)
+    np.testing.assert_allclose(S, S_end, atol=EXACT)
     for chunk in range(1, T + 4):
-        o, S, zk = based_chunk(q, k, v, chunk, eps=eps)
+        o, S, zk = based_chunk(q, k, v, chunk, **options)
         np.testing.assert_allclose(o, expected, atol=EXACT)
         np.testing.assert_allclose(S, S_end, atol=EXACT)
         np.testing.assert_allclose(zk, zk_end, atol=EXACT)
@@ -119,8 +134,18 @@ def test_outputs_are_convex_combinations(causal: bool, lengths: tuple[int, int])
                 continue
             assert np.all(o[0, h, i] <= values.max(0) + 1e-12)
             assert np.all(o[0, h, i] >= values.min(0) - 1e-12)
-    ones = based_attend(q, k, np.ones_like(v), causal=False, eps=0.0)
-    np.testing.assert_allclose(ones, float(lengths[1] > 0), atol=1e-12)
+    ones = based_attend(q, k, np.ones_like(v), causal=causal, eps=0.0)
+    unseeing = lengths[0] if not lengths[1] else max(0, lengths[0] - lengths[1]) * causal
+    np.testing.assert_allclose(ones[:, :, unseeing:], 1, atol=1e-12)
+    assert np.all(ones[:, :, :unseeing] == 0)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+def test_eps_is_added_to_the_weight_of_one_token(eps: float) -> None:
+    q, k, v = tensors(1, 1, H=2)
+    w = taylor_weights(q, k)
+    for o in (based_attend(q, k, v, eps=eps), based_chunk(q, k, v, 4, eps=eps)[0]):
+        np.testing.assert_allclose(o, v * w / (w + eps), rtol=1e-12)
 
 
 def test_queries_of_zero_give_the_mean() -> None:
@@ -272,9 +297,12 @@ def test_the_convolution_and_the_pattern() -> None:
     )
     expected = (mixed / (1 + np.exp(-mixed)) * gate) @ W_out
     np.testing.assert_allclose(gated_convolution(x, W_in, filters, W_out), expected, atol=1e-12)
-    kinds = layer_kinds(36)
-    assert [n for n, kind in enumerate(kinds) if kind == "linear"] == [1, 6, 11, 16, 21, 27, 33]
-    assert kinds.count("window") == 7
+    for layers, linear in ((27, [1, 6, 11, 16, 21]), (36, [1, 6, 11, 16, 21, 27, 33])):
+        kinds = layer_kinds(layers)
+        assert [n for n, kind in enumerate(kinds) if kind == "linear"] == linear
+        window = [n for n, kind in enumerate(kinds) if kind == "window"]
+        assert window == [n + 1 for n in linear]
+        assert kinds.count("convolution") == layers - 2 * len(linear)
     with pytest.raises(ValueError, match="n_layers"):
         layer_kinds(12)
 
@@ -314,6 +342,8 @@ S_0, zk_0 = empty(k0, v0)
         (lambda: based_state_update(S_0.astype(np.float32), zk_0, k0, v0), "S"),
         (lambda: based_read(q0, S_0[:, :, :3], zk_0), "S"),
         (lambda: based_read(q0, S_0, zk_0[..., None]), "zk"),
+        (lambda: based_read(q0, S_0.astype(np.float32), zk_0), "S"),
+        (lambda: based_read(q0, S_0, zk_0.astype(np.float32)), "zk"),
         (lambda: based_chunk(q0, k0, v0, 0), "chunk"),
         (lambda: based_chunk(q0[:, :, :2], k0, v0, 2), "q"),
         (lambda: based_chunk(q0, k0, v0, 2, S_0[..., :1]), "S0"),

@@ -176,8 +176,22 @@ def test_doubling_the_sources() -> None:
     np.testing.assert_allclose(O2[..., :9], O)
     np.testing.assert_allclose(Ih2, 2 * Ih)
     np.testing.assert_allclose(Oh2[..., :9], Oh / 2)
+    np.testing.assert_allclose(allocation(Ih2, 6, 18), allocation(Ih, 6, 9), rtol=1e-12)
     twice = flow_attend(q, np.concatenate([k, k], 2), np.concatenate([v, v], 2))
     assert np.abs(twice - flow_attend(q, k, v)).max() > 1e-4
+    one = (q, k[:, :, :1], v[:, :, :1])
+    copies = (q, *(np.repeat(x, 5, axis=2) for x in one[1:]))
+    once, often = (flow_attend(*x, eps=0.0) for x in (one, copies))
+    np.testing.assert_allclose(often, once, atol=1e-12)
+
+
+def test_one_channel_gives_all_sinks_the_same_share() -> None:
+    q, k, v = tensors(d=1, H=2)
+    a, b = flow_features(q), flow_features(k)
+    _, _, Ih, Oh = stages(a, b)
+    share = np.swapaxes(b / b.sum(axis=2, keepdims=True), -1, -2)
+    expected = allocation(Ih, 6, 9)[..., None] * (share @ (competition(Oh)[..., None] * v))
+    np.testing.assert_allclose(flow_attend(q, k, v, eps=0.0), expected, atol=1e-12)
 
 
 def numerical(function: Callable[..., np.ndarray], x: np.ndarray, do: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from attnspec.reference.linear.lightning_attention_2 import (
     attend_packed,
     attend_packed_backward,
     attend_padded,
+    attend_padded_backward,
     attend_recurrent,
     backward_chunk,
     backward_left,
@@ -248,6 +249,16 @@ def test_extreme_slopes_stay_finite(slope: float) -> None:
     assert all(np.all(np.isfinite(x)) for x in attend_backward(q, k, v, s, None, o))
 
 
+@pytest.mark.parametrize("slope", [50.0, 1e-8])
+def test_extreme_slopes_stay_right_on_long_sequences(slope: float) -> None:
+    q, k, v, _, _ = draw(16, 4096, batch=1, heads=1, kv_heads=1)
+    s = np.array([slope])
+    o, S = attend(q, k, v, s)
+    expected, last = attend_recurrent(q, k, v, s)
+    np.testing.assert_allclose(o, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(S, last, rtol=1e-9, atol=1e-9)
+
+
 def test_heads_are_independent_and_time_is_causal() -> None:
     q, k, v, s, _ = draw(17, 10, heads=3, kv_heads=3)
     o, _ = attend(q, k, v, s, block=4)
@@ -336,6 +347,25 @@ def test_padding_is_as_if_cut_out(valid: list[bool], seed: int) -> None:
     assert not np.any(o[..., ~real[0], :])
 
 
+def test_gradients_of_padded_sequences() -> None:
+    q, k, v, s, S0 = draw(25, 6)
+    real = np.array([[True, False, True, True, False, False], [False, False, True] * 2])
+    rng = np.random.default_rng(26)
+    do, dS = rng.standard_normal((2, 4, 6, 5)), rng.standard_normal(S0.shape)
+    total = np.zeros(4)
+    padded = [np.where(real[:, None, :, None], x, np.nan) for x in (q, k, v)]
+    dq, dk, dv, ds, dS0 = attend_padded_backward(*padded, s, real, S0, do, dS, block=4)
+    for n in range(2):
+        rows = [x[n : n + 1, :, real[n]] for x in (q, k, v, do)]
+        alone = attend_backward(*rows[:3], s, S0[n : n + 1], rows[3], dS[n : n + 1], block=4)
+        for got, expected in zip((dq, dk, dv), alone, strict=False):
+            np.testing.assert_allclose(got[n : n + 1, :, real[n]], expected, atol=1e-10)
+            assert not np.any(got[n, :, ~real[n]])
+        np.testing.assert_allclose(dS0[n : n + 1], alone[4], atol=1e-10)
+        total += alone[3]
+    np.testing.assert_allclose(ds, total, atol=1e-10)
+
+
 def test_slopes() -> None:
     np.testing.assert_array_equal(slopes(8), 2.0 ** -np.arange(1, 9))
     twelve = np.concatenate([slopes(8), 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5])])
@@ -375,6 +405,7 @@ ends = np.array([0, 4])
 entering = np.zeros((2, 4, 2, 3, 5))
 one = [x[..., :1, :] for x in (q, k, v)]
 do = np.zeros((2, 4, 4, 5))
+all_real = np.ones((2, 4), bool)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +444,8 @@ do = np.zeros((2, 4, 4, 5))
         (lambda: attend_packed_backward(q, k, v, s, ends, None, do, S0), ValueError, "dS"),
         (lambda: attend_padded(q, k, v, s, np.ones((2, 4))), TypeError, "valid"),
         (lambda: attend_padded(q, k, v, s, np.ones((4,), bool)), ValueError, "valid"),
+        (lambda: attend_padded_backward(q, k, v, s, all_real, None, do[1:]), ValueError, "do"),
+        (lambda: attend_padded_backward(q, k, v, s, all_real, None, do, S0[1:]), ValueError, "dS"),
         (lambda: decode_step(S0, q, k, v, s), ValueError, "q"),
         (lambda: decode_step(S0[..., 1:], *one, s), ValueError, "S"),
     ],

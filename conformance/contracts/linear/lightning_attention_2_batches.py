@@ -105,6 +105,7 @@ CONTRACTS = (
         outputs=(Output("o"), STATE),
         parameters=blocks,
         linear_in=("q", "v S0", "k S0"),
+        cancelling=("ds",),
         form=in_chunks(attend_padded),
         causal=lambda case: True,
         poison=poison_padding,

@@ -50,6 +50,15 @@ def no_ones(x: np.ndarray, **options: Any) -> np.ndarray:
     return np.concatenate([np.zeros_like(phi[..., :1]), phi[..., 1:]], -1)
 
 
+def packed_as_square(x: np.ndarray, **options: Any) -> np.ndarray:
+    """Packed pairs of two channels, which stand for two products, lack their sqrt(2)."""
+    phi, d = FEATURES(x, **options), x.shape[-1]
+    if not options.get("packed"):
+        return phi
+    twice = np.where(np.equal(*np.triu_indices(d)), 1, np.sqrt(2)).astype(x.dtype)
+    return np.concatenate([phi[..., : 1 + d], phi[..., 1 + d :] / twice], -1)
+
+
 def masked_scores(q: Any, k: Any, causal: Any, scale: Any, key_mask: Any) -> np.ndarray:
     """A masked score is set to 0 and weighs 1."""
     weights = masked_weights(q, k, causal, scale, key_mask)
@@ -77,6 +86,24 @@ def coarse_state(result: Any) -> Any:
 def coarse_sum(features: np.ndarray, S: np.ndarray, zk: np.ndarray) -> Any:
     num, den = read(features, S, zk)
     return num, round_to(den, "bfloat16").astype(den.dtype)
+
+
+def two_roundings(features: np.ndarray, S: np.ndarray, zk: np.ndarray) -> Any:
+    """The numerator reads features rounded to bfloat16, the denominator reads them as they are."""
+    coarse = round_to(features, "bfloat16").astype(features.dtype)
+    return read(coarse, S, zk)[0], read(features, S, zk)[1]
+
+
+def rows_of_values(S: Any, zk: Any, k: Any, v: Any, **options: Any) -> Any:
+    """The pair (a, b) is written where rows are dv long and not d."""
+    new, new_zk = UPDATE(S, zk, k, v, **options)
+    d, dv = k.shape[-1], v.shape[-1]
+    a, b = np.divmod(np.arange(d * d), d)
+    written = (new - S)[..., 1 + d :, :]
+    new = new.copy()
+    new[..., 1 + d :, :] = S[..., 1 + d :, :]
+    new[..., 1 + d + (a * dv + b) % (d * d), :] += written
+    return new, new_zk
 
 
 def filled_chunks(S: Any, zk: Any, k: Any, v: Any, **options: Any) -> Any:
@@ -186,6 +213,8 @@ MUTANTS = (
     of("based_attend", "first-of-group", "gradient", "dk and dv are those of the group's first "
        "head", ATTEND, backward=replacing(BACKWARD, sum_groups=first_of_group)),
     of("taylor_features", "no-half", "agreement", "pairs lack the factor 1/sqrt(2)", no_half),
+    of("taylor_features", "packed-as-square", "agreement", "packed pairs lack the factor sqrt(2)",
+       packed_as_square),
     of("taylor_features", "one-side", "gradient", "one factor of a pair is differentiated",
        FEATURES, backward=one_side),
     of("taylor_weights", "first-order", "agreement", "the polynomial ends after s",
@@ -202,6 +231,8 @@ MUTANTS = (
        replacing(CHUNK, based_state_update=spoiling(UPDATE, coarse_state))),
     of("based_chunk", "coarse-den", "agreement", "the denominator is summed in bfloat16",
        replacing(CHUNK, read=coarse_sum)),
+    of("based_chunk", "two-roundings", "agreement", "numerator and denominator read features of "
+       "different rounding", replacing(CHUNK, read=two_roundings)),
     of("based_chunk", "interleaved", "heads", "query head h reads kv head h % kv_heads",
        replacing(CHUNK, repeat_heads=interleaved)),
     of("based_chunk", "no-S0", "taylor-handover", "the state given is forgotten",
@@ -214,6 +245,8 @@ MUTANTS = (
        backward=replacing(CHUNK_BACKWARD, taylor_features_backward=one_side)),
     of("based_state_update", "filled-update", "taylor-count", "tokens are counted in sixteens",
        filled_chunks),
+    of("based_state_update", "rows-of-values", "agreement", "pairs are laid out with the width of "
+       "the values", rows_of_values),
     of("based_read", "coarse-read", "agreement", "the denominator is summed in bfloat16",
        replacing(READ, read=coarse_sum)),
     of("based_decode_step", "read-first", "stream", "a step reads before it writes",

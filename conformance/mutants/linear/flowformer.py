@@ -8,6 +8,7 @@ import numpy as np
 
 from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.linear import flowformer, flowformer_causal, flowformer_flows
 
 ATTEND = right("flowformer.flow_attend")
@@ -68,6 +69,18 @@ def no_ratio(Ih: np.ndarray, n: Any, m: Any) -> np.ndarray:
     return ALLOCATION(Ih, m, m)
 
 
+def padded_sinks(*args: Any) -> Any:
+    """Padded queries are counted in n."""
+    a, b, values, n, m = tokens(*args)
+    return a, b, values, np.full_like(n, a.shape[-2]), m
+
+
+def mean_of_sources(a: np.ndarray, b: np.ndarray, eps: float = 1e-6) -> Any:
+    """What comes into a sink is a mean over the sources."""
+    I, O = FLOWS(a, b, eps)
+    return (I / max(b.shape[-2], 1)).astype(I.dtype), O
+
+
 def clamped_sinks(Ih: np.ndarray, n: Any, m: Any) -> np.ndarray:
     return ALLOCATION(np.minimum(Ih, Ih.dtype.type(1)), n, m)
 
@@ -112,6 +125,35 @@ def renormalised(Oh: np.ndarray, clamp: Any = (-1.0, 1.0)) -> np.ndarray:
     return COMPETITION(Oh, clamp)
 
 
+def by_stages(**steps: Any) -> Any:
+    """`flow_attend_causal` from the chapter's stages, with wrong ones among them."""
+    causal_flows = steps.get("flows", FLOWS_CAUSAL)
+    compete = steps.get("competition", COMPETITION_CAUSAL)
+
+    def attend(q: Any, k: Any, v: Any, state: Any = None, **options: Any) -> Any:
+        right_ones = CAUSAL(q, k, v, state, **options)
+        if state is not None:
+            return right_ones
+        eps, clamp = options.get("eps", 1e-6), options.get("clamp", (-1.0, 1.0))
+        kind, heads = options.get("kind", "sigmoid"), q.shape[-3]
+        a, b = FEATURES(q, kind), FEATURES(repeat_heads(k, heads), kind)
+        I, O = causal_flows(a, b, eps)
+        Ih, Oh = CONSERVED_CAUSAL(a, b, I, O, eps)
+        u = compete(Oh, clamp)[..., None] * repeat_heads(v, heads)
+        y = quotient(np.tril(a @ np.swapaxes(b, -1, -2)) @ u, I)
+        return ALLOCATION(Ih, 1, 1)[..., None] * y, right_ones[1]
+
+    return attend
+
+
+def crossing(q: Any, k: Any, v: Any, state: Any = None, **options: Any) -> Any:
+    """Queries and keys that differ in number are answered by the form without an order."""
+    arrays = all(isinstance(x, np.ndarray) and x.ndim == 4 for x in (q, k, v))
+    if arrays and q.shape[-2] != k.shape[-2] and state is None:
+        return ATTEND(q, k, v, **options), flowformer_causal.empty_state(q, v)
+    return CAUSAL(q, k, v, state, **options)
+
+
 def coarse_sums(result: Any) -> Any:
     out, state = result
     return out, state._replace(sb=round_to(state.sb, "bfloat16").astype(state.sb.dtype))
@@ -142,6 +184,12 @@ def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) ->
 
 MUTANTS = (
     of("flows", "one-factor", "agreement", "eps is added to one factor only", one_factor),
+    of("flows", "mean-of-sources", "flow-doubling", "incoming flow is a mean over the sources",
+       mean_of_sources),
+    of("flow_attend", "no-ratio-copies", "flow-copies", "n / m is left out of the gate",
+       replacing(ATTEND, allocation=no_ratio)),
+    of("flow_attend", "padded-sinks", "flow-padding", "padded queries are counted in n",
+       replacing(ATTEND, _tokens=padded_sinks)),
     of("flow_attend", "eps-in-features", "agreement", "eps is in the aggregated features too",
        replacing(ATTEND, _tokens=eps_in_features)),
     of("flow_attend", "no-ratio", "lengths", "n / m is left out of the gate",
@@ -174,6 +222,12 @@ MUTANTS = (
     of("conserved_flows_causal", "from-0", "agreement", "N counts from 0", from_zero),
     of("competition_causal", "renormalised", "prefix", "weights are renormalised by later tokens",
        renormalised),
+    of("flow_attend_causal", "later-sinks", "prefix", "a source counts sinks that come later",
+       by_stages(flows=all_sinks)),
+    of("flow_attend_causal", "weights-again", "prefix", "a source's weight changes with later ones",
+       by_stages(competition=renormalised)),
+    of("flow_attend_causal", "crossing", "refusal", "another number of keys is answered by the "
+       "form without an order", crossing),
     of("flow_attend_causal", "forgets-N", "stream", "a step counts from 1 again",
        altering(CAUSAL, no_state)),
     of("flow_attend_causal", "coarse-sums", "precision", "sums are kept in bfloat16",

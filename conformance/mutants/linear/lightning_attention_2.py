@@ -95,6 +95,21 @@ def one_block_late(k: np.ndarray, v: np.ndarray, g: np.ndarray, block: int, S0: 
     return np.concatenate([S_entering, S[..., None, :, :]], axis=-3)[..., 1:, :, :], S
 
 
+def width_in_slices(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, S0: Any = None,
+                    **options: Any) -> Any:  # fmt: skip
+    """Wide heads are computed in slices of the width, whose outputs are added in bfloat16."""
+    o, S = ATTEND(q, k, v, s, S0, **options)
+    if q.shape[-1] <= 32:
+        return o, S
+    total = np.zeros_like(o)
+    for first in range(0, q.shape[-1], 32):
+        part = slice(first, first + 32)
+        state = None if S0 is None else S0[..., part, :]
+        one, _ = ATTEND(q[..., part], k[..., part], v, s, state, **options)
+        total = round_to(total + one, "bfloat16").astype(o.dtype)
+    return total, S
+
+
 def hidden_scale(arguments: dict[str, Any]) -> None:
     q = arguments["q"]
     if isinstance(q, np.ndarray) and q.ndim and q.dtype.kind == "f":
@@ -206,6 +221,8 @@ MUTANTS = (
            in_blocks(_decays=state_kept)),
     mutant("narrow-states", "precision", "the states between blocks are stored in bfloat16",
            replacing(ATTEND, chunk_states=spoiling(chunks.chunk_states, narrow_states))),
+    mutant("width-in-slices", "precision", "slices of wide heads are added in bfloat16",
+           width_in_slices),
     mutant("late-states", "ragged", "a block reads the state that has its own tokens already",
            replacing(ATTEND, chunk_states=one_block_late)),
     mutant("hidden-scale", "agreement", "queries are scaled by 1/sqrt(d)",

@@ -11,6 +11,7 @@ from attnspec.conformance.mutants import Mutant, altering, replacing, right, spo
 from attnspec.conformance.mutants.dense.attention import read_as_contiguous, wrap_32_bits
 from attnspec.reference.linear import lightning_attention_2_batches as batches
 from attnspec.reference.linear import lightning_attention_2_chunks as chunks
+from attnspec.reference.linear.lightning_attention_2 import attend_backward
 
 ATTEND = right("lightning_attention_2.attend")
 PACKED = right("lightning_attention_2.attend_packed")
@@ -69,6 +70,15 @@ def padding_sees(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, val
     """Outputs of padded tokens are what the state gives."""
     o, S = PADDED(q, k, v, s, valid, S0, **options)
     return np.where(valid[:, None, :, None], o, S[:, :, :1, :]).astype(o.dtype), S
+
+
+def padding_ages_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
+                          valid: np.ndarray, S0: Any, do: np.ndarray, dS: Any = None,
+                          **options: Any) -> Any:  # fmt: skip
+    """The gradient of the state is decayed at padded tokens too."""
+    real = valid[:, None, :, None]
+    q, k, v, do = (np.where(real, x, 0).astype(x.dtype) for x in (q, k, v, do))
+    return attend_backward(q, k, v, s, S0, do, dS, **options)
 
 
 def refuses_nothing_to_do(q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: Any,
@@ -182,6 +192,9 @@ MUTANTS = (
            multiplied_by_zero),
     mutant("padding-sees", "attend_padded", "agreement", "padded tokens have an output",
            padding_sees),
+    mutant("padding-ages-backward", "attend_padded", "gradient",
+           "padded tokens decay the gradient of the state", PADDED,
+           backward=padding_ages_backward),
     mutant("short-block", "chunk_states", "agreement", "a short last block is left out",
            last_block_skipped),
     mutant("group-average", "backward_chunk", "heads", "dk and dv are averaged over the group",
