@@ -61,8 +61,6 @@ from attnspec.reference.dense.attention_gradient import (
     attend_backward,
     attend_packed_backward,
 )
-from attnspec.reference.dense.attention_gradient import score_gradient as score_gradient
-from attnspec.reference.dense.attention_gradient import sum_groups as sum_groups
 from attnspec.reference.dense.attention_steps import combine, score, sequences, visible
 from attnspec.reference.primitives.softmax import softmax_lse
 from attnspec.reference.spec import (

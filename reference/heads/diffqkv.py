@@ -64,7 +64,8 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_size, default_scale
-from attnspec.reference.dense.attention import State, score_gradient, sum_groups
+from attnspec.reference.dense.attention import State
+from attnspec.reference.dense.attention_gradient import score_gradient, sum_groups
 from attnspec.reference.heads.diffqkv_steps import (
     allowed,
     attend,

@@ -98,7 +98,8 @@ from attnspec.reference.conventions import (
     check_attention_inputs,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import combine, sum_groups
+from attnspec.reference.dense.attention import combine
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
     check_flag,

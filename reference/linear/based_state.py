@@ -18,7 +18,7 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
     check_shaped,

@@ -84,7 +84,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_attention_inputs, repeat_heads
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.flowformer_causal import (
     flow_attend_causal,
     flow_causal_backward,

@@ -11,7 +11,7 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.flowformer_flows import (
     Clamp,
     check_eps,

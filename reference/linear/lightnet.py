@@ -77,7 +77,7 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.lightnet_positions import md_angles, md_lrpe, md_tpe, tpe
 from attnspec.reference.linear.lightnet_scan import (
     additive_gates,

@@ -72,13 +72,8 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import (
-    State,
-    combine,
-    score,
-    sum_groups,
-    visible,
-)
+from attnspec.reference.dense.attention import State, combine, score, visible
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.ntk_attention_prefix import (
     merge_prefix,
     phi,

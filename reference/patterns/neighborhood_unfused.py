@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_size, default_scale, group_size
-from attnspec.reference.dense.attention import combine, score, sum_groups
+from attnspec.reference.dense.attention import combine, score
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.patterns.neighborhood_windows import Flags, Sizes, window_tokens
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import causal_mask, default_scale, repeat_heads
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.primitives.softmax import softmax, softmax_backward
 from attnspec.reference.scores.music_transformer_checks import (
     check_self,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnspec.reference.conventions import repeat_heads
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.scores.softplus_attention_checks import (
     check_first,
     check_second,

@@ -18,7 +18,7 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import sum_groups
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.primitives import pooling
 from attnspec.reference.primitives.rope import rope_angles
 
