@@ -16,6 +16,7 @@ from attnspec.fast.backend import (
     FLOATS,
     check_choice,
     check_device,
+    check_positive,
     check_same,
     check_size,
     check_tensor,
@@ -94,7 +95,7 @@ def ntk_attend(
     k_tokens), True = a real key. A row that sees no key answers with the prefix alone. d and dv up
     to 256. Differentiable in all five.
     """
-    _check_inputs(q, K, V, Z)
+    _check_inputs(q, K, V, Z, scale)
     _check_prefix(q, Z, k, positivity)
     soft, lse = flash(q, K, V, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
     return merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
@@ -152,7 +153,9 @@ def step(
     q (batch, heads, tokens, d), K (batch, kv_heads, tokens, d), V (batch, kv_heads, tokens, dv).
     For inference: there is no gradient.
     """
-    _check_inputs(q, K, V, Z)
+    if not all(hasattr(state, name) for name in ("k", "v")):
+        raise TypeError(f"state: got {type(state).__name__}, expected State")
+    _check_inputs(q, K, V, Z, scale)
     _check_prefix(q, Z, k, positivity)
     check_size("K", K.shape[2], q.shape[2], "tokens, as in q")
     for name, cached, new in (("state.k", state.k, K), ("state.v", state.v, V)):
@@ -177,7 +180,7 @@ def _features(x: Tensor) -> Tensor:
     return torch.where(y >= 0, 1 + y, torch.exp(y.clamp(max=0)))
 
 
-def _check_inputs(q: Any, K: Any, V: Any, Z: Any) -> None:
+def _check_inputs(q: Any, K: Any, V: Any, Z: Any, scale: Any) -> None:
     check_tensor("q", q, ("batch", "heads", "q_tokens", "d"), FLOATS)
     check_tensor("K", K, ("batch", "kv_heads", "k_tokens", "d"), FLOATS)
     check_tensor("V", V, ("batch", "kv_heads", "k_tokens", "dv"), FLOATS)
@@ -194,6 +197,8 @@ def _check_inputs(q: Any, K: Any, V: Any, Z: Any) -> None:
         )
     check_tensor("Z", Z, ("heads", "d", "dv"), FLOATS)
     check_size("Z", Z.shape[2], V.shape[3], "dv, as in V")
+    if scale is not None:
+        check_positive("scale", scale)
 
 
 def _check_prefix(q: Tensor, Z: Any, k: Any, positivity: Any) -> None:

@@ -54,17 +54,20 @@ S11. **Heads.** Query head h reads kv head h // group (K7); states belong to que
 Complexity
 ----------
 Time :math:`O(T d e)` and a state of :math:`d e + d` numbers a head, however long the sequence. As t
-grows :math:`w_t` tends to 0, about -1/t for alike logits: the mechanism becomes a plain mean.
+grows :math:`w_t` tends to 0, about -1/t for alike logits: the mechanism becomes a plain mean. The
+log decays that `additive_gates` returns show how far it is on that way.
 
 Paper and code
 --------------
 The paper's own repository could not be had; S1 to S8 agree with two independent implementations.
 The first author's later layer starts z at 0, which adds a key of logit 0 and value 0 to every
-sequence; here it starts at :math:`-\infty`, as S1 says, and `state` can be given. A third party
-scales by :math:`1/\sqrt d`; a norm follows the output, so scale matters only beside its epsilon.
-Around the mechanism stand a gate, :math:`(Norm(o) \odot act(x W_1 W_2)) W_o` with a low rank and a
-sigmoid or swish, and pre-norm blocks: they are the caller's. Handing a gradient through a state is
-left out (ours).
+sequence; here it starts at :math:`-\infty`, as S1 says, and the state S = 0, z = 0 gives that
+layer's form. A third party's, which has no position encodings, scales by :math:`1/\sqrt d`; a norm
+follows the output, so scale matters only beside its epsilon. Around the mechanism stand a gate,
+:math:`(Norm(o) \odot act(x W_1 W_2)) W_o` with an RMSNorm over all heads at once, and pre-norm
+blocks: they are the caller's. The rank of :math:`W_1 W_2` is d and act a sigmoid in the first
+author's layer, 128 and swish in the third party's. Handing a gradient through a state is left out
+(ours).
 """
 
 from __future__ import annotations

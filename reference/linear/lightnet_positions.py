@@ -3,8 +3,9 @@ r"""LightNet's position encodings: MD-LRPE on queries and keys, MD-TPE behind th
 Definition
 ----------
 S12. **Angles.** Tokens form a grid (n_1, .., n_r), row by row, behind l tokens without a position.
-With theta (heads, c), c = ceil(w / r): a token at (p_1, .., p_r), p from 0, has the angles
-:math:`p_1 \theta, p_2 \theta, \ldots` one behind the other, cut to w. The l tokens have angle 0.
+With theta (heads, c), c = ceil(w / r) for w angles: a token at (p_1, .., p_r), p from 0, has
+:math:`p_1 \theta, p_2 \theta, \ldots` one behind the other, cut to w, so that the last axis may
+get fewer. The l tokens have angle 0.
 
 S13. **MD-LRPE.** The cosine form has w = d and turns x into :math:`[x \cos a, x \sin a]`, of width
 2 d; the product of two such rows is :math:`\sum_c q_c k_c \cos(a_c - b_c)`. The rotary form has w =
@@ -15,10 +16,13 @@ the decay vector is then repeated for both halves.
 S14. **TPE.** A Toeplitz filter that is a decaying exponential, one a head: :math:`y_t = (q_p \cdot
 k_p) \sum_{s \le t} \lambda^{t-s} x_s`. The state is :math:`k_p \sum_s \lambda^{t-s} x_s^T`.
 
-S15. **MD-TPE.** One TPE along every listed axis of the grid, applied to the same x; their sum.
+S15. **MD-TPE.** One TPE along every listed axis of the grid, applied to the same x; their sum. Each
+runs one way along its axis, from the first token to the last.
 
-That theta is :math:`10000^{-2c/d}` and that S14 has one decay a head are the first author's later
-code; the paper's parametrisation is unverified. A norm and a linear map follow S14 and S15 there.
+A learned theta that starts at :math:`10000^{-2c/d}`, and one decay a head in S14, a sigmoid of its
+parameter, are the first author's later code. The paper has a sum of exponentials, :math:`\sum_j a_j
+b_j \lambda_j^{t-s}`; how it parametrises them is unverified. A norm and a linear map follow S14 and
+S15 in that code.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ does not depend on m. Z and k are trained directly, while the tokens keep their 
 Definition
 ----------
 S1. **Score.** :math:`s_{ij} = q_i \cdot K_j / \sqrt{d}` (K2, K7). A key is visible if the causal
-rule (K3) and the padding `key_mask` both allow it.
+rule (K3) and the padding `key_mask` both allow it. `scale` may replace :math:`1 / \sqrt d` here.
 
 S2. **Feature map.** :math:`\phi(x) = \mathrm{elu}(x / d^{1/4}) + 1` elementwise, d the width of x:
 with :math:`y = x\, d^{-1/4}` it is :math:`1 + y` for :math:`y \ge 0` and :math:`e^y` below 0.
 
 S3. **Prefix terms.** :math:`num_i = \phi(q_i) Z` and :math:`den_i = \phi(q_i) \cdot \kappa` with
 :math:`\kappa = |k|`, or softplus(k) as an option. Z (heads, d, dv) and k (heads, d) belong to a
-*query* head and serve the whole batch. No mask hides the prefix.
+*query* head and serve the whole batch; Z may have either sign. No mask hides the prefix.
 
 S4. **Attend.** :math:`D_i = \sum_j e^{s_{ij}} + den_i` and :math:`out_i = (\sum_j e^{s_{ij}} V_j +
 num_i) / D_i` over the visible keys j. A row that sees no key is :math:`num_i / den_i`, not 0 (K4);
@@ -27,7 +27,9 @@ left out of the maximum, which makes the row plain softmax attention however low
 
 S6. **Merge form.** Equal to S4, from any softmax attention with its lse :math:`\ell_i`: with
 :math:`p_i = \max(0, \ell_i)`, :math:`out_i = (e^{\ell_i - p_i} o_i + e^{-p_i} num_i) / (e^{\ell_i -
-p_i} + e^{-p_i} den_i)`.
+p_i} + e^{-p_i} den_i)`. Where :math:`den_i > 0` this is :math:`keep_i\, o_i + (1 - keep_i)\, num_i
+/ den_i` with :math:`keep_i = \sigma(\ell_i - \log den_i)`, the share of the tokens, which rises
+with every key that becomes visible.
 
 S7. **Prefix to state.** A given prefix :math:`(K_P, V_P)` has :math:`Z = \phi(K_P)^T V_P` and
 :math:`k = \phi(K_P)^T 1`; prefixes laid end to end add their states.
@@ -36,8 +38,10 @@ S8. **Gradient.** With :math:`P_{ij} = e^{s_{ij}} / D_i`, :math:`G = dout`, :mat
 out_i`: :math:`dV_j = \sum_i P_{ij} G_i`, :math:`ds_{ij} = P_{ij} (G_i \cdot V_j - g_i)`,
 :math:`dK_j = \sum_i ds_{ij} q_i / \sqrt d`, :math:`dZ = \sum_i \phi(q_i)^T G_i / D_i`,
 :math:`d\kappa = -\sum_i \phi(q_i) g_i / D_i`, :math:`dk = \mathrm{sign}(k)\, d\kappa` and
-:math:`dq_i = \sum_j ds_{ij} K_j / \sqrt d + \phi'(q_i) (Z G_i - \kappa g_i) / D_i`. dZ and dk are
-summed over the batch, dK and dV over each group. Softplus has :math:`dk = \sigma(k)\, d\kappa`.
+:math:`dq_i = \sum_j ds_{ij} K_j / \sqrt d + \phi'(q_i) (Z G_i - \kappa g_i) / D_i` with
+:math:`\phi'(x) = d^{-1/4} \min(1, e^y)`. dZ and dk are summed over the batch, dK and dV over each
+group. Softplus has :math:`dk = \sigma(k)\, d\kappa`. D itself may overflow, so 1/D is
+:math:`e^{-m}` over the sum of S5.
 
 S9. **Decode.** The state is an ordinary cache of keys and values; Z and k stay as they are.
 
@@ -50,19 +54,20 @@ Paper and code
 --------------
 - The paper is unmasked; the authors' code masks, but stabilises by the maximum over *all* scores,
   which lets later tokens in through rounding and underflow. S5 takes visible ones (our choice).
+  The code computes in float32, whatever it is given.
 - The paper has k non-negative, the code takes the absolute value of a free k, as here; softplus is
   ours. A k of zeros has gradient 0 under the absolute value and never learns: the vision code
-  starts from Z = 0 and k = 0, the chat-model code from random numbers. We advise Z = 0 and a small
-  positive k such as 1e-3.
-- The theory has a polynomial map of any width r. Such maps, and a Z kept as a product of two thin
-  factors, need no operation of their own: S6 takes their num and den. With the map S2, S7 is exact
-  for a prefix weighted by :math:`\phi(q) \cdot \phi(k)`, not close to one weighted by exp.
+  starts from Z = 0 and k = 0, which is the frozen model, the chat-model code from random numbers.
+  We advise Z = 0 and a small positive k such as 1e-3.
+- The theory has a polynomial map of some width r, with which :math:`\phi(q) \cdot \phi(k)` is
+  within a factor :math:`1 \pm \epsilon` of :math:`e^{q \cdot k / \sqrt d}`; the code has S2, with
+  r = d. Other maps, and a Z kept as a product of two thin factors, need no operation of their own:
+  S6 takes their num and den. With S2, S7 is exact for a prefix weighted by :math:`\phi(q) \cdot
+  \phi(k)`, and not close to one weighted by exp.
 - With rotary positions q is rotated before it comes here: the prefix sees rotated queries.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -72,7 +77,7 @@ from attnspec.reference.conventions import (
     default_scale,
     repeat_heads,
 )
-from attnspec.reference.dense.attention import State, combine, score, visible
+from attnspec.reference.dense.attention import State, combine
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.ntk_attention_prefix import (
     merge_prefix,
@@ -84,6 +89,7 @@ from attnspec.reference.linear.ntk_attention_prefix import (
     prefix_terms,
     shares,
 )
+from attnspec.reference.linear.ntk_attention_scores import check_inputs, visible_scores
 from attnspec.reference.spec import (
     HEADS,
     PATTERNS,
@@ -117,7 +123,7 @@ def ntk_attend(
     >>> ntk_attend(x, x, 5 * one, Z=one, k=one[0])
     array([[[3.]]])
     """
-    check_inputs(q, K, V, Z)
+    check_inputs(q, K, V, Z, scale)
     num, den = prefix_terms(q, Z, k, positivity=positivity)
     weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
     return combine(weights, V) + unit[..., None] * num / total[..., None]
@@ -142,7 +148,7 @@ def ntk_backward(
     >>> [float(g.squeeze()) for g in ntk_backward(x, x, 5 * one, one, one[0], one)]
     [-1.0, 0.0, 0.5, 0.5, -1.5]
     """
-    check_inputs(q, K, V, Z)
+    check_inputs(q, K, V, Z, scale)
     num, den = prefix_terms(q, Z, k, positivity=positivity)
     check_array("dout", dout, ("heads", "q_tokens", "dv"))
     if dout.shape != num.shape:
@@ -198,7 +204,9 @@ def step(
     >>> out, state.k.shape
     (array([[[3.]]]), (1, 1, 1))
     """
-    check_inputs(q, K, V, Z)
+    if not isinstance(state, State):
+        raise TypeError(f"state: got {type(state).__name__}, expected State")
+    check_inputs(q, K, V, Z, scale)
     check_size("K", K.shape[-2], q.shape[-2], "tokens, as in q")
     for name, old, new in (("state.k", state.k, K), ("state.v", state.v, V)):
         if (*old.shape[:-2], old.shape[-1]) != (*new.shape[:-2], new.shape[-1]):
@@ -207,56 +215,6 @@ def step(
     values = np.concatenate([state.v, V], axis=-2)
     out = ntk_attend(q, keys, values, Z, k, causal=True, scale=scale, positivity=positivity)
     return out, State(keys, values)
-
-
-def visible_scores(
-    q: np.ndarray,
-    K: np.ndarray,
-    causal: bool,
-    key_mask: np.ndarray | None,
-    scale: float | None,
-) -> np.ndarray:
-    """S1: scores (..., heads, q_tokens, k_tokens), -inf where a key is hidden.
-
-    >>> visible_scores(np.ones((1, 1, 4)), np.ones((1, 2, 4)), False, np.array([True, False]), None)
-    array([[[  2., -inf]]])
-    """
-    if key_mask is not None:
-        check_array("key_mask", key_mask, ("k_tokens",), dtype="bool")
-        if key_mask.shape != (*K.shape[:-3], K.shape[-2]):
-            raise ValueError(
-                f"key_mask: got shape {key_mask.shape}, expected {(*K.shape[:-3], K.shape[-2])}"
-            )
-        key_mask = key_mask[..., None, None, :]
-    allowed = visible(q.shape[-2], K.shape[-2], causal=causal, mask=key_mask)
-    return np.where(allowed, score(q, K, scale=scale), -np.inf)
-
-
-def check_inputs(q: Any, K: Any, V: Any, Z: Any) -> None:
-    """K1, K7, K14: q, K and V fit one another, and Z is as wide as V.
-
-    >>> check_inputs(*(np.ones((1, 2, d)) for d in (3, 4, 5, 5)))
-    Traceback (most recent call last):
-    ValueError: K: got 4, expected 3 (d, as in q)
-    """
-    check_array("q", q, ("heads", "q_tokens", "d"))
-    check_array("K", K, ("kv_heads", "k_tokens", "d"))
-    check_array("V", V, ("kv_heads", "k_tokens", "dv"))
-    for name, x in (("K", K), ("V", V)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {x.dtype}, expected {q.dtype}, as q")
-        if x.shape[:-3] != q.shape[:-3]:
-            raise ValueError(f"{name}: got leading axes {x.shape[:-3]}, expected {q.shape[:-3]}")
-    check_size("K", K.shape[-1], q.shape[-1], "d, as in q")
-    check_size("V", V.shape[-3], K.shape[-3], "kv_heads, as in K")
-    check_size("V", V.shape[-2], K.shape[-2], "k_tokens, as in K")
-    check_array("Z", Z, ("heads", "d", "dv"))
-    check_size("Z", Z.shape[-1], V.shape[-1], "dv, as in V")
-    heads, kv_heads = q.shape[-3], K.shape[-3]
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"K: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
-        )
 
 
 MECHANISM = Mechanism(

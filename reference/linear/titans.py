@@ -19,7 +19,8 @@ S2. **Surprise.** The loss of a token is :math:`|M(k_t) - v_t|^2`. With :math:`h
 the sum of squares, 2/dv for the mean, 1 for half.
 
 S3. **Rule.** :math:`S_t = \eta_t S_{t-1} - \theta_t u_t`, :math:`W_t = (1 - \alpha_t) W_{t-1} +
-S_t`, alike for every layer; S is zero at first unless given, W is given.
+S_t`, alike for every layer; S is zero at first unless given, W is given (learned; a linear memory
+may start from zeros).
 
 S4. **Chunk.** :math:`u_t` is taken at the weights that entered t's chunk of b tokens: b = 1 is the
 exact rule, and b >= T never leaves the first weights.
@@ -43,29 +44,33 @@ layer by layer: :math:`A_0 = Q`, :math:`Z_l = \beta A_{l-1} W_l + f A_{l-1} S_l 
 \odot G) \delta_l`, :math:`A_l = gelu(Z_l)`, :math:`Y = Z_L`.
 
 S10. **Granular chunks**, a third party's form: :math:`\eta` and :math:`\alpha` belong to a chunk of
-c tokens, :math:`g = \sum \theta_t u_t` over it, :math:`S \leftarrow \eta S - g`, :math:`W
-\leftarrow (1 - \alpha) W + S`. Token t, from 0, reads behind :math:`\lfloor (t+1)/c \rfloor`
-complete chunks; an incomplete one is not stored. The gradient's weights are renewed every
-`batch_size` tokens, or never.
+c tokens (made from the mean of its rows), :math:`g = \sum \theta_t u_t` over it, :math:`S
+\leftarrow \eta S - g`, :math:`W \leftarrow (1 - \alpha) W + S`. Token t, from 0, reads behind
+:math:`\lfloor (t+1)/c \rfloor` complete chunks; an incomplete one is not stored, and its tokens
+belong to the next call. The gradient's weights are renewed every `batch_size` tokens, or never,
+which is the default.
 
 S11. **Inputs.** :math:`q, k, v = conv(silu(x W))` with a depthwise causal convolution each; q and k
-divided by their norm. :math:`\alpha` and :math:`\eta` are sigmoids of linear maps of x,
-:math:`\theta` is `theta_max` times one.
+divided by their norm, the root of the sum of squares plus 1e-6. :math:`\alpha` and :math:`\eta` are
+sigmoids of linear maps of x, :math:`\theta` is `theta_max` times one.
 
 S12. **Persistent tokens.** P (N_p, D), learnable and independent of the input, precede the
-sequence.
+sequence; N_p = 0 is none.
 
 S13. **Masks.** MAC: row r of a segment sees P, the segment's memory rows (up to r if `tokenwise`)
 and its tokens up to r. MAG: the last w tokens and, at any distance, P.
 
-S14. **MAC.** A segment asks the old memory, :math:`h = M(x M_q)`; attention over [P | h | x] gives
-y for its rows; y is stored; :math:`o = gate(y, M'(y M_q))` with the new weights, those behind the
-segment or, `tokenwise`, behind each row's own store. Here and in S15 and S16 `normalise` divides
-the memory's queries and keys by their norm as S11 does: without it a memory can outgrow any number.
+S14. **MAC.** A segment asks the old memory, :math:`h = M(x M_q)`; attention over [P | h | x],
+without positions, gives y for its rows; y is stored, from a new gradient chunk on; :math:`o =
+gate(y, M'(y M_q))` with the new weights, those behind the segment or, `tokenwise`, behind each
+row's own store. Segments meet in the memory alone. Here and in S15 and S16 `normalise` divides the
+memory's queries and keys by their norm as S11 does: without it a memory can outgrow any number.
 
-S15. **MAG.** On [P | x], gate(windowed attention that always sees P, memory), the last T rows.
+S15. **MAG.** On [P | x], gate(windowed attention that always sees P, memory), the last T rows. The
+memory stores P too and is read token by token.
 
-S16. **MAL.** Windowed attention over what the memory returned for [P | x], the last T rows.
+S16. **MAL.** Windowed attention over what the memory returned for [P | x], the last T rows; the
+window treats rows of P as any others (ours). The memory alone, LMM, is S8 or S9 on the inputs S11.
 
 S17. **Gate.** :math:`gate(y, h) = rms(y) g_1 \cdot \sigma(rms(h) g_2)`, where rms divides by the
 root of the mean square plus 1e-6.
@@ -83,17 +88,23 @@ from the last; the coefficients' recurrences are walked backward.
 
 Complexity
 ----------
-Time O(T (L d h + b (d + h))) for a hidden width h, memory O(L d h) for each head.
+Time O(T (L d h + b (d + h))) for a hidden width h, memory O(L d h) for each head; a decoded token
+costs O(L d h). No token has weights of its own in memory.
 
 Paper and code
 --------------
-The authors published no code. The paper leaves open when to read, the gate, the form of the rates,
-the convolution, b and L: the defaults here are ours. Its index of the gradient's weights would need
-the weights it is computing at t = b; S4 is the reading that does not. Its chunk equation drops the
-factor 2 and writes x for k and v. MAC as written is not causal by token (row r sees memory rows
-asked for by later ones): `tokenwise` is ours. One public implementation is S10 with loss_scale 2/d;
-its wrapper of the memory in a norm and a residual is not in the paper and not here. Another has the
-coefficients S6, but normalises the memory's output and aims at v - k: a different function.
+The authors published no code. The paper leaves open the activation, when to read, the gate, the
+form of the rates, the width of the convolution, b and L: the defaults here are ours. Its best
+memories have L of 2 or more; public code has L = 2, hidden layers 2 or 4 times as wide as d, b from
+16 to 64 and a `theta_max` of 1, and a convolution of 4 rows is customary. Its index of the
+gradient's weights would need the weights it is computing at t = b; S4 is the reading that does not.
+Its chunk equation drops the factor 2 and writes x for k and v. MAC as written is not causal by
+token (row r sees memory rows asked for by later ones, and weights that have stored later ones), so
+that a language model trained with it sees its labels: `tokenwise` is ours. What follows a layout, a
+norm, a linear gate, a projection and the residual, is the caller's. One public implementation is
+S10 with loss_scale 2/d; its wrapper of the memory, :math:`LN(M(x)) (1 + \gamma) + x`, is not in the
+paper and not here. Another has the coefficients S6, but normalises the memory's output and aims at
+v - k: a different function.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def token_inputs(
     y = y * _sigmoid(y)
     if filters is not None:
         check_array("filters", filters, ("width", "d"))
+        if filters.ndim != 2:
+            raise ValueError(f"filters: got shape {filters.shape}, expected (width, d)")
         check_integer("filters", filters.shape[0], least=1)
         check_size("filters", filters.shape[-1], W.shape[-1], "d, as in W")
         past = filters.shape[0] - 1

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from attnspec.fast.engines.scan import additive_gates, time_summary
 from attnspec.fast.engines.scan.additive import gates_op, summary_op
-from attnspec.fast.linear.lightnet import decode_step, lightnet_causal, lightnet_noncausal
+from attnspec.fast.linear.lightnet import (
+    decode_step,
+    lightnet_causal,
+    lightnet_noncausal,
+    md_lrpe,
+)
+from attnspec.reference.linear import lightnet as spec
 
 
 def tensors(tokens: int = 9, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -72,6 +78,15 @@ def test_decode_is_prefill_and_16_bits_are_close() -> None:
         rows.append(o)
     expected = plain_causal(*(x.double() for x in (q, k, v)))
     torch.testing.assert_close(torch.cat(rows, 2).double(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_the_last_axis_of_an_odd_width_gets_fewer_angles() -> None:
+    torch.manual_seed(0)
+    x, theta = torch.randn(2, 3, 7, 5, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    got = md_lrpe(x, theta, (2, 3), 1)
+    torch.testing.assert_close(
+        got, torch.from_numpy(spec.md_lrpe(x.numpy(), theta.numpy(), (2, 3), 1))
+    )
 
 
 def test_an_unknown_logit_spoils_nothing_before_it() -> None:

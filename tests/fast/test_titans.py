@@ -75,6 +75,28 @@ def test_padding_and_strides() -> None:
         np.testing.assert_allclose(x.numpy(), y, atol=1e-10)
 
 
+@pytest.mark.parametrize(("c", "period"), [(1, 4), (2, 4), (3, None), (4, 4), (30, 30)])
+def test_granular_chunks(c: int, period: int | None) -> None:
+    W, S, k, v, q, (theta, eta, alpha) = draw(21, 2)
+    rates = (theta, eta[..., : 21 // c], alpha[..., : 21 // c])
+    got = fast.titans_chunk_granular(W, S, k, v, q, *rates, c, period)
+    expected = spec.titans_chunk_granular(*plain((W, S, k, v, q, *rates)), c, period)
+    for x, y in zip(leaves(got), leaves(expected), strict=True):
+        np.testing.assert_allclose(x.numpy(), y, atol=1e-10)
+
+
+def test_first_weights_may_be_shared() -> None:
+    W, S, k, v, q, rates = draw(9, 2)
+    shared = [w[0, 0].clone().requires_grad_() for w in W]
+    full = tuple(w.detach().expand(2, 2, *w.shape).clone().requires_grad_() for w in shared)
+    one, each = (fast.titans_chunk_mlp(tuple(w), S, k, v, q, rates, 4)[0] for w in (shared, full))
+    torch.testing.assert_close(one, each)
+    upstream = torch.randn_like(one)
+    got = torch.autograd.grad(one, shared, upstream)
+    apart = torch.autograd.grad(each, full, upstream)
+    torch.testing.assert_close(got, tuple(x.sum((0, 1)) for x in apart))
+
+
 def test_pieces_cut_and_join() -> None:
     x = torch.arange(2 * 75, dtype=torch.float32).reshape(2, 75)
     for b, size in ((10, 4), (16, 8), (75, 64), (100, 32), (1, 1)):

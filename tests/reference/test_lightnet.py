@@ -90,6 +90,29 @@ def test_recurrence_is_the_unrolled_form(T: int, seed: int, spread: float) -> No
     np.testing.assert_allclose(s / Delta[..., None], S, **CLOSE)
 
 
+def in_chunks(q: np.ndarray, k: np.ndarray, v: np.ndarray, size: int) -> np.ndarray:
+    """S5 by products: a chunk reads the state before it and, by the decay between, itself."""
+    kbar, log_decay, _ = additive_gates(k)
+    S, rows = np.zeros((*k.shape[:2], k.shape[3], v.shape[3])), []
+    for start in range(0, k.shape[2], size):
+        part = slice(start, start + size)
+        Q, keys, values = q[:, :, part], kbar[:, :, part], v[:, :, part]
+        W = np.cumsum(log_decay[:, :, part], axis=2)
+        between = np.minimum(W[:, :, :, None] - W[:, :, None], 0)
+        scores = np.einsum("bhtc,bhsc,bhtsc->bhts", Q, keys, np.exp(between))
+        rows.append((Q * np.exp(W)) @ S + np.tril(scores) @ values)
+        left = keys * np.exp(W[:, :, -1:] - W)
+        S = np.exp(W[:, :, -1])[..., None] * S + left.swapaxes(2, 3) @ values
+    return np.concatenate(rows, axis=2)
+
+
+def test_recurrence_is_the_chunk_form() -> None:
+    q, k, v = tensors(H=2)
+    o, _ = lightnet_causal(q, k, v)
+    for size in range(1, 11):
+        np.testing.assert_allclose(in_chunks(q, k, v, size), o, **CLOSE)
+
+
 def test_gates_are_a_moving_average() -> None:
     k = tensors(20)[1]
     k[0, 0, :4] = -np.inf
@@ -148,6 +171,9 @@ def test_constant_keys_and_a_dominating_key() -> None:
     S = lightnet_causal(q, 0 * k, v)[1][0]
     mean = v.mean(axis=2).repeat(2, 1)
     np.testing.assert_allclose(S, np.repeat(mean[:, :, None], 4, 2), **CLOSE)
+    running = (np.cumsum(v, axis=2) / np.arange(1, 31)[:, None]).repeat(2, 1)
+    expected = q.sum(-1, keepdims=True) * running
+    np.testing.assert_allclose(lightnet_causal(q, 0 * k, v)[0], expected, **CLOSE)
     k[:, :, 5] = k.max() + 50
     o = lightnet_causal(q, k, v)[0]
     expected = q.sum(-1)[:, :, 5:, None] * v[:, :, 5:6].repeat(2, 1)
@@ -166,6 +192,16 @@ def test_hand_over_and_decode(split: int) -> None:
         np.testing.assert_allclose(o[:, :, 0], whole[:, :, t], **CLOSE)
     for got, expected in ((S1, S), (z1, z), (state[0], S), (state[1], z)):
         np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+def test_a_state_of_zeros_is_a_key_of_logit_0() -> None:
+    """What the first author's later layer begins with."""
+    q, k, v = tensors()
+    o, (S, z) = lightnet_causal(q, k, v, (np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4))))
+    q, k, v = (np.concatenate([np.zeros_like(x[:, :, :1]), x], axis=2) for x in (q, k, v))
+    expected, (S1, z1) = lightnet_causal(q, k, v)
+    for got, wanted in ((o, expected[:, :, 1:]), (S, S1), (z, z1)):
+        np.testing.assert_allclose(got, wanted, **CLOSE)
 
 
 def test_general_rule_hands_over() -> None:
@@ -243,10 +279,10 @@ def test_gradients(started: bool) -> None:
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("lrpe_type", ["cosine", "rotary"])
-def test_md_lrpe_tells_differences_of_coordinates(lrpe_type: str) -> None:
+@pytest.mark.parametrize(("lrpe_type", "d"), [("cosine", 6), ("cosine", 5), ("rotary", 6)])
+def test_md_lrpe_tells_differences_of_coordinates(lrpe_type: str, d: int) -> None:
     random = np.random.default_rng(0)
-    shape, d = (4, 5), 6
+    shape = (4, 5)
     width = d if lrpe_type == "cosine" else d // 2
     theta = random.uniform(0, 1, (1, -(-width // 2)))
     q, k = random.standard_normal((2, d))
@@ -260,6 +296,22 @@ def test_md_lrpe_tells_differences_of_coordinates(lrpe_type: str) -> None:
     np.testing.assert_array_equal(lifted[0][:2], [leading, leading])
     line = md_angles((20,), random.uniform(0, 1, (1, width)), width)
     np.testing.assert_allclose(line[0], np.arange(20)[:, None] * line[0, 1], **CLOSE)
+
+
+def test_lifted_channels_keep_their_decay() -> None:
+    """q and kbar are encoded behind their gates; both halves then decay alike."""
+    q, k, v = tensors(6, H=2)
+    theta = np.random.default_rng(3).uniform(0, 1, (2, 2))
+    kbar, log_decay, _ = additive_gates(k)
+    lifted = [md_lrpe(x, theta, (2, 3)) for x in (q, kbar)]
+    o, _ = vector_decay_attend(*lifted, v, np.concatenate([log_decay] * 2, axis=-1))
+    angles, W = md_angles((2, 3), theta, 4), np.cumsum(log_decay, axis=2)
+    for t in range(6):
+        left = np.exp(W[:, :, t, None] - W[:, :, : t + 1])
+        turned = np.cos(angles[:, t, None] - angles[:, : t + 1])
+        weights = np.sum(q[:, :, t, None] * kbar[:, :, : t + 1] * left * turned, axis=-1)
+        expected = np.einsum("bhs,bhse->bhe", weights, v[:, :, : t + 1])
+        np.testing.assert_allclose(o[:, :, t], expected, **CLOSE)
 
 
 def test_tpe_impulse_hand_over_and_axes() -> None:

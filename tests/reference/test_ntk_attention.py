@@ -129,6 +129,28 @@ def test_a_given_prefix_is_weighted_by_its_features(causal: bool, m: int, seed: 
         assert np.all(out[b, h, i] >= np.min(rows, axis=0) - 1e-12)
 
 
+def test_a_free_state_may_leave_the_values_behind() -> None:
+    """Only a state that comes from a prefix makes a mean of values."""
+    q, K, V, Z, k = tensors()
+    out = ntk_attend(q, K, V, 10 * Z, k)
+    assert np.any(out > V.max()), "outside the values of all tokens"
+    assert np.any(out < V.min())
+
+
+def test_no_mask_hides_the_prefix() -> None:
+    """den, from what is left of values of 1, is the same whatever a row sees."""
+    q, K, V, Z, k = tensors(7, 7)
+    _, den = prefix_terms(q, Z, k)
+    for options in ({}, {"causal": True}, {"key_mask": np.arange(14).reshape(2, 7) % 3 > 0}):
+        mask = options.get("key_mask")
+        dense = {"causal": options.get("causal", False)}
+        lse = attend(q, K, V, mask=None if mask is None else mask[:, None, None], **dense)[1]
+        kept = ntk_attend(q, K, np.ones_like(V), 0 * Z, k, **options)[..., 0]
+        np.testing.assert_allclose(np.exp(lse) * (1 / kept - 1), den, rtol=1e-9)
+        sigmoid = 1 / (1 + np.exp(np.log(den) - lse))
+        np.testing.assert_allclose(kept, sigmoid, rtol=1e-12)
+
+
 def test_states_add_and_forget_the_order() -> None:
     random = np.random.default_rng(1)
     K_P, V_P = random.standard_normal((3, 9, 4)), random.standard_normal((3, 9, 5))
@@ -139,7 +161,8 @@ def test_states_add_and_forget_the_order() -> None:
     for name, a, b, other, total in zip(("Z", "k"), *parts, shuffled, whole, strict=True):
         np.testing.assert_allclose(a + b, total, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(other, total, atol=1e-12, err_msg=name)
-    assert [x.shape for x in whole] == [(3, 4, 5), (3, 4)]
+    for state in (whole, parts[0], prefix_state(K_P[:, :0], V_P[:, :0])):
+        assert [x.shape for x in state] == [(3, 4, 5), (3, 4)]
 
 
 def test_a_large_state_drowns_the_tokens_and_a_small_one_vanishes() -> None:
@@ -306,10 +329,15 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (ntk_attend, GOOD, {"key_mask": np.ones(3)}, TypeError, "key_mask"),
     (ntk_attend, GOOD, {"key_mask": np.ones(4, bool)}, ValueError, "key_mask"),
     (ntk_attend, GOOD, {"positivity": None}, ValueError, "positivity"),
+    (ntk_attend, GOOD, {"scale": "1"}, TypeError, "scale"),
+    (ntk_attend, GOOD, {"scale": 0.0}, ValueError, "scale"),
+    (ntk_backward, (*GOOD, X), {"scale": -1.0}, ValueError, "scale"),
     (ntk_backward, (*GOOD, X[:, :2]), {}, ValueError, "dout"),
     (ntk_backward, (*GOOD, None), {}, TypeError, "dout"),
     (step, (init_state(X, X), X, X[:, :2], X[:, :2], Z4, K4), {}, ValueError, "K"),
     (step, (init_state(X[..., :3], X), *GOOD), {}, ValueError, "state.k"),
+    (step, (None, *GOOD), {}, TypeError, "state"),
+    (step, (init_state(X, X), *GOOD), {"scale": True}, TypeError, "scale"),
 )
 
 

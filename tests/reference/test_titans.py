@@ -210,6 +210,40 @@ def test_chunks_matter_but_not_how_calls_are_cut() -> None:
     close((np.concatenate([first[0], second[0]], axis=-2), *second[1:]), expected)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("period", [1, 3, 4, None])
+def test_granules_of_one_token_are_the_rule(depth: int, period: int | None) -> None:
+    W, S, k, v, q, rates = draw(20, 7, depth)
+    got = titans_chunk_granular(W, S, k, v, q, *rates, 1, period, 1.3)
+    close(got[:3], titans_sequential(W, S, k, v, q, rates, period or 7, loss_scale=1.3))
+    assert [p.shape[-3] for p in got[3]] == [8] * depth
+
+
+@pytest.mark.parametrize("period", [2, 6, None])
+def test_granules_step_by_step(period: int | None) -> None:
+    """S10 in so many words: 7 tokens are three chunks of 2 and one token left."""
+    W, S, k, v, q, (theta, eta, alpha) = draw(21, 7, 2, group=1)
+    eta, alpha = eta[..., :3], alpha[..., :3]
+    y, last, momentum, _ = titans_chunk_granular(W, S, k, v, q, theta, eta, alpha, 2, period)
+    base, rows = W, []
+    for t in range(7):
+        if t < 6 and t % (period or 7) == 0:
+            base = W
+        if t % 2:
+            pair = slice(t - 1, t + 1)
+            H, Delta = memory_grad(base, k[..., pair, :], v[..., pair, :])
+            g = tuple(
+                sum(theta[..., i, None, None] * h[..., j, :, None] * e[..., j, None, :]
+                    for j, i in enumerate((t - 1, t)))
+                for h, e in zip(H, Delta, strict=True)
+            )  # fmt: skip
+            carried, kept = eta[..., t // 2, None, None], 1 - alpha[..., t // 2, None, None]
+            S = tuple(carried * s - x for s, x in zip(S, g, strict=True))
+            W = tuple(kept * w + s for w, s in zip(W, S, strict=True))
+        rows.append(mlp_memory(W, q[..., t : t + 1, :]))
+    close((y, last, momentum), (np.concatenate(rows, axis=-2), W, S))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_what_is_known_teaches_nothing(depth: int) -> None:
     W, _, k, _, q, (theta, eta, _) = draw(7, 6, depth)
@@ -398,6 +432,59 @@ def test_mag_and_mal_without_a_prefix_or_memory() -> None:
     assert len(W) == len(S) == 2
 
 
+def rms(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def gated(y: np.ndarray, h: np.ndarray, gains: Any) -> np.ndarray:
+    return rms(y) * gains[0] / (1 + np.exp(-rms(h) * gains[1]))
+
+
+def looked_up(x: np.ndarray, z: np.ndarray, attn: Any, mask: np.ndarray) -> np.ndarray:
+    """Softmax attention of rows x to rows z."""
+    q, k, v = x @ attn[0], z @ attn[1], z @ attn[2]
+    weights = np.where(mask, np.exp(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])), 0.0)
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_layouts_are_attention_and_memory(normalise: bool) -> None:
+    """S14 to S17 from their parts, the memory token by token."""
+    case = layout(5)
+    x, P, W, attn, mem, gains = (case[n] for n in ("x", "P", "W", "attn", "mem", "gains"))
+    given = (P, W, None, attn, mem, case["rates"])
+    options: dict[str, Any] = {"normalise": normalise}
+
+    def asked(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        rows = rows @ matrix
+        if normalise:
+            rows = rows / np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True) + 1e-6)
+        return rows
+
+    def remember(rows: np.ndarray) -> tuple[np.ndarray, Layers, Layers]:
+        q, k, v = asked(rows, mem[0]), asked(rows, mem[1]), rows @ mem[2]
+        k, v, q = (y[:, None] for y in (k, v, q))
+        y, *states = titans_sequential(W, None, k, v, q, case["rates"], 2)
+        last, momentum = (tuple(w[:, 0] for w in layers) for layers in states)
+        return y[:, 0], last, momentum
+
+    prefix = np.broadcast_to(P, (2, *P.shape))
+    z = np.concatenate([prefix, mlp_memory(W, asked(x, mem[0])), x], axis=1)
+    for tokenwise in (False, True):
+        y = looked_up(x, z, attn, titans_mask_mac(5, 5, 2, tokenwise))
+        read, *states = remember(y)
+        if not tokenwise:
+            read = mlp_memory(states[0], asked(y, mem[0]))
+        got = mac_segment(x, *given, gains, 2, tokenwise=tokenwise, **options)
+        close(got, (gated(y, read, gains), *states))
+    xt = np.concatenate([prefix, x], axis=1)
+    read, *states = remember(xt)
+    y = looked_up(xt, xt, attn, titans_mask_mag(5, 3, 2))
+    close(mag(x, *given, gains, 3, 2, **options), (gated(y, read, gains)[:, 2:], *states))
+    y = looked_up(read, read, attn, titans_mask_mag(7, 3, 0))
+    close(mal(x, *given, 3, 2, **options), (y[:, 2:], *states))
+
+
 def test_inputs_and_rates() -> None:
     rng = np.random.default_rng(17)
     x, W, filters = (rng.standard_normal(s) for s in ((2, 6, 3), (3, 4), (4, 4)))
@@ -464,6 +551,7 @@ three = (case["x"], case["P"], case["W"], None, case["attn"], case["mem"], case[
         (lambda: titans_mask_mag(4, 0, 1), ValueError, "w"),
         (lambda: gate(k, k, (k,)), ValueError, "gains"),
         (lambda: token_inputs(k, W[0]), ValueError, "W"),
+        (lambda: token_inputs(k, W[0][0, 0], k), ValueError, "filters"),
         (lambda: token_step_sizes(k, *[W[0][0, 0]] * 3, theta_max=0.0), ValueError, "theta_max"),
         (lambda: mac_segment(*three, case["gains"], 0), ValueError, "b"),
         (lambda: mag(*three, case["gains"], 0, 2), ValueError, "w"),

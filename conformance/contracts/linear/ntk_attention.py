@@ -134,6 +134,11 @@ BAD_TOKENS = (
     ("Z of another value width", "Z", lambda a: a["Z"].repeat(2, axis=2)),
 )
 
+BAD_SCALE = (
+    ("a scale of 0", "scale", lambda a: 0.0),
+    ("a scale that is a string", "scale", lambda a: "1"),
+)
+
 CONTRACTS = (
     Contract(
         operation="ntk_attention.phi",
@@ -203,6 +208,7 @@ CONTRACTS = (
         bad_inputs=(
             *BAD_TOKENS,
             *BAD_STATE,
+            *BAD_SCALE,
             ("an integer key_mask", "key_mask", lambda a: np.ones(a["K"].shape[::2], np.int64)),
             ("a key_mask of one axis", "key_mask", lambda a: np.ones(a["K"].shape[2], bool)),
         ),
@@ -242,6 +248,11 @@ CONTRACTS = (
             feed=_feed,
             whole=lambda whole: ntk_attend(**whole, causal=True),
         ),
-        bad_inputs=(*BAD_TOKENS, *BAD_STATE),
+        bad_inputs=(
+            ("no state", "state", lambda a: None),
+            *BAD_TOKENS,
+            *BAD_STATE,
+            *BAD_SCALE,
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Laws of NTK-Attention alone: prefixes add, and a state of zeros is none."""
+"""Laws of NTK-Attention alone: prefixes add, a state of zeros is none, Z counts without k."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def check_empty_prefix(trial: Trial) -> None:
     trial.check(arguments)
 
 
+def check_numerator_alone(trial: Trial) -> None:
+    """k = 0 beside a Z that is not: the prefix adds to the values and takes no share of them."""
+    arguments = trial.arguments()
+    trial.check({**arguments, "k": np.zeros_like(arguments["k"]), "positivity": "abs"})
+
+
 LAWS = (
     Law(
         "prefix-addition",
@@ -54,6 +60,15 @@ LAWS = (
         ("K4",),
         _anywhere,
         check_empty_prefix,
+        applies=lambda contract, kernel: contract.spec.function is ntk_attend,
+        examples=0.3,
+    ),
+    Law(
+        "numerator-alone",
+        "A prefix without a denominator still adds its numerator.",
+        ("K4",),
+        _anywhere,
+        check_numerator_alone,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.3,
     ),

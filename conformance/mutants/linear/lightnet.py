@@ -78,6 +78,13 @@ def one_decay_a_head(arguments: dict[str, Any]) -> None:
     arguments["log_decay"] = np.broadcast_to(g[..., :1], g.shape).copy()
 
 
+def first_half_decays(arguments: dict[str, Any]) -> None:
+    """The decays of lifted channels are not repeated for their second half."""
+    g = arguments["log_decay"].copy()
+    g[..., (g.shape[-1] + 1) // 2 :] = 0
+    arguments["log_decay"] = g
+
+
 def scale_in_state(q: Any, kbar: Any, v: Any, g: Any, S0: Any = None, *, scale: float = 1.0) -> Any:
     o, S = SCAN(q, kbar, v, g, S0, scale=scale)
     return o, scale * S
@@ -86,6 +93,13 @@ def scale_in_state(q: Any, kbar: Any, v: Any, g: Any, S0: Any = None, *, scale: 
 def over_channels(k: np.ndarray) -> np.ndarray:
     """softmax over channels, not over time."""
     return np.swapaxes(TIME_SOFTMAX(np.swapaxes(k, -1, -2)), -1, -2)
+
+
+def masked_behind_softmax(k: np.ndarray) -> np.ndarray:
+    """Padded keys take part in the softmax with logit 0, then their weights are dropped."""
+    padded = np.isneginf(k)
+    weights = TIME_SOFTMAX(np.where(padded, np.zeros_like(k), k))
+    return np.where(padded, np.zeros_like(k), weights)
 
 
 def without_maximum(k: np.ndarray) -> np.ndarray:
@@ -202,6 +216,8 @@ MUTANTS = (
              "The new token is decayed with the state."),
     tampered("vector_decay_attend:one-decay", altering(SCAN, one_decay_a_head), "agreement",
              "One channel's decay serves all."),
+    tampered("vector_decay_attend:half-decay", altering(SCAN, first_half_decays), "agreement",
+             "The second half of the channels does not decay."),
     tampered("vector_decay_attend:scaled-state", scale_in_state, "agreement",
              "The state contains scale."),
     tampered("lightnet_causal:starts-afresh", altering(CAUSAL, starts_afresh), "agreement",
@@ -214,6 +230,9 @@ MUTANTS = (
              "The gradient through z is lost.", backward=detached_gates),
     tampered("lightnet_noncausal:over-channels", replacing(WHOLE, time_softmax=over_channels),
              "agreement", "softmax over channels."),
+    tampered("lightnet_noncausal:late-mask",
+             replacing(WHOLE, time_softmax=masked_behind_softmax), "agreement",
+             "softmax before the padding is masked."),
     tampered("lightnet_noncausal:no-maximum", replacing(WHOLE, time_softmax=without_maximum),
              "magnitude", "exp(k) without a maximum."),
     tampered("lightnet_noncausal:lost-tail", altering(WHOLE, skip_tail), "ragged",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.dense.attention import State, score
+from attnspec.reference.dense.attention import State, attend, score
 from attnspec.reference.linear import ntk_attention, ntk_attention_prefix
 
 ATTEND = right("ntk_attention.ntk_attend")
@@ -67,6 +67,23 @@ def no_prefix_for_empty_rows(q: Any, K: Any, *args: Any, **options: Any) -> Any:
     visible = ntk_attention.visible_scores(q, K, options.get("causal", False), mask, None)
     seen = np.isfinite(visible).sum(axis=-1, keepdims=True)
     return np.where(seen == 0, np.zeros_like(out), out)
+
+
+def unscaled_lse(
+    q: Any, K: Any, V: Any, Z: Any, k: Any, *, positivity: str = "abs", **options: Any
+) -> Any:
+    """The softmax part is merged by the lse of scores without their scale."""
+    mask = options.pop("key_mask", None)
+    options["mask"] = None if mask is None else mask[:, None, None]
+    soft, _ = attend(q, K, V, **options)
+    _, lse = attend(q, K, V, **{**options, "scale": 1.0})
+    return MERGE(soft, lse, *TERMS(q, Z, k, positivity=positivity))
+
+
+def nothing_without_den(q: Any, Z: Any, k: Any, **options: Any) -> Any:
+    """num / den weighted by the prefix's share, which is 0 where den is."""
+    num, den = TERMS(q, Z, k, **options)
+    return np.where(den[..., None] == 0, np.zeros_like(num), num), den
 
 
 def scaled_terms(q: np.ndarray, Z: np.ndarray, k: np.ndarray, **options: Any) -> Any:
@@ -169,6 +186,11 @@ def unsigned(k: np.ndarray, positivity: str) -> np.ndarray:
     return np.ones_like(k)
 
 
+def hidden_keys_learn(q: Any, K: Any, V: Any, Z: Any, k: Any, dout: Any, **options: Any) -> Any:
+    """The gradient does not know what the forward pass has masked."""
+    return BACKWARD(q, K, V, Z, k, dout, **{**options, "causal": False, "key_mask": None})
+
+
 def first_entry_only(q: Any, K: Any, V: Any, Z: Any, k: Any, dout: Any, **options: Any) -> Any:
     """dZ and dk are not summed over the batch."""
     dq, dK, dV, *_ = BACKWARD(q, K, V, Z, k, dout, **options)
@@ -196,6 +218,10 @@ MUTANTS = (
                                               row_top=prefix_in_maximum_always))),
     mutant("zero-empty-row", "lengths", "a row that sees only the prefix is 0",
            no_prefix_for_empty_rows),
+    mutant("numerator-by-share", "numerator-alone", "Z is dropped where k is 0",
+           replacing(ATTEND, prefix_terms=nothing_without_den)),
+    mutant("unscaled-lse", "agreement", "the lse is that of scores without their scale",
+           unscaled_lse),
     mutant("scaled-features", "agreement", "1/sqrt(d) is applied to the prefix terms as well",
            replacing(ATTEND, prefix_terms=scaled_terms)),
     mutant("state-by-kv-head", "heads", "Z and k are read by kv head",
@@ -208,6 +234,8 @@ MUTANTS = (
            altering(ATTEND, skip_tail)),
     mutant("masked-prefix", "agreement", "the causal rule hides the prefix from the first query",
            altering(ATTEND, masked_prefix)),
+    mutant("hidden-keys-learn", "gradient", "hidden keys take part in the gradient", ATTEND,
+           backward=hidden_keys_learn),
     mutant("first-entry", "gradient", "dZ and dk come from the first entry of the batch",
            ATTEND, backward=first_entry_only),
     mutant("first-of-group", "gradient", "dK and dV are those of the first head of the group",

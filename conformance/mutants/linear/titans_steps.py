@@ -9,12 +9,15 @@ import numpy as np
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.reference.linear import titans_coefficients as coefficients
 from attnspec.reference.linear import titans_layouts as layouts
+from attnspec.reference.primitives.gelu import gelu
 
 COEFFICIENTS = right("titans.titans_coefficients")
 BACKWARD = coefficients.titans_coefficients_backward
 STEP = right("titans.decode_step")
 GRANULAR = right("titans.titans_chunk_granular")
 GRAD = right("titans.memory_grad")
+MEMORY = right("titans.mlp_memory")
+SIZES = right("titans.token_step_sizes")
 INPUTS = right("titans.token_inputs")
 MAC, MAG, MAL = (right(f"titans.{name}") for name in ("mac_segment", "mag", "mal"))
 mask_mac = layouts.titans_mask_mac
@@ -78,10 +81,38 @@ def renewed_each_chunk(arguments: dict[str, Any]) -> None:
         arguments["batch_size"] = arguments["c"]
 
 
+def never_renewed_granules(arguments: dict[str, Any]) -> None:
+    arguments["batch_size"] = None
+
+
+def momentum_of_steps(theta: Any, eta: Any, alpha: Any) -> Any:
+    """The step multiplies the whole momentum on its way into the weights."""
+    of = COEFFICIENTS(np.ones_like(theta), eta, alpha)
+    f, G, rows = 0 * of.f[..., :1].sum(axis=-1), 0 * of.G.sum(axis=-2), []
+    for t in range(theta.shape[-1]):
+        kept, step = 1 - alpha[..., t], theta[..., t]
+        f = kept * f + step * of.m[..., t]
+        G = kept[..., None] * G + step[..., None] * of.n[..., t, :]
+        rows.append((f, G))
+    if rows:
+        f, G = np.stack([row[0] for row in rows], -1), np.stack([row[1] for row in rows], -2)
+        of = of._replace(f=f, G=G)
+    return of
+
+
 def no_forgetting(arguments: dict[str, Any]) -> None:
     alpha = arguments["alpha"]
     if isinstance(alpha, np.ndarray) and np.all((alpha >= 0) & (alpha <= 1)):
         arguments["alpha"] = 0 * alpha
+
+
+def bends_the_output(W: Any, x: np.ndarray) -> np.ndarray:
+    """The activation follows the last layer as well."""
+    return gelu(MEMORY(W, x))
+
+
+def unbounded_steps(arguments: dict[str, Any]) -> None:
+    arguments["theta_max"] = 1.0
 
 
 def error_of_half(result: Any) -> Any:
@@ -140,11 +171,15 @@ MUTANTS = (
            forgotten_at_once, "titans_coefficients"),
     mutant("quotients", "agreement", "coefficients by quotients of beta", by_quotients,
            "titans_coefficients"),
+    mutant("step-outside", "agreement", "theta multiplies the momentum, not the gradient",
+           momentum_of_steps, "titans_coefficients"),
     mutant("undecayed", "agreement", "the first momentum does not fade from the weights",
            spoiling(COEFFICIENTS, momentum_undecayed), "titans_coefficients"),
     mutant("coefficients-gradient", "gradient", "the gradient of m is dropped", COEFFICIENTS,
            "titans_coefficients", backward=altering(
                BACKWARD, lambda a: a.update(dm=0 * a["dm"]))),
+    mutant("bent-output", "agreement", "the activation follows the last layer too",
+           bends_the_output, "mlp_memory"),
     mutant("half-error", "agreement", "the gradient of half the square", spoiling(
         GRAD, error_of_half), "memory_grad"),
     mutant("never-renewed", "stream", "decoding takes gradients at the first weights for ever",
@@ -157,8 +192,12 @@ MUTANTS = (
            "titans_chunk_granular"),
     mutant("renewed", "agreement", "gradients are taken at each chunk's own weights",
            altering(GRANULAR, renewed_each_chunk), "titans_chunk_granular"),
+    mutant("never-renewed-granules", "renewal", "granular gradients stay at the first weights",
+           altering(GRANULAR, never_renewed_granules), "titans_chunk_granular"),
     mutant("no-forgetting", "agreement", "granular weights do not decay",
            altering(GRANULAR, no_forgetting), "titans_chunk_granular"),
+    mutant("unbounded", "agreement", "theta_max is not applied",
+           altering(SIZES, unbounded_steps), "token_step_sizes"),
     mutant("looks-ahead", "prefix", "the convolution is not causal", looks_ahead, "token_inputs"),
     mutant("future-memory", "prefix", "a row sees what later rows asked the memory",
            replacing(MAC, titans_mask_mac=asks_the_future), "mac_segment"),

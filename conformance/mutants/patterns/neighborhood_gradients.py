@@ -8,8 +8,10 @@ import numpy as np
 
 from attnspec.conformance.mutants import altering, replacing
 from attnspec.conformance.mutants.patterns.neighborhood import ATTEND, MASK, TILE, mutant
-from attnspec.reference.dense import attention as dense
+from attnspec.reference.dense.attention import score
+from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.patterns import neighborhood
+from attnspec.reference.primitives.softmax import softmax_lse
 
 BACKWARD = neighborhood.na_backward
 
@@ -23,9 +25,9 @@ def symmetric_inverse(
     mask = np.concatenate([MASK(shape, kernel, **options), np.ones((q.shape[-2], extra), bool)], 1)
     own = mask.copy()
     own[:, : q.shape[-2]] &= mask[:, : q.shape[-2]].T
-    weights, _ = dense.softmax_lse(dense.score(q, k, scale=scale), mask)
+    weights, _ = softmax_lse(score(q, k, scale=scale), mask)
     P = np.where(own, weights, 0).astype(weights.dtype)
-    return dq, dk, dense.sum_groups(np.swapaxes(P, -1, -2) @ dout, v.shape[-3])
+    return dq, dk, sum_groups(np.swapaxes(P, -1, -2) @ dout, v.shape[-3])
 
 
 def partial_tile_unchecked(
