@@ -6,7 +6,7 @@ import pytest
 
 from attnspec.conformance.killing import kill
 from attnspec.conformance.laws import laws
-from attnspec.conformance.mutants import mutants
+from attnspec.conformance.mutants import Mutant, mutants
 from attnspec.reference import mechanisms
 
 
@@ -15,6 +15,14 @@ def test_the_claiming_law_kills(mutant):
     outcome = kill(mutant)
     assert outcome.tried, f"law {mutant.law!r} does not apply to {mutant.operation}"
     assert not outcome.survived, f"{mutant.name} survives {mutant.law!r}: {mutant.bug}"
+
+
+def test_a_mutant_that_slips_is_not_killed():
+    def slips(scores, tau=1.0):
+        raise NameError("name 'tua' is not defined")
+
+    mutant = Mutant("slips", "tempscale.temper", "agreement", "none of its own", slips)
+    assert kill(mutant).survived
 
 
 def test_every_law_is_needed():

@@ -9,7 +9,7 @@ import numpy as np
 from attnspec.conformance.mutants import altering, replacing
 from attnspec.conformance.mutants.patterns.neighborhood import ATTEND, MASK, TILE, mutant
 from attnspec.reference.dense.attention import score
-from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.dense.attention_gradient import attend_backward, sum_groups
 from attnspec.reference.patterns import neighborhood
 from attnspec.reference.primitives.softmax import softmax_lse
 
@@ -56,7 +56,7 @@ MUTANTS = (
     mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
            ATTEND, backward=replacing(BACKWARD, dense=type("Dense", (), {
                "attend_backward": staticmethod(
-                   replacing(dense.attend_backward, sum_groups=first_of_group))}))),
+                   replacing(attend_backward, sum_groups=first_of_group))}))),
     mutant("no-dlse", "gradient", "the gradient through lse is dropped", ATTEND,
            backward=altering(BACKWARD, no_lse_gradient)),
 )  # fmt: skip

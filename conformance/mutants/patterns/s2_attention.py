@@ -9,6 +9,7 @@ import numpy as np
 from attnspec.conformance.mutants import Mutant, altering, replacing, right
 from attnspec.reference.dense.attention import attend, attend_backward, combine, score
 from attnspec.reference.patterns import s2_attention_blocks, s2_attention_decoding
+from attnspec.reference.patterns.s2_attention_blocks import pattern_of_heads
 from attnspec.reference.primitives.softmax import softmax_lse
 
 ATTEND = right("s2_attention.s2_attend")
@@ -87,7 +88,7 @@ def first_padding(arguments: dict[str, Any]) -> None:
 
 def one_bound(pattern: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
     """All heads share the loop bound of the first: what longer lists hold is cut off."""
-    own = s2_attention_blocks.pattern_of_heads(pattern, heads, kv_heads)
+    own = pattern_of_heads(pattern, heads, kv_heads)
     kept = own[:1].sum(axis=2, keepdims=True)
     return own & (np.cumsum(own, axis=2) <= kept)
 
