@@ -120,6 +120,16 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 
+def check_scale(scale: Any) -> None:
+    """`scale` is a finite number, or None for the default."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale: got {scale!r}, expected a finite number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number or None")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

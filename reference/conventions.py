@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,32 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an integer >= {least}")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """K14: `value` is True or False.
+
+    >>> check_bool("causal", 1)
+    Traceback (most recent call last):
+    TypeError: causal: got 1, expected True or False
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_scale(scale: Any) -> None:
+    """K2, K14: `scale` is a finite number, or None for the default.
+
+    >>> check_scale(np.inf)
+    Traceback (most recent call last):
+    ValueError: scale: got inf, expected a finite number or None
+    """
+    if scale is None:
+        return
+    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, Real):
+        raise TypeError(f"scale: got {scale!r}, expected a finite number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number or None")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_scale,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash, mask_options
 from attnspec.fast.growing import Room, append, check_continues
@@ -109,6 +115,7 @@ def step(
     """
     check_attention_inputs(q, k, v, FLOATS)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
+    check_scale(scale)
     check_continues(state, k, v)
     room = getattr(state, "room", None)
     (keys, values), room = append(room, (state.k, state.v), (k.detach(), v.detach()))

@@ -6,8 +6,6 @@ operations keep nothing larger than their inputs.
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from attnspec.fast.backend import (
     check_bool,
     check_integer,
     check_same,
+    check_scale,
     check_size,
     check_tensor,
     product,
@@ -61,15 +60,6 @@ def _check_rows(name: str, rows: int, causal: bool) -> None:
     if rows < 1 or (not causal and rows % 2 == 0):
         expected = "at least 1" if causal else "2 M - 1"
         raise ValueError(f"{name}: got {rows} rows, expected {expected}")
-
-
-def _check_scale(scale: Any) -> None:
-    if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale: got {scale!r}, expected a finite number or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number or None")
 
 
 def _check_self(q: Any, k: Any, v: Any = None) -> None:
@@ -185,7 +175,7 @@ def global_logits(
 ) -> Tensor:
     """Logits (batch, heads, L, L); in the causal order those with j > i are to be masked."""
     _check_self(q, k)
-    _check_scale(scale)
+    check_scale(scale)
     check_bool("causal", causal)
     _check_table("E", E, q.shape[1], q.shape[3], causal)
     check_same("E", E, "q", q)
@@ -212,7 +202,7 @@ def _check_local_rows(E: Tensor, L: int, b: int) -> None:
 def local_logits(q: Tensor, k: Tensor, E: Tensor, b: int, scale: float | None = None) -> Tensor:
     """Logits (batch, heads, L, L), -inf where nothing is seen."""
     _check_self(q, k)
-    _check_scale(scale)
+    check_scale(scale)
     _check_table("E", E, q.shape[1], q.shape[3], causal=True)
     check_same("E", E, "q", q)
     seen = local_visibility(q.shape[2], b).to(q.device)
@@ -246,7 +236,7 @@ def decode_relative(q_row: Tensor, E: Tensor, n_keys: int, scale: float | None =
     """The newest query's relative logits (batch, heads, n_keys) of q_row (batch, heads, d)."""
     check_tensor("q_row", q_row, ("batch", "heads", "d"), FLOATS)
     check_integer("n_keys", n_keys, least=1)
-    _check_scale(scale)
+    check_scale(scale)
     _check_table("E", E, q_row.shape[1], q_row.shape[2], causal=True)
     check_same("E", E, "q_row", q_row)
     used = relative_table_slice(E, n_keys)
@@ -319,7 +309,7 @@ def global_attention(
     Differentiable in q, k, v and E. A table of values `Ev` is refused.
     """
     _check_self(q, k, v)
-    _check_scale(scale)
+    check_scale(scale)
     check_bool("causal", causal)
     _check_table("E", E, q.shape[1], q.shape[3], causal)
     check_same("E", E, "q", q)
@@ -344,7 +334,7 @@ def local_attention(
     Arguments as in `global_attention`; E needs min(2 b, L) rows.
     """
     _check_self(q, k, v)
-    _check_scale(scale)
+    check_scale(scale)
     _check_table("E", E, q.shape[1], q.shape[3], causal=True)
     check_same("E", E, "q", q)
     check_integer("b", b, least=1)

@@ -8,7 +8,9 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_bool,
     check_offsets,
+    check_scale,
     check_size,
     default_scale,
     repeat_heads,
@@ -25,6 +27,7 @@ def score(q: np.ndarray, k: np.ndarray, *, scale: float | None = None) -> np.nda
     check_array("q", q, ("heads", "q_tokens", "d"))
     check_array("k", k, ("kv_heads", "k_tokens", "d"))
     check_size("k", k.shape[-1], q.shape[-1], "d, as in q")
+    check_scale(scale)
     scale = default_scale(q.shape[-1]) if scale is None else scale
     return scale * (q @ np.swapaxes(repeat_heads(k, q.shape[-3]), -1, -2))
 
@@ -41,6 +44,7 @@ def visible(
     array([[1, 0],
            [1, 0]])
     """
+    check_bool("causal", causal)
     allowed = causal_mask(q_tokens, k_tokens) if causal else np.ones((q_tokens, k_tokens), bool)
     if mask is None:
         return allowed

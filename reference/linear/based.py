@@ -96,13 +96,13 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_bool,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
-    check_flag,
     check_shaped,
     taylor_features,
     taylor_features_backward,
@@ -225,8 +225,8 @@ def _check(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, eps: float, use_norm: bool
 ) -> None:
     check_attention_inputs(q, k, v)
-    check_flag("causal", causal)
-    check_flag("use_norm", use_norm)
+    check_bool("causal", causal)
+    check_bool("use_norm", use_norm)
     check_eps(eps)
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_size, default_scale, repeat_heads
+from attnspec.reference.conventions import (
+    check_array,
+    check_bool,
+    check_size,
+    default_scale,
+    repeat_heads,
+)
 from attnspec.reference.dense.attention import score
 
 
@@ -26,7 +32,7 @@ def taylor_features(
     array([1.  , 1.  , 2.  , 0.71, 2.  , 2.83])
     """
     check_array("x", x, ("d",))
-    check_flag("packed", packed)
+    check_bool("packed", packed)
     scale = chosen_scale(scale, x.shape[-1])
     pairs = x[..., :, None] * x[..., None, :] * (scale / math.sqrt(2))
     if packed:
@@ -47,7 +53,7 @@ def taylor_features_backward(
     array([2.])
     """
     check_array("x", x, ("d",))
-    check_flag("packed", packed)
+    check_bool("packed", packed)
     d = x.shape[-1]
     scale = chosen_scale(scale, d)
     check_shaped("dfeatures", dfeatures, (*x.shape[:-1], feature_count(d, packed)))
@@ -150,17 +156,6 @@ def check_eps(eps: Any) -> None:
         raise TypeError(f"eps: got {eps!r}, expected a number >= 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """K14: `value` is True or False.
-
-    >>> check_flag("packed", 1)
-    Traceback (most recent call last):
-    TypeError: packed: got 1, expected True or False
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
 def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:

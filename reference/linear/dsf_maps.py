@@ -10,7 +10,7 @@ from itertools import combinations_with_replacement, groupby
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer
+from attnspec.reference.conventions import check_array, check_bool, check_choice, check_integer
 from attnspec.reference.linear.dsf_recurrence import sigmoid_power
 from attnspec.reference.linear.dsf_rnn import (
     check_gates,
@@ -139,8 +139,7 @@ def taylor_features(x: np.ndarray, P: int, packed: bool = False) -> np.ndarray:
     """
     check_array("x", x, ("d",))
     check_integer("P", P, least=0)
-    if not isinstance(packed, (bool, np.bool_)):
-        raise TypeError(f"packed: got {type(packed).__name__}, expected a bool")
+    check_bool("packed", packed)
     d = x.shape[-1]
     if d < 1:
         raise ValueError("x: got 0 channels, expected 1 or more")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_size
+from attnspec.reference.conventions import check_array, check_bool, check_size
 from attnspec.reference.linear.dsf_recurrence import (
     check_number,
     elementwise_scan,
@@ -223,14 +223,13 @@ def check_gates(f: Any, i: Any, o: Any, alpha: Any, reversed: Any) -> None:
 
     >>> check_gates(*np.ones((3, 2, 1)), 1.0, 1)
     Traceback (most recent call last):
-    TypeError: reversed: got int, expected a bool
+    TypeError: reversed: got 1, expected True or False
     """
     check_array("f", f, ("T", "N"))
     for name, x in (("i", i), ("o", o)):
         check_shaped(name, x, f.shape)
     check_number("alpha", alpha)
-    if not isinstance(reversed, (bool, np.bool_)):
-        raise TypeError(f"reversed: got {type(reversed).__name__}, expected a bool")
+    check_bool("reversed", reversed)
 
 
 def check_rg_lru(r: Any, g: Any, lam: Any, c: Any, like: np.ndarray) -> None:

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_size,
+)
 from attnspec.reference.linear.based_layers import silu
 from attnspec.reference.linear.flowformer_flows import check_eps, sigmoid
 from attnspec.reference.linear.lightning_attention_1_decay import (
@@ -251,8 +257,7 @@ def check_gla(
         if state.dtype != x.dtype:
             raise TypeError(f"state: got dtype {state.dtype}, expected {x.dtype}, as x")
     check_integer("offset", offset, least=0)
-    if not isinstance(v_activation, (bool, np.bool_)):
-        raise TypeError(f"v_activation: got {v_activation!r}, expected a bool")
+    check_bool("v_activation", v_activation)
     check_choice("gate", gate, GATES)
     check_choice("norm", norm, NORMS)
     check_eps(eps)

@@ -14,6 +14,7 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
+    check_bool,
     check_choice,
     check_integer,
     check_lengths,
@@ -153,17 +154,6 @@ def check_groups(T: int, G: Any, H: int, variant: Any, owner: str) -> None:
             raise ValueError(f"G: got {G}, expected a divisor of the {T} tokens to roll")
         if H % 2:
             raise ValueError(f"{owner}: got {H} heads, expected an even number of them to roll")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """K14: `value` is True or False.
-
-    >>> check_bool("causal", 1)
-    Traceback (most recent call last):
-    TypeError: causal: got 1, expected True or False
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
 def check_inputs(q: Any, k: Any, v: Any, G: Any, variant: Any, lengths: Any, causal: Any) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 
 from attnspec.reference.conventions import (
     check_array,
+    check_bool,
     check_choice,
     check_integer,
     check_lengths,
     check_size,
 )
-from attnspec.reference.patterns.longlora_groups import check_bool
 
 Span = Sequence[Any]
 PLACEMENTS = ("bottom", "top", "every")

@@ -13,11 +13,11 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
+    check_bool,
     check_lengths,
     check_size,
 )
 from attnspec.reference.dense.attention import attend, attend_backward
-from attnspec.reference.patterns.longlora_groups import check_bool
 from attnspec.reference.patterns.masformer_spans import Span, sees
 from attnspec.reference.scores.tempscale_steps import check_positive
 

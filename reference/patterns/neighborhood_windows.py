@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attnspec.reference.conventions import check_integer
+from attnspec.reference.conventions import check_bool, check_integer
 
 Sizes = int | Sequence[int]
 Flags = bool | Sequence[bool]
@@ -165,8 +165,7 @@ def check_axis(X: Any, k: Any, s: Any, dil: Any, causal: Any, names: Sequence[st
     """
     for name, value, least in zip(names, (X, k, s, dil), (1, 2, 1, 1), strict=False):
         check_integer(name, value, least)
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"{names[4]}: got {causal!r}, expected True or False")
+    check_bool(names[4], causal)
     if k * dil > X:
         raise ValueError(
             f"{names[1]}: got {k} with dilation {dil}, expected at most {X} tokens in all"

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_integer
-from attnspec.reference.patterns.longlora_groups import check_bool
+from attnspec.reference.conventions import check_bool, check_integer
 from attnspec.reference.patterns.s2_attention_patterns import check_pattern
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer
-from attnspec.reference.patterns.longlora_groups import check_bool
+from attnspec.reference.conventions import check_array, check_bool, check_integer
 
 
 def stride_mask(N: int, c: int, step: int, o: int, v: int) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer
-from attnspec.reference.patterns.longlora_groups import check_bool, check_groups, s2_mask
+from attnspec.reference.conventions import check_array, check_bool, check_choice, check_integer
+from attnspec.reference.patterns.longlora_groups import check_groups, s2_mask
 
 ROUNDING = 1e-9
 """A share of heads this little above a whole number is that number."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array
+from attnspec.reference.conventions import check_array, check_bool
 from attnspec.reference.positions.entropy_abf_rotation import check_positions
 
 
@@ -25,8 +25,7 @@ def visible(
     check_array("pq", pq, ("T",), dtype="int")
     check_array("pk", pk, ("S",), dtype="int")
     allowed = pk[..., None, None, :] <= pq[..., None, :, None]
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    check_bool("causal", causal)
     if not causal:
         allowed = np.ones_like(allowed)
     if key_mask is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import causal_mask, check_array
+from attnspec.reference.conventions import causal_mask, check_array, check_bool
 from attnspec.reference.positions.giraffe_rotation import check_positions
 
 
@@ -24,8 +24,7 @@ def visible(T: int, S: int, causal: bool = True, key_mask: np.ndarray | None = N
     array([[[0, 1, 0],
             [0, 1, 1]]])
     """
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal: got {causal!r}, expected True or False")
+    check_bool("causal", causal)
     allowed = causal_mask(T, S) if causal else np.ones((T, S), bool)
     if key_mask is None:
         return allowed

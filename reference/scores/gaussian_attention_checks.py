@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer
+from attnspec.reference.conventions import check_array, check_bool, check_choice, check_integer
 
 CLAMPS = ("source", "none")
 COMBINATIONS = ("product", "sum")
@@ -74,12 +74,6 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """K14: `value` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-
-
 def check_layer(x: Any, axis: Any, params: Any) -> int:
     """S1, K14: the layer's parameters fit x and its axis; returns the axis from the front."""
     axis = check_input("x", x, axis)
@@ -116,7 +110,7 @@ def check_options(eps: Any, clamp: Any, combine: Any, exact_mask: Any) -> None:
     check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     check_choice("combine", combine, COMBINATIONS)
-    check_flag("exact_mask", exact_mask)
+    check_bool("exact_mask", exact_mask)
 
 
 def check_padding(value: Any) -> None:

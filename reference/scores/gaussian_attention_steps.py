@@ -6,14 +6,13 @@ import math
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer
+from attnspec.reference.conventions import check_array, check_bool, check_choice, check_integer
 from attnspec.reference.scores.gaussian_attention_checks import (
     CLAMPS,
     COMBINATIONS,
     check_axes,
     check_broadcast,
     check_dtype,
-    check_flag,
     check_gaussians,
     check_input,
     check_mask,
@@ -57,7 +56,7 @@ def axis_stats(
     axis = check_input("z", z, axis)
     check_mask(mask, z)
     check_positive("eps", eps)
-    check_flag("exact_mask", exact_mask)
+    check_bool("exact_mask", exact_mask)
     entries = z.shape[axis]
     if entries < 2:
         raise ValueError(f"z: got {entries} along axis {axis}, expected at least 2 entries")

@@ -68,12 +68,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import causal_mask, check_array, check_integer
+from attnspec.reference.conventions import causal_mask, check_array, check_bool, check_integer
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.primitives.softmax import softmax
 from attnspec.reference.scores.music_transformer_checks import (
     check_dtype,
-    check_flag,
     check_local_rows,
     check_self,
     check_square,
@@ -129,7 +128,7 @@ def relative_values(P: np.ndarray, Ev: np.ndarray, causal: bool = True) -> np.nd
     """
     check_array("P", P, ("heads", "L", "L"))
     check_square("P", P)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     check_array("Ev", Ev, ("rows", "dv"))
     check_table("Ev", Ev, P.shape[-3], Ev.shape[-1], causal)
     check_dtype("Ev", Ev, P, "P")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -88,22 +86,6 @@ def check_dtype(name: str, x: np.ndarray, other: np.ndarray, other_name: str) ->
     """K14: `x` has the dtype of `other`."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected {other.dtype}, as {other_name}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """K14: `value` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-
-
-def check_scale(scale: Any) -> None:
-    """K2, K14: `scale` is None or a finite number."""
-    if scale is None:
-        return
-    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, Real):
-        raise TypeError(f"scale: got {scale!r}, expected a finite number or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number or None")
 
 
 def check_upstream(dout: Any, q: np.ndarray, v: np.ndarray) -> None:

@@ -6,17 +6,17 @@ import numpy as np
 
 from attnspec.reference.conventions import (
     check_array,
+    check_bool,
     check_integer,
+    check_scale,
     check_size,
     default_scale,
     repeat_heads,
 )
 from attnspec.reference.scores.music_transformer_checks import (
     check_dtype,
-    check_flag,
     check_local_rows,
     check_rows,
-    check_scale,
     check_self,
     check_square,
     check_table,
@@ -38,8 +38,8 @@ def relative_table_slice(
     """
     check_array("E", E, ("rows", "d"))
     check_integer("L", L, least=1)
-    check_flag("causal", causal)
-    check_flag("clip", clip)
+    check_bool("causal", causal)
+    check_bool("clip", clip)
     check_rows("E", E, causal)
     rows = E.shape[-2]
     zero = rows - 1 if causal else rows // 2
@@ -120,7 +120,7 @@ def relative_logits_gather(
     check_array("qs", qs, ("heads", "L", "d"))
     check_integer("L", L, least=0)
     check_size("qs", qs.shape[-2], L, "L tokens")
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     check_table("E", E, qs.shape[-3], qs.shape[-1], causal)
     check_dtype("E", E, qs, "qs")
     zero = E.shape[-2] - 1 if causal else E.shape[-2] // 2
@@ -149,7 +149,7 @@ def global_logits(
     """
     check_self("k", q, k)
     check_scale(scale)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     check_table("E", E, q.shape[-3], q.shape[-1], causal)
     check_dtype("E", E, q, "q")
     qs = (default_scale(q.shape[-1]) if scale is None else scale) * q
@@ -245,7 +245,7 @@ def table_gradient(dlogits: np.ndarray, qs: np.ndarray, M: int, causal: bool = T
     if dlogits.shape != (*qs.shape[:-1], L):
         raise ValueError(f"dlogits: got shape {dlogits.shape}, expected {(*qs.shape[:-1], L)}")
     check_dtype("dlogits", dlogits, qs, "qs")
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     rows, zero = (M, M - 1) if causal else (2 * M - 1, M - 1)
     index = zero + np.arange(L)[None, :] - np.arange(L)[:, None]
     hit = (index[..., None] == np.arange(rows)).astype(qs.dtype)

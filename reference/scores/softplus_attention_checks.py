@@ -11,6 +11,7 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
+    check_bool,
     check_choice,
     check_integer,
     check_size,
@@ -53,12 +54,6 @@ def check_mask(mask: Any, leading: tuple[int, ...], q_tokens: int, k_tokens: int
         )
 
 
-def check_flag(name: str, value: Any) -> None:
-    """K14: `value` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-
-
 def check_products(q: Any, k: Any) -> None:
     """K7, K14: queries and keys can be multiplied."""
     check_array("q", q, ("heads", "q_tokens", "d"))
@@ -89,11 +84,11 @@ def check_first(
 ) -> None:
     """S1-S5, K14: the arguments of the first stage."""
     check_attention_inputs(q, k, v)
-    check_flag("causal", causal)
+    check_bool("causal", causal)
     if mask is not None:
         check_mask(mask, q.shape[:-3], q.shape[-2], k.shape[-2])
     check_number("eps", eps, least=0)
-    check_flag("normalise_qk", normalise_qk)
+    check_bool("normalise_qk", normalise_qk)
 
 
 def check_second(p: Any, warm: Any, eps_mode: Any, dead_tol: Any) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 from attnspec.reference.conventions import (
     causal_mask,
     check_array,
+    check_bool,
     check_integer,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.scores.softplus_attention_checks import (
     check_broadcast,
-    check_flag,
     check_number,
     check_products,
     check_row_numbers,
@@ -108,7 +108,7 @@ def lssa_logits(
     """
     check_products(q, k)
     check_row_numbers("n", n, (*q.shape[:-3], q.shape[-2]))
-    check_flag("normalise_qk", normalise_qk)
+    check_bool("normalise_qk", normalise_qk)
     d = q.shape[-1]
     if normalise_qk:
         q, k = unit(q), unit(k)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contracts.dense.attention import BAD_SCALES
 from attnspec.reference.conventions import causal_mask
 
 SIZES = {
@@ -99,10 +100,6 @@ BAD_TABLES = (
     ("a table without rows", "E", lambda a: a["E"][..., :0, :]),
 )
 NO_ORDER = ("a number for causal", "causal", lambda a: 1)
-BAD_SCALES = (
-    ("a word for the scale", "scale", lambda a: "1"),
-    ("an infinite scale", "scale", lambda a: float("inf")),
-)
 OTHER_KEYS = (
     ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
     ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),

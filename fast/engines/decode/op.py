@@ -22,6 +22,7 @@ from attnspec.fast.backend import (
     check_device,
     check_integer,
     check_same,
+    check_scale,
     check_size,
     check_tensor,
     choose_backend,
@@ -227,10 +228,8 @@ def decode(
     if tile is not None and backend == "triton" and (tile < 16 or tile & (tile - 1)):
         raise ValueError(f"tile: got {tile}, expected a power of two >= 16")
     check_choice("order", order, ("natural", "paired"))
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
+    check_scale(scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     resolved = (
         float(scale), causal, page, rows or 0, tile or 0, workers or 0, order == "paired", backend
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, wide_dtype
+from attnspec.fast.backend import check_scale, choose_backend, load, wide_dtype
 from attnspec.fast.engines.flash import checks
 from attnspec.fast.engines.flash.blocks import BlockLists
 
@@ -66,6 +66,7 @@ def flash(
     """
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     checks.check_inputs(q, k, v, backend)
+    check_scale(scale)
     checks.check_ranges(q, causal, window, sinks, row_start, row_end)
     mask = checks.check_masks(q, k, key_mask, mask)
     q_offsets = k_offsets = None
