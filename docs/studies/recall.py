@@ -40,13 +40,13 @@ FILLER = 0
 class Settings:
     """The task and the budget, the same for every model."""
 
-    keys: int = 128
-    values: int = 128
-    length: int = 256
-    pairs: tuple[int, ...] = (8, 16, 32, 64)
-    batch: int = 128
-    steps: int = 1200
-    learning_rates: tuple[float, ...] = (1e-3, 4e-3)
+    keys: int = 64
+    values: int = 64
+    length: int = 64
+    pairs: tuple[int, ...] = (4, 8, 16)
+    batch: int = 64
+    steps: int = 500
+    learning_rates: tuple[float, ...] = (2e-3, 8e-3)
     weight_decay: float = 0.01
     warm_up: float = 0.05
     evaluations: int = 20
@@ -59,10 +59,10 @@ class Run:
     """One model: its mixer, its width, and the channels of a head, of Based's features."""
 
     model: str
-    width: int = 128
-    d: int = 64
+    width: int = 64
+    d: int = 32
     layout: str = ""
-    memory_width: int = 64
+    memory_width: int = 32
 
     @property
     def size(self) -> str:
@@ -78,7 +78,7 @@ class Run:
         return f"{self.model} {layout}".strip()
 
 
-WINDOW = 16
+WINDOW = 8
 """Tokens of a window, the own one included, of a segment of MAC and of a chunk of a memory."""
 
 
@@ -103,15 +103,16 @@ def mixers(run: Run) -> list[Block]:
     return [make[run.model](layer) for layer in range(2)]
 
 
+LINEAR = ("lightning", "LightNet", "Flowformer")
 RUNS = (
     Run("attention"),
     Run("window"),
-    Run("Based", 128, 16),
-    *(Run(name, 128, 64) for name in ("lightning", "LightNet", "Flowformer")),
-    *(Run("Titans", 128, layout=layout) for layout in ("mag", "mal", "mac", "memory")),
-    *(Run(name, 128, 16) for name in ("lightning", "LightNet", "Flowformer")),
-    Run("Based", 128, 8),
-    Run("attention", 64),
+    Run("Based", d=8),
+    *(Run(name) for name in LINEAR),
+    *(Run("Titans", layout=layout) for layout in ("mag", "mal", "mac", "memory")),
+    *(Run(name, d=8) for name in LINEAR),
+    Run("Based", d=4),
+    Run("attention", width=32),
 )
 """All models, in an order that has one of each kind first."""
 

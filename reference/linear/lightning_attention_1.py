@@ -82,6 +82,13 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_offsets, check_size
+from attnspec.reference.linear.lightning_attention_1_checks import (
+    BLOCK_WEIGHTS,
+    Params,
+    check_block,
+    check_gla,
+    state_shape,
+)
 from attnspec.reference.linear.lightning_attention_1_decay import (
     decay_attend,
     decay_attend_backward,
@@ -94,12 +101,7 @@ from attnspec.reference.linear.lightning_attention_1_decay import (
     slopes,
 )
 from attnspec.reference.linear.lightning_attention_1_layers import (
-    BLOCK_WEIGHTS,
-    Params,
-    check_block,
-    check_gla,
     mix,
-    state_shape,
     tnl_block_backward,
     tnl_gla_backward,
 )

@@ -262,6 +262,8 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "slope_positions: got",
         {"slope_positions": torch.arange(3)},
     ),
+    "a word for the scale": (TypeError, "scale: got 'one'", {"scale": "one"}),
+    "an infinite scale": (ValueError, "scale: got inf", {"scale": math.inf}),
     "an unknown backend": (ValueError, "backend: got 'cuda'", {"backend": "cuda"}),
 }
 

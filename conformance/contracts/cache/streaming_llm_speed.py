@@ -36,5 +36,5 @@ def causal(arguments: Mapping[str, Any]) -> Callable[..., Any]:
 BENCHMARKS = (
     stream("cuda", 131072, 32, 128, 64, 1023, (flex(sinks_and_window), sdpa("flash", causal=True))),
     stream("cuda", 32768, 32, 128, 4, 2047, (flex(sinks_and_window), sdpa("flash", causal=True))),
-    stream("cpu", 8192, 8, 64, 4, 512, (torch_sdpa(causal=True),)),
+    stream("cpu", 16384, 8, 64, 4, 512, (torch_sdpa(causal=True),)),
 )

@@ -73,5 +73,5 @@ BENCHMARKS = (
     lightning("cuda", 32, 128, 1048576, False, (fla(),)),
     lightning("cuda", 32, 128, 8192, True, (fla(True), sdpa("flash", True, causal=True))),
     lightning("cuda", 32, 128, 131072, True, (fla(True),)),
-    lightning("cpu", 8, 64, 8192, False, (torch_sdpa(causal=True),)),
+    lightning("cpu", 8, 64, 16384, False, (torch_sdpa(causal=True),)),
 )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.dense.attention import BAD_SCALES
 from attnspec.conformance.contracts.scores.music_transformer_steps import (
+    BAD_SCALES,
     BAD_TABLES,
     BLOCKS,
     NO_BLOCKS,

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.dense.attention import BAD_SCALES
 from attnspec.reference.conventions import causal_mask
 
 SIZES = {
@@ -98,6 +97,10 @@ BAD_TABLES = (
     ("a table of other heads", "E", lambda a: np.ones((99, 3, a["E"].shape[-1]))),
     ("a table of another width", "E", lambda a: a["E"].repeat(2, axis=-1)),
     ("a table without rows", "E", lambda a: a["E"][..., :0, :]),
+)
+BAD_SCALES = (
+    ("a word for the scale", "scale", lambda a: "one"),
+    ("an infinite scale", "scale", lambda a: float("inf")),
 )
 NO_ORDER = ("a number for causal", "causal", lambda a: 1)
 OTHER_KEYS = (
