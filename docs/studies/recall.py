@@ -45,7 +45,7 @@ class Settings:
     length: int = 64
     pairs: tuple[int, ...] = (4, 8, 16)
     batch: int = 64
-    steps: int = 500
+    steps: int = 300
     learning_rates: tuple[float, ...] = (2e-3, 8e-3)
     weight_decay: float = 0.01
     warm_up: float = 0.05

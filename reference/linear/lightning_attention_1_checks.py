@@ -28,6 +28,7 @@ def check_gla(
 ) -> int:
     """K14: the number of heads, once x (..., T, D), the weights, the state and the options fit.
 
+    >>> import numpy as np
     >>> check_gla(np.ones((1, 1)), {}, None, 0, False, "linear", "srms", 0.0)
     Traceback (most recent call last):
     ValueError: params: got no 'Wqkvu', expected Wqkvu, Wo, slopes
@@ -61,6 +62,7 @@ def check_block(
 ) -> None:
     """K14: as `check_gla`, and the channel mixer's weights.
 
+    >>> import numpy as np
     >>> check_block(np.ones((1, 1)), 5, None, 0, False, "linear", "srms", 0.0)
     Traceback (most recent call last):
     TypeError: params: got int, expected a mapping of arrays
@@ -77,6 +79,7 @@ def check_block(
 def state_shape(params: Params, D: int) -> tuple[int, int, int]:
     """S6: (H, d', d) of one sequence's state, d' = 2 d with LRPE.
 
+    >>> import numpy as np
     >>> state_shape({"slopes": np.zeros(2), "theta": np.zeros((2, 3))}, 6)
     (2, 6, 3)
     """
