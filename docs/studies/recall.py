@@ -332,7 +332,7 @@ def smoke() -> tuple[tuple[Run, ...], Settings]:
 
 def main() -> None:
     parser = options(__doc__, __file__, "tiny models, a few steps")
-    parser.add_argument("--minutes", type=float, default=6.0, help="limit of the whole study")
+    parser.add_argument("--minutes", type=float, default=60.0, help="limit of the whole study")
     parser.add_argument("--steps", type=int, help="steps of training of every model")
     parser.add_argument("--only", help="run the models whose name contains this")
     given = parser.parse_args()
