@@ -130,6 +130,17 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale: got {scale}, expected a finite number or None")
 
 
+def check_broadcast(name: str, x: torch.Tensor, shape: Sequence[int]) -> None:
+    """`x` broadcasts to `shape` without adding to it."""
+    padded = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+    if len(padded) > len(shape) or any(
+        have not in (1, want) for have, want in zip(padded, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected one that broadcasts to {tuple(shape)}"
+        )
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

@@ -100,6 +100,18 @@ def check_array(name: str, x: Any, axes: Sequence[str], dtype: str = "float") ->
         raise TypeError(f"{name}: got dtype {x.dtype}, expected a {dtype} dtype")
 
 
+def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    """K14: argument `name` is a float array of exactly this shape.
+
+    >>> check_shaped("dout", np.zeros(3), (2,))
+    Traceback (most recent call last):
+    ValueError: dout: got shape (3,), expected (2,)
+    """
+    check_array(name, x, ())
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name}: got shape {x.shape}, expected {tuple(shape)}")
+
+
 def check_size(name: str, got: int, expected: int, what: str) -> None:
     """K14: one axis of argument `name` has the size another argument gives it.
 

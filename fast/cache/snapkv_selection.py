@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
+    check_broadcast,
     check_choice,
     check_integer,
     check_size,
@@ -81,11 +82,7 @@ def select(m: Tensor, n: int, mask: Tensor | None = None, *, backend: str | None
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: got {got}, expected a bool torch.Tensor")
-        pairs = zip(reversed(mask.shape), reversed(m.shape), strict=False)
-        if mask.dim() > m.dim() or any(size not in (1, wanted) for size, wanted in pairs):
-            raise ValueError(
-                f"mask: got shape {tuple(mask.shape)}, expected {tuple(m.shape)} or ones"
-            )
+        check_broadcast("mask", mask, m.shape)
         m = m.masked_fill(~mask, float("-inf"))
     return top_k(m, n, backend=backend)
 

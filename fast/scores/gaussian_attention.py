@@ -18,6 +18,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     check_bool,
+    check_broadcast,
     check_choice,
     check_integer,
     check_positive,
@@ -169,7 +170,7 @@ def log_density(
     for name, x in (("mu", mu), ("var", var)):
         _check_input(name, x, -1)
         check_same(name, x, "z", z)
-        _check_broadcast(name, x, z)
+        check_broadcast(name, x, z.shape)
     _check_gaussians(delta, c, ("K",), z)
     check_choice("combine", combine, COMBINATIONS)
     kind = wide_dtype(z)
@@ -292,16 +293,9 @@ def _check_mask(mask: Any, x: Tensor) -> None:
         return
     axes = ("...",) * mask.dim() if isinstance(mask, Tensor) else ()
     check_tensor("mask", mask, axes, (torch.bool,))
-    _check_broadcast("mask", mask, x)
+    check_broadcast("mask", mask, x.shape)
     if mask.device != x.device:
         raise ValueError(f"mask: got device {mask.device}, expected {x.device}")
-
-
-def _check_broadcast(name: str, x: Tensor, to: Tensor) -> None:
-    shape, whole = tuple(x.shape), tuple(to.shape)
-    padded = (1,) * (len(whole) - len(shape)) + shape
-    if len(padded) > len(whole) or any(a not in (1, b) for a, b in zip(padded, whole, strict=True)):
-        raise ValueError(f"{name}: got shape {shape}, expected one that broadcasts to {whole}")
 
 
 def _check_gaussians(

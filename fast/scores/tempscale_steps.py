@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     FLOATS,
+    check_broadcast,
     check_device,
     check_positive,
     check_same,
@@ -41,7 +42,7 @@ def scores(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: got {type(bias).__name__}, expected torch.Tensor")
         check_same("bias", bias, "q", q)
-        _check_broadcast("bias", bias, (*q.shape[:3], k.shape[2]))
+        check_broadcast("bias", bias, (*q.shape[:3], k.shape[2]))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     keys = wide(k).repeat_interleave(group, 1)
     z = scale * product(wide(q), keys.transpose(2, 3))
@@ -75,7 +76,7 @@ def softmax_rows(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
         check_device("mask", mask, "scores", scores)
-        _check_broadcast("mask", mask, tuple(scores.shape))
+        check_broadcast("mask", mask, scores.shape)
         seen = torch.where(mask, seen, -torch.inf)
     if not scores.shape[3]:
         return torch.zeros_like(scores)
@@ -134,13 +135,3 @@ def _group(name: str, x: Tensor, rows: Tensor) -> int:
             f"{name}: got {x.shape[1]} kv heads, expected a divisor of {rows.shape[1]} (heads)"
         )
     return rows.shape[1] // x.shape[1]
-
-
-def _check_broadcast(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    padded = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
-    if not 1 <= x.dim() <= len(shape) or any(
-        have not in (1, want) for have, want in zip(padded, shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, expected one that broadcasts to {shape}"
-        )

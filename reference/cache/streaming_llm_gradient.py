@@ -33,13 +33,9 @@ from attnspec.reference.cache.streaming_llm_rows import (
     evict_rows,
     rope,
 )
-from attnspec.reference.conventions import causal_mask, default_scale, repeat_heads
+from attnspec.reference.conventions import causal_mask, check_shaped, default_scale, repeat_heads
 from attnspec.reference.dense.attention import score
-from attnspec.reference.dense.attention_gradient import (
-    check_upstream,
-    score_gradient,
-    sum_groups,
-)
+from attnspec.reference.dense.attention_gradient import score_gradient, sum_groups
 from attnspec.reference.primitives.softmax import softmax_lse
 
 
@@ -65,7 +61,7 @@ def streaming_attend_backward(
     array([1.833, 0.833, 0.333])
     """
     check_call(q, k, v, S, R, rope_base, alibi_slopes, rotary_dims)
-    check_upstream("dout", dout, (*q.shape[:-1], v.shape[-1]))
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     heads, kv_heads, scale = q.shape[-3], k.shape[-3], default_scale(q.shape[-1])
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     kept, seen = np.arange(0), 0

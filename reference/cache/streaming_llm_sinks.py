@@ -39,16 +39,13 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
+    check_shaped,
     check_size,
     default_scale,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import combine, score, visible
-from attnspec.reference.dense.attention_gradient import (
-    check_upstream,
-    score_gradient,
-    sum_groups,
-)
+from attnspec.reference.dense.attention_gradient import score_gradient, sum_groups
 from attnspec.reference.primitives.softmax import (
     softmax_backward,
     softmax_lse,
@@ -75,7 +72,7 @@ def softmax1_backward(x: np.ndarray, dout: np.ndarray, *, axis: int = -1) -> np.
     array([0.25])
     """
     _check_axis(x, axis)
-    check_upstream("dout", dout, x.shape)
+    check_shaped("dout", dout, x.shape)
     weights = np.moveaxis(softmax1(x, axis=axis), axis, -1)
     return np.moveaxis(softmax_backward(weights, np.moveaxis(dout, axis, -1)), -1, axis)
 
@@ -151,9 +148,9 @@ def attend_with_sink_logit_backward(
     """
     check_attention_inputs(q, k, v)
     _check_sink(s_h, q.shape[-3], q.dtype)
-    check_upstream("dout", dout, (*q.shape[:-1], v.shape[-1]))
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     if dlse is not None:
-        check_upstream("dlse", dlse, q.shape[:-1])
+        check_shaped("dlse", dlse, q.shape[:-1])
     heads, scale = q.shape[-3], default_scale(q.shape[-1]) if scale is None else scale
     allowed = visible(q.shape[-2], k.shape[-2], mask=mask)
     scores = score(q, k, scale=scale)

@@ -4,13 +4,11 @@ which other chapters share.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from attnspec.reference.conventions import (
-    check_array,
     check_attention_inputs,
+    check_shaped,
     default_scale,
     repeat_heads,
 )
@@ -39,9 +37,9 @@ def attend_backward(
     [array([0., 0.]), array([0., 0.]), array([1., 1.])]
     """
     check_attention_inputs(q, k, v)
-    check_upstream("dout", dout, (*q.shape[:-1], v.shape[-1]))
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     if dlse is not None:
-        check_upstream("dlse", dlse, q.shape[:-1])
+        check_shaped("dlse", dlse, q.shape[:-1])
     heads, scale = q.shape[-3], default_scale(q.shape[-1]) if scale is None else scale
     allowed = visible(q.shape[-2], k.shape[-2], causal=causal, mask=mask)
     scores = score(q, k, scale=scale)
@@ -80,9 +78,9 @@ def attend_packed_backward(
             [0., 1.]]])
     """
     pieces = sequences(q, k, v, q_offsets, k_offsets)
-    check_upstream("dout", dout, (*q.shape[:-1], v.shape[-1]))
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     if dlse is not None:
-        check_upstream("dlse", dlse, q.shape[:-1])
+        check_shaped("dlse", dlse, q.shape[:-1])
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for rows, keys in pieces:
         dq[..., rows, :], dk[..., keys, :], dv[..., keys, :] = attend_backward(
@@ -122,15 +120,3 @@ def sum_groups(x: np.ndarray, kv_heads: int) -> np.ndarray:
     *leading, heads, tokens, d = x.shape
     grouped = x.reshape(*leading, kv_heads, heads // kv_heads, tokens, d)
     return np.einsum("...kgtd->...ktd", grouped)
-
-
-def check_upstream(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """S5, K14: `x`, the gradient of an output of this `shape`, is shaped like it.
-
-    >>> check_upstream("dout", np.zeros((1, 1)), (1, 2))
-    Traceback (most recent call last):
-    ValueError: dout: got shape (1, 1), expected (1, 2)
-    """
-    check_array(name, x, ())
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")

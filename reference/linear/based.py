@@ -97,13 +97,13 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_bool,
+    check_shaped,
     repeat_heads,
 )
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
-    check_shaped,
     taylor_features,
     taylor_features_backward,
     taylor_weights,

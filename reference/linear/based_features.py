@@ -14,6 +14,7 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_bool,
+    check_shaped,
     check_size,
     default_scale,
     repeat_heads,
@@ -156,15 +157,3 @@ def check_eps(eps: Any) -> None:
         raise TypeError(f"eps: got {eps!r}, expected a number >= 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
-
-
-def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """K14: `x` is a float array of exactly this shape.
-
-    >>> check_shaped("do", np.zeros(3), (2,))
-    Traceback (most recent call last):
-    ValueError: do: got shape (3,), expected (2,)
-    """
-    check_array(name, x, ())
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")

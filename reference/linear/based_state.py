@@ -15,13 +15,13 @@ from attnspec.reference.conventions import (
     check_attention_inputs,
     check_integer,
     check_offsets,
+    check_shaped,
     check_size,
     repeat_heads,
 )
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.linear.based_features import (
     check_eps,
-    check_shaped,
     chosen_scale,
     feature_count,
     taylor_features,

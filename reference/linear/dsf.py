@@ -108,6 +108,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from attnspec.reference.conventions import check_shaped
 from attnspec.reference.linear.dsf_maps import (
     from_attention,
     from_normalised_attention,
@@ -152,7 +153,6 @@ from attnspec.reference.linear.dsf_system import (
     dsf_scan_backward,
     gauge,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.spec import Coverage, Mechanism, Operation, Paper
 
 

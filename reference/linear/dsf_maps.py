@@ -10,7 +10,13 @@ from itertools import combinations_with_replacement, groupby
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_bool, check_choice, check_integer
+from attnspec.reference.conventions import (
+    check_array,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_shaped,
+)
 from attnspec.reference.linear.dsf_recurrence import sigmoid_power
 from attnspec.reference.linear.dsf_rnn import (
     check_gates,
@@ -19,7 +25,6 @@ from attnspec.reference.linear.dsf_rnn import (
     rg_lru_gates,
 )
 from attnspec.reference.linear.dsf_ssm import check_positive, check_s6
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 System = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -13,6 +13,7 @@ from attnspec.reference.conventions import (
     causal_mask,
     check_array,
     check_attention_inputs,
+    check_shaped,
     check_size,
     default_scale,
 )
@@ -21,7 +22,6 @@ from attnspec.reference.linear.dsf_recurrence import (
     flat_scan,
     flat_scan_backward,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.primitives.softmax import softmax_lse
 
 Pair = tuple[np.ndarray, np.ndarray]

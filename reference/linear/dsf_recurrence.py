@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
+from attnspec.reference.conventions import check_array, check_shaped
 
 
 def elementwise_scan(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_bool, check_size
+from attnspec.reference.conventions import check_array, check_bool, check_shaped, check_size
 from attnspec.reference.linear.dsf_recurrence import (
     check_number,
     elementwise_scan,
@@ -14,7 +14,6 @@ from attnspec.reference.linear.dsf_recurrence import (
     sigmoid_power,
     softplus,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.primitives.gelu import gelu
 
 LayerState = tuple[np.ndarray, np.ndarray]

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array
+from attnspec.reference.conventions import check_array, check_shaped
 from attnspec.reference.linear.dsf_mixers import read_scan
 from attnspec.reference.linear.dsf_recurrence import (
     flat_scan,
     flat_scan_backward,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 def s6_scan(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_size
+from attnspec.reference.conventions import check_array, check_shaped, check_size
 from attnspec.reference.linear.dsf_recurrence import (
     elementwise_scan,
     elementwise_scan_backward,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 def dsf_scan_backward(

@@ -77,6 +77,7 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
+    check_shaped,
     check_size,
     repeat_heads,
 )
@@ -86,7 +87,6 @@ from attnspec.reference.linear.lightnet_scan import (
     additive_gates,
     additive_rule,
     check_scale,
-    check_shaped,
     vector_decay_attend,
     vector_decay_backward,
 )

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_attention_inputs, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_shaped,
+    check_size,
+)
 
 RuleState = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -206,18 +211,6 @@ def check_tokens(q: Any, k: Any, v: Any, name: str = "k") -> None:
     check_attention_inputs(q, k, v)
     check_size(name, k.shape[-3], q.shape[-3], "heads, as in q")
     check_size(name, k.shape[-2], q.shape[-2], "tokens, as in q")
-
-
-def check_shaped(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """K14: a float array of exactly this shape.
-
-    >>> check_shaped("g", np.ones(3), (2,))
-    Traceback (most recent call last):
-    ValueError: g: got shape (3,), expected (2,)
-    """
-    check_array(name, x, ())
-    if x.shape != tuple(shape):
-        raise ValueError(f"{name}: got shape {x.shape}, expected {tuple(shape)}")
 
 
 def check_scale(scale: Any) -> None:

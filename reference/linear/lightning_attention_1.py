@@ -81,7 +81,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer, check_offsets, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_integer,
+    check_offsets,
+    check_shaped,
+    check_size,
+)
 from attnspec.reference.linear.lightning_attention_1_checks import (
     BLOCK_WEIGHTS,
     Params,
@@ -114,7 +120,6 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     srms_norm,
     srms_norm_backward,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.spec import PADDINGS, PHASES, Coverage, Mechanism, Operation, Paper
 
 

@@ -10,11 +10,12 @@ from attnspec.reference.conventions import (
     check_bool,
     check_choice,
     check_integer,
+    check_shaped,
     check_size,
 )
 from attnspec.reference.linear.flowformer_flows import check_eps
 from attnspec.reference.linear.lightning_attention_1_rows import check_theta, check_weight
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped, check_slopes
+from attnspec.reference.linear.lightning_attention_2_chunks import check_slopes
 
 Params = Mapping[str, Any]
 GLA_WEIGHTS = ("Wqkvu", "Wo", "slopes")

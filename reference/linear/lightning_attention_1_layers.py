@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attnspec.reference.conventions import check_shaped
 from attnspec.reference.linear.based_layers import silu
 from attnspec.reference.linear.flowformer_flows import sigmoid
 from attnspec.reference.linear.lightning_attention_1_checks import (
@@ -30,7 +31,6 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     weight_gradient,
 )
 from attnspec.reference.linear.lightning_attention_2_batches import attend_padded
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 class Heads(NamedTuple):

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.conventions import check_array, check_integer, check_shaped, check_size
 from attnspec.reference.linear.flowformer_flows import check_eps, sigmoid
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 
 def srms_norm(x: np.ndarray, eps: float = 1e-6) -> np.ndarray:

@@ -86,7 +86,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_attention_inputs, check_integer
+from attnspec.reference.conventions import check_attention_inputs, check_integer, check_shaped
 from attnspec.reference.linear.lightning_attention_2_batches import (
     attend_packed,
     attend_packed_backward,
@@ -95,7 +95,6 @@ from attnspec.reference.linear.lightning_attention_2_batches import (
 )
 from attnspec.reference.linear.lightning_attention_2_chunks import (
     backward_chunk,
-    check_shaped,
     chunk_output,
     chunk_states,
     constant_log_decays,

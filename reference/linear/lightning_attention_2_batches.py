@@ -13,11 +13,11 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_offsets,
+    check_shaped,
     check_size,
 )
 from attnspec.reference.linear.lightning_attention_2_chunks import (
     backward_chunk,
-    check_shaped,
     chunk_output,
     chunk_states,
     constant_log_decays,

@@ -15,6 +15,7 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_integer,
+    check_shaped,
     group_size,
     repeat_heads,
 )
@@ -166,18 +167,6 @@ def constant_log_decays(q: np.ndarray, s: np.ndarray) -> np.ndarray:
     """
     check_slopes(s, q.shape[-3])
     return np.zeros_like(s, shape=q.shape[:-1]) - s[:, None]
-
-
-def check_shaped(name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
-    """K14: `x` is a float array of exactly this shape.
-
-    >>> check_shaped("do", np.zeros(3), (2,))
-    Traceback (most recent call last):
-    ValueError: do: got shape (3,), expected (2,)
-    """
-    check_array(name, x, ())
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")
 
 
 def check_slopes(s: np.ndarray, heads: int | None = None, name: str = "s") -> None:

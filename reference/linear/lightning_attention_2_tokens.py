@@ -11,15 +11,12 @@ import numpy as np
 from attnspec.reference.conventions import (
     check_attention_inputs,
     check_integer,
+    check_shaped,
     check_size,
     repeat_heads,
 )
 from attnspec.reference.dense.attention_gradient import sum_groups
-from attnspec.reference.linear.lightning_attention_2_chunks import (
-    check_shaped,
-    check_slopes,
-    first_state,
-)
+from attnspec.reference.linear.lightning_attention_2_chunks import check_slopes, first_state
 
 
 def decay_mask(T: int, s: np.ndarray) -> np.ndarray:

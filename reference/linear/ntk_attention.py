@@ -72,7 +72,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import (
-    check_array,
+    check_shaped,
     check_size,
     default_scale,
     repeat_heads,
@@ -150,9 +150,7 @@ def ntk_backward(
     """
     check_inputs(q, K, V, Z, scale)
     num, den = prefix_terms(q, Z, k, positivity=positivity)
-    check_array("dout", dout, ("heads", "q_tokens", "dv"))
-    if dout.shape != num.shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {num.shape}, as the output")
+    check_shaped("dout", dout, num.shape)
     factor = default_scale(q.shape[-1]) if scale is None else scale
     weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
     unread = np.all(weights == 0, axis=-2)[..., None]

@@ -78,8 +78,8 @@ from typing import Any
 
 import numpy as np
 
+from attnspec.reference.conventions import check_shaped
 from attnspec.reference.dense.attention import attend, attend_backward
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.linear.synaptic_resonance_decode import (
     check_inputs,
     recent_tokens,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, repeat_heads
+from attnspec.reference.conventions import check_array, check_shaped, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 from attnspec.reference.linear.synaptic_resonance_memory import (
     FLOOR,
     check_keys,

@@ -16,10 +16,10 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_integer,
+    check_shaped,
     check_size,
     repeat_heads,
 )
-from attnspec.reference.linear.lightning_attention_2_chunks import check_shaped
 
 FLOOR = 1e-6
 """S1, S3: the norm below which a row is not brought to length 1."""

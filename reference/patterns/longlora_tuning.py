@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.conventions import check_array, check_integer, check_shaped, check_size
 
 ADAPTER = "lora_"
 
@@ -60,7 +60,7 @@ def lora_backward(
     """
     _check_adapter(W, A, B, alpha)
     _check_input(x, W, keep, dropout)
-    _check_upstream(dout, (*x.shape[:-1], W.shape[0]))
+    check_shaped("dout", dout, (*x.shape[:-1], W.shape[0]))
     s = alpha / A.shape[0]
     rows, upstream = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     kept = None if keep is None else keep.reshape(rows.shape)
@@ -115,7 +115,7 @@ def rmsnorm_backward(
     (array([0.5, 0.5]), array([1., 0.]))
     """
     _check_norm(x, w, eps)
-    _check_upstream(dout, x.shape)
+    check_shaped("dout", dout, x.shape)
     size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
     normal, scaled = x / size, w * dout
     dx = (scaled - normal * np.mean(scaled * normal, axis=-1, keepdims=True)) / size
@@ -212,13 +212,6 @@ def _check_input(x: Any, W: np.ndarray, keep: Any, dropout: Any) -> None:
         check_array("keep", keep, ("n_in",), dtype="bool")
         if keep.shape != x.shape:
             raise ValueError(f"keep: got shape {keep.shape}, expected {x.shape}, as x")
-
-
-def _check_upstream(dout: Any, shape: tuple[int, ...]) -> None:
-    """K14: the output gradient has the shape of the output."""
-    check_array("dout", dout, ())
-    if dout.shape != shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {shape}")
 
 
 def _check_norm(x: Any, w: Any, eps: Any) -> None:

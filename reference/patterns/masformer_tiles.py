@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import (
-    check_array,
     check_attention_inputs,
     check_bool,
     check_lengths,
+    check_shaped,
     check_size,
 )
 from attnspec.reference.dense.attention import attend, attend_backward
@@ -155,6 +155,4 @@ def check_upstream(q: np.ndarray, v: np.ndarray, dout: Any, dlse: Any) -> None:
     if dlse is not None:
         upstream.append(("dlse", dlse, expected[:-1]))
     for name, x, shape in upstream:
-        check_array(name, x, ("H", "T"))
-        if x.shape != shape:
-            raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")
+        check_shaped(name, x, shape)

@@ -76,13 +76,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from attnspec.reference.conventions import check_shaped
 from attnspec.reference.scores.gaussian_attention_checks import (
     check_layer,
     check_layers,
     check_mask,
     check_options,
     check_padding,
-    check_upstream,
 )
 from attnspec.reference.scores.gaussian_attention_gradient import multi_head_backward
 from attnspec.reference.scores.gaussian_attention_steps import (
@@ -188,7 +188,7 @@ def block_backward(
     check_layers(x, layers)
     check_padding(padding_value)
     check_options(eps, clamp, combine, exact_mask)
-    check_upstream("dout", dout, x)
+    check_shaped("dout", dout, x.shape)
     steps = []
     for axis, params in layers:
         mask = None if padding_value is None else x != padding_value

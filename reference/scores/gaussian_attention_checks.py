@@ -123,13 +123,6 @@ def check_padding(value: Any) -> None:
         raise ValueError(f"padding_value: got {value}, expected a number or None")
 
 
-def check_upstream(name: str, gradient: Any, x: np.ndarray) -> None:
-    """S10, K14: the gradient of an output is shaped as the entries are."""
-    check_array(name, gradient, ())
-    if gradient.shape != x.shape:
-        raise ValueError(f"{name}: got shape {gradient.shape}, expected {x.shape}, as x")
-
-
 def check_axes(w: np.ndarray, axes: Any) -> int:
     """S9, K14: `axes` are all axes of w but one, each named once; returns that one."""
     given = axes if isinstance(axes, tuple) else (axes,)

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
+from attnspec.reference.conventions import check_shaped
 from attnspec.reference.scores.gaussian_attention_checks import (
     check_layer,
     check_mask,
     check_options,
-    check_upstream,
 )
 from attnspec.reference.scores.gaussian_attention_steps import (
     axis_stats,
@@ -48,9 +48,9 @@ def multi_head_backward(
     axis = check_layer(x, axis, params)
     check_mask(mask, x)
     check_options(eps, clamp, combine, exact_mask)
-    check_upstream("dout", dout, x)
+    check_shaped("dout", dout, x.shape)
     if dw is not None:
-        check_upstream("dw", dw, x)
+        check_shaped("dw", dw, x.shape)
     delta, c = params
     dw = np.zeros_like(x) if dw is None else dw
     real = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)

@@ -86,11 +86,3 @@ def check_dtype(name: str, x: np.ndarray, other: np.ndarray, other_name: str) ->
     """K14: `x` has the dtype of `other`."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected {other.dtype}, as {other_name}")
-
-
-def check_upstream(dout: Any, q: np.ndarray, v: np.ndarray) -> None:
-    """S8, K14: `dout` has the shape of the outputs."""
-    check_array("dout", dout, ("heads", "L", "dv"))
-    shape = (*q.shape[:-1], v.shape[-1])
-    if dout.shape != shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {shape}, as the outputs")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import causal_mask, default_scale, repeat_heads
+from attnspec.reference.conventions import causal_mask, check_shaped, default_scale, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.primitives.softmax import softmax, softmax_backward
 from attnspec.reference.scores.music_transformer_checks import (
     check_self,
-    check_upstream,
     check_values_table,
 )
 from attnspec.reference.scores.music_transformer_steps import (
@@ -90,7 +89,7 @@ def _gradients(
     causal: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     check_self("v", q, v)
-    check_upstream(dout, q, v)
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     check_values_table(Ev, q, v, causal)
     P = softmax(logits, seen)
     heads, L = q.shape[-3], q.shape[-2]

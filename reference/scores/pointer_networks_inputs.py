@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_size
+from attnspec.reference.conventions import check_array, check_shaped, check_size
 
 
 def check_states(
@@ -80,9 +80,7 @@ def check_output_gradient(dout: np.ndarray, shape: tuple[int, ...]) -> None:
     Traceback (most recent call last):
     ValueError: dout: got shape (2,), expected (3,)
     """
-    check_array("dout", dout, ())
-    if dout.shape != shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {shape}")
+    check_shaped("dout", dout, shape)
 
 
 def allowed_slots(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:

@@ -97,11 +97,3 @@ def check_second(p: Any, warm: Any, eps_mode: Any, dead_tol: Any) -> None:
     check_integer("warm", warm, least=1)
     check_choice("eps_mode", eps_mode, ("additive", "logspace"))
     check_number("dead_tol", dead_tol, least=0)
-
-
-def check_upstream(dout: Any, q: np.ndarray, v: np.ndarray) -> None:
-    """S9, K14: `dout` has the shape of the outputs."""
-    check_array("dout", dout, ("heads", "q_tokens", "dv"))
-    shape = (*q.shape[:-1], v.shape[-1])
-    if dout.shape != shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {shape}, as the outputs")

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attnspec.reference.conventions import repeat_heads
+from attnspec.reference.conventions import check_shaped, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
 from attnspec.reference.scores.softplus_attention_checks import (
     check_first,
     check_second,
-    check_upstream,
 )
 from attnspec.reference.scores.softplus_attention_steps import (
     excess_of,
@@ -87,7 +86,7 @@ def lssa_backward(
     [array([0., 0.]), array([0., 0.]), array([1., 1.])]
     """
     rows = first_stage(q, k, v, causal, mask, eps, normalise_qk)
-    check_upstream(dout, q, v)
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     da, dv, inner = weights_gradient(rows.weights, v, dout)
     return *scores_gradient(rows, da, inner, q, k, eps, normalise_qk), dv
 
@@ -115,7 +114,7 @@ def lssar_backward(
     """
     check_second(p, warm, eps_mode, dead_tol)
     rows = first_stage(q, k, v, causal, mask, eps, normalise_qk)
-    check_upstream(dout, q, v)
+    check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     sharpened = second_stage(rows, p, eps, warm, eps_mode, dead_tol)
     db, dv, inner = weights_gradient(sharpened, v, dout)
     # b du/u: as p b (db - inner) / u, whose b / u stays finite where u is small.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_size
+from attnspec.reference.conventions import check_array, check_shaped, check_size
 from attnspec.reference.dense.attention import combine, score, visible
 from attnspec.reference.primitives.softmax import softmax
 
@@ -61,9 +61,7 @@ def temper_backward(
     (array([[[2., 2.]]]), array(-12.))
     """
     check_array("scores", scores, ("heads", "q_tokens", "k_tokens"))
-    check_array("dout", dout, ("heads", "q_tokens", "k_tokens"))
-    if dout.shape != scores.shape:
-        raise ValueError(f"dout: got shape {dout.shape}, expected {scores.shape}, as scores")
+    check_shaped("dout", dout, scores.shape)
     check_temperature(tau, scores.shape[-3], scores.dtype)
     terms = np.where(dout == 0, np.zeros_like(scores), dout * scores)
     slopes = np.sum(terms / _over_scores(tau) / -_over_scores(tau), axis=(-2, -1))

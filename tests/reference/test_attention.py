@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from attnspec.reference.conventions import causal_mask, repeat_heads
+from attnspec.reference.conventions import causal_mask, check_shaped, repeat_heads
 from attnspec.reference.dense import attention as dense
-from attnspec.reference.dense import attention_gradient, attention_steps
+from attnspec.reference.dense import attention_steps
 from attnspec.reference.primitives.softmax import merge
+from tests.differences import differences
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -110,18 +111,6 @@ def test_padding_is_a_mask_and_what_it_hides_is_not_read() -> None:
         dense.attend_backward(q, k, v, dout, dlse, mask=mask), clean, strict=True
     ):
         np.testing.assert_array_equal(got, expected)
-
-
-def differences(f: Callable[[], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    gradient = np.zeros_like(x)
-    for place in np.ndindex(x.shape):
-        value = x[place]
-        x[place] = value + step
-        above = f()
-        x[place] = value - step
-        gradient[place] = (above - f()) / (2 * step)
-        x[place] = value
-    return gradient
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -253,7 +242,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: dense.step(dense.init_state(K, V), Q, K, V), ValueError, "k"),
     (lambda: dense.step(dense.init_state(K[..., :2], V), Q, K[..., :5, :], V[..., :5, :]),
      ValueError, "k"),
-    (lambda: attention_gradient.check_upstream("dout", 1.0, ()), TypeError, "dout"),
+    (lambda: check_shaped("dout", 1.0, ()), TypeError, "dout"),
     (lambda: attention_steps.sequences(Q[0], K[0], V[0], ENDS[0] / 1, ENDS[1]), TypeError,
      "q_offsets"),
 ]  # fmt: skip

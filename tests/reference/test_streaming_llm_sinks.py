@@ -16,6 +16,7 @@ from attnspec.reference.cache import streaming_llm_sinks as sinks
 from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.primitives.softmax import softmax
+from tests.differences import differences
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 small = st.integers(0, 5)
@@ -97,18 +98,6 @@ def test_sink_logit_ignores_what_the_mask_hides() -> None:
     poisoned = stream.attend_with_sink_logit_backward(q, k, v, s_h, mask, dout)
     for gradient, expected in zip(poisoned, clean, strict=True):
         np.testing.assert_array_equal(gradient, expected)
-
-
-def differences(f: Callable[[], float], x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    gradient = np.zeros_like(x)
-    for place in np.ndindex(x.shape):
-        value = x[place]
-        x[place] = value + step
-        above = f()
-        x[place] = value - step
-        gradient[place] = (above - f()) / (2 * step)
-        x[place] = value
-    return gradient
 
 
 def test_sink_logit_gradient() -> None:

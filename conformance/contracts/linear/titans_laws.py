@@ -71,13 +71,6 @@ def check_hand_over(trial: Trial) -> None:
     trial.judge(dict(zip(names, [y, *rest], strict=True)), arguments)
 
 
-def check_renewal(trial: Trial) -> None:
-    """A period of a few chunks, so that the gradient's weights are renewed inside the call."""
-    arguments = trial.arguments()
-    chunks = int(trial.case.generator("period").integers(1, 4))
-    trial.check({**arguments, "batch_size": chunks * arguments["c"]})
-
-
 def _part(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
     part = dict(arguments)
     for name in ("k", "v", "q"):
@@ -104,14 +97,5 @@ LAWS = (
         check_hand_over,
         applies=lambda contract, kernel: contract.operation in CHUNKED,
         examples=0.2,
-    ),
-    Law(
-        "renewal",
-        "Granular gradients are taken at weights renewed every `batch_size` tokens.",
-        ("K14",),
-        _anywhere,
-        check_renewal,
-        applies=lambda contract, kernel: contract.operation == "titans.titans_chunk_granular",
-        examples=0.3,
     ),
 )

@@ -74,9 +74,10 @@ def _granular_rates(place: int) -> Any:
 
 
 def _granules(sizes: Mapping[str, int]) -> Drawn:
+    c = st.shared(st.sampled_from([1, 2, 3, 4, 16, 5]), key="granule")
     return {
-        "c": st.sampled_from([1, 2, 3, 4, 16, 5]),
-        "batch_size": st.sampled_from([None, 240]),
+        "c": c,
+        "batch_size": c.flatmap(lambda c: st.sampled_from([None, 240, c, 2 * c, 3 * c])),
         "loss_scale": st.sampled_from([2.0, 0.5]),
     }
 

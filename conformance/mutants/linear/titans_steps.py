@@ -192,7 +192,7 @@ MUTANTS = (
            "titans_chunk_granular"),
     mutant("renewed", "agreement", "gradients are taken at each chunk's own weights",
            altering(GRANULAR, renewed_each_chunk), "titans_chunk_granular"),
-    mutant("never-renewed-granules", "renewal", "granular gradients stay at the first weights",
+    mutant("never-renewed-granules", "agreement", "granular gradients stay at the first weights",
            altering(GRANULAR, never_renewed_granules), "titans_chunk_granular"),
     mutant("no-forgetting", "agreement", "granular weights do not decay",
            altering(GRANULAR, no_forgetting), "titans_chunk_granular"),

@@ -14,6 +14,7 @@ from attnspec.fast.backend import (
     INTEGERS,
     check_attention_inputs,
     check_bool,
+    check_broadcast,
     check_device,
     check_integer,
     check_size,
@@ -65,13 +66,7 @@ def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None
         raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
     check_device("mask", mask, "q", q)
     shape = (batch, heads, q_tokens, k_tokens)
-    padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(padded) > 4 or any(
-        have not in (1, want) for have, want in zip(padded, shape, strict=True)
-    ):
-        raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {shape}"
-        )
+    check_broadcast("mask", mask, shape)
     return mask.expand(shape)
 
 
