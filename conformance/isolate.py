@@ -82,8 +82,9 @@ class Child:
     def _start(self) -> None:
         self.inbox, self.outbox = self.context.Queue(), self.context.Queue()
         arguments = (self.kernels, self.profile, self.saved, self.inbox, self.outbox)
-        self.process = self.context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
+        process = self.context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        self.process = process
 
     def _stop(self) -> None:
         self.process.kill()
@@ -182,20 +183,24 @@ def _work(
             # Out of memory, or a device that takes no more orders: a fresh process goes on.
             outbox.put(("error", f"stopped by {type(error).__name__}: {error}"[:500]))
             return
-        if _device_is_lost(kernels[number]):
+        if not _device_is_well(kernels[number]):
             outbox.put(("last", result))
             return
         outbox.put(("result", result))
 
 
-def _device_is_lost(kernel: Kernel) -> bool:
-    """Whether an error of the device, which stays until the process ends, has come up."""
+def _device_is_well(kernel: Kernel) -> bool:
+    """False after an error of the device, which stays until the process ends.
+
+    Gives back the memory that the law took: the laws of other processes need it.
+    """
     if kernel.device != "cuda":
-        return False
+        return True
     import torch
 
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError:
-        return True
-    return False
+        return False
+    return True
