@@ -137,9 +137,17 @@ def packed_words(lower, upper, used, WORDS: tl.constexpr):
 
 @triton.jit
 def reciprocal(n):
-    """2^32 / n rounded up: i * that >> 32 is i // n as long as i * n < 2^32."""
-    n = tl.maximum(n, 1).to(tl.int64)
-    return (4294967295 + n) // n
+    """2^32 / n rounded up, 0 for n < 2, in 32 bits: the upper word of i times that is i // n as
+    long as i * n < 2^32.
+    """
+    whole = tl.maximum(n, 2).to(tl.uint32)
+    return tl.where(n < 2, 0, 4294967295 // whole + 1)
+
+
+@triton.jit
+def divide(i, n, inverse):
+    """i // n, given the `reciprocal` of n."""
+    return tl.where(n < 2, i, tl.umulhi(tl.cast(i, tl.uint32), inverse).to(tl.int32))
 
 
 @triton.jit
@@ -246,8 +254,8 @@ def own_box(
 def box_place(i, walk):
     """Which of the walked boxes the i-th one is along each axis."""
     boxes_y, boxes_x, inverse_y, inverse_x = walk[0], walk[1], walk[2], walk[3]
-    rest = ((inverse_x * i) >> 32).to(tl.int32)
-    i_z = ((inverse_y * rest) >> 32).to(tl.int32)
+    rest = divide(i, boxes_x, inverse_x)
+    i_z = divide(rest, boxes_y, inverse_y)
     return i_z, rest - i_z * boxes_y, i - rest * boxes_x
 
 
