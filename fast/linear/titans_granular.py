@@ -18,7 +18,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.memory import weight_path
 from attnspec.fast.linear.titans_checks import Layers, check_rates, check_scale, check_states
-from attnspec.fast.linear.titans_memory import memory_grad, mlp_memory
+from attnspec.fast.linear.titans_memory import mlp_memory, wide_gradients
 
 
 def titans_chunk_granular(
@@ -68,11 +68,11 @@ def _sums(
 ) -> Tensor:
     """The gradients (memories, chunks, numbers) of some chunks, each weighted by theta."""
     rows = slice(chunks.start * c, chunks.stop * c)
-    H, Delta = memory_grad(base, k[:, :, rows], wide(v[:, :, rows]).to(k.dtype), loss_scale)
+    H, Delta = wide_gradients(base, k[:, :, rows], v[:, :, rows], loss_scale)
     steps = wide(theta[:, :, rows])[..., None]
     sums = []
     for h, delta in zip(H, Delta, strict=True):
-        keys, errors = (x.unflatten(2, (-1, c)) for x in (wide(h), steps * wide(delta)))
+        keys, errors = (x.unflatten(2, (-1, c)) for x in (h, steps * delta))
         sums.append(product(keys.mT, errors).flatten(3))
     return torch.cat(sums, -1).flatten(0, 1)
 

@@ -19,8 +19,8 @@ def mlp_memory(W: tuple[Tensor, ...], x: Tensor, *, backend: str | None = None) 
     check_layers("W", W, x, "x")
     y = wide(x)
     for weights in W[:-1]:
-        y = torch.nn.functional.gelu(product(y, wide(weights.to(x.dtype))))
-    return product(y, wide(W[-1].to(x.dtype))).to(x.dtype)
+        y = torch.nn.functional.gelu(product(y, wide(weights)))
+    return product(y, wide(W[-1])).to(x.dtype)
 
 
 def memory_grad(
@@ -40,24 +40,29 @@ def memory_grad(
     expected = (*k.shape[:-1], W[-1].shape[-1])
     if v.shape != expected:
         raise ValueError(f"v: got shape {tuple(v.shape)}, expected {tuple(expected)}")
-    H, z = [k], [_product(k, W[0], wide(k).dtype)]
+    H, Delta = wide_gradients(W, k, v, loss_scale)
+    return tuple(x.to(k.dtype) for x in H), tuple(x.to(k.dtype) for x in Delta)
+
+
+def wide_gradients(
+    W: tuple[Tensor, ...], k: Tensor, v: Tensor, loss_scale: float
+) -> tuple[Layers, Layers]:
+    """H and Delta of `memory_grad` in float32 for 16-bit inputs.
+
+    A memory that has grown has gradients beyond float16, which small steps make ordinary again.
+    """
+    H, z = [wide(k)], [product(wide(k), wide(W[0]))]
     for weights in W[1:]:
-        H.append(torch.nn.functional.gelu(z[-1]).to(k.dtype))
-        z.append(_product(H[-1], weights, wide(k).dtype))
-    Delta = [loss_scale * (z[-1] - v)]
+        H.append(torch.nn.functional.gelu(z[-1]))
+        z.append(product(H[-1], wide(weights)))
+    Delta = [loss_scale * (z[-1] - wide(v))]
     for layer in reversed(range(len(W) - 1)):
-        back = _product(Delta[0].to(k.dtype), W[layer + 1].mT, wide(k).dtype)
+        back = product(Delta[0], wide(W[layer + 1]).mT)
         leaf = z[layer]
         below = 0.5 * (1 + torch.erf(leaf * 0.5**0.5))
         density = torch.exp(-0.5 * leaf * leaf) * (2 * torch.pi) ** -0.5
         Delta.insert(0, back * (below + leaf * density))
-    return tuple(H), tuple(x.to(k.dtype) for x in Delta)
-
-
-def _product(x: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weights, accumulated in float32, in the dtype of x unless another is given."""
-    out = product(wide(x), wide(weights.to(x.dtype)))
-    return out.to(dtype or x.dtype)
+    return tuple(H), tuple(Delta)
 
 
 def _check_rows(name: str, x: Any) -> None:

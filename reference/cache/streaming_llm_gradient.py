@@ -36,7 +36,7 @@ from attnspec.reference.cache.streaming_llm_rows import (
 from attnspec.reference.conventions import causal_mask, check_shaped, default_scale, repeat_heads
 from attnspec.reference.dense.attention import score
 from attnspec.reference.dense.attention_gradient import score_gradient, sum_groups
-from attnspec.reference.primitives.softmax import softmax_lse
+from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 
 
 def streaming_attend_backward(
@@ -76,7 +76,9 @@ def streaming_attend_backward(
         scores = score(queries, keys)
         if alibi_slopes is not None:
             scores = scores + alibi_bias(alibi_slopes.astype(q.dtype), p_q, p_k)
-        weights, _ = softmax_lse(scores, causal_mask(size, len(rows)))
+        allowed = causal_mask(size, len(rows))
+        # Recomputed from the normaliser, as a kernel that kept only this does.
+        weights = weights_given_lse(scores, softmax_lse(scores, allowed)[1], allowed)
         values, upstream = repeat_heads(v[..., rows, :], heads), dout[..., new, :]
         dscores, _ = score_gradient(weights, values, upstream)
         dqueries = scale * (dscores @ repeat_heads(keys, heads))

@@ -83,15 +83,8 @@ from attnspec.reference.heads.diffqkv_values import (
     select_values,
     union_indices,
 )
-from attnspec.reference.spec import (
-    HEADS,
-    PATTERNS,
-    PHASES,
-    Coverage,
-    Mechanism,
-    Operation,
-    Paper,
-)
+from attnspec.reference.primitives.softmax import weights_given_lse
+from attnspec.reference.spec import HEADS, PATTERNS, PHASES, Coverage, Mechanism, Operation, Paper
 
 
 def diffqkv_attend(
@@ -136,7 +129,9 @@ def diffqkv_backward(
     """
     hk, hv = check_inputs(q, k, v)
     check_array("dout", dout, ("heads", "q_tokens", "dv"))
-    P, _ = softmax_rows(scores(q, k, hk, scale=scale), allowed(q, k, causal, key_mask))
+    s, seen = scores(q, k, hk, scale=scale), allowed(q, k, causal, key_mask)
+    # Recomputed from the normaliser, as a kernel that kept only this does.
+    P = weights_given_lse(s, softmax_rows(s, seen)[1], seen)
     keys, values = without_unread(P, k[..., hk, :, :]), without_unread(P, v[..., hv, :, :])
     ds, _ = score_gradient(P, values, dout, dlse)
     factor = default_scale(k.shape[-1]) if scale is None else scale

@@ -6,7 +6,7 @@ import numpy as np
 
 from attnspec.reference.conventions import causal_mask, check_shaped, default_scale, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
-from attnspec.reference.primitives.softmax import softmax, softmax_backward
+from attnspec.reference.primitives.softmax import softmax_backward, softmax_lse, weights_given_lse
 from attnspec.reference.scores.music_transformer_checks import (
     check_self,
     check_values_table,
@@ -91,7 +91,8 @@ def _gradients(
     check_self("v", q, v)
     check_shaped("dout", dout, (*q.shape[:-1], v.shape[-1]))
     check_values_table(Ev, q, v, causal)
-    P = softmax(logits, seen)
+    # Recomputed from the normaliser, as a kernel that kept only this does.
+    P = weights_given_lse(logits, softmax_lse(logits, seen)[1], seen)
     heads, L = q.shape[-3], q.shape[-2]
     dP = dout @ np.swapaxes(repeat_heads(v, heads), -1, -2)
     if Ev is not None and L:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, Contract, Output
+from attnspec.conformance.contract import Array, BadValue, Contract, Output
 
 TOKENS = {"batch": (1, 3), "tokens": (1, 20)}
 TEXTS = {"batch": (1, 3), "texts": (2, 12), "c": (1, 16)}
@@ -117,7 +117,7 @@ CONTRACTS = (
         bad_inputs=(
             ("a list as P", "P", lambda a: a["P"].tolist()),
             ("integers as P", "P", lambda a: np.ones((1, 1), np.int64)),
-            ("a weight below 0", "P", lambda a: -np.ones((1, 1))),
+            BadValue("a weight below 0", "P", lambda a: -np.ones_like(a["P"])),
         ),
     ),
     Contract(
