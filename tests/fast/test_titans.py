@@ -192,3 +192,16 @@ def test_half_precision_keeps_its_dtype() -> None:
     half: list[Tensor] = [x.bfloat16() for x in (k, v, q)]
     y, last, _ = fast.titans_chunk_linear(W[0], None, *half, (0.1, 0.5, 0.0), 4)
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_granular_gradients_may_be_beyond_half_precision() -> None:
+    W, S, k, v, q, (theta, eta, alpha) = draw(4, 2, torch.float32)
+    half = [x.half() for x in (k, v, q, theta / 1000, eta, alpha)]
+    grown = tuple(300 * w for w in W)
+    got = fast.titans_chunk_granular(grown, S, *half, 1, 1)
+    wide = [x.double() for x in half]
+    states = [tuple(w.double() for w in x) for x in (grown, S)]
+    expected = spec.titans_chunk_granular(*plain((*states, *wide)), 1, 1)
+    assert all(torch.isfinite(x).all() for x in leaves(got[1:]))
+    for x, y in zip(leaves(got[1]), leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(x.numpy(), y, rtol=1e-2, atol=1e-3 * np.abs(y).max())
