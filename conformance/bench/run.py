@@ -39,12 +39,17 @@ def run_benchmarks(
     try:
         for benchmark in benchmarks:
             key = (benchmark.device, benchmark.dtype)
-            if key not in ceilings:
-                ceilings[key] = measure_ceilings(*key)
-            arguments = benchmark.make(benchmark.device, benchmark.dtype)
-            for kernel in kernels:
-                if (kernel.operation, kernel.device) != (benchmark.operation, benchmark.device):
-                    continue
+            wanted = (benchmark.operation, benchmark.device)
+            measured = [k for k in kernels if (k.operation, k.device) == wanted]
+            try:
+                if key not in ceilings:
+                    ceilings[key] = measure_ceilings(*key)
+                arguments = benchmark.make(benchmark.device, benchmark.dtype)
+            except Exception as error:
+                # Too large for the device, or the device is lost: what was measured must not be.
+                rows += [_name(benchmark, kernel) | _said(error) for kernel in measured]
+                continue
+            for kernel in measured:
                 if progress:
                     progress(f"{kernel.name} {benchmark.operation} {benchmark.name}")
                 name = (kernel.name, kernel.operation, benchmark.dtype)
@@ -83,10 +88,11 @@ def _gate(kernel: Kernel, dtype: str) -> str:
     return "green" if report.passed else f"red: {report.failures[0] if report.failures else ''}"
 
 
-def _describe(
-    benchmark: Benchmark, kernel: Kernel, arguments: dict[str, Any], ceilings: Ceilings
-) -> dict[str, Any]:
-    cost = benchmark.cost(arguments)
+def _said(error: Exception) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _name(benchmark: Benchmark, kernel: Kernel) -> dict[str, Any]:
     return {
         "operation": benchmark.operation,
         "benchmark": benchmark.name,
@@ -95,6 +101,15 @@ def _describe(
         "backend": kernel.backend,
         "device": benchmark.device,
         "dtype": benchmark.dtype,
+    }
+
+
+def _describe(
+    benchmark: Benchmark, kernel: Kernel, arguments: dict[str, Any], ceilings: Ceilings
+) -> dict[str, Any]:
+    cost = benchmark.cost(arguments)
+    return {
+        **_name(benchmark, kernel),
         "flops": cost.flops,
         "bytes": cost.bytes,
         "floor_seconds": cost.floor_seconds(ceilings.flops_per_second, ceilings.bytes_per_second),
@@ -112,7 +127,7 @@ def _measure(
     try:
         timing = time_call(benchmark.timed(kernel.call, arguments), benchmark.device)
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"
+        row |= _said(error)
         return
     row["timing"] = timing.to_dict()
     row["flops_per_second"] = row["flops"] / timing.median

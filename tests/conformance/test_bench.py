@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_a_wrong_kernel_gets_no_number(clock: Any) -> None:
     (row,) = run.run_benchmarks([benchmark("one")], [kernel(scale=1.01)])["results"]
     assert row["gate"].startswith("red: mine breaks ")
     assert "timing" not in row
+
+
+def test_arguments_that_cannot_be_made_cost_no_other_row(clock: Any) -> None:
+    def too_large(device: str, dtype: str) -> dict[str, Any]:
+        raise MemoryError("16 GiB")
+
+    broken = replace(benchmark("two"), make=too_large)
+    rows = run.run_benchmarks([benchmark("one"), broken], [kernel()], gates=gates())["results"]
+    assert [row["benchmark"] for row in rows] == ["one", "two"]
+    assert "timing" in rows[0]
+    assert rows[1]["error"] == "MemoryError: 16 GiB"
 
 
 def test_an_interrupted_run_keeps_its_rows(
