@@ -42,6 +42,12 @@ def token_axes(contract: Contract) -> list[str]:
     return [a for a in contract.sizes if a in (*TOKEN_AXES, contract.queries, contract.keys)]
 
 
+def usual_widths(contract: Contract) -> dict[str, st.SearchStrategy[int]]:
+    """Heads of 64 or 128 channels, in keys and values alike: what most models have."""
+    width = st.shared(st.sampled_from([64, 128]), key="width of heads")
+    return {axis: width for axis in ("d", "dv") if axis in contract.sizes}
+
+
 @st.composite
 def draw_case(
     draw: st.DrawFn,
@@ -54,15 +60,21 @@ def draw_case(
     cross: bool = False,
     options: Sequence[str] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    widths: Mapping[str, st.SearchStrategy[int]] | None = None,
 ) -> Case:
     """A case inside the kernel's limits.
 
-    `axes` overrides how axes are drawn, `parameters` fixes parameters, `options` chooses among
-    optional arrays (all by default). Queries and keys have equal lengths unless `cross`.
+    `axes` overrides how axes are drawn, and `widths` does so even where a new size costs the kernel
+    a compilation; `parameters` fixes parameters, `options` chooses among optional arrays (all by
+    default). Queries and keys have equal lengths unless `cross`.
     """
     sizes: dict[str, int] = {}
     for axis, (low, high) in contract.sizes.items():
-        sizes[axis] = draw(_within(kernel, axis, (axes or {}).get(axis), low, high))
+        width = (widths or {}).get(axis)
+        if width is not None:
+            sizes[axis] = draw(_allowed(kernel, axis, width, low, high))
+        else:
+            sizes[axis] = draw(_within(kernel, axis, (axes or {}).get(axis), low, high))
     if contract.has_cross() and not cross:
         sizes[contract.keys] = sizes[contract.queries]
     sizes = contract.fix(sizes)
@@ -96,6 +108,13 @@ def _within(
     allowed = kernel.limits.get(axis)
     if axis in kernel.draws:
         return st.sampled_from([n for n in kernel.draws[axis] if allowed is None or n in allowed])
+    return _allowed(kernel, axis, strategy, low, high)
+
+
+def _allowed(
+    kernel: Kernel, axis: str, strategy: st.SearchStrategy[int] | None, low: int, high: int
+) -> st.SearchStrategy[int]:
+    allowed = kernel.limits.get(axis)
     if allowed is None:
         return st.integers(low, high) if strategy is None else strategy
     if strategy is not None:

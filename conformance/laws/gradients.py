@@ -12,7 +12,7 @@ from attnspec.conformance.arrays import flatten, place_arguments, round_argument
 from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, Strategy, draw_case, usual_widths
 from attnspec.conformance.trial import EXPECTATIONS, Refused, Trial
 from attnspec.conformance.values import make_values
 from attnspec.conformance.violation import Violation
@@ -29,6 +29,14 @@ def upstream_names(contract: Contract) -> list[tuple[str, int]]:
 
 def cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, cross=True, layouts=("contiguous", "transposed"))
+
+
+def wide_cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    return draw_case(contract, kernel, dtype, widths=usual_widths(contract), values=("normal",))
+
+
+def differentiates(contract: Contract, kernel: Kernel) -> bool:
+    return kernel.differentiates and contract.spec.gradient is not None
 
 
 def check(trial: Trial) -> None:
@@ -148,9 +156,18 @@ LAWS = (
         ("K4", "K10"),
         cases,
         check,
-        applies=lambda contract, kernel: (
-            kernel.differentiates and contract.spec.gradient is not None
-        ),
+        applies=differentiates,
         examples=0.7,
+    ),
+    Law(
+        "wide-gradient",
+        "So are gradients of heads with 64 and 128 channels, whose tiles have no room to spare.",
+        ("K10",),
+        wide_cases,
+        check,
+        applies=lambda contract, kernel: (
+            differentiates(contract, kernel) and bool(usual_widths(contract))
+        ),
+        examples=0.2,
     ),
 )

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.conventions import causal_mask, repeat_heads
+from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense import attention
-from attnspec.reference.dense.attention_gradient import attend_packed_backward, score_gradient
+from attnspec.reference.dense.attention_gradient import score_gradient
 from attnspec.reference.dense.attention_steps import visible
 from attnspec.reference.primitives.softmax import softmax_lse
 
 ATTEND = right("attention.attend")
 BACKWARD = attention.attend_backward
-PACKED = right("attention.attend_packed")
-STEP = right("attention.step")
 BLOCK = 8
 
 
@@ -73,6 +71,17 @@ def read_as_contiguous(arguments: dict[str, Any]) -> None:
         x = arguments[name]
         strides = np.cumprod([x.itemsize, *x.shape[:0:-1]])[::-1]
         arguments[name] = np.lib.stride_tricks.as_strided(x, x.shape, strides)
+
+
+def without_last_channel(arguments: dict[str, Any]) -> None:
+    q = arguments["q"]
+    if isinstance(q, np.ndarray) and q.shape[-1] % 64 == 0:
+        arguments["q"] = np.where(np.arange(q.shape[-1]) == q.shape[-1] - 1, 0, q).astype(q.dtype)
+
+
+def half_dk_of_full_tiles(*args: Any, **kwargs: Any) -> Any:
+    dq, dk, dv = BACKWARD(*args, **kwargs)
+    return dq, 0.5 * dk if dk.shape[-1] % 64 == 0 else dk, dv
 
 
 def mask_of_first_entry(arguments: dict[str, Any]) -> None:
@@ -195,38 +204,6 @@ def no_lse_gradient(arguments: dict[str, Any]) -> None:
     arguments["dlse"] = None
 
 
-def first_sequence_only(arguments: dict[str, Any]) -> None:
-    """Keys of the last sequence are counted to the end of the longest one."""
-    offsets = arguments["k_offsets"].copy()
-    offsets[1:-1] = np.minimum(offsets[1:-1] + 1, offsets[-1])
-    arguments["k_offsets"] = offsets
-
-
-def causal_across(q: Any, k: Any, v: Any, q_offsets: Any, k_offsets: Any, *,
-                  causal: bool = False, scale: Any = None) -> Any:  # fmt: skip
-    """The causal rule is aligned at the end of everything, not of each sequence."""
-    result = PACKED(q, k, v, q_offsets, k_offsets, causal=causal, scale=scale)
-    if not causal:
-        return result
-    q_entry, k_entry = (
-        np.searchsorted(ends[1:], np.arange(x.shape[-2]), side="right")
-        for x, ends in ((q, q_offsets), (k, k_offsets))
-    )
-    mask = (q_entry[:, None] == k_entry) & causal_mask(len(q_entry), len(k_entry))
-    return ATTEND(q, k, v, mask=mask, scale=scale)
-
-
-def not_causal(*args: Any, causal: bool = False, **options: Any) -> Any:
-    return ATTEND(*args, **options)
-
-
-def forgets_the_oldest(result: Any) -> Any:
-    out, state = result
-    if state.k.shape[-2] > BLOCK:
-        state = attention.State(state.k[..., 1:, :], state.v[..., 1:, :])
-    return out, state
-
-
 tuned = Tuned()
 
 
@@ -280,20 +257,12 @@ MUTANTS = (
            backward=replacing(BACKWARD, score_gradient=forget_row_term)),
     mutant("first-of-group", "gradient", "dk and dv are those of the first head of the group",
            ATTEND, backward=replacing(BACKWARD, sum_groups=first_of_group)),
+    mutant("last-channel", "precision", "heads that fill a tile lack their last channel in scores",
+           altering(ATTEND, without_last_channel)),
+    mutant("wide-dk", "wide-gradient", "dk of heads that fill a tile is half of what it is",
+           ATTEND, backward=half_dk_of_full_tiles),
     mutant("unit-upstream", "gradient", "the upstream gradient is taken to be 1", ATTEND,
            backward=altering(BACKWARD, unit_upstream)),
     mutant("no-dlse", "gradient", "the gradient through lse is dropped", ATTEND,
            backward=altering(BACKWARD, no_lse_gradient)),
-    Mutant("attention.packed-overlap", "attention.attend_packed", "agreement",
-           "key ranges of packed sequences are shifted by one",
-           altering(PACKED, first_sequence_only)),
-    Mutant("attention.packed-causal", "attention.attend_packed", "agreement",
-           "the causal rule of packed sequences is aligned at the end of the last", causal_across),
-    Mutant("attention.packed-no-dlse", "attention.attend_packed", "gradient",
-           "the gradient through lse is dropped", PACKED,
-           backward=altering(attend_packed_backward, no_lse_gradient)),
-    Mutant("attention.short-state", "attention.step", "stream",
-           "the oldest token falls out of the state", spoiling(STEP, forgets_the_oldest)),
-    Mutant("attention.step-future", "attention.step", "agreement",
-           "tokens of a step see those behind them", replacing(STEP, attend=not_causal)),
 )  # fmt: skip
