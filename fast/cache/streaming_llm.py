@@ -47,6 +47,7 @@ from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.merge import merge
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import check_continues, checkable
 
 __all__ = [
@@ -82,7 +83,6 @@ CLAIMS = {
             "evict_rows",
             "evict_rows_for_space",
             "evict_rows_range",
-            "rope",
             "sink_window_distances",
             "sink_window_mask",
         )
@@ -150,10 +150,10 @@ def step(
     pos = torch.cat([state.pos, new_pos])
     queries, rotated, mixed = q.detach(), keys, values
     if rope_base is not None:
-        p_k = torch.arange(n + w, device=q.device)
         queries, rotated, mixed = unrounded(queries, keys, values)
-        queries = rope(queries, p_k[n:], rope_base, rotary_dims)
-        rotated = rope(rotated, p_k, rope_base, rotary_dims)
+        queries, rotated = turn(
+            queries, rotated, base=rope_base, rotary_dims=rotary_dims, backend=backend
+        )
     if alibi_slopes is not None:
         slopes = alibi_slopes.detach()
         out, _ = flash(queries, rotated, mixed, causal=True, slopes=slopes, backend=backend)
@@ -198,7 +198,7 @@ def streaming_attend(
     dtype, slopes = q.dtype, alibi_slopes
     if rope_base is not None:
         q, k, v = unrounded(q, k, v)
-        queries, keys = (rope(x, positions, rope_base, rotary_dims) for x in (q, k))
+        queries, keys = turn(q, k, base=rope_base, rotary_dims=rotary_dims, backend=backend)
     else:
         queries, keys = q, k
 
@@ -221,7 +221,7 @@ def streaming_attend(
     seen_from = S + R + positions[dense:] - calls.begins(dense, q.device)
     sink_queries = q[:, :, dense:]
     if rope_base is not None:
-        sink_queries = rope(sink_queries, seen_from, rope_base, rotary_dims)
+        sink_queries = rope(sink_queries, seen_from, rope_base, rotary_dims, backend=backend)
     sinks = flash(
         sink_queries, keys[:, :, :S], v[:, :, :S], slopes=slopes,
         slope_positions=None if slopes is None else seen_from, backend=backend,

@@ -1,6 +1,6 @@
 """StreamingLLM, the rows of the cache: which stay, and where attention sees them.
 
-Rows and positions are int64 tensors on the CPU; nothing here reads a query or a value.
+Rows and positions are int64 tensors on the CPU; only `rope` reads queries or keys.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
-    wide_dtype,
 )
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import checkable
 
 
@@ -74,14 +74,11 @@ def rope(
     check_tensor("pos", pos, ("T",), INTEGERS)
     check_size("pos", pos.shape[0], x.shape[-2], "T, as in x")
     check_rotary("x", x, "base", base, rotary_dims)
-    half = (x.shape[-1] if rotary_dims is None else rotary_dims) // 2
-    powers = torch.arange(half, dtype=torch.float64, device=x.device) / -half
-    angles = pos.to(x.device)[:, None] * base**powers
-    wide = wide_dtype(x)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-    return turned.to(x.dtype)
+    heads = x[(None,) * max(0, 4 - x.dim())].flatten(0, -4)
+    turned, _ = turn(
+        heads, None, pos.to(x.device), base=base, rotary_dims=rotary_dims, backend=backend
+    )  # fmt: skip
+    return turned.reshape(x.shape)
 
 
 def unrounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -22,11 +22,12 @@ from attnspec.fast.backend import (
     check_tensor,
     wide,
 )
-from attnspec.fast.cache.streaming_llm_rows import check_rotary, rope, unrounded
+from attnspec.fast.cache.streaming_llm_rows import check_rotary, unrounded
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.columns import column_sums
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.engines.select import top_k, top_k_mask
 from attnspec.fast.growing import check_continues
 
@@ -135,9 +136,8 @@ def h2o_step(
     n = pos.shape[1]
     queries, rows, mixed = q.detach(), keys, values
     if rope_base is not None:
-        places = torch.arange(n, device=q.device)
         queries, rows, mixed = unrounded(queries, keys, values)
-        queries, rows = rope(queries, places[n - w :], rope_base), rope(rows, places, rope_base)
+        queries, rows = turn(queries, rows, base=rope_base, backend=backend)
     attention = decode if w <= MOST_DECODED else flash
     out, _ = attention(queries, rows, mixed, causal=True, scale=scale, backend=backend)
     received = column_sums(queries, rows, causal=True, scale=scale, backend=backend)

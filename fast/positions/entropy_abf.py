@@ -1,6 +1,7 @@
 """Entropy-ABF on the flash engine: queries are rotated, scaled and rounded once, then it is dense.
 
-Angles are float64 and sines and cosines float32: at position 16000 a float32 angle is off by 1e-3.
+One launch of the rows engine turns queries and keys. Angles are float64 and sines and cosines
+float32: at position 16000 a float32 angle is off by 1e-3.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.flash.checks import check_masks
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.engines.weights import average
 from attnspec.fast.positions.entropy_abf_probe import attention_entropy, entropy_growth
 
@@ -43,7 +45,7 @@ __all__ = [
 ]
 CLAIMS = {
     "rope_frequencies": {"launches": None},
-    "rope_rotate": {"gradient": True, "launches": None},
+    "rope_rotate": {"gradient": True},
     "row_scale": {"launches": None},
     "layer_is_exempt": {"launches": None},
     "logits": {"launches": None},
@@ -63,7 +65,7 @@ def rope_frequencies(d: int, base: float = 500000.0, *, backend: str | None = No
     if d % 2:
         raise ValueError(f"d: got {d}, expected an even head size")
     check_above("base", base, 1)
-    return _basis(d, base, torch.device("cpu"))
+    return float(base) ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
 
 
 def rope_rotate(
@@ -79,7 +81,7 @@ def rope_rotate(
     check_device("freqs", freqs, "x", x)
     if 2 * freqs.shape[0] != x.shape[3]:
         raise ValueError(f"freqs: got {freqs.shape[0]}, expected half of the {x.shape[3]} channels")
-    return _turn(x, positions, freqs).to(x.dtype)
+    return turn(x, None, positions, None, freqs, backend=backend)[0]
 
 
 def row_scale(
@@ -92,8 +94,7 @@ def row_scale(
         raise TypeError(f"positions: got dtype {positions.dtype}, expected int32 or int64")
     if positions.dim() < 1:
         raise ValueError("positions: got shape (), expected (..., tokens)")
-    check_above("c", c, 1, infinite=True)
-    check_above("floor", floor, 0)
+    _check_scale(c, floor)
     rows = positions.clamp(min=0).double() + 1
     return (rows.log() / math.log(c)).clamp(min=float(floor))
 
@@ -124,8 +125,8 @@ def logits(
     Arguments as in `extended_attention`.
     """
     check_attention_inputs(q, k, k, FLOATS)
-    turned, keys, _, _ = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
-    return _scores(turned, keys).to(q.dtype)
+    options = layer, base, c, n_exempt, floor, freqs
+    return _scores(*_turned(q, k, pq, pk, *options, wide_dtype(q), backend)).to(q.dtype)
 
 
 def attend(
@@ -153,10 +154,10 @@ def attend(
     check_attention_inputs(q, k, v, FLOATS)
     check_bool("causal", causal)
     check_masks(q, k, key_mask, None)
-    turned, keys, pq, pk = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
-    z = _scores(turned, keys)
+    options = layer, base, c, n_exempt, floor, freqs
+    z = _scores(*_turned(q, k, pq, pk, *options, wide_dtype(q), backend))
     if causal:
-        z = torch.where(_not_after(pk, pq), z, -math.inf)
+        z = torch.where(_in_order(q, k, pq, pk), z, -math.inf)
     if key_mask is not None:
         z = torch.where(key_mask[:, None, None], z, -math.inf)
     out, P = average(z, v.repeat_interleave(q.shape[1] // v.shape[1], 1))
@@ -191,15 +192,16 @@ def extended_attention(
     check_attention_inputs(q, k, v, FLOATS)
     check_bool("causal", causal)
     check_masks(q, k, key_mask, None)
-    in_order = pq is None and pk is None
-    turned, keys, pq, pk = _turned(q, k, pq, pk, layer, base, c, n_exempt, floor, freqs)
+    options = layer, base, c, n_exempt, floor, freqs
+    turned, keys = _turned(q, k, pq, pk, *options, q.dtype, backend)
+    plain = pq is None and pk is None
     return flash(
-        turned.to(q.dtype),
-        keys.to(k.dtype),
+        turned,
+        keys,
         v,
-        causal=causal and in_order,
+        causal=causal and plain,
         key_mask=key_mask,
-        mask=_not_after(pk, pq) if causal and not in_order else None,
+        mask=_in_order(q, k, pq, pk) if causal and not plain else None,
         backend=backend,
     )
 
@@ -228,42 +230,41 @@ def check_positions(name: str, positions: Any, x: Tensor) -> None:
 
 def _turned(
     q: Tensor, k: Tensor, pq: Tensor | None, pk: Tensor | None, layer: int, base: float, c: float,
-    n_exempt: int, floor: float, freqs: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q rotated and scaled and k rotated, both in float32 or wider, and their positions.
+    n_exempt: int, floor: float, freqs: Tensor | None, dtype: torch.dtype, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q rotated and scaled and k rotated, rounded to `dtype`.
 
     Everything but q and k is checked here, before it is used.
     """
     check_above("base", base, 1)
     exempt = layer_is_exempt(layer, n_exempt)
-    T, S, d = q.shape[2], k.shape[2], q.shape[3]
-    pq = torch.arange(S - T, S, device=q.device) if pq is None else pq
-    pk = torch.arange(S, device=q.device) if pk is None else pk
-    check_positions("pq", pq, q)
-    check_positions("pk", pk, k)
+    d = q.shape[3]
+    for name, p, x in (("pq", pq, q), ("pk", pk, k)):
+        if p is not None:
+            check_positions(name, p, x)
     if d < 2 or d % 2:
         raise ValueError(f"q: got d {d}, expected an even head size")
-    if freqs is None:
-        freqs = _basis(d, base, q.device)
-    else:
+    if freqs is not None:
         check_tensor("freqs", freqs, ("d/2",), FLOATS)
         check_device("freqs", freqs, "q", q)
         check_size("freqs", 2 * freqs.shape[0], d, "d, as in q")
-    lam = row_scale(pq, c, floor)
-    turned = _turn(q, pq, freqs)
-    if not exempt:
-        turned = turned * lam.to(turned.dtype)[..., None, :, None]
-    return turned, _turn(k, pk, freqs), pq, pk
+    _check_scale(c, floor)
+    warmth = None if exempt else (c, floor)
+    return turn(
+        q, k, pq, pk, freqs, base=base, warmth=warmth, dtype=dtype, backend=backend
+    )  # fmt: skip
 
 
-def _basis(d: int, base: float, device: torch.device) -> Tensor:
-    """The frequencies (d/2), float64."""
-    steps = torch.arange(0, d, 2, device=device, dtype=torch.float64)
-    return float(base) ** (-steps / d)
+def _check_scale(c: Any, floor: Any) -> None:
+    check_above("c", c, 1, infinite=True)
+    check_above("floor", floor, 0)
 
 
-def _not_after(pk: Tensor, pq: Tensor) -> Tensor:
-    """bool (..., 1, T, S): keys at `pk` that stand at or before queries at `pq`."""
+def _in_order(q: Tensor, k: Tensor, pq: Tensor | None, pk: Tensor | None) -> Tensor:
+    """bool (..., 1, T, S): keys that stand at or before queries."""
+    T, S = q.shape[2], k.shape[2]
+    pq = torch.arange(S - T, S, device=q.device) if pq is None else pq
+    pk = torch.arange(S, device=q.device) if pk is None else pk
     return pk[..., None, None, :] <= pq[..., None, :, None]
 
 
@@ -271,12 +272,3 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Scaled dot products (batch, heads, T, S) of queries and the keys of their groups."""
     grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
     return product(grouped, k.mT[:, :, None]).flatten(1, 2) / math.sqrt(q.shape[3])
-
-
-def _turn(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
-    """`x` rotated, in float32 or wider."""
-    wide = wide_dtype(x)
-    angles = positions.double()[..., None, :, None] * freqs.double()
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

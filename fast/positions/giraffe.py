@@ -12,25 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_bool,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import check_masks
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import Room, append, check_continues
 from attnspec.fast.positions.giraffe_rotation import (
     check_frequencies,
     check_positions,
     check_width,
-    plain_basis,
     positions,
     random_positions,
     rope_basis,
     rotate_half_split,
     rotate_interleaved,
-    tables,
-    turn_half_split,
 )
-from attnspec.fast.positions.giraffe_xpos import places, xpos, xpos_attend, xpos_scale
+from attnspec.fast.positions.giraffe_xpos import check_given, xpos, xpos_attend, xpos_scale
 
 __all__ = [
     "CLAIMS",
@@ -52,10 +57,10 @@ CLAIMS: dict[str, dict[str, Any]] = {
     "rope_basis": {"launches": None},
     "positions": {"launches": None},
     "random_positions": {"launches": None, "dtypes": ("float32",)},
-    "rotate_half_split": {"gradient": True, "launches": None},
-    "rotate_interleaved": {"gradient": True, "launches": None},
+    "rotate_half_split": {"gradient": True},
+    "rotate_interleaved": {"gradient": True},
     "xpos_scale": {"launches": None},
-    "xpos": {"gradient": True, "launches": None},
+    "xpos": {"gradient": True},
     "xpos_attend": ATTENTION,
     "attend": ATTENTION,
 }
@@ -83,16 +88,13 @@ def attend(
     """
     check_attention_inputs(q, k, v, FLOATS)
     check_width("q", q.shape[3])
-    pq, pk = places(q, k, pq, pk)
-    f = _frequencies(q, f)
-    return flash(
-        turn_half_split(q, *tables(q, pq, f)).to(q.dtype),
-        turn_half_split(k, *tables(k, pk, f)).to(k.dtype),
-        v,
-        causal=causal,
-        key_mask=key_mask,
-        backend=backend,
-    )
+    check_given(q, k, pq, pk)
+    if f is not None:
+        check_frequencies(f, q)
+    check_bool("causal", causal)
+    check_masks(q, k, key_mask, None)
+    turned, keys = turn(q, k, pq, pk, f, backend=backend)
+    return flash(turned, keys, v, causal=causal, key_mask=key_mask, backend=backend)
 
 
 class State(NamedTuple):
@@ -134,20 +136,12 @@ def step(
     check_continues(state, k, v)
     check_width("q", q.shape[3])
     check_positions("p", p, q)
-    f = _frequencies(q, f)
+    if f is not None:
+        check_frequencies(f, q)
     with torch.no_grad():
-        cos, sin = tables(q, p, f)
-        turned, new_keys = (turn_half_split(x, cos, sin).to(x.dtype) for x in (q, k))
+        turned, new_keys = turn(q, k, p, p, f, backend=backend)
         room = getattr(state, "room", None)
         (keys, values), room = append(room, (state.k, state.v), (new_keys, v))
         attention = decode if q.shape[2] <= MOST_DECODED else flash
         out, _ = attention(turned, keys, values, causal=True, backend=backend)
     return out, State(keys, values, room)
-
-
-def _frequencies(q: Tensor, f: Tensor | None) -> Tensor:
-    """`f`, checked, or the frequencies of rotary positions."""
-    if f is None:
-        return plain_basis(q.shape[3], 10000.0, q.device)
-    check_frequencies(f, q)
-    return f

@@ -1,4 +1,4 @@
-"""Giraffe's positions: frequencies and rotations as tensor operations.
+"""Giraffe's positions: frequencies as tensor operations, rotations by the rows engine.
 
 Angles are float64 and their sines and cosines float32, or float64 for float64 inputs; half inputs
 are turned in float32 and rounded once. A rotation reads and writes what attention reads anyway.
@@ -19,8 +19,8 @@ from attnspec.fast.backend import (
     check_device,
     check_integer,
     check_tensor,
-    wide_dtype,
 )
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import checkable
 
 AXES = ("batch", "heads", "tokens", "d")
@@ -137,35 +137,18 @@ def rotate_half_split(x: Tensor, p: Tensor, f: Tensor, *, backend: str | None = 
     precision are taken as what they are: whole ones are exact up to 256 (bfloat16) or 2048.
     Differentiable in x.
     """
-    return turn_half_split(x, *_tables(x, p, f)).to(x.dtype)
+    _check_rotation(x, p, f)
+    return turn(x, None, p, None, f, backend=backend)[0]
 
 
 def rotate_interleaved(x: Tensor, p: Tensor, f: Tensor, *, backend: str | None = None) -> Tensor:
     """As `rotate_half_split`, but with neighbouring channels 2m and 2m + 1 as a pair."""
-    return turn_interleaved(x, *_tables(x, p, f)).to(x.dtype)
+    _check_rotation(x, p, f)
+    return turn(x, None, p, None, f, neighbours=True, backend=backend)[0]
 
 
-def tables(x: Tensor, p: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., 1, T, d/2) of the angles, wide; arguments have been checked."""
-    angles = p.double()[..., None, :, None] * f.double()
-    return angles.cos().to(wide_dtype(x)), angles.sin().to(wide_dtype(x))
-
-
-def turn_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` turned, wide."""
-    first, second = x.to(wide_dtype(x)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def turn_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` turned, neighbouring channels a pair, wide."""
-    first, second = x.to(wide_dtype(x)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
-
-
-def _tables(x: Any, p: Any, f: Any) -> tuple[Tensor, Tensor]:
+def _check_rotation(x: Any, p: Any, f: Any) -> None:
     check_tensor("x", x, AXES, FLOATS)
     check_width("x", x.shape[3])
     check_positions("p", p, x)
     check_frequencies(f, x)
-    return tables(x, p, f)

@@ -1,8 +1,8 @@
 """Giraffe's xPos: queries and keys are turned and given their amplitudes, then it is dense.
 
-Amplitudes are computed in float64 and applied in float32. bfloat16 has the range of float32, so
-the products are rounded to it once, as any rotation is; float16 has not, and is attended in
-float32.
+Amplitudes are computed in float64 and applied in float32 by the launch that turns. bfloat16 has the
+range of float32, so the products are rounded to it once, as any rotation is; float16 has not, and
+is attended in float32.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     check_attention_inputs,
+    check_bool,
     check_integer,
     check_same,
     check_size,
     check_tensor,
+    wide_dtype,
 )
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash.checks import check_masks
+from attnspec.fast.engines.rows import turn
 from attnspec.fast.positions.giraffe_rotation import (
     AXES,
     check_number,
     check_places,
     check_positions,
     check_width,
-    plain_basis,
-    tables,
-    turn_interleaved,
 )
 
 
@@ -75,7 +76,7 @@ def xpos(
     _check_options(q, N, b, base)
     check_positions("pq", pq, q)
     check_positions("pk", pk, k)
-    return _grown(q, pq, N, b, base, 1), _grown(k, pk, N, b, base, -1)
+    return _grown(q, k, pq, pk, N, b, base, wide_dtype(q), backend)
 
 
 def xpos_attend(
@@ -100,27 +101,23 @@ def xpos_attend(
     """
     check_attention_inputs(q, k, v, FLOATS)
     _check_options(q, N, b, base)
-    pq, pk = places(q, k, pq, pk)
+    check_given(q, k, pq, pk)
+    check_bool("causal", causal)
+    check_masks(q, k, key_mask, None)
     within = torch.float32 if q.dtype == torch.float16 else q.dtype
+    turned, keys = _grown(q, k, pq, pk, N, b, base, within, backend)
     out, lse = flash(
-        _grown(q, pq, N, b, base, 1).to(within),
-        _grown(k, pk, N, b, base, -1).to(within),
-        v.to(within),
-        causal=causal,
-        key_mask=key_mask,
-        backend=backend,
-    )
+        turned, keys, v.to(within), causal=causal, key_mask=key_mask, backend=backend
+    )  # fmt: skip
     return out.to(q.dtype), lse
 
 
-def places(q: Tensor, k: Tensor, pq: Any, pk: Any) -> tuple[Tensor, Tensor]:
-    """The positions given, checked, or keys at 0..S-1 and queries at the last T of them."""
-    T, S = q.shape[2], k.shape[2]
-    pq = torch.arange(S - T, S, device=q.device) if pq is None else pq
-    pk = torch.arange(S, device=q.device) if pk is None else pk
-    check_positions("pq", pq, q)
-    check_positions("pk", pk, k)
-    return pq, pk
+def check_given(q: Tensor, k: Tensor, pq: Any, pk: Any) -> None:
+    """Positions are what they should be, or None."""
+    if pq is not None:
+        check_positions("pq", pq, q)
+    if pk is not None:
+        check_positions("pk", pk, k)
 
 
 def _check_options(q: Tensor, N: Any, b: Any, base: Any) -> None:
@@ -130,17 +127,18 @@ def _check_options(q: Tensor, N: Any, b: Any, base: Any) -> None:
     check_number("base", base, 1, strict=True)
 
 
-def _grown(x: Tensor, p: Tensor, N: int, b: float, base: float, sign: int) -> Tensor:
-    """`x` turned and multiplied by its amplitudes or, with `sign` -1, divided by them; wide."""
-    d = x.shape[3]
-    cos, sin = tables(x, p, plain_basis(d, base, x.device))
-    amplitudes = _amplitudes(d, p, N, sign * b).to(cos.dtype)[..., None, :, :]
-    # Amplitudes belong to pairs, so they scale the tables, which are smaller than what is turned.
-    return turn_interleaved(x, cos * amplitudes, sin * amplitudes)
+def _grown(
+    q: Tensor, k: Tensor, pq: Tensor | None, pk: Tensor | None, N: int, b: float, base: float,
+    dtype: torch.dtype, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q and k turned, q multiplied by its amplitudes and k divided by them."""
+    return turn(
+        q, k, pq, pk, base=base, neighbours=True, decay=(N, b), dtype=dtype, backend=backend
+    )
 
 
 def _amplitudes(d: int, p: Tensor, N: int, b: float) -> Tensor:
-    """Amplitudes (..., d/2), float64; a negative `b` gives their inverse."""
+    """Amplitudes (..., d/2), float64."""
     pairs = torch.arange(0, d, 2, device=p.device, dtype=torch.float64)
     # On CUDA torch turns division by a number into a product with its reciprocal, one unit off.
     width, scale = pairs.new_full((), 1.4 * d), pairs.new_full((), float(b))

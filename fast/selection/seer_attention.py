@@ -163,7 +163,6 @@ def attend(
         force_diagonal=force_diagonal,
         backend=backend,
     )
-    positions = torch.arange(q.shape[2], device=q.device)
-    rotated_q, rotated_k = rope(q, positions, base), rope(k, positions, base)
+    rotated_q, rotated_k = rope(q, k, None, base, backend)
     out, lse = block_sparse_attend(rotated_q, rotated_k, v, M, b, scale=scale, backend=backend)
     return out, lse, M

@@ -141,14 +141,14 @@ def step(
     pos = state.k.shape[2]
     cache = compress_step(state.cache, k_t, Wk, b, kinds, base, k_norm, backend=backend)
     at = torch.full((1,), pos, device=q_t.device)
-    new = (rope(k_t[:, :, None], at, base).detach(), v_t[:, :, None].detach())
+    query, key = rope(q_t[:, :, None], k_t[:, :, None], at, base, backend)
+    new = (key.detach(), v_t[:, :, None].detach())
     (k, v), room = append(getattr(state, "room", None), (state.k, state.v), new)
     scores = decode_gate(q_t, cache, pos, Wq, mode, base, q_norm, backend=backend)
     M = decode_select(scores, b, tau=tau, budget=budget, backend=backend)
     most = M.shape[2]
     if tau is None:
         most = min(most, (4096 if budget is None else budget) // b + 1)
-    query = rope(q_t[:, :, None], at, base)
     out, _ = _attend_listed(query, k, v, M, b, most, scale, backend)
     return out[:, :, 0], State(cache, k, v, room)
 

@@ -71,9 +71,8 @@ def compress_step(
     if rest.shape[2] < b:
         return GateCache(rest, gk)
     start = torch.full((1,), gk.shape[2] * b, device=k_t.device)
-    row = rope(
-        _rms_norm(product(pool_blocks(rest, b, kinds, backend=backend), Wk), norm), start, base
-    )
+    row = _rms_norm(product(pool_blocks(rest, b, kinds, backend=backend), Wk), norm)
+    row, _ = rope(row, None, start, base, backend)
     return GateCache(rest[:, :, :0], torch.cat([gk, row], dim=2))
 
 
@@ -117,7 +116,8 @@ def decode_gate(
     elif mode != "Qorig":
         gq = gq.float().mean(2, keepdim=True).to(q_t.dtype)
         gq = gq if Wq is None else product(gq, Wq)
-    gq = rope(_rms_norm(gq, norm), torch.full((gq.shape[2],), pos, device=q_t.device), base)
+    at = torch.full((gq.shape[2],), pos, device=q_t.device)
+    gq, _ = rope(_rms_norm(gq, norm), None, at, base, backend)
     scores = product(gq.float(), gk.float().transpose(2, 3)).mean(2) / math.sqrt(dg)
     # An incomplete block counts as a compressed key of zeros.
     return torch.nn.functional.pad(scores, (0, 1)) if rest.shape[2] else scores

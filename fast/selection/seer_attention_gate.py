@@ -21,6 +21,7 @@ from attnspec.fast.backend import (
     wide_dtype,
 )
 from attnspec.fast.engines import select
+from attnspec.fast.engines.rows import turn
 
 KINDS = ("max", "min", "avg")
 MASKED = -1e9
@@ -99,10 +100,7 @@ def gate_scores(
 
 def rope_tables(positions: Tensor, d: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin (tokens, d), float64, of `positions` int (tokens), half-split pairs."""
-    if d % 2:
-        raise ValueError(f"d: got {d}, expected an even head size for rotary positions")
-    if not base > 0:
-        raise ValueError(f"base: got {base!r}, expected a positive number")
+    _check_rotary(d, base)
     exponents = -torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / d
     angles = positions[:, None].double() * base**exponents
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
@@ -117,10 +115,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def rope(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """x (..., tokens, d) rotated to `positions` int (tokens)."""
-    tables = rope_tables(positions, x.shape[-1], base)
-    return rotate(x, *(table.float() for table in tables))
+def rope(
+    q: Tensor, k: Tensor | None, at: Tensor | None, base: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """q (batch, heads, tokens, d) and k, empty if there is none, rotated to the positions `at` int
+    (tokens), by default those of the text.
+    """
+    _check_rotary(q.shape[3], base)
+    return turn(q, k, at, at, base=base, backend=backend)
+
+
+def _check_rotary(d: int, base: float) -> None:
+    if d % 2:
+        raise ValueError(f"d: got {d}, expected an even head size for rotary positions")
+    if not base > 0:
+        raise ValueError(f"base: got {base!r}, expected a positive number")
 
 
 def check_kinds(kinds: Any, name: str = "kinds") -> None:

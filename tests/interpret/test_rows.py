@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, use_config
+from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, turn, use_config
 from attnspec.fast.linear.lightning_attention_1 import (
     layer_slopes,
     lrpe_frequencies,
@@ -81,6 +81,47 @@ def test_half_precision() -> None:
         rtol=2e-3,
         atol=2e-3,
     )
+
+
+TURNS: list[dict[str, Any]] = [
+    {},
+    {"neighbours": True, "decay": (40, 8.0)},
+    {"rotary_dims": 6, "warmth": (7.0, 0.5), "base": 20.0},
+    {"neighbours": True, "rotary_dims": 6, "warmth": (float("inf"), 0.5)},
+]
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("options", TURNS)
+def test_turn(options: dict[str, Any], placed: bool) -> None:
+    """Both operands and their gradients, from strided inputs, a few heads a program."""
+    torch.manual_seed(len(options))
+    q, k = torch.randn(2, 19, 4, 10).transpose(1, 2), torch.randn(2, 2, 23, 20)[..., ::2]
+    half = options.get("rotary_dims", 10) // 2
+    places: dict[str, Any] = {}
+    if placed:
+        far = 40 if "decay" in options else 200_000
+        places["pq"], places["pk"] = torch.randint(-5, far, (2, 19)), 30 * torch.rand(23)
+        places["f"] = torch.rand(half)
+    up, up_k = torch.randn(2, 4, 10, 19).mT, torch.randn(2, 2, 23, 10)
+    for which in (0, 1):
+
+        def one(q: Tensor, k: Tensor, backend: str, which: int = which) -> Tensor:
+            return turn(q, k, **places, **options, backend=backend)[which]
+
+        with use_config(RowsConfig(64, 1)):
+            compare(one, [q, k], (up, up_k)[which], 2e-6)
+
+
+def test_turn_alone_and_rounded_once() -> None:
+    x, p = torch.randn(2, 3, 5, 8).bfloat16(), torch.arange(3.0, 8.0).half()
+    both, _ = turn(x, x, p, p, backend="triton")
+    alone, empty = turn(x, None, p, dtype=torch.float32, backend="triton")
+    assert both.dtype == torch.bfloat16
+    assert empty.numel() == 0
+    expected, _ = turn(x.double(), None, p)
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both.double(), expected, rtol=8e-3, atol=1e-2)
 
 
 def test_a_block_and_packed_sequences() -> None:
