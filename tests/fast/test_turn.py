@@ -47,7 +47,8 @@ def test_far_positions() -> None:
 
 
 def test_nothing_to_turn() -> None:
-    q, k = turn(torch.randn(2, 4, 0, 6), torch.randn(2, 2, 3, 6))
+    none = torch.empty(2, 0)
+    q, k = turn(torch.randn(2, 4, 0, 6), torch.randn(2, 2, 3, 6), none, warmth=(4.0, 1.0))
     assert q.shape == (2, 4, 0, 6)
     assert k.shape == (2, 2, 3, 6)
     assert turn(torch.randn(0, 4, 3, 6))[0].shape == (0, 4, 3, 6)

@@ -47,7 +47,7 @@ def _tables(
         f = math.exp(how.log_base) ** (pair / -how.half)
     if p is None:
         p = torch.arange(first, first + x.shape[2])
-    p = p.double().reshape(-1, x.shape[2], 1)
+    p = (p if p.dim() == 2 else p[None]).double()[..., None]
     angles = p * f.detach().double()
     cos, sin = angles.cos(), angles.sin()
     if how.decay:
