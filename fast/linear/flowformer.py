@@ -1,8 +1,10 @@
-"""Flowformer: sums of d-vectors in torch, the aggregation on the scan engine.
+"""Flowformer: flows and aggregation on the scan engine.
 
-The flows are float32 statistics of the tokens, so cheap that memory traffic decides. What is left
-is linear attention with a read that sees everything (the state behind the last token, for which the
-scan engine walks the sources once) or everything up to itself (its causal output).
+The flows are float32 statistics of the tokens, so cheap that memory traffic decides: on Triton they
+are two passes of q and k each, which take the features on the way, and only in training are q and k
+widened first, so that the parts of their gradients are added in float32. What is left is linear
+attention with a read that sees everything (the state behind the last token, for which the scan
+engine walks the sources once) or everything up to itself (its causal output).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from attnspec.fast.backend import (
     check_device,
     check_size,
     check_tensor,
+    choose_backend,
     product,
     wide,
     wide_dtype,
@@ -37,12 +40,12 @@ from attnspec.fast.linear.flowformer_flows import (
     flow_features,
     flows,
     flows_causal,
+    inverse,
     quotient,
     wide_competition,
-    wide_conserved,
     wide_features,
-    wide_flows,
 )
+from attnspec.fast.linear.flowformer_pair import Pair
 
 __all__ = [
     "allocation",
@@ -107,29 +110,33 @@ def flow_attend(
     check_eps(eps)
     n: Any = q.shape[2]
     m: Any = k.shape[2]
-    # Padded rows are replaced before the features, whose slope would be that of NaN, and after.
+    # Padded rows are replaced before the features, whose slope would be that of NaN. Their own
+    # flows are numbers nobody reads: they have no weight in a sum.
+    sinks = sources = None
     if query_mask is not None:
         check_mask("query_mask", query_mask, (q.shape[0], n), q)
-        no_sink = ~query_mask[:, None, :, None]
-        q, n = q.masked_fill(no_sink, 0), query_mask.sum(1)
+        q, n = q.masked_fill(~query_mask[:, None, :, None], 0), query_mask.sum(1)
+        sinks = query_mask[:, None]
     if key_mask is not None:
         check_mask("key_mask", key_mask, (k.shape[0], m), k)
         no_source = ~key_mask[:, None, :, None]
         k, v, m = k.masked_fill(no_source, 0), v.masked_fill(no_source, 0), key_mask.sum(1)
-    a, b, values = _tokens(q, k, v, kind)
-    if query_mask is not None:
-        a = a.masked_fill(no_sink, 0)
-    if key_mask is not None:
-        b = b.masked_fill(no_source, 0)
-    I, O = wide_flows(a, b, eps)
-    Ih, Oh = wide_conserved(a, b, I, O, eps)
+        sources = key_mask[:, None]
+    keys, values = _repeated(q, k, v)
+    pair = Pair(q, keys, kind, eps, choose_backend(backend, q))
+    ones = pair.ones(sinks, sources)
+    I, O, _, _ = pair.flows(ones, None, causal=False)
+    of_sinks, of_sources = inverse(I), inverse(O)
+    if ones is not None:
+        of_sinks, of_sources = of_sinks * ones[0], of_sources * ones[1]
+    Ih, Oh, _, _ = pair.flows((of_sinks, of_sources), None, causal=False)
     c = wide_competition(clip(Oh, clamp), key_mask)
     kind_of = _products(q)
-    keys, weighted = b.to(kind_of), (c[..., None] * values).to(kind_of)
-    _, KV = scan(keys, keys, weighted, backend=backend)
-    read = product(a.to(kind_of), KV.to(kind_of))
-    g = allocation(Ih, n, m)
-    return (g[..., None] * quotient(wide(read), I)).to(q.dtype)
+    b, weighted = pair.features(pair.y, kind_of), (c[..., None] * values).to(kind_of)
+    _, KV = scan(b, b, weighted, backend=backend)
+    read = product(pair.features(pair.x, kind_of), KV.to(kind_of))
+    g = allocation(Ih, n, m) * of_sinks
+    return (g[..., None] * read).to(q.dtype)
 
 
 def flow_attend_causal(
@@ -149,24 +156,22 @@ def flow_attend_causal(
     q, k, v and the state.
     """
     first = _check_causal(q, k, v, state, eps)
-    a, b, values = _tokens(q, k, v, kind)
-    N = first.N[..., None] + torch.arange(1, q.shape[2] + 1, device=q.device).to(a.dtype)
-    sb, sa = _running(first.sb, b), _running(first.sa, a)
-    I, O = dot(a + eps, sb + eps), dot(b + eps, sa + eps)
-    sbO, saI = _running(first.sbO, quotient(b, O / N)), _running(first.saI, quotient(a, I / N))
-    Ih, Oh = dot(a + eps, sbO + eps) / N, dot(b + eps, saI + eps) / N
-    e = torch.exp(clip(Oh, clamp))
-    se = _running(first.se[..., None], e[..., None])[..., 0]
+    keys, values = _repeated(q, k, v)
+    pair = Pair(q, keys, kind, eps, choose_backend(backend, q))
+    N = first.N[..., None] + torch.arange(1, q.shape[2] + 1, device=q.device).to(first.N.dtype)
+    I, O, sa, sb = pair.flows(None, (first.sa, first.sb))
+    share = inverse(I)
+    Ih, Oh, saI, sbO = pair.flows((N * share, N * inverse(O)), (first.saI, first.sbO))
+    e = torch.exp(clip(Oh / N, clamp))
+    se = pair.running(first.se, e)
     u = (N * e / se)[..., None] * values
     kind_of = _products(q)
-    read, KV = scan(
-        *(x.to(kind_of) for x in (a, b, u)), state=first.KV.to(first.sb.dtype), backend=backend
-    )
-    out = torch.sigmoid(Ih)[..., None] * quotient(wide(read), I)
+    a, b = pair.features(pair.x, kind_of), pair.features(pair.y, kind_of)
+    read, KV = scan(a, b, u.to(kind_of), state=first.KV, backend=backend)
+    out = (torch.sigmoid(Ih / N) * share)[..., None] * read
     if not q.shape[2]:
         return out.to(q.dtype), first
-    sb, sa, sbO, saI, se, N = (x[:, :, -1] for x in (sb, sa, sbO, saI, se, N))
-    return out.to(q.dtype), FlowState(sb, sa, sbO, saI, se, KV, N)
+    return out.to(q.dtype), FlowState(sb, sa, sbO, saI, se[:, :, -1], KV, N[:, :, -1])
 
 
 def flow_decode_step(
@@ -188,7 +193,8 @@ def flow_decode_step(
         raise TypeError("state: got NoneType, expected FlowState")
     first = _check_causal(q, k, v, state, eps)
     check_size("q", q.shape[2], 1, "one token")
-    a, b, values = _tokens(q.detach(), k.detach(), v.detach(), kind)
+    keys, values = _repeated(q, k.detach(), v.detach())
+    a, b, values = wide_features(q.detach(), kind), wide_features(keys, kind), wide(values)
     A, B, N = a[:, :, 0], b[:, :, 0], first.N + 1
     sb, sa = first.sb + B, first.sa + A
     I, O = dot(A + eps, sb + eps), dot(B + eps, sa + eps)
@@ -202,11 +208,10 @@ def flow_decode_step(
     return out.to(q.dtype), FlowState(sb, sa, sbO, saI, se, KV, N)
 
 
-def _tokens(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and v of every query head, float32 at least."""
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v of every query head."""
     group = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    return wide_features(q, kind), wide_features(keys, kind), wide(values)
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
 def _products(q: Tensor) -> torch.dtype:
@@ -215,10 +220,6 @@ def _products(q: Tensor) -> torch.dtype:
     """
     kept = q.dtype == torch.float64 or (q.dtype == torch.bfloat16 and q.is_cuda)
     return q.dtype if kept else torch.float32
-
-
-def _running(first: Tensor, x: Tensor) -> Tensor:
-    return first[:, :, None] + x.cumsum(2)
 
 
 def _check_causal(q: Any, k: Any, v: Any, state: Any, eps: Any) -> FlowState:

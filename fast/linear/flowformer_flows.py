@@ -123,12 +123,12 @@ def wide_features(x: Tensor, kind: str) -> Tensor:
 
 
 def wide_flows(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _with_all(a, b.sum(2), eps), _with_all(b, a.sum(2), eps)
+    return with_all(a, b.sum(2), eps), with_all(b, a.sum(2), eps)
 
 
 def wide_conserved(a: Tensor, b: Tensor, I: Tensor, O: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     into, out_of = (product(inverse(f)[..., None, :], x)[..., 0, :] for x, f in ((b, O), (a, I)))
-    return _with_all(a, into, eps), _with_all(b, out_of, eps)
+    return with_all(a, into, eps), with_all(b, out_of, eps)
 
 
 def wide_competition(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -148,7 +148,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def _with_all(x: Tensor, total: Tensor, eps: float) -> Tensor:
+def with_all(x: Tensor, total: Tensor, eps: float) -> Tensor:
     """dot(x + eps, total + eps) of each of x (..., tokens, d) with the one `total` (..., d): a
     product, which reads x once and writes nothing of its size.
     """

@@ -21,6 +21,7 @@ from attnspec.fast.engines.scan.configs import (
     use_config,
 )
 from attnspec.fast.engines.scan.elementwise import elementwise
+from attnspec.fast.engines.scan.running import running_dots
 from attnspec.fast.engines.scan.selective import selective
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ScanConfig",
     "additive_gates",
     "elementwise",
+    "running_dots",
     "scan",
     "scan_backward",
     "segment_outputs",
