@@ -2,8 +2,8 @@
 
 A step is one attention over the cache, and two more reads of the keys for what each row receives:
 the attention's own lse is rounded, so that a weight of 1 at large logits would not come out as 1.
-Scores are float32 (float64 for float64) whatever the inputs are: a sum over ten thousand steps
-would lose every further weight in 16 bits.
+On Triton a step of few tokens is five launches. Scores are float32 (float64 for float64): a sum
+over ten thousand steps would lose every further weight in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    choose_backend,
     wide,
 )
 from attnspec.fast.cache.streaming_llm_rows import check_rotary, unrounded
 from attnspec.fast.dense.attention import MOST_DECODED
-from attnspec.fast.engines.columns import column_sums
+from attnspec.fast.engines.columns import column_sums, evict, evictable, received
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.rows import turn
@@ -128,21 +129,25 @@ def h2o_step(
     gradient.
     """
     _check_call(q, k, v, state, hh, rec, rope_base)
-    w, kv_heads = q.shape[2], k.shape[1]
+    w, kv_heads, n = q.shape[2], k.shape[1], state.k.shape[2] + q.shape[2]
     keys = torch.cat([state.k, k.detach()], dim=2)
     values = torch.cat([state.v, v.detach()], dim=2)
-    new = torch.arange(state.seen, state.seen + w, device=q.device)
-    pos = torch.cat([state.pos, new.expand(kv_heads, w)], dim=1)
-    n = pos.shape[1]
     queries, rows, mixed = q.detach(), keys, values
     if rope_base is not None:
         queries, rows, mixed = unrounded(queries, keys, values)
         queries, rows = turn(queries, rows, base=rope_base, backend=backend)
     attention = decode if w <= MOST_DECODED else flash
     out, _ = attention(queries, rows, mixed, causal=True, scale=scale, backend=backend)
-    received = column_sums(queries, rows, causal=True, scale=scale, backend=backend)
-    a = _added(state.a, received[0], kv_heads)
     out, seen = out.to(q.dtype), state.seen + w
+    if w <= MOST_DECODED and choose_backend(backend, q) == "triton":
+        a = received(queries, rows, state.a.detach(), scale=scale)
+        if n > hh + rec and evictable(n, rec):
+            return out, State(*evict(keys, values, a, state.pos, state.seen, hh, rec), seen)
+    else:
+        sums = column_sums(queries, rows, causal=True, scale=scale, backend=backend)
+        a = _added(state.a, sums[0], kv_heads)
+    new = torch.arange(state.seen, seen, device=q.device)
+    pos = torch.cat([state.pos, new.expand(kv_heads, w)], dim=1)
     if n <= hh + rec:
         return out, State(keys, values, a, pos, seen)
     idx = h2o_keep(a, n, hh, rec, backend=backend)

@@ -282,16 +282,13 @@ def _width(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def row_norms(
+def partial_norms(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
+    """Largest products and sums relative to them (batch, heads, rows, splits of the keys)."""
     batch, heads, rows, d = q.shape
     kv_heads, columns = k.shape[1:3]
     plan, group = config(d, q.dtype), heads // kv_heads
-    if not batch * heads * rows * columns:
-        total = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
-        return total - float("inf"), total
-    q, k = readable(q, k)
     M = _tile(group * rows, plan.block_q)
     N = _tile(columns, plan.block_k)
     tiles = triton.cdiv(group * rows, M)
@@ -305,6 +302,16 @@ def row_norms(
         columns, tiles, splits, chunk, d, scale * LOG2E.value, CAUSAL=causal,
         MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
     )  # fmt: skip
+    return top, total
+
+
+def row_norms(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    if not q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]:
+        total = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
+        return total - float("inf"), total
+    top, total = partial_norms(*readable(q, k), key_mask, scale, causal)
     best = top.amax(-1)
     base = best.masked_fill(best == float("-inf"), 0)
     return best, (total * torch.exp((top - base[..., None]) * scale)).sum(-1)

@@ -18,7 +18,7 @@ LENGTHS = ["heads", "rows", "n", "k", "length"]
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """float32 bits as an unsigned key of the same order: NaN lowest, -0 equal to +0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -32,7 +32,7 @@ def _keys(scores, start, n, stride_n, N: tl.constexpr):
     entry = start + tl.arange(0, N)
     real = entry < n
     x = tl.load(scores + entry.to(tl.int64) * stride_n, mask=real, other=0.0)
-    return entry, _ordered(x.to(tl.float32)), real
+    return entry, ordered(x.to(tl.float32)), real
 
 
 @triton.jit
