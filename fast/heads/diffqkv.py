@@ -22,11 +22,12 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    choose_by_dtype,
     product,
     wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
-from attnspec.fast.engines.columns import weight_rows
+from attnspec.fast.engines.columns import selected_attention, weight_rows
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.select import top_k
@@ -186,6 +187,10 @@ def selective_attend(
     check_integer("c", c, least=1)
     _check_key_mask(key_mask, k)
     q, k, v = q.detach(), k.detach(), v.detach()
+    if choose_by_dtype(backend, "q", q) == "triton":
+        return selected_attention(
+            q, k, v, c, causal=causal, key_mask=key_mask, scale=scale, renormalise=renormalise
+        )
     P = weight_rows(q, k, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
     idx = top_k(P, c, backend=backend)
     heads = q.shape[1]

@@ -99,3 +99,15 @@ def test_mask_lists() -> None:
     for row, index, count in rows:
         assert index[:count].tolist() == row.nonzero().ravel().tolist()
         assert index[count:].eq(0).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(65, 3), (130, 7)])
+def test_the_best_of_chunks(n: int, k: int) -> None:
+    """A few of a long row, with ties across chunks, NaN and infinities, from a strided row."""
+    torch.manual_seed(n)
+    scores = torch.randint(0, 4, (2, 1, n, 3)).float().transpose(2, 3)
+    scores[0, 0, 0, 5], scores[0, 0, 1] = torch.nan, -torch.inf
+    scores[1, 0, 2] = torch.nan
+    with use_config(SelectConfig(row_items=64, chunk_items=16)):
+        got = select.top_k(scores, k, backend="triton")
+    assert torch.equal(got, select.top_k(scores, k, backend="numba"))

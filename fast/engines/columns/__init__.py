@@ -9,6 +9,7 @@ from attnspec.fast.engines.columns.op import (
     smooth,
     weight_rows,
 )
+from attnspec.fast.engines.columns.selected import selected_attention
 
 __all__ = [
     "block_influence",
@@ -18,6 +19,7 @@ __all__ = [
     "evictable",
     "received",
     "row_lse",
+    "selected_attention",
     "smooth",
     "weight_rows",
 ]

@@ -19,7 +19,7 @@ from attnspec.fast.engines.columns.triton_gpu import (
     partial_norms,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
-from attnspec.fast.engines.select.triton_top_k import ordered
+from attnspec.fast.engines.select.triton_top_k import best_of, ordered
 
 GATHERED_ROWS = 32
 
@@ -73,15 +73,7 @@ def _choose(a, pos, pos_h, pos_t, index, kept_a, kept_pos, n, old, seen, hh, rec
     real = entry < n - rec
     score = tl.load(a + entry, mask=real, other=0.0)
     key = ordered(score)
-    threshold = tl.full([], 0, tl.uint32)
-    for step in tl.static_range(32):
-        candidate = threshold | (1 << (31 - step))
-        enough = tl.sum((real & (key >= candidate)).to(tl.int32), axis=0) >= hh
-        threshold = tl.where(enough, candidate, threshold)
-    above = real & (key > threshold)
-    tied = real & (key == threshold)
-    wanted = hh - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= wanted))
+    chosen = best_of(key, real, hh)
     place = places + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     number = tl.load(pos + entry * pos_t, mask=chosen & (entry < old), other=0)
     number = tl.where(entry < old, number, seen + (entry - old))

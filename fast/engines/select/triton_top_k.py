@@ -1,7 +1,8 @@
 """Exact top-k in Triton: radix selection of the k-th score, then one ordered pass.
 
 A score becomes an unsigned key of the same order, so the k-th largest key is found digit by digit
-and ties are broken by counting: nothing is sorted and no buffer of ties can overflow.
+and ties are broken by counting: nothing is sorted and no buffer of ties can overflow. A few entries
+of a long row are found among the best of its chunks, which many programs look for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,20 @@ def _keys(scores, start, n, stride_n, N: tl.constexpr):
 
 
 @triton.jit
+def best_of(key, real, k):
+    """Which of the real keys are the k largest, found bit by bit; ties go to the lower index."""
+    threshold = tl.full([], 0, tl.uint32)
+    for step in tl.static_range(32):
+        candidate = threshold | (1 << (31 - step))
+        enough = tl.sum((real & (key >= candidate)).to(tl.int32), axis=0) >= k
+        threshold = tl.where(enough, candidate, threshold)
+    above = real & (key > threshold)
+    tied = real & (key == threshold)
+    wanted = k - tl.sum(above.to(tl.int32), axis=0)
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= wanted))
+
+
+@triton.jit
 def _emit(out, entry, chosen, real, found, MASK: tl.constexpr):
     """Write the chosen entries of one chunk; `found` were written before it."""
     if MASK:
@@ -57,19 +72,47 @@ def _short(
     scores, out, stride_b, stride_h, stride_r, stride_n, heads, rows, n, k, length,
     MASK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A row that fits in registers: the k-th key, bit by bit."""
+    """A row that fits in registers."""
     scores, out = _row(scores, out, stride_b, stride_h, stride_r, heads, rows, length)
     entry, key, real = _keys(scores, 0, n, stride_n, N)
-    threshold = tl.full([], 0, tl.uint32)
-    for step in tl.static_range(32):
-        candidate = threshold | (1 << (31 - step))
-        enough = tl.sum((real & (key >= candidate)).to(tl.int32), axis=0) >= k
-        threshold = tl.where(enough, candidate, threshold)
-    above = real & (key > threshold)
-    tied = real & (key == threshold)
-    wanted = k - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= wanted))
+    chosen = best_of(key, real, k)
     _emit(out, entry, chosen, real, 0, MASK)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "chunks"])
+def _candidates(
+    scores, best, places, stride_b, stride_h, stride_r, stride_n, heads, rows, n, k, chunks,
+    N: tl.constexpr,
+):  # fmt: skip
+    """The k best of one chunk of a row, ascending, and where they stand; -1 where there are fewer.
+
+    The k best of the row are among those of its chunks.
+    """
+    line = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    b, h, r = line // rows // heads, line // rows % heads, line % rows
+    scores += b * stride_b + h * stride_h + r * stride_r
+    entry, key, real = _keys(scores, chunk * N, n, stride_n, N)
+    chosen = best_of(key, real, k)
+    spot = (line * chunks + chunk) * k + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(best + spot, key.to(tl.int32, bitcast=True), mask=chosen)
+    tl.store(places + spot, entry, mask=chosen)
+    found = tl.minimum(k, n - chunk * N)
+    rest = tl.arange(0, N)
+    tl.store(places + (line * chunks + chunk) * k + rest, -1, mask=(rest >= found) & (rest < k))
+
+
+@triton.jit(do_not_specialize=["k", "length", "many"])
+def _merge(best, places, out, many, k, length, N: tl.constexpr):
+    """The k best of `many` candidates of a row, which stand in the order of their places."""
+    line = tl.program_id(0).to(tl.int64)
+    candidate = tl.arange(0, N)
+    place = tl.load(places + line * many + candidate, mask=candidate < many, other=-1)
+    real = place >= 0
+    key = tl.load(best + line * many + candidate, mask=real, other=0).to(tl.uint32, bitcast=True)
+    chosen = best_of(key, real, k)
+    spot = line * length + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(out + spot, place.to(out.dtype.element_ty), mask=chosen)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -130,6 +173,10 @@ def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
         return
     plan = config()
     fits = n <= plan.row_items
+    chunks = triton.cdiv(n, plan.chunk_items)
+    if not (fits or mask) and k <= plan.chunk_items and chunks * k <= plan.row_items:
+        _select_twice(scores, k, out, chunks, plan.chunk_items)
+        return
     size = max(32, triton.next_power_of_2(n)) if fits else plan.chunk_items
     warps = min(8, max(1, size // 1024)) if fits else plan.chunk_warps
     count_launch()
@@ -137,6 +184,23 @@ def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
         scores, out, *scores.stride(), heads, rows, n, k, out.shape[3],
         MASK=mask, N=size, num_warps=warps,
     )  # fmt: skip
+
+
+def _select_twice(scores: Tensor, k: int, out: Tensor, chunks: int, chunk: int) -> None:
+    """A few of a long row: the best of every chunk, then the best of these."""
+    _, heads, rows, n = scores.shape
+    lines, many = out.numel() // out.shape[3], chunks * k
+    best, places = torch.empty(2, lines, many, dtype=torch.int32, device=scores.device)
+    count_launch()
+    _candidates[(lines * chunks,)](
+        scores, best, places, *scores.stride(), heads, rows, n, k, chunks,
+        N=chunk, num_warps=min(8, max(1, chunk // 512)),
+    )  # fmt: skip
+    size = max(32, triton.next_power_of_2(many))
+    count_launch()
+    _merge[(lines,)](
+        best, places, out, many, k, out.shape[3], N=size, num_warps=min(8, max(1, size // 512))
+    )
 
 
 def top_k(scores: Tensor, k: int, dtype: torch.dtype) -> Tensor:
