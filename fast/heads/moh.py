@@ -4,7 +4,8 @@ The active rows of all heads are gathered into one packed sequence a (batch entr
 ascending, with the chosen heads of a group side by side: they share the keys they read. That is
 what the flash engine's offsets and row ends describe, so tiles hold active rows only, forward and
 backward, and no kernel is new. The other rows form a last sequence without keys: its tiles write
-the zeros. The lists are sums over the mask on the device, and nothing waits for them.
+the zeros. The lists are made from sums over the mask on the device, by two kernels on Triton, and
+nothing waits for them.
 
 Padded keys are moved to the end in the same way, since packed sequences take no mask. Keys and
 values are read in place where batch, heads and tokens are one axis, else copied. A decoding step
@@ -13,7 +14,7 @@ gives the heads that no new token uses a length of 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     product,
+    unobserved,
     wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
@@ -46,6 +48,7 @@ from attnspec.fast.heads.moh_routing import (
     straight_through,
     topk_mask,
 )
+from attnspec.fast.heads.moh_rows import Gathered, front, inverse, list_rows
 
 __all__ = [
     "combine_gates",
@@ -108,38 +111,30 @@ def head_outputs(
         return flash(q, k, v, causal=causal, key_mask=key_mask, **options)[0]
     check_bool("causal", causal)
     batch, heads, tokens, _ = q.shape
-    kv_heads, keys = k.shape[1:3]
-    group = heads // kv_heads
-    flags = active.unflatten(2, (kv_heads, group)).transpose(1, 2)
-    rows = _front(flags.flatten(2))
-    places = rows.places.view(batch, kv_heads, tokens, group)
-    by_token = places.transpose(1, 2).flatten()
+    kv_heads = k.shape[1]
     # Where q lies tokens before heads, it is gathered from there.
     token_first = not q.is_contiguous() and q.transpose(1, 2).is_contiguous()
-    by_row = by_token if token_first else places.transpose(2, 3).flatten()
-    source = _inverse(by_token)
-
+    rows = list_rows(active, q, k, causal, token_first, key_mask, backend)
+    k_offsets = rows.k_offsets
     if key_mask is not None:
-        real = _front(key_mask[:, None].expand(-1, kv_heads, -1))
-        order = _inverse(real.places)
-        k, v = (_Gathered.apply(x.flatten(0, 2), order, real.places) for x in (k, v))
+        real = front(key_mask[:, None].expand(-1, kv_heads, -1))
+        order = inverse(real.places)
+        k, v = (_gathered(x.flatten(0, 2), order, real.places) for x in (k, v))
         k_offsets = real.offsets
     else:
         k, v = k.flatten(0, 2), v.flatten(0, 2)
-        ends = torch.arange(batch * kv_heads + 1, device=q.device) * keys
-        k_offsets = torch.cat([ends, ends[-1:]])
-    packed = _Gathered.apply(
-        (q.transpose(1, 2) if token_first else q).flatten(0, 2), _inverse(by_row), by_row
+    packed = _gathered(
+        (q.transpose(1, 2) if token_first else q).flatten(0, 2), rows.order, rows.back
     )
     out, _ = flash(
         packed[None, None],
         k[None, None],
         v[None, None],
-        row_end=_row_ends(source, rows.offsets, q, keys, causal, key_mask),
+        row_end=rows.ends,
         offsets=(rows.offsets, k_offsets),
         **options,
     )
-    h = _Gathered.apply(out[0, 0], by_token, source)
+    h = _gathered(out[0, 0], rows.places, rows.source)
     return h.view(batch, tokens, heads, v.shape[1]).transpose(1, 2)
 
 
@@ -230,69 +225,9 @@ def step(
     return h, State(keys, values, room)
 
 
-class _Front(NamedTuple):
-    """Entries in the order of their sequences, those that are flagged before all others.
-
-    `places` (n,) says where each entry goes; `offsets` (sequences + 2) where each sequence's
-    flagged ones begin, then where the others do, then n.
-    """
-
-    places: Tensor
-    offsets: Tensor
-
-
-def _front(flags: Tensor) -> _Front:
-    """`flags` bool (batch, sequences a batch entry, entries), none of them 0."""
-    size = flags.shape[2]
-    flat = flags.flatten()
-    entries = torch.arange(flat.shape[0], device=flat.device)
-    before = flat.cumsum(0)
-    places = torch.where(flat, before - 1, before[-1] + entries - before)
-    ends = before[size - 1 :: size]
-    return _Front(places, torch.cat([ends.new_zeros(1), ends, entries[-1:] + 1]))
-
-
-def _inverse(places: Tensor) -> Tensor:
-    """Which entry of a permutation stands at each place."""
-    entries = torch.arange(places.shape[0], device=places.device)
-    return entries.scatter(0, places, entries)
-
-
-def _row_ends(
-    source: Tensor, offsets: Tensor, q: Tensor, keys: int, causal: bool, key_mask: Tensor | None
-) -> Tensor | None:
-    """Where the real keys of each packed row end; the rows of the last sequence see none.
-
-    `source` is each row's index among (batch, tokens, heads).
-    """
-    if not causal and key_mask is None:
-        return None
-    heads, tokens = q.shape[1:3]
-    ends = torch.full_like(source, keys)
-    if causal:
-        ends = (source // heads % tokens + (keys - tokens + 1)).clamp(min=0)
-    if key_mask is not None:
-        real = torch.nn.functional.pad(key_mask.cumsum(1), (1, 0))
-        ends = real[source // (heads * tokens), ends]
-    inside = torch.arange(source.shape[0], device=q.device) < offsets[-2]
-    return torch.where(inside, ends, 0)
-
-
-class _Gathered(torch.autograd.Function):
-    """Rows of x in another order. `order` is a permutation, so the gradient gathers by `back`."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return dout.index_select(0, back), None, None
+def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Rows of x in another order, and of its gradient in that of `back`."""
+    return x.index_select(0, order) if unobserved(x) else Gathered.apply(x, order, back)
 
 
 def _check_active(active: Any, q: Tensor) -> None:

@@ -8,5 +8,14 @@ from attnspec.fast.engines.select.op import (
     top_k_lists,
     top_k_mask,
 )
+from attnspec.fast.engines.select.packed import packed_rows
 
-__all__ = ["block_scores", "mask_lists", "pool_blocks", "top_k", "top_k_lists", "top_k_mask"]
+__all__ = [
+    "block_scores",
+    "mask_lists",
+    "packed_rows",
+    "pool_blocks",
+    "top_k",
+    "top_k_lists",
+    "top_k_mask",
+]
