@@ -286,8 +286,7 @@ def partial_norms(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Largest products and sums relative to them (batch, heads, rows, splits of the keys)."""
-    batch, heads, rows, d = q.shape
-    kv_heads, columns = k.shape[1:3]
+    (batch, heads, rows, d), (kv_heads, columns) = q.shape, k.shape[1:3]
     plan, group = config(d, q.dtype), heads // kv_heads
     M = _tile(group * rows, plan.block_q)
     N = _tile(columns, plan.block_k)
@@ -311,10 +310,11 @@ def row_norms(
     if not q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]:
         total = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
         return total - float("inf"), total
-    top, total = partial_norms(*readable(q, k), key_mask, scale, causal)
+    q, k = readable(q, k)
+    top, total = partial_norms(q, k, key_mask, scale, causal)
     best = top.amax(-1)
-    base = best.masked_fill(best == float("-inf"), 0)
-    return best, (total * torch.exp((top - base[..., None]) * scale)).sum(-1)
+    base = best.masked_fill(best == float("-inf"), 0)[..., None]
+    return best, (total * torch.exp((top - base) * scale)).sum(-1)
 
 
 def column_sums(

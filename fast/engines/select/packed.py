@@ -15,7 +15,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(active):
         module = load("attnspec.fast.engines.select.triton_packed")
-        return module.packed_rows(active, kv_heads, keys, causal, token_first)  # type: ignore[no-any-return]
+        return module.packed_rows(active, kv_heads, keys, causal, token_first)
 
 
 packed_op = torch.library.custom_op("attnspec::packed_rows", run, mutates_args=())
