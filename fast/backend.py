@@ -179,14 +179,21 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
     """True if nothing around must see a custom op (no gradient, no tracer, no transform, no mode):
     its implementation may then be called directly, past tens of microseconds of dispatch.
     """
+    return untraced(*tensors) and not wants_gradient(*tensors)
+
+
+def untraced(*tensors: torch.Tensor | None) -> bool:
+    """True if nothing around but a gradient must see a custom op."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        type(x) in PLAIN and not (grad and x is not None and x.requires_grad) for x in tensors
-    )
+    return all(type(x) in PLAIN for x in tensors)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """True if a gradient of one of `tensors` may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 FAR = 1 << 31

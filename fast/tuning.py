@@ -85,7 +85,9 @@ class Table(Generic[Config]):
 
     def state(self) -> Hashable:
         """What plans of calls that are kept depend on: another state, another plan."""
-        return self.forced(), _version
+        if not self._forced:
+            return _version
+        return _version, *map(self.forced, self.kinds or ("",))
 
     @contextmanager
     def use(self, everywhere: Config | None = None, /, **kernels: Config) -> Iterator[None]:

@@ -25,6 +25,7 @@ from attnspec.fast.patterns.longlora_groups import (
     joined,
     s2_mask,
     segment_bounds,
+    shares_of_heads,
     shift_heads,
 )
 from attnspec.fast.patterns.longlora_tuning import (
@@ -101,8 +102,9 @@ def grouped_attend(
         q = q.where(real[:, None, :, None], 0.0)
     options = {"causal": causal, "scale": scale, "backend": backend, "key_mask": real}
     parts = []
-    for heads, served, shifted in head_shares(H // 2, H, kv_heads):
-        inputs = q[:, heads], k[:, served], v[:, served]
+    shares = head_shares(H // 2, H, kv_heads)
+    split = shares_of_heads(shares, q, k, v)
+    for (_, _, shifted), inputs in zip(shares, split, strict=True):
         if variant == "roll" and shifted:
             parts.append(_rolled(*inputs, G, options))
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_bool, check_choice, check_integer, check_tensor
+from attnspec.fast.kept import kept
 
 Results = tuple[Tensor, Tensor]
 """Output and lse of attention."""
@@ -107,13 +109,31 @@ def joined(parts: list[Results], dim: int) -> Results:
     return out, lse
 
 
-def segment_bounds(T: int, G: int, first: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def segment_bounds(T: int, G: int, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """int32 (T) each, where a token's segment starts and ends: the first has `first` tokens, all
-    others G. The last end may be beyond T.
+    others G. The last end may be beyond T. Not to be written to.
     """
+    starts, ends = kept(_segment_bounds, device, T, G, first)
+    return starts, ends
+
+
+def _segment_bounds(device: torch.device, T: int, G: int, first: int) -> tuple[Tensor, Tensor]:
     t = torch.arange(T, device=device, dtype=torch.int32)
     ends = torch.div(t + (G - first), G, rounding_mode="floor") * G + first
     return (ends - G).clamp(min=0), ends
+
+
+def shares_of_heads(
+    shares: Sequence[tuple[slice, slice, bool]], q: Tensor, k: Tensor, v: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The heads of q, k and v of each share. Where no kv head is in two, tensors are split, whose
+    gradients are joined; slices would each have one of full size, to be added up.
+    """
+    q_heads, kv_heads = ([part[i].stop - part[i].start for part in shares] for i in (0, 1))
+    if sum(kv_heads) != k.shape[1]:
+        return [(q[:, heads], k[:, served], v[:, served]) for heads, served, _ in shares]
+    parts = q.split(q_heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1)
+    return list(zip(*parts, strict=True))
 
 
 def shift_heads(x: Tensor, G: int, sign: int, *, backend: str | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
 )
+from attnspec.fast.kept import kept
 from attnspec.fast.padding import tokens_of
 
 Span = Sequence[Any]
@@ -184,6 +185,12 @@ def ranges(T: int, span: Span, causal: bool, device: torch.device) -> dict[str, 
         return {"causal": causal}
     if span[0] == "window" and causal:
         return {"causal": True, "window": span[1] + 1}
+    start, end = kept(_bounds, device, T, *span)
+    return {"causal": causal, "row_start": start} | ({} if causal else {"row_end": end})
+
+
+def _bounds(device: torch.device, T: int, *span: Any) -> tuple[Tensor, Tensor]:
+    """int32 (T) each, where the keys of a token of a text begin and end."""
     t = torch.arange(T, device=device, dtype=torch.int32)
     if span[0] == "window":
         start, end = t - span[1], t + (span[1] + 1)
@@ -191,8 +198,7 @@ def ranges(T: int, span: Span, causal: bool, device: torch.device) -> dict[str, 
         _, b, n = span
         start = block_starts(t, b, n)
         end = start + (2 * n + 1) * b
-    bounds = {"row_start": start.clamp(min=0)} | ({} if causal else {"row_end": end})
-    return {"causal": causal, **bounds}
+    return start.clamp(min=0), end
 
 
 def block_starts(t: Tensor, b: int, n: int) -> Tensor:

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.patterns.longlora_groups import Results, head_shares, joined, segment_bounds
+from attnspec.fast.patterns.longlora_groups import (
+    Results,
+    head_shares,
+    joined,
+    segment_bounds,
+    shares_of_heads,
+)
 from attnspec.fast.patterns.sinklora_h2o import (
     State,
     h2o_accumulate,
@@ -94,9 +100,10 @@ def sf_attend(
     options = {"scale": scale, "backend": backend}
     plan = _causal if causal else _both_ways
     parts = []
-    for heads, served, shifted in head_shares(plain_heads(H, rho), H, kv_heads):
+    shares = head_shares(plain_heads(H, rho), H, kv_heads)
+    split = shares_of_heads(shares, q, k, v)
+    for (_, _, shifted), inputs in zip(shares, split, strict=True):
         first = G // 2 if shifted else G
-        inputs = q[:, heads], k[:, served], v[:, served]
         parts.append(plan(*inputs, G, first, s, wrap and shifted, options))
     return joined(parts, dim=1)
 

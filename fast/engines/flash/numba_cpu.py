@@ -198,7 +198,7 @@ def forward(
 
 def backward(
     dout: torch.Tensor,
-    dlse: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -229,7 +229,9 @@ def backward(
     wide, wide_dout = widened(q), widened(dout)
     batch, heads, q_tokens, d = q.shape
     kv_heads, k_tokens, d_v = k.shape[1], k.shape[2], v.shape[3]
-    shift = dlse.detach() - (wide_dout * widened(out)).sum(-1)
+    shift = -(wide_dout * widened(out)).sum(-1)
+    if dlse is not None:
+        shift += dlse.detach()
     lanes = REGISTER_BYTES // wide.element_size()
     d_padded, dv_padded = -(-d // lanes) * lanes, -(-d_v // lanes) * lanes
     see = visible_arguments(
@@ -271,3 +273,13 @@ def shares_of(kv_pairs: int, tiles: int) -> int:
     while shares < tiles and kv_pairs * shares % threads and kv_pairs * shares < 4 * threads:
         shares += 1
     return shares
+
+
+def prepare_forward(*arguments: Any) -> Callable[..., Any]:
+    """What computes every call of the kind of this one."""
+    return forward
+
+
+def prepare_backward(*arguments: Any) -> Callable[..., Any]:
+    """What computes the gradients of every call of the kind of this one."""
+    return backward

@@ -1,23 +1,41 @@
-"""The flash engine's operation, its custom ops and their gradient."""
+"""The flash engine's operation, its custom ops and their gradient.
+
+Calls are planned once for their kind: shapes, strides, dtypes and options. A later one of the same
+kind is not checked again, and where nobody looks on (no graph, tracer or transform) it goes past
+the custom op as well.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import check_scale, choose_backend, load, wide_dtype
+from attnspec.fast.backend import (
+    check_scale,
+    choose_backend,
+    load,
+    untraced,
+    wants_gradient,
+    wide_dtype,
+)
 from attnspec.fast.engines.flash import checks
 from attnspec.fast.engines.flash.blocks import BlockLists
+from attnspec.fast.engines.flash.configs import TABLE
 
 DEVICE_MODULES = {
-    ("numba", "forward"): "numba_cpu",
-    ("numba", "backward"): "numba_cpu",
-    ("triton", "forward"): "triton_forward",
-    ("triton", "backward"): "triton_backward",
+    ("numba", "prepare_forward"): "numba_cpu",
+    ("numba", "prepare_backward"): "numba_cpu",
+    ("triton", "prepare_forward"): "triton_forward",
+    ("triton", "prepare_backward"): "triton_backward",
 }
+MOST_KINDS = 1024
+"""Kinds of calls whose plans are kept."""
+SINK_LOGIT = 18
+"""The place of the sink logits among the arguments of the custom op."""
 
 
 def flash(
@@ -64,6 +82,21 @@ def flash(
     gradients of both outputs; the gradients are bitwise repeatable. Numba also takes float64, with
     lse in float64.
     """
+    lists: tuple[Any, ...] = (None, None, None, 0, 0)
+    if isinstance(blocks, BlockLists):
+        lists = blocks.index, blocks.count, blocks.full, blocks.q_block, blocks.k_block
+    given = (
+        q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, *lists,
+        *(offsets if isinstance(offsets, tuple) and len(offsets) == 2 else (None, None)),
+        sink_logit, slopes, slope_positions,
+    )  # fmt: skip
+    direct = untraced(*(x for x in given if isinstance(x, Tensor)))
+    kind: Hashable = None
+    if direct:
+        kind = _kind(given, backend)
+        known = _known(kind)
+        if known is not None:
+            return known.run(given)
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     checks.check_inputs(q, k, v, backend)
     check_scale(scale)
@@ -83,29 +116,140 @@ def flash(
         checks.check_heads(q, "slopes", slopes)
     if slope_positions is not None:
         checks.check_slope_positions(q, slopes, slope_positions)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if factor <= 0:
         # The kernels take the maximum of the scores before they scale them.
-        q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+        q, factor = (-q, -factor) if factor < 0 else (q * 0.0, 1.0)
     # One number a head or a row: a copy costs nothing, and the kernels then need no stride.
     sink_logit, slopes, slope_positions, row_start, row_end = (
         None if x is None else x.contiguous()
         for x in (sink_logit, slopes, slope_positions, row_start, row_end)
     )
-    index, count, full, q_block, k_block = None, None, None, 0, 0
-    if blocks is not None:
-        index, count, full = blocks.index, blocks.count, blocks.full
-        q_block, k_block = blocks.q_block, blocks.k_block
-    return _forward(
-        q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, index, count,
-        full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions, backend,
+    resolved = (
+        q, k, v, factor, causal, window, sinks, row_start, row_end, key_mask, mask, *lists,
+        q_offsets, k_offsets, sink_logit, slopes, slope_positions,
     )  # fmt: skip
+    if not direct:
+        return _forward(*resolved, backend)
+    plan = _plan(resolved, backend)
+    if all(x is y for x, y in zip(given[4:], resolved[4:], strict=True)) and q is given[0]:
+        _plans[kind] = plan
+    return plan.run(resolved)
+
+
+class _Plan:
+    """How every call of a kind is computed, from arguments like the custom op's but its backend."""
+
+    def __init__(self, arguments: tuple[Any, ...], backend: str) -> None:
+        q, k = arguments[:2]
+        self.backend, self.scale = backend, arguments[3]
+        self.empty = q.numel() == 0 or k.numel() == 0
+        self.forward = _empty if self.empty else _kernel(backend, "prepare_forward")(*arguments)
+        self.backward = (
+            _empty_gradients if self.empty else _kernel(backend, "prepare_backward")(*arguments)
+        )
+
+    def run(self, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """out and lse where nobody looks on, with a gradient if one is wanted."""
+        arguments = (*given[:3], self.scale, *given[4:])
+        if wants_gradient(*(x for x in arguments if isinstance(x, Tensor))):
+            out, lse = _Flash.apply(self, *arguments)
+            return out, lse
+        out, lse = self.forward(*arguments)
+        return out, lse
+
+
+_plans: dict[Hashable, _Plan] = {}
+
+
+def _kind(arguments: tuple[Any, ...], backend: str | None) -> Hashable:
+    """What checks and plans depend on: all but what tensors hold. Whether q, k and v start at
+    multiples of 16 bytes decides how they are read. None if there is none: the values of offsets
+    on the CPU are checked, and what is no tensor fails a check.
+    """
+    q, k, v = arguments[:3]
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    return (
+        backend, TABLE.state(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
+        *(
+            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor)
+            else None if x is None else (x, type(x))
+            for x in arguments
+        ),
+    )  # fmt: skip
+
+
+def _known(kind: Hashable) -> _Plan | None:
+    """The plan of this kind of call, if there was one; an option without a hash is a wrong one,
+    which the checks will name.
+    """
+    try:
+        return _plans.get(kind)
+    except TypeError:
+        return None
+
+
+def _plan(arguments: tuple[Any, ...], backend: str) -> _Plan:
+    """The plan of this kind of call, whose arguments have been checked."""
+    kind = _kind(arguments, backend)
+    plan = _plans.get(kind)
+    if plan is None:
+        if len(_plans) >= MOST_KINDS:
+            _plans.clear()
+        plan = _plans[kind] = _Plan(arguments, backend)
+    return plan
 
 
 def _kernel(backend: str, part: str) -> Any:
     """The function that computes `part` on `backend`; its module is imported on first use."""
     module: ModuleType = load(f"attnspec.fast.engines.flash.{DEVICE_MODULES[backend, part]}")
     return getattr(module, part)
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """out and lse if there are no queries or no keys."""
+    lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide_dtype(q))
+    sink_logit = options[SINK_LOGIT - 3]
+    if sink_logit is not None:
+        lse = torch.zeros_like(lse) + sink_logit[:, None]
+    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+
+
+def _empty_gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv and dsink likewise."""
+    sink_logit = options[SINK_LOGIT - 3]
+    dsink = None
+    if sink_logit is not None:
+        dsink = lse.new_zeros(q.shape[1]) if dlse is None else dlse.sum((0, 2))
+    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsink
+
+
+class _Flash(torch.autograd.Function):
+    """The gradient where nobody looks on; all others find it behind the custom op."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = plan.forward(*arguments)
+        _setup(ctx, arguments, (out, lse))
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, inputs = _saved(ctx)
+        dout = torch.zeros_like(out) if dout is None else dout
+        tensors = [x for x in (dout, dlse, *inputs) if isinstance(x, Tensor)]
+        if wants_gradient(*tensors) or not untraced(*tensors):
+            dlse = torch.zeros_like(lse) if dlse is None else dlse
+            gradients = _backward(dout, dlse, *inputs[:3], out, lse, *inputs[3:], ctx.plan.backend)
+        else:
+            gradients = ctx.plan.backward(dout, dlse, *inputs[:3], out, lse, *inputs[3:])
+        return None, *_by_argument(inputs, gradients)
 
 
 @torch.library.custom_op("attnspec::flash_forward", mutates_args=())
@@ -133,16 +277,13 @@ def _forward(
     slope_positions: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if q.numel() == 0 or k.numel() == 0:
-        lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide_dtype(q))
-        if sink_logit is not None:
-            lse = torch.zeros_like(lse) + sink_logit[:, None]
-        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
-    return _kernel(backend, "forward")(
+    arguments = (
         q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index,
         block_count, block_full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes,
         slope_positions,
     )  # fmt: skip
+    out, lse = _plan(arguments, backend).forward(*arguments)
+    return out, lse
 
 
 @_forward.register_fake
@@ -179,14 +320,13 @@ def _backward(
     slope_positions: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if q.numel() == 0 or k.numel() == 0:
-        dsink = dlse.sum((0, 2)) if sink_logit is not None else lse.new_zeros(q.shape[1])
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsink
-    return _kernel(backend, "backward")(
-        dout, dlse, q, k, v, out, lse, scale, causal, window, sinks, row_start, row_end, key_mask,
-        mask, block_index, block_count, block_full, q_block, k_block, q_offsets, k_offsets,
-        sink_logit, slopes, slope_positions,
+    options = (
+        scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
+        block_full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions,
     )  # fmt: skip
+    plan = _plan((q, k, v, *options), backend)
+    dq, dk, dv, dsink = plan.backward(dout, dlse, q, k, v, out, lse, *options)
+    return dq, dk, dv, lse.new_zeros(q.shape[1]) if dsink is None else dsink
 
 
 @_backward.register_fake
@@ -203,17 +343,30 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
-def _gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Any]]:
+    """out, lse and the arguments of the forward pass."""
     out, lse, *tensors = ctx.saved_tensors
     inputs = [
         plain if tensor is None else tensor
         for tensor, plain in zip(tensors, ctx.plain, strict=True)
     ]
-    q, k, v, *options = inputs
-    dq, dk, dv, dsink = _backward(dout, dlse, q, k, v, out, lse, *options)
-    sink_logit = options[15]
-    dsink = None if sink_logit is None else dsink.to(sink_logit.dtype)
-    return dq, dk, dv, *[None] * 15, dsink, None, None, None
+    return out, lse, inputs
+
+
+def _by_argument(inputs: list[Any], gradients: tuple[Any, ...]) -> list[Tensor | None]:
+    """The gradient of each argument of the forward pass."""
+    dq, dk, dv, dsink = gradients
+    found: list[Tensor | None] = [None] * len(inputs)
+    found[:3] = dq, dk, dv
+    if inputs[SINK_LOGIT] is not None:
+        found[SINK_LOGIT] = dsink.to(inputs[SINK_LOGIT].dtype)
+    return found
+
+
+def _gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    out, lse, inputs = _saved(ctx)
+    gradients = _backward(dout, dlse, *inputs[:3], out, lse, *inputs[3:])
+    return tuple(_by_argument(inputs, gradients))
 
 
 def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:

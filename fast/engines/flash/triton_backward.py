@@ -1,7 +1,10 @@
-"""The flash engine's backward pass on Triton: three launches, and sums over heads where needed."""
+"""The flash engine's backward pass on Triton: three launches, and small ones where bounds of rows or
+sums over heads are needed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -10,85 +13,249 @@ from torch import Tensor
 from attnspec.fast.engines.flash import triton_launch as host
 from attnspec.fast.engines.flash.blocks import transposed, transposed_parts
 from attnspec.fast.engines.flash.configs import FlashConfig
+from attnspec.fast.engines.flash.rules import Rules
+from attnspec.fast.engines.flash.triton_bounds import head_sums_kernel, rows_before_kernel
 from attnspec.fast.engines.flash.triton_gradients import (
     flash_dkdv_kernel,
     flash_dq_kernel,
     flash_rows_kernel,
 )
+from attnspec.fast.engines.prepared import Prepared
 
 MANY_KEYS = 1 << 15
 """So many keys, over all kv heads, give every multiprocessor two tiles of them."""
+MOST_UPSTREAMS = 16
+"""Layouts of upstream gradients that are kept for a kind of call."""
+SMALL = FlashConfig(0, 0, 4, 1)
 
 
-def backward(
-    dout: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    row_start: Tensor | None,
-    row_end: Tensor | None,
-    key_mask: Tensor | None,
-    mask: Tensor | None,
-    block_index: Tensor | None,
-    block_count: Tensor | None,
-    block_full: Tensor | None,
-    q_block: int,
-    k_block: int,
-    q_offsets: Tensor | None,
-    k_offsets: Tensor | None,
-    sink_logit: Tensor | None,
-    slopes: Tensor | None = None,
-    slope_positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv in the inputs' dtype, and dsink (heads,) in float32, zeros without a sink.
+class Backward:
+    """The backward pass of calls of one kind, for each layout of the upstream gradient."""
 
-    An upstream gradient whose rows are not aligned, such as the expanded one of a sum, is copied:
-    it must not force q, k and v off the fast path.
-    """
-    rules = host.Rules(
-        scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
-        block_full, q_block, k_block, q_offsets, k_offsets, slopes, slope_positions,
-    )  # fmt: skip
-    if not host.aligned(dout):
-        dout = dout.contiguous()
-    lse2, delta = row_sums(dout, out, lse, dlse)
-    dq = differentiate_rows(dout, q, k, v, lse2, delta, rules)
-    dk, dv = differentiate_keys(dout, q, k, v, lse2, delta, rules)
-    dsink = torch.zeros(q.shape[1], dtype=torch.float32, device=q.device)
-    if sink_logit is not None:
-        weight = torch.exp(sink_logit.float()[:, None] - lse)
-        dsink = -torch.where(lse == -float("inf"), 0.0, weight * delta).sum((0, 2))
-    return dq, dk, dv, dsink
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Launches] = {}
+
+    def __call__(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk and dv in the inputs' dtype, and dsink (heads,) float32 if there is a sink.
+
+        An upstream gradient whose rows are not aligned, such as the expanded one of a sum, is
+        copied: it must not force q, k and v off the fast path.
+        """
+        rules = Rules(*options)
+        ready = host.aligned(dout)
+        if not ready:
+            dout = dout.contiguous()
+            ready = host.aligned(dout)
+        layout = dout.stride(), ready, dlse is None
+        launches = self.known.get(layout)
+        if launches is None:
+            if len(self.known) >= MOST_UPSTREAMS:
+                self.known.clear()
+            launches = self.known[layout] = Launches(dout, dlse, q, k, v, out, lse, rules)
+        lse2, delta = launches.row_sums(dout, dlse, out, lse)
+        if launches.copies:
+            q, k, v, dout = host.readable(q, k, v, dout)
+        dq = launches.differentiate_rows(dout, q, k, v, lse2, delta, rules)
+        dk, dv = launches.differentiate_keys(dout, q, k, v, lse2, delta, rules)
+        dsink = None
+        if rules.sink_logit is not None:
+            weight = torch.exp(rules.sink_logit.float()[:, None] - lse)
+            dsink = -torch.where(lse == -float("inf"), 0.0, weight * delta).sum((0, 2))
+        return dq, dk, dv, dsink
+
+
+def prepare_backward(*arguments: Any) -> Backward:
+    """What computes the gradients of every call of the kind of this one."""
+    return Backward()
+
+
+def row_arguments(
+    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor
+) -> tuple[int, dict[str, Any]]:
+    """Programs and arguments of `flash_rows_kernel`."""
+    batch, heads, q_tokens, dv = dout.shape
+    rows, block = batch * heads * q_tokens, 64
+    strides = {f"dout_stride_{axis}": n for axis, n in zip("bhtd", dout.stride(), strict=True)}
+    return -(-rows // block), {
+        "dout": dout, "out": out, "lse": lse, "dlse": dlse, "lse2": lse2, "delta": delta,
+        **strides, "rows": rows, "q_tokens": q_tokens, "HEADS": heads, "DV": dv,
+        "WIDTH_V": host.padded(dv), "ROWS": block,
+    }  # fmt: skip
 
 
 def row_sums(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     """What the other kernels need of each row, as `flash_rows_kernel` defines it."""
-    batch, heads, q_tokens, dv = dout.shape
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    rows, block = batch * heads * q_tokens, 64
-    strides = {f"dout_stride_{axis}": n for axis, n in zip("bhtd", dout.stride(), strict=True)}
-    arguments: dict[str, Any] = {
-        "dout": dout, "out": out.contiguous(), "lse": lse, "dlse": dlse.contiguous(),
-        "lse2": lse2, "delta": delta, **strides, "rows": rows, "q_tokens": q_tokens,
-        "HEADS": heads, "DV": dv, "WIDTH_V": host.padded(dv), "ROWS": block,
-    }  # fmt: skip
-    host.launch(flash_rows_kernel, -(-rows // block), FlashConfig(0, 0, 4, 1), arguments)
+    programs, arguments = row_arguments(dout, out.contiguous(), lse, dlse.contiguous(), lse2, delta)
+    host.launch(flash_rows_kernel, programs, SMALL, arguments)
     return lse2, delta
 
 
+def rows_before(q: Tensor, k: Tensor, rules: Rules) -> Prepared:
+    """The launch that counts for each key the rows whose bounds are at or before it."""
+    sequences = 0 if rules.k_offsets is None else rules.k_offsets.shape[0] - 1
+    arguments = {
+        "row_start": rules.row_start, "row_end": rules.row_end, "q_offsets": rules.q_offsets,
+        "k_offsets": rules.k_offsets, "started": rules.row_start, "ended": rules.row_end,
+        "q_tokens": q.shape[2], "k_tokens": k.shape[2], "sequences": sequences,
+        "steps": max(q.shape[2], sequences).bit_length(), "KEYS": 128,
+    }  # fmt: skip
+    return host.prepare(rows_before_kernel, -(-k.shape[2] // 128), SMALL, arguments, q.device)
+
+
+class Launches:
+    """The kernels of the backward pass for one layout of everything it reads.
+
+    A program sums dk and dv over the query heads of its kv head; with too few kv heads to fill the
+    device, or with sinks, whose tiles see every row, it takes one query head and the sums follow.
+    """
+
+    def __init__(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rules: Rules,
+    ) -> None:
+        batch, heads, k_tokens = q.shape[0], q.shape[1], k.shape[2]
+        kv_heads, group = k.shape[1], heads // k.shape[1]
+        few = batch * kv_heads * k_tokens < MANY_KEYS
+        share = 1 if few or rules.kept_sinks is not None else group
+        self.owners = heads // share
+        self.group = 1 if share == group else group
+        programs, arguments = row_arguments(dout, out, lse, dlse, lse, lse)
+        self.rows = host.prepare(flash_rows_kernel, programs, SMALL, arguments, q.device)
+
+        self.key_bounds = None if rules.key_mask is None else host.KeyBounds(rules.key_mask)
+        self.bounds = None
+        if rules.row_start is not None or rules.row_end is not None:
+            self.bounds = rows_before(q, k, rules)
+        self.copies = not host.readable_as_they_are(q, k, v, dout)
+        q, k, v, dout = host.readable(q, k, v, dout)
+        self.row_config, arguments = operands("dq", dout, q, k, v, rules, heads)
+        arguments |= {
+            **host.list_arguments(host.readable_lists(*rules[8:11])),
+            "dq": q,
+            "key_bounds": rules.key_mask,
+            "ALL_EDGE": host.all_key_edges(rules, self.row_config),
+        }
+        self.dq = host.prepare(
+            flash_dq_kernel, arguments["tiles"] * batch * heads, self.row_config, arguments,
+            q.device,
+        )  # fmt: skip
+
+        self.key_config, arguments = operands("dkdv", dout, q, k, v, rules, self.owners)
+        arguments |= {
+            **host.list_arguments(self.transposed_lists(k, rules)),
+            "dk": k,
+            "dv": v,
+            "started": rules.row_start,
+            "ended": rules.row_end,
+            "SHARE": share,
+            "ALL_EDGE": host.all_row_edges(rules, self.key_config),
+            "EARLY": self.key_config.early,
+        }
+        programs = arguments["tiles"] * batch * self.owners
+        self.dkdv = host.prepare(flash_dkdv_kernel, programs, self.key_config, arguments, q.device)
+        self.head_sums = head_sums(k, self.group), head_sums(v, self.group)
+
+    def row_sums(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the other kernels need of each row, as `flash_rows_kernel` defines it."""
+        lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+        dlse = None if dlse is None else dlse.contiguous()
+        self.rows(dout=dout, out=out, lse=lse, dlse=dlse, lse2=lse2, delta=delta)
+        return lse2, delta
+
+    def differentiate_rows(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor,
+        rules: Rules,
+    ) -> Tensor:  # fmt: skip
+        """dq, by tiles of rows."""
+        dq = q.new_empty(q.shape)
+        index, count, full = host.readable_lists(*rules[8:11])
+        self.dq(
+            q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dq=dq, **host.changing(rules),
+            block_index=index, block_count=count, block_full=full,
+            key_bounds=None if self.key_bounds is None else self.key_bounds(rules.key_mask),
+            table=host.tile_table("dq", self.row_config, q, k, rules),
+        )  # fmt: skip
+        return dq
+
+    def differentiate_keys(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor,
+        rules: Rules,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """dk and dv, by tiles of keys."""
+        buffer = k.dtype if self.group == 1 else torch.float32
+        dk, dv = (
+            x.new_empty((x.shape[0], self.owners, *x.shape[2:]), dtype=buffer) for x in (k, v)
+        )
+        started, ended = (
+            None if bound is None else bound.new_empty(k.shape[2], dtype=torch.int32)
+            for bound in (rules.row_start, rules.row_end)
+        )
+        if self.bounds is not None:
+            self.bounds(
+                row_start=rules.row_start, row_end=rules.row_end, q_offsets=rules.q_offsets,
+                k_offsets=rules.k_offsets, started=started, ended=ended,
+            )  # fmt: skip
+        index, count, full = self.transposed_lists(k, rules)
+        self.dkdv(
+            q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dk=dk, dv=dv, started=started,
+            ended=ended, **host.changing(rules), block_index=index, block_count=count,
+            block_full=full, table=host.tile_table("dkdv", self.key_config, q, k, rules),
+        )  # fmt: skip
+        if self.group == 1:
+            return dk, dv
+        sums = k.new_empty(k.shape), v.new_empty(v.shape)
+        for launch, parts, whole in zip(self.head_sums, (dk, dv), sums, strict=True):
+            launch(parts=parts, sums=whole)
+        return sums
+
+    def transposed_lists(self, k: Tensor, rules: Rules) -> host.Lists:
+        """The lists of the query blocks that see each key block."""
+        index, count, full = rules.block_index, rules.block_count, rules.block_full
+        if index is None or count is None:
+            return None, None, None
+        k_blocks = -(-k.shape[2] // rules.k_block)
+        if full is None:
+            return host.readable_lists(*transposed(index, count, k_blocks), None)
+        return host.readable_lists(*transposed_parts(index, count, full, k_blocks))
+
+
+def head_sums(x: Tensor, group: int) -> Prepared:
+    """The launch that sums the gradients of `group` query heads to those of `x`, a kv operand."""
+    numbers, size = x.shape[2] * x.shape[3], 1024
+    blocks = -(-numbers // size)
+    arguments = {
+        "parts": x, "sums": x, "numbers": numbers, "blocks": blocks, "GROUP": group, "SIZE": size,
+    }  # fmt: skip
+    return host.prepare(
+        head_sums_kernel, blocks * x.shape[0] * x.shape[1], SMALL, arguments, x.device
+    )
+
+
 def operands(
-    kind: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rules: host.Rules, heads: int
+    kind: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rules: Rules, heads: int
 ) -> tuple[FlashConfig, dict[str, Any]]:
     """The configuration and the arguments that both gradient kernels take."""
     chosen = host.choose_config(kind, q, v, rules)
-    dout, q, k, v = host.readable(dout, q, k, v)
     how = host.access(q, k, v, dout)
     return chosen, {
         **host.operand("q", q, chosen.rows, how),
@@ -98,66 +265,7 @@ def operands(
         **host.rule_arguments(rules),
         **host.grid_arguments(kind, chosen, q, k, v, rules, heads),
         **host.shape_arguments(q, k, v, chosen),
+        "lse2": q,
+        "delta": q,
         "ACCESS": how,
     }
-
-
-def differentiate_rows(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor, rules: host.Rules
-) -> Tensor:
-    """dq, by tiles of rows."""
-    batch, heads = q.shape[:2]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    chosen, arguments = operands("dq", dout, q, k, v, rules, heads)
-    arguments |= {
-        **host.list_arguments(rules.block_index, rules.block_count, rules.block_full),
-        "lse2": lse2,
-        "delta": delta,
-        "dq": dq,
-        "key_bounds": None if rules.key_mask is None else host.key_bounds(rules.key_mask),
-        "ALL_EDGE": host.all_key_edges(rules, chosen),
-    }
-    host.launch(flash_dq_kernel, arguments["tiles"] * batch * heads, chosen, arguments)
-    return dq
-
-
-def differentiate_keys(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor, rules: host.Rules
-) -> tuple[Tensor, Tensor]:
-    """dk and dv, by tiles of keys.
-
-    A program sums over the query heads of its kv head; with too few kv heads to fill the device, or
-    with sinks, whose tiles see every row, it takes one query head and the sum follows.
-    """
-    batch, heads, k_tokens = q.shape[0], q.shape[1], k.shape[2]
-    kv_heads, group = k.shape[1], heads // k.shape[1]
-    few = batch * kv_heads * k_tokens < MANY_KEYS
-    share = 1 if few or rules.kept_sinks is not None else group
-    owners, buffer = heads // share, k.dtype if share == group else torch.float32
-    dk = k.new_empty((batch, owners, *k.shape[2:]), dtype=buffer)
-    dv = v.new_empty((batch, owners, *v.shape[2:]), dtype=buffer)
-    chosen, arguments = operands("dkdv", dout, q, k, v, rules, owners)
-    index, count, full = rules.block_index, rules.block_count, rules.block_full
-    if index is not None and count is not None:
-        k_blocks = -(-k_tokens // rules.k_block)
-        if full is None:
-            index, count = transposed(index, count, k_blocks)
-        else:
-            index, count, full = transposed_parts(index, count, full, k_blocks)
-    arguments |= {
-        **host.list_arguments(index, count, full),
-        "lse2": lse2,
-        "delta": delta,
-        "dk": dk,
-        "dv": dv,
-        "started": host.rows_before(rules, rules.row_start, k_tokens),
-        "ended": host.rows_before(rules, rules.row_end, k_tokens),
-        "SHARE": share,
-        "ALL_EDGE": host.all_row_edges(rules, chosen),
-        "EARLY": chosen.early,
-    }
-    host.launch(flash_dkdv_kernel, arguments["tiles"] * batch * owners, chosen, arguments)
-    if share != group:
-        dk = dk.unflatten(1, (kv_heads, group)).sum(2).to(k.dtype)
-        dv = dv.unflatten(1, (kv_heads, group)).sum(2).to(v.dtype)
-    return dk, dv

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as host
+from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
     key_tile,
@@ -170,55 +173,55 @@ def flash_forward_kernel(
         store_rows(out, mixed_again, at_row, left_out == 0, WIDTH_V, DV)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    row_start: Tensor | None,
-    row_end: Tensor | None,
-    key_mask: Tensor | None,
-    mask: Tensor | None,
-    block_index: Tensor | None,
-    block_count: Tensor | None,
-    block_full: Tensor | None,
-    q_block: int,
-    k_block: int,
-    q_offsets: Tensor | None,
-    k_offsets: Tensor | None,
-    sink_logit: Tensor | None,
-    slopes: Tensor | None = None,
-    slope_positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out (batch, heads, q_tokens, dv) in q's dtype and lse (batch, heads, q_tokens) in float32."""
-    rules = host.Rules(
-        scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
-        block_full, q_block, k_block, q_offsets, k_offsets, slopes, slope_positions,
-    )  # fmt: skip
-    q, k, v = host.readable(q, k, v)
-    batch, heads, q_tokens, _ = q.shape
-    out = q.new_empty(batch, heads, q_tokens, v.shape[3])
-    lse = q.new_empty(batch, heads, q_tokens, dtype=torch.float32)
-    chosen = host.choose_config("forward", q, v, rules)
-    how = host.access(q, k, v)
-    place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
-    arguments = {
-        **host.operand("q", q, chosen.rows, how),
-        **host.operand("k", k, chosen.keys, how),
-        **host.operand("v", v, chosen.keys, how),
-        **host.rule_arguments(rules),
-        **host.list_arguments(block_index, block_count, block_full),
-        **place,
-        "out": out,
-        "lse": lse,
-        "sink_logit": sink_logit,
-        "key_bounds": None if key_mask is None else host.key_bounds(key_mask),
-        **host.shape_arguments(q, k, v, chosen),
-        "ACCESS": how,
-        "ALL_EDGE": host.all_key_edges(rules, chosen),
-    }
-    host.launch(flash_forward_kernel, place["tiles"] * batch * heads, chosen, arguments)
-    return out, lse
+class Forward:
+    """The forward pass of calls of one kind: tensors of the same shapes, strides and dtypes, at
+    multiples of 16 bytes alike, and the same options.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> None:
+        batch, heads, q_tokens, _ = q.shape
+        self.out_shape, self.lse_shape = (batch, heads, q_tokens, v.shape[3]), q.shape[:3]
+        self.copies = not host.readable_as_they_are(q, k, v)
+        q, k, v = host.readable(q, k, v)
+        self.chosen = chosen = host.choose_config("forward", q, v, rules)
+        how = host.access(q, k, v)
+        place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
+        arguments = {
+            **host.operand("q", q, chosen.rows, how),
+            **host.operand("k", k, chosen.keys, how),
+            **host.operand("v", v, chosen.keys, how),
+            **host.rule_arguments(rules),
+            **host.list_arguments(host.readable_lists(*rules[8:11])),
+            **place,
+            "out": q,
+            "lse": q,
+            "sink_logit": rules.sink_logit,
+            "key_bounds": rules.key_mask,
+            **host.shape_arguments(q, k, v, chosen),
+            "ACCESS": how,
+            "ALL_EDGE": host.all_key_edges(rules, chosen),
+        }
+        self.bounds = None if rules.key_mask is None else host.KeyBounds(rules.key_mask)
+        programs = place["tiles"] * batch * heads
+        self.launch = host.prepare(flash_forward_kernel, programs, chosen, arguments, q.device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        """out (batch, heads, q_tokens, dv) in q's dtype, lse (batch, heads, q_tokens) float32."""
+        rules = Rules(*options)
+        out = q.new_empty(self.out_shape)
+        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
+        if self.copies:
+            q, k, v = host.readable(q, k, v)
+        index, count, full = host.readable_lists(*rules[8:11])
+        self.launch(
+            q=q, k=k, v=v, out=out, lse=lse, **host.changing(rules),
+            block_index=index, block_count=count, block_full=full, sink_logit=rules.sink_logit,
+            key_bounds=None if self.bounds is None else self.bounds(rules.key_mask),
+            table=host.tile_table("forward", self.chosen, q, k, rules),
+        )  # fmt: skip
+        return out, lse
+
+
+def prepare_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Forward:
+    """What computes every call of the kind of this one."""
+    return Forward(q, k, v, Rules(*options))

@@ -49,7 +49,8 @@ def flash_rows_kernel(
     output = tl.load(out + row[:, None] * DV + channel[None, :], mask=inside, other=0.0)
     log_total = tl.load(lse + row, mask=row < rows, other=-float("inf"))
     inner = tl.sum(upstream * output.to(tl.float32), axis=1)
-    inner -= tl.load(dlse + row, mask=row < rows, other=0.0)
+    if dlse is not None:
+        inner -= tl.load(dlse + row, mask=row < rows, other=0.0)
     empty = log_total == -float("inf")
     tl.store(delta + row, tl.where(empty, 0.0, inner), mask=row < rows)
     tl.store(lse2 + row, tl.where(empty, float("inf"), log_total * LOG2E), mask=row < rows)

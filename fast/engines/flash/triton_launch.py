@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,42 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Who sees whom, as `flash` takes it; absent options are None, absent block sizes 0."""
-
-    scale: float
-    causal: bool
-    window: int | None
-    sinks: int
-    row_start: Tensor | None
-    row_end: Tensor | None
-    key_mask: Tensor | None
-    mask: Tensor | None
-    block_index: Tensor | None
-    block_count: Tensor | None
-    block_full: Tensor | None
-    q_block: int
-    k_block: int
-    q_offsets: Tensor | None
-    k_offsets: Tensor | None
-    slopes: Tensor | None
-    slope_positions: Tensor | None
-
-    @property
-    def ranged(self) -> bool:
-        return self.window is not None or self.row_start is not None
-
-    @property
-    def kept_sinks(self) -> int | None:
-        """How many sinks there are that a range would hide."""
-        return self.sinks if self.sinks and self.ranged else None
-
-    @property
-    def pattern(self) -> str:
-        return "listed" if self.k_block else "ranged" if self.ranged else "dense"
+from attnspec.fast.engines.flash.rules import Rules
+from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
+from attnspec.fast.engines.prepared import Prepared
 
 
 def arch(x: Tensor) -> int:
@@ -97,7 +64,12 @@ def readable(*operands: Tensor) -> tuple[Tensor, ...]:
     With Triton 3.6 on Hopper, products of tiles that came through registers were wrong now and
     then; tiles that come by descriptors or asynchronous copies were not.
     """
-    return tuple(x if x.element_size() == 4 or aligned(x) else _aligned(x) for x in operands)
+    return tuple(x if readable_as_they_are(x) else _aligned(x) for x in operands)
+
+
+def readable_as_they_are(*operands: Tensor) -> bool:
+    """Whether `readable` copies none of `operands`."""
+    return all(x.element_size() == 4 or aligned(x) for x in operands)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -130,13 +102,19 @@ def operand(name: str, x: Tensor, rows: int, how: int) -> dict[str, Any]:
     return {name: x, **{f"{name}_stride_{a}": s for a, s in zip("bhtd", strides, strict=True)}}
 
 
-def tile_table(offsets: Tensor, walked: Tensor, tokens: int, tile: int, falling: bool) -> Tensor:
+def tile_table(kind: str, chosen: FlashConfig, q: Tensor, k: Tensor, rules: Rules) -> Tensor | None:
     """int32 (tiles, 2): sequence and number of each tile of packed sequences, the longest first.
 
-    `tokens` bounds the number of tiles without asking the device, so some tiles may lie beyond the
-    end of the last sequence: they are empty. The work of a tile is the keys up to its end, or with
-    `falling` the rows from its beginning.
+    The number of tokens bounds that of tiles without asking the device, so some tiles may lie
+    beyond the end of the last sequence: they are empty. The work of a tile is the keys up to its
+    end, or for the gradients of keys the rows from its beginning.
     """
+    if rules.q_offsets is None or rules.k_offsets is None:
+        return None
+    by_keys = kind == "dkdv"
+    offsets, walked, tile, tokens = rules.q_offsets, rules.k_offsets, chosen.rows, q.shape[2]
+    if by_keys:
+        offsets, walked, tile, tokens = walked, offsets, chosen.keys, k.shape[2]
     lengths, walked_lengths = offsets.diff(), walked.diff()
     ends = torch.cumsum(torch.div(lengths + (tile - 1), tile, rounding_mode="floor"), 0)
     most = tokens // tile + lengths.shape[0]
@@ -145,7 +123,7 @@ def tile_table(offsets: Tensor, walked: Tensor, tokens: int, tile: int, falling:
     before = torch.where(sequence > 0, ends[sequence - 1], 0)
     inside = number - before
     shift = (walked_lengths - lengths)[sequence]
-    work = walked_lengths[sequence] - inside * tile - shift if falling else inside * tile + shift
+    work = walked_lengths[sequence] - inside * tile - shift if by_keys else inside * tile + shift
     order = torch.argsort(work, descending=True, stable=True)
     return torch.stack([sequence, inside], dim=1)[order].to(torch.int32)
 
@@ -153,17 +131,17 @@ def tile_table(offsets: Tensor, walked: Tensor, tokens: int, tile: int, falling:
 def grid_arguments(
     kind: str, chosen: FlashConfig, q: Tensor, k: Tensor, v: Tensor, rules: Rules, heads: int
 ) -> dict[str, Any]:
-    """Tiles, their order, and the arguments that place a tile, for a program a tile and head."""
+    """Tiles, their order, and the arguments that place a tile, for a program a tile and head.
+
+    The `table` of packed sequences is for each launch to fill in.
+    """
     batch, q_tokens, k_tokens = q.shape[0], q.shape[2], k.shape[2]
     by_keys = kind == "dkdv"
     tile, tokens = (chosen.keys, k_tokens) if by_keys else (chosen.rows, q_tokens)
     block = rules.k_block if by_keys else rules.q_block
-    table = None
-    if rules.q_offsets is not None and rules.k_offsets is not None:
-        own, other = rules.q_offsets, rules.k_offsets
-        own, other = (other, own) if by_keys else (own, other)
-        table = tile_table(own, other, tokens, tile, falling=by_keys)
-        tiles = table.shape[0]
+    packed = rules.q_offsets is not None
+    if rules.q_offsets is not None:
+        tiles = tokens // tile + rules.q_offsets.shape[0] - 1
     elif block:
         tiles = math.ceil(tokens / block) * math.ceil(block / tile)
     else:
@@ -173,12 +151,10 @@ def grid_arguments(
     head_bytes = max(1, walked * (q.shape[3] + v.shape[3]) * q.element_size())
     sharing = 1 if by_keys else group
     lead = 0
-    if by_keys and rules.kept_sinks is not None and table is None:
+    if by_keys and rules.kept_sinks is not None and not packed:
         lead = min(tiles, math.ceil(rules.kept_sinks / tile))
     return {
-        "table": table,
-        "q_offsets": rules.q_offsets,
-        "k_offsets": rules.k_offsets,
+        "table": rules.q_offsets,
         "q_tokens": q_tokens,
         "k_tokens": k_tokens,
         "tiles": tiles,
@@ -188,19 +164,28 @@ def grid_arguments(
     }
 
 
+def changing(rules: Rules) -> dict[str, Tensor | None]:
+    """Those arguments of every kernel that are a launch's own tensors, but for lists."""
+    return {
+        "mask": rules.mask,
+        "key_mask": rules.key_mask,
+        "row_start": rules.row_start,
+        "row_end": rules.row_end,
+        "slopes": rules.slopes,
+        "slope_positions": rules.slope_positions,
+        "q_offsets": rules.q_offsets,
+        "k_offsets": rules.k_offsets,
+    }
+
+
 def rule_arguments(rules: Rules) -> dict[str, Any]:
     """The arguments every kernel takes for the element rules, but for lists and bounds."""
     mask_strides = (0, 0, 0, 0) if rules.mask is None else rules.mask.stride()
     key_strides = (0, 0) if rules.key_mask is None else rules.key_mask.stride()
     return {
-        "mask": rules.mask,
+        **changing(rules),
         **{f"mask_stride_{a}": s for a, s in zip("bhqk", mask_strides, strict=True)},
-        "key_mask": rules.key_mask,
         **{f"key_mask_stride_{a}": s for a, s in zip("bk", key_strides, strict=True)},
-        "row_start": rules.row_start,
-        "row_end": rules.row_end,
-        "slopes": rules.slopes,
-        "slope_positions": rules.slope_positions,
         "window": rules.window,
         "sinks": rules.kept_sinks,
         "scale": rules.scale,
@@ -210,18 +195,25 @@ def rule_arguments(rules: Rules) -> dict[str, Any]:
     }
 
 
-def list_arguments(
-    index: Tensor | None, count: Tensor | None, full: Tensor | None
-) -> dict[str, Any]:
-    """The arguments of block lists; only their last axis must be contiguous."""
+Lists = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def readable_lists(index: Tensor | None, count: Tensor | None, full: Tensor | None) -> Lists:
+    """Block lists as the kernels read them: contiguous along the last axis, counts all alike."""
     if index is None or count is None:
-        strides: tuple[int, ...] = (0, 0, 0, 0, 0)
-    else:
-        index = index if index.stride(3) == 1 else index.contiguous()
-        if full is not None and full.stride() != count.stride():
-            count, full = count.contiguous(), full.contiguous()
-        elif count.stride(2) != 1:
-            count, full = count.contiguous(), None if full is None else full.contiguous()
+        return None, None, None
+    index = index if index.stride(3) == 1 else index.contiguous()
+    alike = full is None or full.stride() == count.stride()
+    if count.stride(2) != 1 or not alike:
+        count, full = count.contiguous(), None if full is None else full.contiguous()
+    return index, count, full
+
+
+def list_arguments(lists: Lists) -> dict[str, Any]:
+    """The arguments of block lists that can be read."""
+    index, count, full = lists
+    strides: tuple[int, ...] = (0, 0, 0, 0, 0)
+    if index is not None and count is not None:
         strides = (*index.stride()[:3], *count.stride()[:2])
     names = ("index_stride_b", "index_stride_h", "index_stride_q", "count_stride_b",
              "count_stride_h")  # fmt: skip
@@ -233,16 +225,30 @@ def list_arguments(
     }
 
 
+class KeyBounds:
+    """The launch that finds the bounds of the kept keys, for key masks (batch, k_tokens) alike."""
+
+    def __init__(self, key_mask: Tensor) -> None:
+        self.batch, tokens = key_mask.shape
+        arguments = {
+            "key_mask": key_mask, "bounds": key_mask, "stride_b": key_mask.stride(0),
+            "stride_k": key_mask.stride(1), "tokens": tokens, "KEYS": 4096,
+        }  # fmt: skip
+        chosen = FlashConfig(0, 0, 8, 1)
+        self.launch = prepare(key_bounds_kernel, self.batch, chosen, arguments, key_mask.device)
+
+    def __call__(self, key_mask: Tensor) -> Tensor:
+        """int32 (batch, 3): the first kept key, the end of the kept keys, and whether all between
+        are kept, as with padding on one side.
+        """
+        bounds = key_mask.new_empty(self.batch, 3, dtype=torch.int32)
+        self.launch(key_mask=key_mask, bounds=bounds)
+        return bounds
+
+
 def key_bounds(key_mask: Tensor) -> Tensor:
-    """int32 (batch, 3): the first kept key, the end of the kept keys, and whether all between are
-    kept, as with padding on one side.
-    """
-    tokens = key_mask.shape[1]
-    kept = key_mask.to(torch.int32)
-    any_kept = kept.amax(dim=1)
-    first = kept.argmax(dim=1) * any_kept
-    end = (tokens - kept.flip(1).argmax(dim=1)) * any_kept
-    return torch.stack([first, end, kept.sum(dim=1) == end - first], dim=1).to(torch.int32)
+    """The bounds of the kept keys of one mask."""
+    return KeyBounds(key_mask)(key_mask)
 
 
 def all_key_edges(rules: Rules, chosen: FlashConfig) -> bool:
@@ -261,22 +267,6 @@ def all_row_edges(rules: Rules, chosen: FlashConfig) -> bool:
         (rules.ranged and rules.block_full is None) or rules.q_block % chosen.rows > 0
     )
     return rules.mask is not None or listed_in_part
-
-
-def rows_before(rules: Rules, bounds: Tensor | None, k_tokens: int) -> Tensor | None:
-    """int32 (k_tokens): how many rows have their bound at or before each key, in all sequences.
-
-    Packed rows count from the first key of their own sequence, which keeps the bounds ascending.
-    """
-    if bounds is None:
-        return None
-    if rules.q_offsets is not None and rules.k_offsets is not None:
-        rows = torch.arange(bounds.shape[0], device=bounds.device)
-        sequence = torch.searchsorted(rules.q_offsets, rows, right=True) - 1
-        lengths = rules.k_offsets.diff()
-        bounds = torch.minimum(bounds, lengths[sequence]) + rules.k_offsets[sequence]
-    keys = torch.arange(k_tokens, device=bounds.device, dtype=bounds.dtype)
-    return torch.searchsorted(bounds, keys, right=True).to(torch.int32)
 
 
 def shape_arguments(q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig) -> dict[str, Any]:
@@ -301,3 +291,12 @@ def launch(kernel: Any, programs: int, chosen: FlashConfig, arguments: dict[str,
         return
     count_launch()
     kernel[(programs,)](**arguments, num_warps=chosen.warps, num_stages=chosen.stages)
+
+
+def prepare(
+    kernel: Any, programs: int, chosen: FlashConfig, arguments: dict[str, Any], device: torch.device
+) -> Prepared:
+    """`programs` programs, for launches of one kind."""
+    return Prepared(
+        kernel, programs, arguments, device, num_warps=chosen.warps, num_stages=chosen.stages
+    )

@@ -1,0 +1,45 @@
+"""Who sees whom, as the kernels of the flash engine take it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rules(NamedTuple):
+    """The options of `flash` behind q, k and v, in the order of its custom op; absent ones are
+    None, absent block sizes 0.
+    """
+
+    scale: float
+    causal: bool
+    window: int | None
+    sinks: int
+    row_start: Tensor | None
+    row_end: Tensor | None
+    key_mask: Tensor | None
+    mask: Tensor | None
+    block_index: Tensor | None
+    block_count: Tensor | None
+    block_full: Tensor | None
+    q_block: int
+    k_block: int
+    q_offsets: Tensor | None
+    k_offsets: Tensor | None
+    sink_logit: Tensor | None
+    slopes: Tensor | None
+    slope_positions: Tensor | None
+
+    @property
+    def ranged(self) -> bool:
+        return self.window is not None or self.row_start is not None
+
+    @property
+    def kept_sinks(self) -> int | None:
+        """How many sinks there are that a range would hide."""
+        return self.sinks if self.sinks and self.ranged else None
+
+    @property
+    def pattern(self) -> str:
+        return "listed" if self.k_block else "ranged" if self.ranged else "dense"

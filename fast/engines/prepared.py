@@ -1,0 +1,89 @@
+"""A kernel launch worked out once: later launches of its kind fill in the tensors and go.
+
+Triton looks at every argument of every launch again, which takes the host longer than many kernels
+run. A prepared launch keeps what does not change, and hands the compiled kernel its arguments
+itself. It keeps no tensor alive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnspec.fast.backend import count_launch
+
+HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+"""Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
+
+
+class Prepared:
+    """A kernel, its grid and its arguments, for tensors of one dtype and layout on one device.
+
+    Tensors and descriptors among `arguments` say which of them change from launch to launch and
+    how they lie; `options` are Triton's.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: dict[str, Any],
+        device: torch.device,
+        **options: int,
+    ) -> None:
+        self.kernel, self.device, self.options = kernel, device, options
+        self.grid = (programs, 1, 1)
+        described = {name: x for name, x in arguments.items() if isinstance(x, TensorDescriptor)}
+        self.descriptors = {name: vars(x) | {"base": None} for name, x in described.items()}
+        self.arguments = {
+            name: None if isinstance(x, (Tensor, TensorDescriptor)) else x
+            for name, x in arguments.items()
+        }
+        names = kernel.arg_names
+        self.places = {name: names.index(name) for name in arguments}
+        self.values = [self.arguments[name] for name in names]
+        self.compiled: Any = None
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        """Launch with these tensors; those that are None, no kernel of this kind takes."""
+        index = self.device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self(**tensors)
+            return
+        if not self.grid[0]:
+            return
+        count_launch()
+        values, addresses = self.values.copy(), 0
+        for name, x in tensors.items():
+            if x is not None:
+                address = x.data_ptr()
+                addresses |= address
+                described = self.descriptors.get(name)
+                values[self.places[name]] = address if described is None else _at(described, x)
+        # Triton compiles for addresses at multiples of 16 apart from all others.
+        plain = not addresses & 15
+        if plain and self.compiled is not None:
+            self.compiled(*values, stream=driver.active.get_current_stream(index))
+            return
+        given = {
+            name: _at(self.descriptors[name], x) if name in self.descriptors else x
+            for name, x in tensors.items()
+            if x is not None
+        }
+        compiled = self.kernel[self.grid](**(self.arguments | given), **self.options)
+        if plain and HANDS_ON_CONSTANTS and getattr(compiled, "module", None) is not None:
+            self.compiled = compiled[self.grid]
+
+
+def _at(described: dict[str, Any], x: Tensor) -> TensorDescriptor:
+    """The descriptor of `x`, past the checks that the first of its kind has passed."""
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(described)
+    descriptor.base = x
+    return descriptor
