@@ -177,7 +177,7 @@ def step(
 def _features(x: Tensor) -> Tensor:
     """`phi` in float32 at least. exp, not elu + 1: far below 0 the features stay positive."""
     y = wide(x) / x.shape[-1] ** 0.25
-    return torch.where(y >= 0, 1 + y, torch.exp(y.clamp(max=0)))
+    return torch.exp(y.clamp(max=0)) + y.relu()
 
 
 def _check_inputs(q: Any, K: Any, V: Any, Z: Any, scale: Any) -> None:

@@ -33,15 +33,16 @@ from attnspec.fast.patterns.ee_mllm_attention import (
 from attnspec.fast.patterns.ee_mllm_layers import (
     MODES,
     Layer,
-    align,
     aligner_update,
     check_layer,
     feed_forward,
     flops,
     join_heads,
     normalise,
+    own_values,
     project,
     project_keys,
+    rotations,
     split_heads,
 )
 
@@ -86,17 +87,26 @@ def layer_step(
     _check_options(mode, image_visible)
     images, text = Xv.shape[1], Xt.shape[1]
     pos = torch.cat([pos_v, pos_t])
+    X = torch.cat([Xv, Xt], dim=1)
     # Weights are read once for both kinds of token; queries are of text alone.
-    h = normalise(torch.cat([Xv, Xt], dim=1), layer.norm1, layer.eps)
-    q = project_keys(h[:, images:], layer.Wq, layer.H, layer, pos_t)
-    k = project_keys(h, layer.Wk, layer.Hk, layer, pos)
+    h = normalise(X, layer.norm1, layer.eps)
+    turns = rotations(layer, pos, X)
+    text_turns = None if turns is None else (turns[0][images:], turns[1][images:])
+    q = project_keys(h[:, images:], layer.Wq, layer.H, text_turns)
+    k = project_keys(h, layer.Wk, layer.Hk, turns)
     v = split_heads(product(h, layer.Wv), layer.Hk)
     is_visual = torch.arange(images + text, device=Xt.device) < images
     out, _ = composite_attention(q, k, v, is_visual, pos, image_visible, backend=backend)
-    Xt = feed_forward(Xt + product(join_heads(out), layer.Wo), layer)
+    read = join_heads(out)
     if mode == "self":
-        return Xt, align(Xv, v[:, :, :images], layer, mode)
-    return Xt, aligner_update(Xv, layer, mode)
+        read = torch.cat([own_values(v[:, :, :images], layer), read], dim=1)
+        X = feed_forward(X + product(read, layer.Wo), layer)
+        return X[:, images:], X[:, :images]
+    Xt = Xt + product(read, layer.Wo)
+    if mode == "frozen":
+        return feed_forward(Xt, layer), Xv
+    X = feed_forward(torch.cat([Xv, Xt], dim=1), layer)
+    return X[:, images:], X[:, :images]
 
 
 def run_layers(

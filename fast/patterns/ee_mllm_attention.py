@@ -23,6 +23,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import checkable
+from attnspec.fast.kept import kept
 
 VISIBILITIES = ("causal", "all")
 TOKENS = 2
@@ -77,11 +78,14 @@ def composite_attention(
     check_device("is_visual", is_visual, "qt", qt)
     if n > S or (checkable(is_visual) and n > S - int(is_visual.sum())):
         raise ValueError(f"qt: got {n} rows, expected at most as many as there are text tokens")
+    if pos is None and image_visible == "causal":
+        (places,) = kept(_places, qt.device, S + 1)
+        # Sorted behind the zeros of images, the last places are those of the rows.
+        ends = torch.where(is_visual, 0, places[1:]).sort().values[S - n :]
+        return flash(qt, k, v, row_end=ends, key_mask=key_mask, scale=scale, backend=backend)
     # A stable sort puts images first and leaves text in its order: the last rows are the queries'.
     kinds = torch.argsort(is_visual.logical_not().to(torch.uint8), stable=True)
     rows = kinds[S - n :]
-    if pos is None and image_visible == "causal":
-        return flash(qt, k, v, row_end=rows + 1, key_mask=key_mask, scale=scale, backend=backend)
     if key_mask is not None:
         check_tensor("key_mask", key_mask, ("batch", "S"), (torch.bool,))
         check_size("key_mask", key_mask.shape[1], S, "tokens, as in k")
@@ -102,8 +106,12 @@ def composite_attention(
 
 def _inverse(order: Tensor) -> Tensor:
     """Where each entry of a permutation stands."""
-    places = torch.arange(order.shape[0], device=order.device)
-    return places.scatter(0, order, places)
+    (places,) = kept(_places, order.device, order.shape[0])
+    return torch.empty_like(order).scatter_(0, order, places)
+
+
+def _places(device: torch.device, count: int) -> tuple[Tensor]:
+    return (torch.arange(count, device=device),)
 
 
 def check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:

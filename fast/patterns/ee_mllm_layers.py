@@ -21,7 +21,9 @@ from attnspec.fast.backend import (
     check_tensor,
     product,
     wide,
+    wide_dtype,
 )
+from attnspec.fast.kept import kept
 
 MODES = ("self", "ffn", "frozen")
 
@@ -49,8 +51,7 @@ class Layer(NamedTuple):
 
 def normalise(X: Tensor, gain: Tensor, eps: float) -> Tensor:
     """X (..., D) by its root mean square, times the `gain` (D,)."""
-    rows = wide(X)
-    return (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * wide(gain)).to(X.dtype)
+    return functional.rms_norm(X, gain.shape, gain, eps)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -63,29 +64,43 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
+Rotations = tuple[Tensor, Tensor]
+"""Cosines and signed sines (tokens, d) of rotary positions."""
+
+
 def project(X: Tensor, layer: Layer, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (batch, H, tokens, d), k (batch, Hk, tokens, d) and v (batch, Hk, tokens, dv) of X."""
     h = normalise(X, layer.norm1, layer.eps)
+    turns = rotations(layer, positions, X)
     q, k = (
-        project_keys(h, layer.Wq, layer.H, layer, positions),
-        project_keys(h, layer.Wk, layer.Hk, layer, positions),
+        project_keys(h, W, heads, turns) for W, heads in ((layer.Wq, layer.H), (layer.Wk, layer.Hk))
     )
     return q, k, split_heads(product(h, layer.Wv), layer.Hk)
 
 
-def project_keys(h: Tensor, W: Tensor, heads: int, layer: Layer, positions: Tensor) -> Tensor:
+def rotations(layer: Layer, positions: Tensor, X: Tensor) -> Rotations | None:
+    """By how much heads at `positions` (tokens,) are rotated, in the dtype that X is summed in."""
+    if layer.rope is None:
+        return None
+    d = layer.Wq.shape[1] // layer.H
+    (frequencies,) = kept(_frequencies, X.device, d, layer.rope)
+    angles = positions.to(torch.float64)[:, None] * frequencies
+    cos, sin = (x.to(wide_dtype(X)) for x in (angles.cos(), angles.sin()))
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def _frequencies(device: torch.device, d: int, base: float) -> tuple[Tensor]:
+    return (base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d),)
+
+
+def project_keys(h: Tensor, W: Tensor, heads: int, turns: Rotations | None) -> Tensor:
     """Keys, or queries, (batch, heads, tokens, d) of normalised states, rotated."""
     x = split_heads(product(h, W), heads)
-    if layer.rope is None:
+    if turns is None:
         return x
-    d = x.shape[-1]
-    frequencies = layer.rope ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
-    angles = positions.to(torch.float64)[:, None] * frequencies
+    cos, sin = turns
     rows = wide(x)
-    cos, sin = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype)
-    first, second = rows.chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+    return torch.addcmul(rows * cos, rows.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def feed_forward(X: Tensor, layer: Layer) -> Tensor:
@@ -103,23 +118,21 @@ def aligner_update(
     check_tensor("Xv", Xv, ("batch", "Nv", "D"), FLOATS)
     check_layer(layer, "Xv", Xv)
     check_choice("mode", mode, MODES)
-    values = None
+    if mode == "frozen":
+        return Xv
     if mode == "self":
         h = normalise(Xv, layer.norm1, layer.eps)
         values = split_heads(product(h, layer.Wv), layer.Hk)
-    return align(Xv, values, layer, mode)
-
-
-def align(Xv: Tensor, values: Tensor | None, layer: Layer, mode: str) -> Tensor:
-    """The aligner, given the values (batch, Hk, Nv, dv) of the image tokens, which mode `self`
-    adds.
-    """
-    if mode == "frozen":
-        return Xv
-    if values is not None and mode == "self":
-        values = values.repeat_interleave(layer.H // layer.Hk, -3)
-        Xv = Xv + product(join_heads(values), layer.Wo)
+        Xv = Xv + product(own_values(values, layer), layer.Wo)
     return feed_forward(Xv, layer)
+
+
+def own_values(values: Tensor, layer: Layer) -> Tensor:
+    """What tokens read that see themselves alone: (batch, tokens, H dv) of their values (batch, Hk,
+    tokens, dv).
+    """
+    group = layer.H // layer.Hk
+    return join_heads(values if group == 1 else values.repeat_interleave(group, -3))
 
 
 def flops(

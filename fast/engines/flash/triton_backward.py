@@ -1,5 +1,5 @@
-"""The flash engine's backward pass on Triton: three launches, and small ones where bounds of rows or
-sums over heads are needed.
+"""The flash engine's backward pass on Triton: three launches, and small ones for the bounds of rows
+and for sums over heads.
 """
 
 from __future__ import annotations

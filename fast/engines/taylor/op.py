@@ -88,12 +88,16 @@ def _gradient(ctx: Any, do: Tensor, dz: Tensor, dtotal: Tensor) -> tuple[Tensor 
 taylor_op.register_autograd(_gradient, setup_context=_setup)
 
 
-@torch.library.custom_op("attnspec::taylor_step", mutates_args=())
-def taylor_step_op(
+def run_step(
     S: Tensor, zk: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the custom op computes, without its dispatch."""
     with torch.cuda.device_of(q):
-        return _host().step(S, zk, q, k, v, scale, eps)
+        o, new_S, new_zk = _host().step(S, zk, q, k, v, scale, eps)
+    return o, new_S, new_zk
+
+
+taylor_step_op = torch.library.custom_op("attnspec::taylor_step", run_step, mutates_args=())
 
 
 @taylor_step_op.register_fake
