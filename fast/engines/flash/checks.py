@@ -97,8 +97,9 @@ def check_blocks(q: Tensor, k: Tensor, blocks: Any, key_mask: Any, mask: Any) ->
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {rows} first")
 
 
-def check_offsets(q: Tensor, k: Tensor, offsets: Any) -> tuple[Tensor, Tensor]:
-    """The offsets of packed sequences as int64, cut to what there is.
+def check_offsets(q: Tensor, k: Tensor, offsets: Any, backend: str) -> tuple[Tensor, Tensor]:
+    """The offsets of packed sequences; for Numba as int64, cut to what there is, which Triton's
+    kernels do themselves.
 
     On a CUDA device their values are not looked at, because that would wait for the device.
     """
@@ -123,7 +124,8 @@ def check_offsets(q: Tensor, k: Tensor, offsets: Any) -> tuple[Tensor, Tensor]:
                 raise ValueError(
                     f"{name}: got {ends}, expected offsets that increase from 0 to {total}"
                 )
-        checked.append(x.to(torch.int64).clamp(0, total))
+        cut = backend == "numba"
+        checked.append(x.to(torch.int64).clamp(0, total) if cut else x.contiguous())
     check_size("k_offsets", checked[1].shape[0], checked[0].shape[0], "as many as q_offsets")
     return checked[0], checked[1]
 

@@ -146,19 +146,21 @@ class Launches:
             self.bounds = rows_before(q, k, rules)
         self.copies = not host.readable_as_they_are(q, k, v, dout)
         q, k, v, dout = host.readable(q, k, v, dout)
-        self.row_config, arguments = operands("dq", dout, q, k, v, rules, heads)
+        chosen, arguments = operands("dq", dout, q, k, v, rules, heads)
+        self.row_table = host.Tiles("dq", chosen, q, k, rules)
         arguments |= {
             **host.list_arguments(host.readable_lists(*rules[8:11])),
             "dq": q,
             "key_bounds": rules.key_mask,
-            "ALL_EDGE": host.all_key_edges(rules, self.row_config),
+            "ALL_EDGE": host.all_key_edges(rules, chosen),
         }
         self.dq = host.prepare(
-            flash_dq_kernel, arguments["tiles"] * batch * heads, self.row_config, arguments,
+            flash_dq_kernel, arguments["tiles"] * batch * heads, chosen, arguments,
             q.device,
         )  # fmt: skip
 
-        self.key_config, arguments = operands("dkdv", dout, q, k, v, rules, self.owners)
+        chosen, arguments = operands("dkdv", dout, q, k, v, rules, self.owners)
+        self.key_table = host.Tiles("dkdv", chosen, q, k, rules)
         arguments |= {
             **host.list_arguments(self.transposed_lists(k, rules)),
             "dk": k,
@@ -166,11 +168,11 @@ class Launches:
             "started": rules.row_start,
             "ended": rules.row_end,
             "SHARE": share,
-            "ALL_EDGE": host.all_row_edges(rules, self.key_config),
-            "EARLY": self.key_config.early,
+            "ALL_EDGE": host.all_row_edges(rules, chosen),
+            "EARLY": chosen.early,
         }
         programs = arguments["tiles"] * batch * self.owners
-        self.dkdv = host.prepare(flash_dkdv_kernel, programs, self.key_config, arguments, q.device)
+        self.dkdv = host.prepare(flash_dkdv_kernel, programs, chosen, arguments, q.device)
         self.head_sums = head_sums(k, self.group), head_sums(v, self.group)
 
     def row_sums(
@@ -193,7 +195,7 @@ class Launches:
             q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dq=dq, **host.changing(rules),
             block_index=index, block_count=count, block_full=full,
             key_bounds=None if self.key_bounds is None else self.key_bounds(rules.key_mask),
-            table=host.tile_table("dq", self.row_config, q, k, rules),
+            table=self.row_table(rules),
         )  # fmt: skip
         return dq
 
@@ -219,7 +221,7 @@ class Launches:
         self.dkdv(
             q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dk=dk, dv=dv, started=started,
             ended=ended, **host.changing(rules), block_index=index, block_count=count,
-            block_full=full, table=host.tile_table("dkdv", self.key_config, q, k, rules),
+            block_full=full, table=self.key_table(rules),
         )  # fmt: skip
         if self.group == 1:
             return dk, dv

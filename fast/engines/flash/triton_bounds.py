@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnspec.fast.engines.flash.triton_tiles import sequence_bounds
+
 
 @triton.jit(do_not_specialize=["stride_b", "tokens"])
 def key_bounds_kernel(key_mask, bounds, stride_b, stride_k, tokens, KEYS: tl.constexpr):
@@ -56,9 +58,10 @@ def rows_before_kernel(
     if k_offsets is not None:
         sequence = entries_up_to(k_offsets, key * 0, key * 0 + sequences, key, steps) - 1
         sequence = tl.maximum(sequence, 0)
-        begin = tl.load(q_offsets + sequence).to(tl.int32)
-        end = tl.load(q_offsets + sequence + 1).to(tl.int32)
-        bound = key - tl.load(k_offsets + sequence).to(tl.int32)
+        begin, rows = sequence_bounds(q_offsets, sequence, True, q_tokens)
+        end = begin + rows
+        k_begin, _ = sequence_bounds(k_offsets, sequence, True, k_tokens)
+        bound = key - k_begin
     if row_start is not None:
         count = entries_up_to(row_start, begin, end, bound, steps)
         tl.store(started + key, count, mask=key < k_tokens)

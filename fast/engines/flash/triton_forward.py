@@ -183,7 +183,8 @@ class Forward:
         self.out_shape, self.lse_shape = (batch, heads, q_tokens, v.shape[3]), q.shape[:3]
         self.copies = not host.readable_as_they_are(q, k, v)
         q, k, v = host.readable(q, k, v)
-        self.chosen = chosen = host.choose_config("forward", q, v, rules)
+        chosen = host.choose_config("forward", q, v, rules)
+        self.tiles = host.Tiles("forward", chosen, q, k, rules)
         how = host.access(q, k, v)
         place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
         arguments = {
@@ -217,7 +218,7 @@ class Forward:
             q=q, k=k, v=v, out=out, lse=lse, **host.changing(rules),
             block_index=index, block_count=count, block_full=full, sink_logit=rules.sink_logit,
             key_bounds=None if self.bounds is None else self.bounds(rules.key_mask),
-            table=host.tile_table("forward", self.chosen, q, k, rules),
+            table=self.tiles(rules),
         )  # fmt: skip
         return out, lse
 

@@ -15,6 +15,7 @@ from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
+from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
 
 
@@ -102,30 +103,28 @@ def operand(name: str, x: Tensor, rows: int, how: int) -> dict[str, Any]:
     return {name: x, **{f"{name}_stride_{a}": s for a, s in zip("bhtd", strides, strict=True)}}
 
 
-def tile_table(kind: str, chosen: FlashConfig, q: Tensor, k: Tensor, rules: Rules) -> Tensor | None:
-    """int32 (tiles, 2): sequence and number of each tile of packed sequences, the longest first.
+class Tiles:
+    """The table of the tiles of packed sequences, which each launch makes from its own offsets."""
 
-    The number of tokens bounds that of tiles without asking the device, so some tiles may lie
-    beyond the end of the last sequence: they are empty. The work of a tile is the keys up to its
-    end, or for the gradients of keys the rows from its beginning.
-    """
-    if rules.q_offsets is None or rules.k_offsets is None:
-        return None
-    by_keys = kind == "dkdv"
-    offsets, walked, tile, tokens = rules.q_offsets, rules.k_offsets, chosen.rows, q.shape[2]
-    if by_keys:
-        offsets, walked, tile, tokens = walked, offsets, chosen.keys, k.shape[2]
-    lengths, walked_lengths = offsets.diff(), walked.diff()
-    ends = torch.cumsum(torch.div(lengths + (tile - 1), tile, rounding_mode="floor"), 0)
-    most = tokens // tile + lengths.shape[0]
-    number = torch.arange(most, device=offsets.device)
-    sequence = torch.searchsorted(ends, number, right=True).clamp_(max=lengths.shape[0] - 1)
-    before = torch.where(sequence > 0, ends[sequence - 1], 0)
-    inside = number - before
-    shift = (walked_lengths - lengths)[sequence]
-    work = walked_lengths[sequence] - inside * tile - shift if by_keys else inside * tile + shift
-    order = torch.argsort(work, descending=True, stable=True)
-    return torch.stack([sequence, inside], dim=1)[order].to(torch.int32)
+    def __init__(self, kind: str, chosen: FlashConfig, q: Tensor, k: Tensor, rules: Rules) -> None:
+        self.by_keys = kind == "dkdv"
+        self.table = None
+        tokens, walked = q.shape[2], k.shape[2]
+        if rules.q_offsets is None or rules.k_offsets is None:
+            return
+        own, other = rules.q_offsets, rules.k_offsets
+        if self.by_keys:
+            own, other, tokens, walked = other, own, walked, tokens
+        tile = chosen.keys if self.by_keys else chosen.rows
+        self.table = TileTable(own, other, tokens, walked, tile, self.by_keys)
+
+    def __call__(self, rules: Rules) -> Tensor | None:
+        """int32 (tiles, 2), or None if sequences are not packed."""
+        if self.table is None or rules.q_offsets is None or rules.k_offsets is None:
+            return None
+        if self.by_keys:
+            return self.table(rules.k_offsets, rules.q_offsets)
+        return self.table(rules.q_offsets, rules.k_offsets)
 
 
 def grid_arguments(

@@ -38,6 +38,15 @@ def owned_tile(program, tiles, sequences, section, lead):
 
 
 @triton.jit
+def sequence_bounds(offsets, sequence, inside, total):
+    """Begin and length of a packed sequence, cut to the `total` tokens there are."""
+    begin = tl.load(offsets + sequence, mask=inside, other=0).to(tl.int32)
+    end = tl.load(offsets + sequence + 1, mask=inside, other=0).to(tl.int32)
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    return begin, tl.maximum(tl.minimum(end, total) - begin, 0)
+
+
+@triton.jit
 def extent(
     tile, table, offsets, walked_offsets, tokens, walked, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
@@ -48,10 +57,8 @@ def extent(
     if table is not None:
         sequence = tl.load(table + 2 * tile)
         tile = tl.load(table + 2 * tile + 1)
-        begin = tl.load(offsets + sequence).to(tl.int32)
-        tokens = tl.load(offsets + sequence + 1).to(tl.int32) - begin
-        walked_begin = tl.load(walked_offsets + sequence).to(tl.int32)
-        walked = tl.load(walked_offsets + sequence + 1).to(tl.int32) - walked_begin
+        begin, tokens = sequence_bounds(offsets, sequence, True, tokens)
+        walked_begin, walked = sequence_bounds(walked_offsets, sequence, True, walked)
     first = tile * TILE
     stop = tl.minimum(first + TILE, tokens)
     if BLOCK:
