@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,25 +17,13 @@ from torch import Tensor
 from attnspec.fast.backend import (
     check_scale,
     choose_backend,
-    load,
     untraced,
     wants_gradient,
     wide_dtype,
 )
-from attnspec.fast.engines.flash import checks
+from attnspec.fast.engines.flash import checks, plans
 from attnspec.fast.engines.flash.blocks import BlockLists
-from attnspec.fast.engines.flash.configs import TABLE
-
-DEVICE_MODULES = {
-    ("numba", "prepare_forward"): "numba_cpu",
-    ("numba", "prepare_backward"): "numba_cpu",
-    ("triton", "prepare_forward"): "triton_forward",
-    ("triton", "prepare_backward"): "triton_backward",
-}
-MOST_KINDS = 1024
-"""Kinds of calls whose plans are kept."""
-SINK_LOGIT = 18
-"""The place of the sink logits among the arguments of the custom op."""
+from attnspec.fast.engines.flash.plans import SINK_LOGIT, Plan, kind_of, plan_of
 
 
 def flash(
@@ -86,18 +73,22 @@ def flash(
     lists: tuple[Any, ...] = (None, None, None, 0, 0)
     if isinstance(blocks, BlockLists):
         lists = blocks.index, blocks.count, blocks.full, blocks.q_block, blocks.k_block
+    # Offsets on the CPU are looked into at every call.
+    packed = isinstance(offsets, tuple) and len(offsets) == 2
+    packed = packed and all(isinstance(x, Tensor) and x.is_cuda for x in offsets or ())
+    plain = (blocks is None or isinstance(blocks, BlockLists)) and (offsets is None or packed)
     given = (
         q, k, v, scale, causal, window, sinks, row_start, row_end, key_mask, mask, *lists,
-        *(offsets if isinstance(offsets, tuple) and len(offsets) == 2 else (None, None)),
-        sink_logit, slopes, slope_positions,
+        *(offsets if offsets is not None and packed else (None, None)), sink_logit, slopes,
+        slope_positions,
     )  # fmt: skip
     direct = untraced(*(x for x in given if isinstance(x, Tensor)))
     kind: Hashable = None
-    if direct:
-        kind = _kind(given, backend)
-        known = _known(kind)
+    if direct and plain:
+        kind = kind_of(given, backend)
+        known = plans.known(kind)
         if known is not None:
-            return known.run(given)
+            return _run(known, given)
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else "numba"
     checks.check_inputs(q, k, v, backend)
     check_scale(scale)
@@ -132,109 +123,28 @@ def flash(
     )  # fmt: skip
     if not direct:
         return _forward(*resolved, backend)
-    plan = _plan(resolved, backend)
-    # What had to be changed first, or is looked into, goes through the checks every time.
-    unread = q_offsets is None or q_offsets.is_cuda
-    if unread and q is given[0] and all(map(operator.is_, given[4:], resolved[4:])):
-        _plans[kind] = plan
-    return plan.run(resolved)
+    plan = plan_of(resolved, backend)
+    # What had to be changed first goes through the checks every time.
+    if kind is not None and q is given[0] and all(map(operator.is_, given[4:], resolved[4:])):
+        plans.plans[kind] = plan
+    return _run(plan, resolved)
 
 
-class _Plan:
-    """How every call of a kind is computed, from arguments like the custom op's but its backend."""
-
-    def __init__(self, arguments: tuple[Any, ...], backend: str) -> None:
-        q, k = arguments[:2]
-        self.backend, self.scale = backend, arguments[3]
-        self.empty = q.numel() == 0 or k.numel() == 0
-        self.forward = _empty if self.empty else _kernel(backend, "prepare_forward")(*arguments)
-        self.backward = (
-            _empty_gradients if self.empty else _kernel(backend, "prepare_backward")(*arguments)
-        )
-
-    def run(self, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """out and lse where nobody looks on, with a gradient if one is wanted."""
-        arguments = (*given[:3], self.scale, *given[4:])
-        if wants_gradient(*(x for x in arguments if isinstance(x, Tensor))):
-            out, lse = _Flash.apply(self, *arguments)
-            return out, lse
-        out, lse = self.forward(*arguments)
+def _run(plan: Plan, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """out and lse where nobody looks on, with a gradient if one is wanted."""
+    arguments = (*given[:3], plan.scale, *given[4:])
+    if wants_gradient(*(x for x in arguments if isinstance(x, Tensor))):
+        out, lse = _Flash.apply(plan, *arguments)
         return out, lse
-
-
-_plans: dict[Hashable, _Plan] = {}
-
-
-def _kind(arguments: tuple[Any, ...], backend: str | None) -> Hashable:
-    """What checks and plans depend on: all but what tensors hold. Whether q, k and v start at
-    multiples of 16 bytes decides how they are read. None if these are no tensors.
-    """
-    q, k, v = arguments[:3]
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return None
-    return (
-        backend, TABLE.state(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
-        *(
-            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor)
-            else None if x is None else (x, type(x))
-            for x in arguments
-        ),
-    )  # fmt: skip
-
-
-def _known(kind: Hashable) -> _Plan | None:
-    """The plan of this kind of call, if there was one; an option without a hash is a wrong one,
-    which the checks will name.
-    """
-    try:
-        return _plans.get(kind)
-    except TypeError:
-        return None
-
-
-def _plan(arguments: tuple[Any, ...], backend: str) -> _Plan:
-    """The plan of this kind of call, whose arguments have been checked."""
-    kind = _kind(arguments, backend)
-    plan = _plans.get(kind)
-    if plan is None:
-        if len(_plans) >= MOST_KINDS:
-            _plans.clear()
-        plan = _plans[kind] = _Plan(arguments, backend)
-    return plan
-
-
-def _kernel(backend: str, part: str) -> Any:
-    """The function that computes `part` on `backend`; its module is imported on first use."""
-    module: ModuleType = load(f"attnspec.fast.engines.flash.{DEVICE_MODULES[backend, part]}")
-    return getattr(module, part)
-
-
-def _empty(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """out and lse if there are no queries or no keys."""
-    lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide_dtype(q))
-    sink_logit = options[SINK_LOGIT - 3]
-    if sink_logit is not None:
-        lse = torch.zeros_like(lse) + sink_logit[:, None]
-    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
-
-
-def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dq, dk, dv and dsink likewise."""
-    sink_logit = options[SINK_LOGIT - 3]
-    dsink = None
-    if sink_logit is not None:
-        dsink = lse.new_zeros(q.shape[1]) if dlse is None else dlse.sum((0, 2))
-    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsink
+    out, lse = plan.forward(*arguments)
+    return out, lse
 
 
 class _Flash(torch.autograd.Function):
     """The gradient where nobody looks on; all others find it behind the custom op."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: Plan, *arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = plan.forward(*arguments)
         _setup(ctx, arguments, (out, lse))
         ctx.plan = plan
@@ -284,7 +194,7 @@ def _forward(
         block_count, block_full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes,
         slope_positions,
     )  # fmt: skip
-    out, lse = _plan(arguments, backend).forward(*arguments)
+    out, lse = plan_of(arguments, backend).forward(*arguments)
     return out, lse
 
 
@@ -326,7 +236,7 @@ def _backward(
         scale, causal, window, sinks, row_start, row_end, key_mask, mask, block_index, block_count,
         block_full, q_block, k_block, q_offsets, k_offsets, sink_logit, slopes, slope_positions,
     )  # fmt: skip
-    plan = _plan((q, k, v, *options), backend)
+    plan = plan_of((q, k, v, *options), backend)
     dq, dk, dv, dsink = plan.backward(dout, dlse, q, k, v, out, lse, *options)
     return dq, dk, dv, lse.new_zeros(q.shape[1]) if dsink is None else dsink
 

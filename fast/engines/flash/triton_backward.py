@@ -191,10 +191,13 @@ class Launches:
         """dq, by tiles of rows."""
         dq = q.new_empty(q.shape)
         index, count, full = host.readable_lists(*rules[8:11])
+        key_bounds = None
+        if self.key_bounds is not None and rules.key_mask is not None:
+            key_bounds = self.key_bounds(rules.key_mask)
         self.dq(
             q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dq=dq, **host.changing(rules),
             block_index=index, block_count=count, block_full=full,
-            key_bounds=None if self.key_bounds is None else self.key_bounds(rules.key_mask),
+            key_bounds=key_bounds,
             table=self.row_table(rules),
         )  # fmt: skip
         return dq

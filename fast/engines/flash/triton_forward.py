@@ -214,10 +214,13 @@ class Forward:
         if self.copies:
             q, k, v = host.readable(q, k, v)
         index, count, full = host.readable_lists(*rules[8:11])
+        key_bounds = None
+        if self.bounds is not None and rules.key_mask is not None:
+            key_bounds = self.bounds(rules.key_mask)
         self.launch(
             q=q, k=k, v=v, out=out, lse=lse, **host.changing(rules),
             block_index=index, block_count=count, block_full=full, sink_logit=rules.sink_logit,
-            key_bounds=None if self.bounds is None else self.bounds(rules.key_mask),
+            key_bounds=key_bounds,
             table=self.tiles(rules),
         )  # fmt: skip
         return out, lse
