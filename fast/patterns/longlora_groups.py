@@ -129,7 +129,8 @@ def shares_of_heads(
     """The heads of q, k and v of each share. Where no kv head is in two, tensors are split, whose
     gradients are joined; slices would each have one of full size, to be added up.
     """
-    q_heads, kv_heads = ([part[i].stop - part[i].start for part in shares] for i in (0, 1))
+    q_heads = [heads.stop - heads.start for heads, _, _ in shares]
+    kv_heads = [served.stop - served.start for _, served, _ in shares]
     if sum(kv_heads) != k.shape[1]:
         return [(q[:, heads], k[:, served], v[:, served]) for heads, served, _ in shares]
     parts = q.split(q_heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1)
