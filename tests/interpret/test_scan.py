@@ -107,6 +107,18 @@ def test_half(decay: str) -> None:
     check(make(decay, heads=1, tokens=18), dtype=torch.float16, bound=5e-3)
 
 
+@pytest.mark.parametrize("decay", ["none", "vector"])
+def test_half_widths(decay: str) -> None:
+    """Heads that are padded to whole tiles, in several segments."""
+    inputs = make(decay, heads=1, tokens=50, d=20, dv=1, strength=0.1)
+    check(inputs, dtype=torch.float16, bound=5e-3)
+    q, k, v = (inputs[name].half() for name in "qkv")
+    with use_config(SMALL):
+        entering, _ = segment_states(k, v, 20, backend="triton")
+        o = segment_outputs(q, k, v, entering, 20, backend="triton")
+    torch.testing.assert_close(o, scan(q, k, v)[0], rtol=5e-3, atol=5e-2)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed(decay: str) -> None:
     offsets = torch.tensor([0, 0, 5, 6, 6, 24, 24])

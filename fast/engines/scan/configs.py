@@ -16,10 +16,11 @@ class ScanConfig:
 
     `block`: rows of a matrix product, a power of two >= 16. `states` sums the state of a segment,
     `walk` goes through a segment for o, dq, dk or dv, `pairs` are the products inside a block under
-    a decay per channel, `steep` the same where it is far, `gates` its gradient. `*_items` is the
-    most numbers of a state one program keeps in registers, which decides how many value channels it
-    owns; `pairs_tile`, `steep_tile` and `gates_tile` are how many key channels are weighted at a
-    time. `descriptors` loads tiles by the tensor memory accelerator where strides allow it.
+    a decay per channel, `steep` the same where it is far, `gates` its gradient, `mend` that where
+    it is far; on Hopper the last two want two warps, see `triton_gates.py`. `*_items` is the most
+    numbers of a state one program keeps in registers, which decides how many value channels it
+    owns; `pairs_tile` and the like are how many key channels are weighted at a time. `descriptors`
+    loads tiles by the tensor memory accelerator where strides allow it.
 
     Sequences are cut in segments of `segment` tokens; None cuts them so that about `programs`
     programs a multiprocessor exist, but not below `least_segment` tokens, nor above `gate_segment`
@@ -38,9 +39,11 @@ class ScanConfig:
     pairs_stages: int = 1
     steep_tile: int = 32
     steep_warps: int = 8
-    gates_tile: int = 32
-    gates_warps: int = 4
+    gates_tile: int = 16
+    gates_warps: int = 2
     gates_stages: int = 1
+    mend_tile: int = 16
+    mend_warps: int = 2
     descriptors: bool = True
     segment: int | None = None
     programs: float = 2.0
@@ -83,11 +86,11 @@ CANDIDATES = (
     ScanConfig(gate_segment=4096),
     ScanConfig(block=128, walk_warps=8),
     ScanConfig(pairs_tile=64),
-    ScanConfig(pairs_tile=16, gates_tile=16),
+    ScanConfig(pairs_tile=16, gates_tile=32),
     ScanConfig(pairs_stages=2),
     ScanConfig(steep_tile=64),
     ScanConfig(steep_warps=4),
-    ScanConfig(pairs_tile=128, pairs_warps=8, gates_tile=64, gates_warps=4),
+    ScanConfig(pairs_tile=128, pairs_warps=8, mend_tile=32),
 )
 
 FLOAT32 = ScanConfig(
@@ -97,6 +100,10 @@ FLOAT32 = ScanConfig(
     walk_items=2048,
     walk_warps=8,
     walk_stages=1,
+    gates_tile=32,
+    gates_warps=4,
+    mend_tile=32,
+    mend_warps=8,
 )
 """IEEE float32 products run on no matrix unit, and larger tiles spill registers."""
 OLDER = ScanConfig(

@@ -1,7 +1,12 @@
 """Triton kernels for the gradient of the log decays, and of q and k under a decay per channel.
 
 dg_t sums q . dq - k . dk over the tokens from t to the end of its segment, plus the product of the
-state behind the segment with its gradient: the part of all later tokens, with no long sum.
+state behind the segment with its gradient: the part of all later tokens, with no long sum. Under a
+decay per channel a block is a program: what pairs inside a block add to its sum cancels, so the
+walks, which know the rest, already hand over the sums of whole blocks.
+
+The kernels of a decay per channel run on two warps on Hopper, where matrix products are then no
+asynchronous ones: those lost operands that came through registers on a device.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ from attnspec.fast.engines.scan.triton_levels import (
     FLAGS,
     LOG2E,
     group_pairs,
-    group_weights,
     level_pairs,
     level_weights,
     load_gates,
@@ -158,6 +162,38 @@ def steep_gates_kernel(
                 store_tile(dk + here, D, dK, left, width, C, BC, ragged)
 
 
+@triton.jit(do_not_specialize=["segments", "length", "tokens"])
+def carried_gates_kernel(
+    q_sums, k_sums, entering, final, leaving, carried, table, segments, length, tokens, heads,
+    D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What dg has from all rows behind a block: carried (blocks, heads, D), for one segment and BC
+    channels, from the blocks' sums (blocks, heads, D) of q . dq and of k . dk.
+    """
+    parts: tl.constexpr = (D + BC - 1) // BC
+    program = tl.program_id(0)
+    channel = (program % parts) * BC
+    head = ((program // parts) % heads).to(tl.int64)
+    segment = (program // parts) // heads
+    sequence, _, _, count, _, last = locate(table, segment, segments, length, tokens, PACKED)
+    if count == 0:
+        return
+    behind = state_product(
+        entering, final, leaving, segment, sequence, head, heads, last, channel,
+        tl.minimum(D - channel, BC), D, DV, BC,
+    )  # fmt: skip
+    blocks = tl.cdiv(count, C)
+    channels = channel + tl.arange(0, BC)
+    inside = channels < D
+    first = segment.to(tl.int64) * tl.cdiv(length, C)
+    for n in tl.range(0, blocks, num_stages=4):
+        at = ((first + blocks - 1 - n) * heads + head) * D + channels
+        of_q = tl.load(q_sums + at, mask=inside, other=0.0)
+        of_k = tl.load(k_sums + at, mask=inside, other=0.0)
+        tl.store(carried + at, behind, mask=inside)
+        behind += of_q - of_k
+
+
 @triton.jit(
     do_not_specialize=[
         "segments", "length", "tokens", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "o_b", "o_h",
@@ -166,70 +202,63 @@ def steep_gates_kernel(
 )  # fmt: skip
 def vector_gates_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, do, o_b, o_h, o_t, o_d,
-    gates, g_b, g_h, g_t, g_d, dq_weighted, dk_weighted, steep, entering, final, leaving, dq, dk,
+    gates, g_b, g_h, g_t, g_d, dq_weighted, dk_weighted, steep, carried, dq, dk,
     dg, table, scale, segments, length, tokens, heads, k_group, v_group,
     D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, REACH: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, DGATES: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and, if DGATES, dg (batch, heads, tokens, D) of one segment and BC key channels, from
-    the gradients of the weighted q and k and from the products inside each block. Of steep blocks
-    `steep_gates_kernel` has left dq and dk where the weighted ones were.
+    """dq, dk and, if DGATES, dg (batch, heads, tokens, D) of one block, from the gradients of the
+    weighted q and k and from the products inside the block. Of steep blocks `steep_gates_kernel`
+    has left dq and dk where the weighted ones were.
     """
-    parts: tl.constexpr = (D + BC - 1) // BC
     ragged: tl.constexpr = D % BC != 0
     program = tl.program_id(0)
-    channel = (program % parts).to(tl.int64) * BC
-    head = ((program // parts) % heads).to(tl.int64)
-    segment = (program // parts) // heads
-    sequence, batch, start, count, _, last = locate(
-        table, segment, segments, length, tokens, PACKED
-    )
-    if count == 0:
+    head = (program % heads).to(tl.int64)
+    block = program // heads
+    blocks_per_segment = tl.cdiv(length, C)
+    segment = block // blocks_per_segment
+    _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
+    skipped = (block % blocks_per_segment) * C
+    left = count - skipped
+    if left <= 0:
         return
-    width = D - channel
-    q += offset(batch, q_b, head, q_h, start, q_t, ALIGNED) + channel * q_d
-    k += offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED) + channel * k_d
-    v += offset(batch, v_b, head // v_group, v_h, start, v_t, ALIGNED)
-    do += offset(batch, o_b, head, o_h, start, o_t, ALIGNED)
-    gates += offset(batch, g_b, head, g_h, start, g_t, ALIGNED) + channel * g_d
+    start += skipped
+    q += offset(batch, q_b, head, q_h, start, q_t, ALIGNED)
+    k += offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
+    gates += offset(batch, g_b, head, g_h, start, g_t, ALIGNED)
     row = (batch * heads + head) * tokens + start
-    carried = tl.zeros((BC,), tl.float32)
-    if DGATES:
-        carried = state_product(
-            entering, final, leaving, segment, sequence, head, heads, last, channel,
-            tl.minimum(width, BC), D, DV, BC,
-        )  # fmt: skip
-    blocks = tl.cdiv(count, C)
-    flags = steep + segment.to(tl.int64) * tl.cdiv(length, C) * heads + head
-    for n in range(blocks):
-        i = blocks - 1 - n
-        at = tl.cast(i, tl.int64) * C
-        left = count - i * C
-        here = (row + at) * D + channel
-        Q = load_tile(q + at * q_t, q_t, q_d, left, width, C, BC, ragged, WIDE)
-        K = load_tile(k + at * k_t, k_t, k_d, left, width, C, BC, ragged, WIDE)
+    part = tl.zeros((C, C), q.dtype.element_ty)
+    gentle = left < 0
+    if REACH > 0:
+        gentle = tl.load(steep + program) == 0
+        if gentle:
+            v += offset(batch, v_b, head // v_group, v_h, start, v_t, ALIGNED)
+            do += offset(batch, o_b, head, o_h, start, o_t, ALIGNED)
+            dP = pair_gradients(do, o_t, o_d, v, v_t, v_d, left, DV, BV, C, WIDE)
+            part = tl.where(group_pairs(LEVELS, C), dP * scale, 0.0).to(q.dtype.element_ty)
+    for channel in range(0, D, BC):
+        width = D - channel
+        wide = tl.cast(channel, tl.int64)
+        here = row * D + channel
+        Q = load_tile(q + wide * q_d, q_t, q_d, left, width, C, BC, ragged, WIDE)
+        K = load_tile(k + wide * k_d, k_t, k_d, left, width, C, BC, ragged, WIDE)
         dQ = load_tile(dq_weighted + here, D, 1, left, width, C, BC, ragged)
         dK = load_tile(dk_weighted + here, D, 1, left, width, C, BC, ragged)
-        if REACH > 0:
-            gentle = tl.load(flags + i * heads) == 0
+        if REACH > 0:  # noqa: SIM102 (a constant, and a number on the device)
             if gentle:
-                dP = pair_gradients(
-                    do + at * o_t, o_t, o_d, v + at * v_t, v_t, v_d, left, DV, BV, C, WIDE
-                )
-                part = tl.where(group_pairs(LEVELS, C), dP * scale, 0.0).to(Q.dtype)
-                g = load_gates(gates + at * g_t, g_t, g_d, left, width, C, BC, ragged, WIDE)
-                half = tl.exp2(tl.sum(g, 0) * (0.5 * LOG2E))[None, :]
-                near = sum_rows(group_weights(LEVELS, C), g, Q.dtype)
+                g = load_gates(gates + wide * g_d, g_t, g_d, left, width, C, BC, ragged, WIDE)
+                middle = tl.sum(g, 0) * (0.5 * LOG2E)
+                half = tl.exp2(middle)[None, :]
+                near = tl.cumsum(g * LOG2E, 0) - middle[None, :]
                 rise, fall = tl.exp2(near), tl.exp2(-near)
                 dQ = rise * tl.dot(part, (K * fall).to(K.dtype), dQ * (half * scale))
                 dK = fall * tl.dot(tl.trans(part), (Q * rise).to(Q.dtype), dK * half)
         store_tile(dq + here, D, dQ, left, width, C, BC, ragged)
         store_tile(dk + here, D, dK, left, width, C, BC, ragged)
         if DGATES:
-            x = Q * dQ - K * dK
-            store_tile(
-                dg + here, D, tl.cumsum(x, 0, reverse=True) + carried[None, :], left, width, C, BC,
-                ragged,
-            )  # fmt: skip
-            carried += tl.sum(x, 0)
+            channels = tl.arange(0, BC)
+            at = program.to(tl.int64) * D + channel + channels
+            behind = tl.load(carried + at, mask=channels < width, other=0.0)
+            x = tl.cumsum(Q * dQ - K * dK, 0, reverse=True) + behind[None, :]
+            store_tile(dg + here, D, x, left, width, C, BC, ragged)

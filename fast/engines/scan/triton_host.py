@@ -1,7 +1,6 @@
 """The scan on Triton: forward, backward, the states and outputs of segments, and one step.
 
-16-bit operands whose rows are not aligned are copied to rows that are, as in the flash engine: read
-through registers, the tiles of a product were out of bounds on a device.
+16-bit operands are read as whole tiles of aligned rows, see `triton_widths.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import triton
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_gates import (
+    carried_gates_kernel,
     scalar_gates_kernel,
     steep_gates_kernel,
     vector_gates_kernel,
@@ -37,6 +36,13 @@ from attnspec.fast.engines.scan.triton_plan import (
     weigh,
 )
 from attnspec.fast.engines.scan.triton_step import step_kernel
+from attnspec.fast.engines.scan.triton_widths import (
+    narrow,
+    padded,
+    padded_decay,
+    padded_state,
+    tiled,
+)
 
 HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 """Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
@@ -53,7 +59,14 @@ def forward(
     if replay is not None:
         out, final = replay(tensors)
         return out, final
-    q, k, v = readable(q, k, v)
+    if narrow(q, v):
+        start = None if state is None else padded_state(state)
+        out, final = forward(
+            padded(q), padded(k), padded(v), slopes, padded_decay(log_decay), start, offsets, scale,
+            block,
+        )  # fmt: skip
+        return _first(out, v.shape[3]), _first(final, q.shape[3], v.shape[3])
+    q, k, v = tiled(q, k, v)
     call = Call.plan(
         q,
         v,
@@ -84,7 +97,13 @@ def segment_states(
     heads: int, segment: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states (batch, heads, segments, d, dv) entering segments, and the last."""
-    k, v = readable(k, v)
+    if narrow(k, v):
+        start = None if state is None else padded_state(state)
+        made = segment_states(
+            padded(k), padded(v), slopes, padded_decay(log_decay), start, heads, segment
+        )
+        return _first(made[0], k.shape[3], v.shape[3]), _first(made[1], k.shape[3], v.shape[3])
+    k, v = tiled(k, v)
     call = Call.plan(k, v, heads, slopes, log_decay, None, 1.0, 0, segment=segment)
     state = None if state is None else state.contiguous()
     final = call.last_states(state, None)
@@ -105,7 +124,13 @@ def segment_outputs(
     entering: Tensor, scale: float, segment: int,
 ) -> Tensor:  # fmt: skip
     """o (batch, heads, tokens, dv) from the states entering segments."""
-    q, k, v = readable(q, k, v)
+    if narrow(q, v):
+        out = segment_outputs(
+            padded(q), padded(k), padded(v), slopes, padded_decay(log_decay),
+            padded_state(entering), scale, segment,
+        )  # fmt: skip
+        return _first(out, v.shape[3])
+    q, k, v = tiled(q, k, v)
     call = Call.plan(q, v, q.shape[1], slopes, log_decay, None, scale, 0, segment=segment)
     if call.nothing:
         return call.rows(call.dv, call.dtype)
@@ -120,19 +145,21 @@ def backward(
     log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
     scale: float, block: int, decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state.
-
-    Under a decay per channel 16-bit inputs are widened: the 16-bit kernels of that gradient have
-    met illegal addresses on a device, and the float32 ones have not.
-    """
-    if log_decay is not None and log_decay.dim() == 4 and q.element_size() == 2:
+    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
+    if narrow(q, v):
+        d, dv_width = q.shape[3], v.shape[3]
+        start = None if state is None else padded_state(state)
         dq, dk, dv, ddecay, dstate = backward(
-            do.float(), dfinal, q.float(), k.float(), v.float(), slopes, log_decay.float(), state,
-            offsets, final, scale, block, decay_gradient,
+            padded(do), padded_state(dfinal), padded(q), padded(k), padded(v), slopes,
+            padded_decay(log_decay), start, offsets, padded_state(final), scale, block,
+            decay_gradient,
         )  # fmt: skip
-        narrow = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
-        return *narrow, ddecay.to(log_decay.dtype), dstate
-    do, q, k, v = readable(do, q, k, v)
+        ddecay = _first(ddecay, d) if ddecay.dim() == 4 else ddecay
+        return (
+            _first(dq, d), _first(dk, d), _first(dv, dv_width), ddecay,
+            _first(dstate, d, dv_width),
+        )  # fmt: skip
+    do, q, k, v = tiled(do, q, k, v)
     call = Call.plan(
         q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient
     )
@@ -153,14 +180,13 @@ def backward(
 
     inner = call.dtype if call.decay != VECTOR else torch.float32
     grouped = torch.float32 if k.shape[1] != call.heads else call.dtype
-    products = decay_gradient and call.decay != VECTOR
     dq, q_products = walk(
         call, do, v, K, entering, inner, weighted=weighted, transposed=True,
-        product=q if products else None,
+        product=Q if decay_gradient else None,
     )  # fmt: skip
     dk, k_products = walk(
         call, v, do, Q, leaving, grouped if call.decay != VECTOR else inner, weighted=weighted,
-        backward=True, transposed=True, product=k if products else None,
+        backward=True, transposed=True, product=K if decay_gradient else None,
     )  # fmt: skip
     dv, _ = walk(
         call, K, Q, do, leaving, grouped, final=dstate, weighted=weighted, pairs=True,
@@ -169,15 +195,23 @@ def backward(
     ddecay = q.new_empty(0)
     states = (final if entering is None else entering, final, leaving)
     if weighted is not None:
-        dq, dk, dg = _vector_gates(
-            call, q, k, v, do, weighted, dq, dk, states, grouped, decay_gradient
-        )
+        carried = None
+        if decay_gradient:
+            carried = _carried_gates(call, q_products, k_products, states)
+        dq, dk, dg = _vector_gates(call, q, k, v, do, weighted, dq, dk, carried, grouped)
         if decay_gradient and given is not None:
             ddecay = dg.to(given.dtype)
-    elif products and given is not None:
+    elif decay_gradient and given is not None:
         dg = _scalar_gates(call, q_products.sum(0) - k_products.sum(0), states)
         ddecay = (-dg.sum((0, 2)) if call.decay == CONSTANT else dg).to(given.dtype)
     return dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dstate
+
+
+def _first(x: Tensor, *sizes: int) -> Tensor:
+    """The first entries along the last axes of x, contiguous."""
+    for axis, size in enumerate(sizes, -len(sizes)):
+        x = x.narrow(axis, 0, size)
+    return x.contiguous()
 
 
 def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
@@ -199,16 +233,30 @@ def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Te
     return dg
 
 
+def _carried_gates(
+    call: Call, q_sums: Tensor, k_sums: Tensor, states: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """What the decays of a block and channel (blocks, heads, d) get from all rows behind it."""
+    carried = call.empty(*q_sums.shape)
+    channels = min(32, power(call.d))
+    call.recorder.launch(
+        carried_gates_kernel, call.segments.total * call.heads * -(-call.d // channels),
+        q_sums, k_sums, *states, carried, call.table(q_sums), *call.place(),
+        D=call.d, DV=call.dv, BC=channels, C=call.block,
+        PACKED=call.segments.table is not None, num_warps=4,
+    )  # fmt: skip
+    return carried
+
+
 def _vector_gates(
     call: Call, q: Tensor, k: Tensor, v: Tensor, do: Tensor, weighted: Weighted,
-    dq_weighted: Tensor, dk_weighted: Tensor, states: tuple[Tensor, Tensor, Tensor],
-    dk_dtype: torch.dtype, decay_gradient: bool,
+    dq_weighted: Tensor, dk_weighted: Tensor, carried: Tensor | None, dk_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk of every query head and, if wanted, dg (batch, heads, tokens, d)."""
+    """dq, dk of every query head and, from what is `carried`, dg (batch, heads, tokens, d)."""
     gates = call.gates
     assert gates is not None
     dq, dk = call.rows(call.d, call.dtype), call.rows(call.d, dk_dtype)
-    dg = call.rows(call.d, torch.float32) if decay_gradient else call.empty(0)
+    dg = call.empty(0) if carried is None else call.rows(call.d, torch.float32)
     inputs = (
         q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), gates, *gates.stride(),
     )  # fmt: skip
@@ -225,15 +273,15 @@ def _vector_gates(
     call.recorder.launch(
         steep_gates_kernel, -(-many // span),
         *inputs, dq_weighted, dk_weighted, weighted.steep, many, span, *where,
-        BC=min(call.cfg.steep_tile, power(call.d)), **options, num_warps=call.cfg.steep_warps,
+        BC=min(call.cfg.mend_tile, power(call.d)), **options, num_warps=call.cfg.mend_warps,
         num_stages=1,
     )  # fmt: skip
-    channels = min(call.cfg.gates_tile, power(call.d))
     call.recorder.launch(
-        vector_gates_kernel, call.segments.total * call.heads * -(-call.d // channels),
-        *inputs, dq_weighted, dk_weighted, weighted.steep, *states, dq, dk, dg, *where,
-        BC=channels, **options, DGATES=decay_gradient, num_warps=call.cfg.gates_warps,
-        num_stages=call.cfg.gates_stages,
+        vector_gates_kernel, many,
+        *inputs, dq_weighted, dk_weighted, weighted.steep, dg if carried is None else carried,
+        dq, dk, dg, *where,
+        BC=min(call.cfg.gates_tile, power(call.d)), **options, DGATES=carried is not None,
+        num_warps=call.cfg.gates_warps, num_stages=call.cfg.gates_stages,
     )  # fmt: skip
     return dq, dk, dg
 

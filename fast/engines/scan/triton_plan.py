@@ -276,8 +276,9 @@ def walk(
     final: Tensor | None = None, weighted: Weighted | None = None, pairs: bool = False,
     backward: bool = False, transposed: bool = False, product: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, and by token the
-    products (tiles, batch, heads, tokens) of the result with `product`, if given.
+    """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, and the products
+    of the result with `product`, if given: summed over the channels of a tile (tiles, batch, heads,
+    tokens), or under a decay per channel over the rows of a block (blocks, heads, width of v).
     """
     cfg = call.cfg
     rows, columns = q.shape[3], v.shape[3]
@@ -285,7 +286,9 @@ def walk(
     tiles = -(-columns // tile)
     out = call.rows(columns, dtype)
     products = out
-    if product is not None:
+    if product is not None and weighted is not None:
+        products = call.empty(weighted.totals.shape[0], call.heads, columns)
+    elif product is not None:
         products = call.empty(tiles, call.batch, call.heads, call.tokens)
     w = q if product is None else product
     call.recorder.launch(

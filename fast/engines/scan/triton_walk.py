@@ -87,7 +87,8 @@ def walk_kernel(
         w += offset(batch, w_b, head // w_group, w_h, start, w_t, ALIGNED) + tile * BV * w_d
     row = (batch * heads + head) * tokens + start
     out += row * V + tile * BV
-    products += tile * batches * heads * tokens + row
+    if DECAY != VECTOR:
+        products += tile * batches * heads * tokens + row
     slope = 0.0
     if DECAY == CONSTANT:
         slope = tl.load(gates + head)
@@ -146,7 +147,13 @@ def walk_kernel(
         if PRODUCTS:
             W = load_tile(w + at * w_t, w_t, w_d, left, width, C, BV, rag_v, WIDE)
             rows = tl.arange(0, C)
-            tl.store(products + at + rows, tl.sum(W * Y, 1), mask=rows < left)
+            if DECAY == VECTOR:
+                block = (state // heads * tl.cdiv(length, C) + i) * heads + head
+                columns = tile * BV + tl.arange(0, BV)
+                sums = tl.sum(tl.where((rows < left)[:, None], W * Y, 0.0), 0)
+                tl.store(products + block * V + columns, sums, mask=columns < V)
+            else:
+                tl.store(products + at + rows, tl.sum(W * Y, 1), mask=rows < left)
         S = tl.dot(tl.trans(K), X, S, input_precision="ieee")
     if FINAL:
         edge = last
