@@ -1,7 +1,7 @@
 """LightNet on Numba and Triton: gates, then the scan engine with a decay for every channel.
 
-The causal form is the engine's gates and its vector-decay scan; without a causal order, one read of
-keys and values leaves their summary and a small product answers every query. Both are
+The causal form is the engine's vector-decay scan under its additive gates; without a causal order,
+one read of keys and values leaves their summary and a small product answers every query. Both are
 differentiable. Grouped heads of k and v are repeated, because gates belong to query heads. Values
 of states and log decays are checked on the CPU only: on a GPU the check would stall it.
 """
@@ -24,7 +24,14 @@ from attnspec.fast.backend import (
     product,
     wide,
 )
-from attnspec.fast.engines.scan import CANDIDATES, scan, step, time_summary, use_config
+from attnspec.fast.engines.scan import (
+    CANDIDATES,
+    additive_scan,
+    scan,
+    step,
+    time_summary,
+    use_config,
+)
 from attnspec.fast.engines.scan import additive_gates as gates
 from attnspec.fast.linear.lightnet_positions import md_angles, md_lrpe, md_tpe, tpe
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
@@ -152,8 +159,7 @@ def lightnet_causal(
     """
     S0, z0 = _check_causal(q, k, v, state, scale)
     k, v = (_repeated(x, q.shape[1]) for x in (k, v))
-    kbar, log_decay, z = gates(k, z0, backend=choose_backend(backend, q))
-    o, S = scan(q, kbar, v, log_decay=log_decay, state=S0, scale=scale, backend=backend)
+    o, S, z = additive_scan(q, k, v, S0, z0, scale=scale, backend=backend)
     return o, (S, z)
 
 

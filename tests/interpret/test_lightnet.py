@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.scan import additive_gates, time_summary
+from attnspec.fast.engines.scan import ScanConfig, additive_gates, time_summary, use_config
 from attnspec.fast.engines.scan import triton_additive as kernels
 from attnspec.fast.linear.lightnet import lightnet_causal
 
@@ -83,6 +83,30 @@ def test_causal_strides_and_a_state() -> None:
     expected, (S1, z1) = lightnet_causal(*wide, (state[0].double(), state[1].double()))
     for a, b in ((o, expected), (S, S1), (z, z1)):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("started", [False, True])
+def test_causal_from_logits(started: bool) -> None:
+    """Gentle blocks, steep ones, and one with masked tokens; a batch, segments, odd tokens."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 2, 75, width).half() for width in (32, 32, 16))
+    k[0, 0, 30] = 40
+    k[1, :, 50:52] = -torch.inf
+    inputs = [q, k, v]
+    upstream = [torch.randn(2, 2, 75, 16), torch.randn(2, 2, 32, 16), torch.randn(2, 2, 32)]
+    if started:
+        inputs += [torch.randn(2, 2, 32, 16), torch.randn(2, 2, 32)]
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, backend: str) -> tuple[Any, ...]:
+        o, after = lightnet_causal(q, k, v, state or None, backend=backend)  # type: ignore[arg-type]
+        return o, *after
+
+    with use_config(ScanConfig(block=16, segment=32, logits_tile=16, steep_tile=16)):
+        got = gradients(causal, inputs, upstream, "triton")
+    expected = gradients(causal, [x.double() for x in inputs], upstream, "numba")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=2e-2)
 
 
 def test_no_tokens() -> None:

@@ -4,7 +4,7 @@ gates of an additive recurrence, whose decay is a ratio of running sums, and sca
 products: number by number, and with a state of its own for every channel.
 """
 
-from attnspec.fast.engines.scan.additive import additive_gates, time_summary
+from attnspec.fast.engines.scan.additive import additive_gates, additive_scan, time_summary
 from attnspec.fast.engines.scan.api import (
     scan,
     scan_backward,
@@ -31,6 +31,7 @@ __all__ = [
     "LaneConfig",
     "ScanConfig",
     "additive_gates",
+    "additive_scan",
     "elementwise",
     "running_dots",
     "scan",

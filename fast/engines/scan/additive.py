@@ -1,8 +1,8 @@
 """Gates of an additive recurrence: logits in, moving-average weights and log decays out.
 
 kbar_t = e^(k_t - z_t) and log_decay_t = z_(t-1) - z_t, where z is the running logsumexp of k over
-time; and the summary of all keys and values under a softmax over time, which is where such a
-recurrence ends. Two custom ops with their gradients.
+time; the scan under these gates; and the summary of all keys and values under a softmax over time,
+which is where such a recurrence ends. Custom ops with their gradients.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, unobserved, wide_dtype
+from attnspec.fast.engines.scan.api import WIDEST, scan
+from attnspec.fast.engines.scan.op import scan_backward_op
 
 
 @cache
@@ -87,6 +89,82 @@ def additive_gates(
     """
     run = run_gates if unobserved(k, z0) else gates_op
     return run(k, z0, choose_backend(backend, k))
+
+
+def run_additive_scan(
+    q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, z0: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(q):
+        kernels = load("attnspec.fast.engines.scan.triton_additive_scan")
+        made: tuple[Tensor, Tensor, Tensor] = kernels.forward(q, k, v, S0, z0, scale)
+        return made
+
+
+additive_scan_op = torch.library.custom_op(
+    "attnspec::additive_scan", run_additive_scan, mutates_args=()
+)
+
+
+@additive_scan_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, z0: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, d = q.shape
+    return (
+        q.new_empty(batch, heads, tokens, v.shape[3]),
+        q.new_empty(batch, heads, d, v.shape[3], dtype=wide_dtype(q)),
+        q.new_empty(batch, heads, d, dtype=wide_dtype(q)),
+    )
+
+
+def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _scan_gradient(ctx: Any, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, S0, z0, S = ctx.saved_tensors
+    kbar, log_decay, _ = gates_op(k, z0, "triton")
+    dq, dkbar, dv, dlog_decay, dS0 = scan_backward_op(
+        do.to(q.dtype), dS, q, kbar, v, None, log_decay, S0, None, S, ctx.scale, 0, True, "triton"
+    )
+    dk, dz0 = gates_backward_op(dkbar, dlog_decay, dz, kbar, log_decay, "triton")
+    if z0 is not None:
+        dz0 = torch.where(z0 == -torch.inf, 0.0, dz0).to(z0.dtype)
+    return dq, dk, dv, None if S0 is None else dS0, None if z0 is None else dz0, None
+
+
+additive_scan_op.register_autograd(_scan_gradient, setup_context=_setup_scan)
+
+
+def additive_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S0: Tensor | None = None,
+    z0: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o and the last S of `scan` for keys and log decays from `additive_gates` of k, and the last
+    z; one kv head for each head. Differentiable.
+
+    In 16 bit on CUDA gates are neither written nor read, and formed again for a gradient.
+    """
+    if choose_backend(backend, q) == "triton" and _direct(q, v):
+        run = run_additive_scan if unobserved(q, k, v, S0, z0) else additive_scan_op
+        return run(q, k, v, S0, z0, float(scale))
+    kbar, log_decay, z = additive_gates(k, z0, backend=backend)
+    o, S = scan(q, kbar, v, log_decay=log_decay, state=S0, scale=scale, backend=backend)
+    return o, S, z
+
+
+def _direct(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take q and v as they are; the interpreter has no bfloat16."""
+    whole = q.shape[3] % 16 == 0 and v.shape[3] % 16 == 0 and 0 < v.shape[3] <= WIDEST
+    known = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and q.is_cuda)
+    return whole and known and v.numel() > 0
 
 
 def run_summary(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:

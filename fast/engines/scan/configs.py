@@ -16,8 +16,9 @@ class ScanConfig:
 
     `block`: rows of a matrix product, a power of two >= 16. `states` sums the state of a segment,
     `walk` goes through a segment for o, dq, dk or dv, `pairs` are the products inside a block under
-    a decay per channel, `steep` the same where it is far, `gates` its gradient, `mend` that where
-    it is far; on Hopper the last two want two warps, see `triton_gates.py`. `*_items` is the most
+    a decay per channel, `logits` the same straight from an additive recurrence's, `steep` where the
+    decay is far, `gates` its gradient, `mend` that where it is far; on Hopper the last two want two
+    warps, see `triton_gates.py`. `*_registers` is the most a thread may use, `*_items` is the most
     numbers of a state one program keeps in registers, which decides how many value channels it
     owns; `pairs_tile` and the like are how many key channels are weighted at a time. `descriptors`
     loads tiles by the tensor memory accelerator where strides allow it.
@@ -37,6 +38,9 @@ class ScanConfig:
     pairs_tile: int = 32
     pairs_warps: int = 4
     pairs_stages: int = 1
+    logits_tile: int = 64
+    logits_warps: int = 8
+    logits_registers: int = 128
     steep_tile: int = 32
     steep_warps: int = 8
     gates_tile: int = 16
@@ -86,6 +90,7 @@ CANDIDATES = (
     ScanConfig(gate_segment=4096),
     ScanConfig(block=128, walk_warps=8),
     ScanConfig(pairs_tile=64),
+    ScanConfig(logits_tile=128, logits_registers=255),
     ScanConfig(pairs_tile=16, gates_tile=32),
     ScanConfig(pairs_stages=2),
     ScanConfig(steep_tile=64),

@@ -8,6 +8,8 @@ enters it. The gradient does the same from the end.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -36,64 +38,81 @@ def log1p(u):
 
 
 @triton.jit(do_not_specialize=["k_b", "k_h", "tokens", "segments"])
-def gates_kernel(
-    k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, last, tokens, segments, heads,
-    D: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
+def totals_kernel(
+    k, k_b, k_h, k_t, k_d, tops, totals, tokens, segments, heads,
+    D: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum (rows of D) of a segment; or, if WRITE, its gates from those that enter it,
-    and z behind the last segment.
+    """Maximum and sum of e^(k - maximum) of a segment of ROWS rows, in a tile of BR."""
+    parts: tl.constexpr = (D + BC - 1) // BC
+    program = tl.program_id(0)
+    channel = ((program % parts) * BC).to(tl.int64)
+    segment = (program // parts) % segments
+    row = ((program // parts) // segments).to(tl.int64)
+    start = segment.to(tl.int64) * ROWS
+    left = tl.minimum(tokens - start, ROWS)
+    k += offset(row // heads, k_b, row % heads, k_h, start, k_t, ALIGNED) + channel * k_d
+    K = load_tile(k, k_t, k_d, left, D - channel, BR, BC, D % BC != 0, True).to(tl.float32)
+    K = tl.where((tl.arange(0, BR) < left)[:, None], K, float("-inf"))
+    top = tl.max(K, 0)
+    total = tl.sum(tl.exp(K - spread(top)[None, :]), 0)
+    channels = channel + tl.arange(0, BC)
+    at = (row * segments + segment) * D + channels
+    tl.store(tops + at, top, mask=channels < D)
+    tl.store(totals + at, total, mask=channels < D)
+
+
+@triton.jit(do_not_specialize=["k_b", "k_h", "tokens", "segments", "slots"])
+def gates_kernel(
+    k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, wanted, tokens, segments, heads, slots,
+    D: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gates of a segment from the maximum and the sum that enter it; if SOME, of those alone
+    that are `wanted` (batch, slots, heads).
     """
     parts: tl.constexpr = (D + BC - 1) // BC
     program = tl.program_id(0)
     channels = (program % parts) * BC + tl.arange(0, BC)
     segment = (program // parts) % segments
     row = ((program // parts) // segments).to(tl.int64)
+    if SOME:  # noqa: SIM102 (a constant, and a number on the device)
+        if tl.load(wanted + ((row // heads) * slots + segment) * heads + row % heads) == 0:
+            return
     inside = channels < D
     start = segment.to(tl.int64) * ROWS
     count = tl.minimum(tokens - start, ROWS).to(tl.int32)
-    k += (row // heads) * k_b + (row % heads) * k_h + start * k_t + channels.to(tl.int64) * k_d
+    k += offset(row // heads, k_b, row % heads, k_h, start, k_t, ALIGNED)
+    k += channels.to(tl.int64) * k_d
     at = (row * segments + segment) * D + channels
-    top = tl.full((BC,), float("-inf"), tl.float32)
-    total = tl.zeros((BC,), tl.float32)
-    if WRITE:
-        top = tl.load(tops + at, mask=inside, other=0.0)
-        total = tl.load(totals + at, mask=inside, other=1.0)
+    top = tl.load(tops + at, mask=inside, other=0.0)
+    total = tl.load(totals + at, mask=inside, other=1.0)
     out = (row * tokens + start) * D + channels
     for t in range(count):
         new = tl.load(k + tl.cast(t, tl.int64) * k_t, mask=inside, other=0.0).to(tl.float32)
         above = tl.maximum(top, new)
         base = spread(above)
         old, more = total * tl.exp(top - base), tl.exp(new - base)
-        if WRITE:
-            first = total == 0.0
-            masked = new == float("-inf")
-            x = spread(new) - spread(top) - tl.log(tl.where(first, 1.0, total))
-            smaller = tl.where(more < old, more, old)
-            larger = tl.where(more < old, old, more)
-            decay = log1p(smaller / tl.where(larger == 0.0, 1.0, larger)) + tl.where(
-                more < old, 0.0, tl.maximum(x, 0.0)
-            )
-            gate = more / tl.where(masked, 1.0, old + more)
-            here = out + tl.cast(t, tl.int64) * D
-            tl.store(kbar + here, gate.to(kbar.dtype.element_ty), mask=inside)
-            idle = first | masked | (gate != gate)
-            tl.store(log_decay + here, tl.where(idle, 0.0, -decay), mask=inside)
+        first = total == 0.0
+        masked = new == float("-inf")
+        x = spread(new) - spread(top) - tl.log(tl.where(first, 1.0, total))
+        smaller = tl.where(more < old, more, old)
+        larger = tl.where(more < old, old, more)
+        decay = log1p(smaller / tl.where(larger == 0.0, 1.0, larger)) + tl.where(
+            more < old, 0.0, tl.maximum(x, 0.0)
+        )
+        gate = more / tl.where(masked, 1.0, old + more)
+        here = out + tl.cast(t, tl.int64) * D
+        tl.store(kbar + here, gate.to(kbar.dtype.element_ty), mask=inside)
+        idle = first | masked | (gate != gate)
+        tl.store(log_decay + here, tl.where(idle, 0.0, -decay), mask=inside)
         top, total = above, old + more
-    if WRITE:
-        if segment == segments - 1:
-            empty = total == 0.0
-            z = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
-            tl.store(last + row * D + channels, z, mask=inside)
-    else:
-        tl.store(tops + at, top, mask=inside)
-        tl.store(totals + at, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def chain_gates_kernel(
-    tops, totals, z0, segments, D: tl.constexpr, BC: tl.constexpr, STARTED: tl.constexpr
+    tops, totals, z0, last, segments, D: tl.constexpr, BC: tl.constexpr, STARTED: tl.constexpr
 ):
-    """Turn segments' own maxima and sums into those that enter them, in place."""
+    """Turn segments' own maxima and sums into those that enter them, in place; and z at the end."""
     parts: tl.constexpr = (D + BC - 1) // BC
     program = tl.program_id(0)
     channels = (program % parts) * BC + tl.arange(0, BC)
@@ -113,6 +132,9 @@ def chain_gates_kernel(
         base = spread(above)
         total = total * tl.exp(top - base) + more * tl.exp(new - base)
         top = above
+    empty = total == 0.0
+    z = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(last + row * D + channels, z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments"])
@@ -225,32 +247,71 @@ def _channels(d: int) -> tuple[int, int]:
     return channels, -(-d // channels)
 
 
+@dataclass(frozen=True)
+class Totals:
+    """The running logsumexp where segments of `rows` rows begin, as maxima and sums of (batch,
+    heads, segments, d), and z (batch, heads, d) behind the last.
+    """
+
+    k: Tensor
+    rows: int
+    tops: Tensor
+    sums: Tensor
+    z: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, z0: Tensor | None, rows: int) -> Totals:
+        """`k` (batch, heads, tokens, d), of one token or more."""
+        batch, heads, tokens, d = k.shape
+        segments = -(-tokens // rows)
+        tops, sums = torch.empty(2, batch, heads, segments, d, device=k.device).unbind()
+        z = torch.empty(batch, heads, d, dtype=torch.float32, device=k.device)
+        made = cls(k, rows, tops, sums, z)
+        channels, parts = _channels(d)
+        programs = batch * heads * parts
+        count_launch()
+        totals_kernel[(programs * segments,)](
+            k, *k.stride(), tops, sums, tokens, segments, heads,
+            d, channels, rows, power(rows), ALIGNED=made.aligned, num_warps=4,
+        )  # fmt: skip
+        z0 = None if z0 is None else z0.to(torch.float32).contiguous()
+        count_launch()
+        chain_gates_kernel[(programs,)](
+            tops, sums, tops if z0 is None else z0, z, segments, d, channels,
+            STARTED=z0 is not None, num_warps=1,
+        )  # fmt: skip
+        return made
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of k start at multiples of 16 numbers."""
+        return all(stride % 16 == 0 for stride in self.k.stride()[:3])
+
+    def write(
+        self, kbar: Tensor, log_decay: Tensor, wanted: Tensor | None = None, slots: int = 0
+    ) -> None:
+        """The gates of all segments, or of those that are `wanted` (batch, slots, heads)."""
+        batch, heads, segments, d = self.tops.shape
+        channels, parts = _channels(d)
+        count_launch()
+        gates_kernel[(batch * heads * parts * segments,)](
+            self.k, *self.k.stride(), self.tops, self.sums, kbar, log_decay,
+            self.tops if wanted is None else wanted, self.k.shape[2], segments, heads, slots,
+            d, channels, self.rows, SOME=wanted is not None, ALIGNED=self.aligned, num_warps=1,
+        )  # fmt: skip
+
+
 def gates(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """kbar, log_decay (batch, heads, tokens, d) and z (batch, heads, d)."""
-    batch, heads, tokens, d = k.shape
+    batch, heads, _, d = k.shape
     kbar = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     log_decay = torch.empty(k.shape, dtype=torch.float32, device=k.device)
-    z = torch.empty(batch, heads, d, dtype=torch.float32, device=k.device)
     if kbar.numel() == 0:
+        z = torch.empty(batch, heads, d, dtype=torch.float32, device=k.device)
         return kbar, log_decay, z.fill_(-torch.inf) if z0 is None else z.copy_(z0)
-    segments = -(-tokens // ROWS)
-    channels, parts = _channels(d)
-    tops, totals = torch.empty(2, batch * heads, segments, d, device=k.device).unbind()
-    z0 = None if z0 is None else z0.to(torch.float32).contiguous()
-    arguments = (
-        k, *k.stride(), tops, totals, kbar, log_decay, z, tokens, segments, heads, d, channels, ROWS
-    )  # fmt: skip
-    programs = batch * heads * parts
-    count_launch()
-    gates_kernel[(programs * segments,)](*arguments, WRITE=False, num_warps=1)
-    count_launch()
-    chain_gates_kernel[(programs,)](
-        tops, totals, tops if z0 is None else z0, segments, d, channels,
-        STARTED=z0 is not None, num_warps=1,
-    )  # fmt: skip
-    count_launch()
-    gates_kernel[(programs * segments,)](*arguments, WRITE=True, num_warps=1)
-    return kbar, log_decay, z
+    totals = Totals.of(k, z0, ROWS)
+    totals.write(kbar, log_decay)
+    return kbar, log_decay, totals.z
 
 
 def gates_backward(
