@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.scan import ScanConfig, additive_gates, time_summary, use_config
 from attnspec.fast.engines.scan import triton_additive as kernels
+from attnspec.fast.engines.scan.additive import additive_scan_op
 from attnspec.fast.linear.lightnet import lightnet_causal
 
 
@@ -107,6 +108,14 @@ def test_causal_from_logits(started: bool) -> None:
     expected = gradients(causal, [x.double() for x in inputs], upstream, "numba")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_op_from_logits() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 16).half().requires_grad_() for _ in range(3))
+    torch.library.opcheck(additive_scan_op, (q, k, v, None, None, 1.0))
+    state = (torch.randn(1, 1, 16, 16).requires_grad_(), torch.randn(1, 1, 16).requires_grad_())
+    torch.library.opcheck(additive_scan_op, (q, k, v, *state, 1.0))
 
 
 def test_no_tokens() -> None:
