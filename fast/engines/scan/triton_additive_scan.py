@@ -16,7 +16,7 @@ from torch import Tensor
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.triton_additive import Totals, spread
 from attnspec.fast.engines.scan.triton_common import load_tile, locate, offset, store_tile
-from attnspec.fast.engines.scan.triton_levels import fits, group_pairs
+from attnspec.fast.engines.scan.triton_levels import LOG2E, fits, group_pairs
 from attnspec.fast.engines.scan.triton_plan import (
     Call,
     Weighted,
@@ -76,21 +76,21 @@ def additive_pairs_kernel(
         first = tl.load(sums + at, mask=channels < width, other=1.0)
         base = spread(tl.maximum(top, tl.max(K, 0)))
         first *= tl.exp(top - base)
-        E = tl.exp(K - base[None, :])
+        E = tl.exp2(K * LOG2E - (base * LOG2E)[None, :])
         running = first[None, :] + tl.cumsum(E, 0)
-        last = first + tl.sum(E, 0)
-        total = tl.log(first / last)
+        last = 1.0 / (first + tl.sum(E, 0))
+        decay = first * last
+        total = tl.log(decay)
         gentle = gentle & fits(total, REACH)
-        root = tl.sqrt(first * last)
-        share = 1.0 / running
-        Q_risen = Q * (share * root[None, :])
-        K_fallen = E * (1.0 / root)[None, :]
-        P = tl.dot(Q_risen.to(Q.dtype), tl.trans(K_fallen.to(Q.dtype)), P)
+        half = tl.rsqrt(decay)
+        shared = Q / running
+        Q_risen = (shared * (first * half)[None, :]).to(Q.dtype)
+        K_fallen = (E * (last * half)[None, :]).to(Q.dtype)
+        P = tl.dot(Q_risen, tl.trans(K_fallen), P)
         here = row * D + channel
-        Q_weighted = Q * (share * (first * scale)[None, :])
+        Q_weighted = shared * (first * scale)[None, :]
         store_tile(q_weighted + here, D, Q_weighted, left, width, C, BC, ragged)
-        K_weighted = E * (1.0 / last)[None, :]
-        store_tile(k_weighted + here, D, K_weighted, left, width, C, BC, ragged)
+        store_tile(k_weighted + here, D, E * last[None, :], left, width, C, BC, ragged)
         at = (block.to(tl.int64) * heads + head) * D + channel + channels
         tl.store(totals + at, total, mask=channels < width)
     P = tl.where(group_pairs(LEVELS, C), P * scale, 0.0)
