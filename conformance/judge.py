@@ -8,7 +8,8 @@ of the output's dtype. Nothing here knows which mechanism it judges, and no test
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,19 +35,27 @@ CANCELLING_RUNS = 16
 CONFIRMING_RUNS = 32
 """As many before a kernel is found wrong: a few runs may have been lucky on the row in question."""
 
-Spread = dict[str, tuple[np.ndarray, np.ndarray]]
+Norms = tuple[np.ndarray, np.ndarray]
+"""Root mean square and largest entry of each row."""
+
+Spread = dict[str, Norms]
 
 
 @dataclass(frozen=True)
 class Expectation:
     """Truth of some outputs and the spread of the rounded runs around it.
 
+    `measure` makes those runs when it is first called: an output without an error needs none.
     `confirm` gives the same spread with less luck in it, from more runs.
     """
 
     truth: dict[str, np.ndarray]
-    spread: Spread = field(default_factory=dict)
+    measure: Callable[[], Spread] = dict
     confirm: Callable[[], Spread] | None = None
+
+    @property
+    def spread(self) -> Spread:
+        return self.measure()
 
 
 def out_dtype(output: Output, dtype: str) -> str:
@@ -74,15 +83,22 @@ def expect(
         return Expectation(truth)
     runs = CANCELLING_RUNS if any(output.cancels for output in judged) else RUNS
 
+    together = runs * len(forms)
+    seen: dict[str, list[Norms]] = {o.name: [] for o in judged}
+
+    @cache
     def spread(total: int) -> Spread:
-        errors = _errors(forms, arguments, outputs, dtype, truth, total)
-        together = runs * len(forms)
+        begun = len(seen[judged[0].name])
+        for seed in range(begun, total * len(forms)):
+            errors = _errors(forms, arguments, outputs, dtype, truth, seed)
+            for o in judged:
+                seen[o.name].append(_row_norms(errors[o.name], o.row_axes))
         return {
-            o.name: _spread(np.stack(errors[o.name]), together, truth[o.name], o.row_axes)
+            o.name: _spread(seen[o.name][: total * len(forms)], together, truth[o.name], o.row_axes)
             for o in judged
         }
 
-    return Expectation(truth, spread(runs), lambda: spread(CONFIRMING_RUNS))
+    return Expectation(truth, lambda: spread(runs), lambda: spread(CONFIRMING_RUNS))
 
 
 def _errors(
@@ -91,19 +107,19 @@ def _errors(
     outputs: tuple[Output, ...],
     dtype: str,
     truth: Mapping[str, np.ndarray],
-    runs: int,
-) -> dict[str, list[np.ndarray]]:
-    """How far each of `runs` rounded runs of each form is from the truth."""
-    errors: dict[str, list[np.ndarray]] = {o.name: [] for o in outputs if o.kind == "value"}
-    for seed in range(runs * len(forms)):
-        run, number = divmod(seed, len(forms))
-        with rounded_arithmetic(dtype, seed, alike=run % 2 == 1), np.errstate(all="ignore"):
-            results = flatten(forms[number](**_wrap(arguments)))
-        for output, result in zip(outputs, results, strict=True):
-            if output.kind == "value":
-                plain = np.asarray(result).view(np.ndarray)
-                rounded = round_to(plain, out_dtype(output, dtype)).astype(np.float64)
-                errors[output.name].append(_difference(rounded, truth[output.name], output.nan))
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """How far one rounded run is from the truth: the forms take turns, and so do the models."""
+    run, number = divmod(seed, len(forms))
+    with rounded_arithmetic(dtype, seed, alike=run % 2 == 1), np.errstate(all="ignore"):
+        results = flatten(forms[number](**_wrap(arguments)))
+    errors = {}
+    for output, result in zip(outputs, results, strict=True):
+        if output.kind == "value":
+            plain = np.asarray(result).view(np.ndarray)
+            rounded = round_to(plain, out_dtype(output, dtype)).astype(np.float64)
+            error = _difference(rounded, truth[output.name], output.nan)
+            errors[output.name] = np.where(np.isnan(error), np.inf, error)
     return errors
 
 
@@ -116,7 +132,7 @@ def truth_of(
 
 
 def _spread(
-    errors: np.ndarray, together: int, truth: np.ndarray, row_axes: int
+    norms: list[Norms], together: int, truth: np.ndarray, row_axes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Worst root mean square and worst entry of each row over the runs, never below the median.
 
@@ -125,10 +141,9 @@ def _spread(
     of zeros that every run gets right has no spread at all (K4). A row that overflows in a run, as
     it would in an honest kernel, has an infinite one.
     """
-    rms, top = _row_norms(np.where(np.isnan(errors), np.inf, errors), row_axes)
     zero = np.all(truth == 0, axis=-1) if row_axes else False
     floored = []
-    for runs in (rms, top):
+    for runs in map(np.stack, zip(*norms, strict=True)):
         groups = runs.reshape(len(runs) // together, together, *runs.shape[1:])
         values = groups.max(axis=1).mean(axis=0)
         finite = values[np.isfinite(values)]
@@ -137,7 +152,7 @@ def _spread(
     return floored[0], floored[1]
 
 
-def _row_norms(errors: np.ndarray, row_axes: int) -> tuple[np.ndarray, np.ndarray]:
+def _row_norms(errors: np.ndarray, row_axes: int) -> Norms:
     size = np.abs(errors)
     if row_axes == 0:
         return size, size
@@ -176,6 +191,8 @@ def compare(
         return 0.0, None
     kind = out_dtype(output, dtype)
     error = _difference(got, truth, output.nan)
+    if not error.any():
+        return 0.0, None
     error_rms, error_top = _row_norms(error, output.row_axes)
     truth_rms, truth_top = _row_norms(np.where(np.isfinite(truth), truth, 0.0), output.row_axes)
     spread_rms, spread_top = expectation.spread[output.name]

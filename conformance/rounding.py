@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ TRANSCENDENTAL = {
     np.logaddexp, np.power, np.divide, np.reciprocal, np.arctan, np.cosh, np.sinh, np.float_power,
     ERF,
 }  # fmt: skip
+LEAST_NORMAL = float(np.finfo(np.float32).tiny)
 CONTRACTIONS: dict[Callable[..., Any], str] = {
     np.einsum: "einsum",
     np.dot: "dot",
@@ -37,17 +37,24 @@ CONTRACTIONS: dict[Callable[..., Any], str] = {
 }
 
 
-@dataclass(frozen=True)
+SUMS = {np.sum, np.mean, np.cumsum}
+ADDITIONS = ("reduce", "accumulate", "reduceat")
+POOL = 1024
+"""Random numbers are drawn by so many at least: arrays are small, and each call costs as much."""
+
+
 class Model:
     """The arithmetic being simulated and the source of its random signs."""
 
-    dtype: str
-    generator: np.random.Generator
-    alike: bool = False
-
-    @property
-    def compute(self) -> str:
-        return accumulator(self.dtype)
+    def __init__(self, dtype: str, generator: np.random.Generator, alike: bool = False) -> None:
+        self.dtype = dtype
+        self.generator = generator
+        self.alike = alike
+        self.compute = np.dtype(accumulator(dtype))
+        self.unit = EPS[accumulator(dtype)]
+        # Hardware may take a subnormal number for 0.
+        self.least = LEAST_NORMAL if alike and self.compute == np.float32 else 0.0
+        self._pools: dict[tuple[float, float], np.ndarray] = {}
 
     def operand(self, x: np.ndarray) -> np.ndarray:
         """`x` as an operand of a contraction: entries the dtype lacks are off, at most half a unit.
@@ -57,13 +64,14 @@ class Model:
         equal entries fall the same way, as in a kernel; where many are equal that does not average
         out.
         """
+        if self.dtype == self.compute.name:
+            return x.astype(self.compute, copy=False).astype(np.float64, copy=False)
         nearest = round_to(x, self.dtype).astype(np.float64)
-        if self.dtype == self.compute:
+        inside = (nearest != x) & np.isfinite(nearest)
+        if not inside.any():
             return nearest
         unit = np.maximum(np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1), TINY[self.dtype])
-        with np.errstate(invalid="ignore"):
-            inside = (nearest != x) & np.isfinite(nearest)
-            return np.where(inside, x + self._fall(x) * unit, nearest)
+        return np.where(inside, x + self._fall(x) * unit, nearest)
 
     def _fall(self, x: np.ndarray) -> np.ndarray:
         """Where entries fall, in units: 0.15 to 0.4 up or down, as large in the mean as uniform."""
@@ -73,22 +81,25 @@ class Model:
         return self._signed(0.15, 0.4, x.shape)
 
     def _signed(self, least: float, most: float, shape: tuple[int, ...]) -> np.ndarray:
-        """Numbers of a random sign, between `least` and `most` in size."""
-        random = self.generator.uniform(least - most, most - least, shape)
-        return np.copysign(least + np.abs(random), random)
+        """Numbers of a random sign, between `least` and `most` in size. Not to be written to."""
+        count = math.prod(shape)
+        pool = self._pools.get((least, most))
+        if pool is None or pool.size < count:
+            pool = self.generator.uniform(least - most, most - least, max(count, POOL))
+            pool += np.copysign(least, pool)
+        self._pools[least, most] = pool[count:]
+        return pool[:count].reshape(shape)
 
-    def disturb(self, exact: np.ndarray, size: np.ndarray) -> np.ndarray:
+    def disturb(self, exact: Any, size: Any) -> np.ndarray:
         """`exact` off by about one unit of accumulation error relative to `size`, sign at random.
 
         Errors of one size would cancel too often where a result hangs on the difference of two.
         """
-        error = np.where(np.isfinite(size), EPS[self.compute] * size, 0.0)
-        with np.errstate(over="ignore"):
-            result = exact + self._signed(0.5, 1.5, np.shape(exact)) * error
-            result = np.asarray(result).astype(self.compute)
-        if self.alike and self.compute == "float32":
-            # Hardware may take a subnormal number for 0.
-            return np.where(np.abs(result) < np.finfo(np.float32).tiny, result * 0, result)
+        errors = self._signed(0.5 * self.unit, 1.5 * self.unit, np.shape(exact))
+        result = np.asarray(exact + errors * np.where(np.isfinite(size), size, 0.0))
+        result = result.astype(self.compute, copy=False)
+        if self.least:
+            result *= np.abs(result) >= self.least
         return result
 
 
@@ -100,7 +111,8 @@ def rounded_arithmetic(dtype: str, seed: int, alike: bool = False) -> Iterator[N
     """Within this context `Rounded` arrays compute as a kernel of `dtype` does."""
     token = _model.set(Model(dtype, np.random.default_rng(seed), alike))
     try:
-        yield
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
     finally:
         _model.reset(token)
 
@@ -111,48 +123,57 @@ class Rounded(np.ndarray):
     @classmethod
     def wrap(cls, x: Any) -> Any:
         """Float arrays become `Rounded`; anything else passes through."""
-        if isinstance(x, (np.ndarray, np.floating)) and np.asarray(x).dtype.kind == "f":
-            return np.asarray(x).astype(_model.get().compute).view(cls)
-        return x
+        if isinstance(x, np.floating):
+            x = np.asarray(x)
+        elif not isinstance(x, np.ndarray):
+            return x
+        kind, compute = x.dtype, _model.get().compute
+        if kind is compute:
+            return x.view(cls)
+        return x.astype(compute).view(cls) if kind.kind == "f" else x
 
     def __array_ufunc__(
         self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any
     ) -> Any:
         plain = [_strip(x) for x in inputs]
-        if ufunc is np.matmul and method == "__call__":
+        called = method == "__call__"
+        if called and ufunc is np.matmul:
             return _contract(np.matmul, plain, kwargs)
         if out is not None:
             kwargs["out"] = tuple(_strip(x) for x in out)
-        result = getattr(ufunc, method)(*plain, **kwargs)
+        result = ufunc(*plain, **kwargs) if called else getattr(ufunc, method)(*plain, **kwargs)
         if isinstance(result, np.ndarray) and result.dtype.kind == "O":
             # From a ufunc made of a Python function, as `ERF` is.
             result = result.astype(np.float64)
-        if method == "__call__" and ufunc in TRANSCENDENTAL and _is_float(result):
-            result = _model.get().disturb(result, np.abs(result))
-        if ufunc is np.subtract and method == "__call__" and _is_float(result):
-            # A kernel that works in base 2 rescales both sides first, and rounds each.
-            result = _model.get().disturb(result, np.maximum(np.abs(plain[0]), np.abs(plain[1])))
-        if method in ("reduce", "accumulate", "reduceat") and ufunc is np.add and _is_float(result):
+        if called:
+            if ufunc in TRANSCENDENTAL and _is_float(result):
+                result = _model.get().disturb(result, np.abs(result))
+            elif ufunc is np.subtract and _is_float(result):
+                # A kernel that works in base 2 rescales both sides first, and rounds each.
+                size = np.maximum(np.abs(plain[0]), np.abs(plain[1]))
+                result = _model.get().disturb(result, size)
+        elif ufunc is np.add and method in ADDITIONS and _is_float(result):
             size = getattr(ufunc, method)(np.abs(plain[0]), *plain[1:], **_no_out(kwargs))
             result = _model.get().disturb(result, size)
         if out is not None:
             out[0][...] = result
             return out[0]
-        return _wrap_tree(result)
+        return _wrap_tree(result) if type(result) is tuple else Rounded.wrap(result)
 
     def __array_function__(
         self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any
     ) -> Any:
         if func in CONTRACTIONS:
             return _contract(func, [_strip_tree(x) for x in args], _strip_tree(kwargs))
-        if func in (np.sum, np.mean, np.cumsum) and "out" not in kwargs:
-            array = args[0]
-            result = func(*_strip_tree(args), **_strip_tree(kwargs))
+        plain = [_strip_tree(x) for x in args]
+        named = {name: _strip_tree(x) for name, x in kwargs.items()}
+        result = func(*plain, **named)
+        if func in SUMS and "out" not in named:
             if not _is_float(result):
                 return result
-            size = func(np.abs(_strip(array)), *_strip_tree(args[1:]), **_strip_tree(kwargs))
-            return Rounded.wrap(_model.get().disturb(result, size))
-        return _wrap_tree(func(*_strip_tree(args), **_strip_tree(kwargs)))
+            size = func(np.abs(plain[0]), *plain[1:], **named)
+            result = _model.get().disturb(result, size)
+        return _wrap_tree(result)
 
 
 def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -163,13 +184,13 @@ def _contract(function: Callable[..., Any], operands: list[Any], kwargs: dict[st
     """
     model = _model.get()
     exact_operands = [model.operand(np.asarray(x)) if _is_float(x) else x for x in operands]
-    with np.errstate(invalid="ignore", over="ignore"):
-        exact = function(*exact_operands, **kwargs)
-        size = function(*[np.abs(x) if _is_float(x) else x for x in exact_operands], **kwargs)
+    exact = function(*exact_operands, **kwargs)
+    size = function(*[np.abs(x) if _is_float(x) else x for x in exact_operands], **kwargs)
     if not _is_float(exact):
         return exact
-    terms = operands[0].shape[-1] if function is np.matmul else 1
-    return Rounded.wrap(model.disturb(exact, max(1.0, math.sqrt(terms / 12)) * size))
+    if function is np.matmul:
+        size = max(1.0, math.sqrt(operands[0].shape[-1] / 12)) * size
+    return Rounded.wrap(model.disturb(exact, size))
 
 
 def _no_out(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +198,7 @@ def _no_out(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_float(x: Any) -> bool:
-    return isinstance(x, (np.ndarray, np.floating)) and np.asarray(x).dtype.kind == "f"
+    return isinstance(x, (np.ndarray, np.floating)) and x.dtype.kind == "f"
 
 
 def _strip(x: Any) -> Any:
@@ -185,11 +206,13 @@ def _strip(x: Any) -> Any:
 
 
 def _strip_tree(x: Any) -> Any:
+    if isinstance(x, Rounded):
+        return x.view(np.ndarray)
     if isinstance(x, (list, tuple)):
         return _rebuild(x, [_strip_tree(item) for item in x])
     if isinstance(x, dict):
         return {name: _strip_tree(item) for name, item in x.items()}
-    return _strip(x)
+    return x
 
 
 def _wrap_tree(x: Any) -> Any:

@@ -163,6 +163,9 @@ def _search(task: Task, check: Callable[[Case], None], profile: Profile) -> Fail
         except Violation as violation:
             found.append((case, violation))
             deadline = min(deadline, time.monotonic() + PATIENCE)
+            if not profile.shrink:
+                # Hypothesis would only run it again.
+                raise _Enough from None
             raise
 
     phases = [Phase.explicit, Phase.generate] + ([Phase.shrink] if profile.shrink else [])
