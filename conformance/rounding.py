@@ -70,7 +70,9 @@ class Model:
         inside = (nearest != x) & np.isfinite(nearest)
         if not inside.any():
             return nearest
-        unit = np.maximum(np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1), TINY[self.dtype])
+        # What is too small for the dtype falls to 0, whose unit is the smallest there is.
+        normal = np.where(nearest == 0, 0.0, np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1))
+        unit = np.maximum(normal, TINY[self.dtype])
         return np.where(inside, x + self._fall(x) * unit, nearest)
 
     def _fall(self, x: np.ndarray) -> np.ndarray:

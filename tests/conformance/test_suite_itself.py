@@ -11,10 +11,10 @@ import pytest
 from attnspec.conformance import Kernel, Known, SavedCase, certify, find_contract
 from attnspec.conformance.choices import between, judge_selection
 from attnspec.conformance.contract import Output, Ranking
-from attnspec.conformance.dtypes import EPS, round_to
+from attnspec.conformance.dtypes import EPS, TINY, round_to
 from attnspec.conformance.judge import expect
 from attnspec.conformance.layouts import LAYOUTS, place
-from attnspec.conformance.rounding import Rounded, rounded_arithmetic
+from attnspec.conformance.rounding import Model, Rounded, rounded_arithmetic
 from attnspec.conformance.runner import Profile, replay
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.primitives.gelu import normal_cdf
@@ -62,6 +62,13 @@ def test_a_rounded_run_loses_what_an_error_function_loses():
         got = np.asarray(normal_cdf(Rounded.wrap(x))).view(np.ndarray)
     errors = np.abs(got - normal_cdf(x))
     assert 0.25 < np.sqrt(np.mean(errors**2)) / EPS["float32"] < 2
+
+
+def test_operands_too_small_for_a_dtype_are_off_by_its_smallest_unit():
+    model = Model("float16", np.random.default_rng(0))
+    x = np.array([1e-9, -1e-9, 2.0**-26, 0.0])
+    assert np.all(np.abs(model.operand(x) - x) <= 0.5 * TINY["float16"])
+    assert model.operand(x)[-1] == 0
 
 
 def test_operands_fall_alike_where_they_are_equal():
