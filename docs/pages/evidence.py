@@ -55,7 +55,7 @@ def _certificate(record: dict[str, Any], slug: str) -> list[str]:
     cases = sum(r.get("cases", 0) for r in results)
     line = (
         f"**{state}**, profile ``{record.get('profile', '?')}``: {len(results)} laws checked on "
-        f"{cases} cases, {failed} broken.\n{rest.escape(where)}."
+        f"{cases} cases, {failed} broken.\n{rest.escape(where)}.{_taken(record)}"
     )
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -64,6 +64,15 @@ def _certificate(record: dict[str, Any], slug: str) -> list[str]:
     rows = [_certificate_row(key, group) for key, group in groups.items()]
     header = ("Kernel", "Operation", "Dtype", "Laws kept", "Cases", "Budget used", "Not kept")
     return [line, rest.table(header, rows, css="figures")]
+
+
+def _taken(record: dict[str, Any]) -> str:
+    """At which commits the laws of each kernel ran, if a certificate is of several runs."""
+    commits = [
+        f"at commit {commit} {', '.join(map(rest.escape, kernels))}"
+        for commit, kernels in record.get("commits", {}).items()
+    ]
+    return f" Laws ran {'; '.join(commits)}." if len(commits) > 1 else ""
 
 
 def _certificate_row(key: tuple[str, str, str], results: list[dict[str, Any]]) -> list[str]:
