@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,8 @@ class TorchArrays(ArrayKind):
     def poisoned(self) -> Iterator[None]:
         import torch
 
+        _load_compiler()
+
         def filled(allocate: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 x = allocate(*args, **kwargs)
@@ -128,6 +131,17 @@ class TorchArrays(ArrayKind):
             _patched(torch.Tensor, {"new_empty": filled(torch.Tensor.new_empty)}),
         ):
             yield
+
+
+@cache
+def _load_compiler() -> None:
+    """From its first use on torch's compiler keeps a map of torch's functions: it must be of the
+    true ones, or a kernel that is compiled later could not allocate.
+    """
+    import torch
+
+    with suppress(RuntimeError):  # where there is no compiler
+        torch.compile(lambda x: torch.empty_like(x), backend="eager")(torch.zeros(1))
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -243,3 +245,19 @@ def test_kernels_are_validated(changes, error, name):
 def test_unknown_profile_is_refused():
     with pytest.raises(ValueError, match="profile"):
         certify(Kernel("k", "attention.attend", attend), profile="slow")
+
+
+def test_poisoned_memory_does_not_spoil_the_compiler():
+    script = """
+import torch
+from attnspec.conformance.arrays import TorchArrays
+
+def call(x):
+    return torch.empty_like(x).fill_(1)
+
+with TorchArrays("cpu").poisoned():
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+print(torch.compile(call, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "1.0", done.stderr
