@@ -67,12 +67,19 @@ def _certificate(record: dict[str, Any], slug: str) -> list[str]:
 
 
 def _taken(record: dict[str, Any]) -> str:
-    """At which commits the laws of each kernel ran, if a certificate is of several runs."""
-    commits = [
-        f"at commit {commit} {', '.join(map(rest.escape, kernels))}"
-        for commit, kernels in record.get("commits", {}).items()
-    ]
-    return f" Laws ran {'; '.join(commits)}." if len(commits) > 1 else ""
+    """At which commit the laws ran, and which kernels ran again, all or in part, at later ones."""
+    first, *later = record.get("commits", {}).items() or [("", [])]
+    if not first[0]:
+        return ""
+    said = f" Laws ran at commit {first[0]}"
+    for commit, kernels in later:
+        by_dtype: dict[str, list[str]] = {}
+        for kernel in kernels:
+            operation, dtype = kernel.split()
+            by_dtype.setdefault(dtype, []).append(operation)
+        names = (f"in {dtype} those of {', '.join(x)}" for dtype, x in by_dtype.items())
+        said += f"; some again at {commit}, {', '.join(names)}"
+    return rest.escape(f"{said}.")
 
 
 def _certificate_row(key: tuple[str, str, str], results: list[dict[str, Any]]) -> list[str]:
