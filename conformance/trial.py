@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,13 +100,13 @@ class Trial:
         return results
 
     @contextmanager
-    def guarded(self, poisoned: bool = True) -> Iterator[None]:
-        """Around every call of the kernel: memory poisoned unless told not to, errors told apart.
+    def guarded(self) -> Iterator[None]:
+        """Around every call of the kernel: memory poisoned, errors told apart.
 
         TypeError and ValueError become `Refused`, anything else a `Violation`.
         """
         try:
-            with self.kernel.arrays.poisoned() if poisoned else nullcontext():
+            with self.kernel.arrays.poisoned():
                 yield
         except (TypeError, ValueError) as error:
             raise Refused(f"{type(error).__name__}: {error}") from error

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-ROLES = ("query", "key", "value", "other")
-
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
     return rng.standard_normal(shape)

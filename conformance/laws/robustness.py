@@ -145,8 +145,7 @@ def check_compiled(trial: Trial) -> None:
     placed = place_arguments(trial.kernel.arrays, arguments, "contiguous", trial.case.dtype)
     torch._dynamo.reset()
     compiled = torch.compile(trial.kernel.call, fullgraph=True, dynamic=False, backend="aot_eager")
-    # A compiler reads the kernel's own text, where a poisoned allocation would be a foreign body.
-    with trial.guarded(poisoned=False):
+    with trial.guarded():
         outputs = trial.contract.outputs_of(trial.contract.call(compiled, placed))
     got = {name: trial.kernel.arrays.get(x) for name, x in outputs.items()}
     _same(eager, got, "differs when compiled")

@@ -68,13 +68,13 @@ def _certificate(record: dict[str, Any], slug: str) -> list[str]:
 
 def _taken(record: dict[str, Any]) -> str:
     """At which commit the laws ran, and which kernels ran again, all or in part, at later ones."""
-    first, *later = record.get("commits", {}).items() or [("", [])]
-    if not first[0]:
+    commits = list(record.get("commits", {}))
+    if not commits:
         return ""
-    said = f" Laws ran at commit {first[0]}"
-    for commit, kernels in later:
+    said = f" Laws ran at commit {commits[0]}"
+    for commit in commits[1:]:
         by_dtype: dict[str, list[str]] = {}
-        for kernel in kernels:
+        for kernel in record["commits"][commit]:
             operation, dtype = kernel.split()
             by_dtype.setdefault(dtype, []).append(operation)
         names = (f"in {dtype} those of {', '.join(x)}" for dtype, x in by_dtype.items())

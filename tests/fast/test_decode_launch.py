@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from attnspec.fast import backend
 from attnspec.fast.engines.decode import DecodeConfig, decode, op, use_config
 from tests.decode_cases import draw
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
-class Kernel:
-    """A kernel that notes the arguments it is launched with: by Triton, or past its look-up."""
-
-    module = "loaded"
-    function = packed_metadata = None
-
-    def __init__(self, journal: list[tuple[str, list[Any]]]) -> None:
-        self.journal = journal
-
-    def launch_metadata(self, *call: Any) -> None:
-        return None
-
-    def run(self, *call: Any) -> None:
-        self.journal.append(
-            ("looked up", [getattr(x, "data_ptr", lambda x=x: x)() for x in call[9:]])
-        )
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *call, stream: self.journal.append(("direct", list(call)))
-
-
-class Recorder:
-    """The journal of launches, and how often something was compiled."""
-
-    def __init__(self) -> None:
-        self.journal: list[tuple[str, list[Any]]] = []
-        self.compiled = 0
-
-
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    from triton.backends.compiler import GPUTarget
-
+def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from attnspec.fast.engines.decode.triton_kernels import attend_kernel
+    from tests.launches import launches
 
-    found = Recorder()
-
-    def do_compile(key: Any, signature: Any, device: Any, *rest: Any) -> Kernel:
-        found.compiled += 1
-        kernel = attend_kernel.device_caches[device][0][key] = Kernel(found.journal)
-        return kernel
-
-    driver = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(attend_kernel, "_do_compile", do_compile)
-    monkeypatch.setattr(backend, "interpreting", lambda: True)
-    for cache in (attend_kernel.device_caches, op._launches):
-        cache.clear()
-    yield found
-    for cache in (attend_kernel.device_caches, op._launches):
-        cache.clear()
+    with launches(monkeypatch, [attend_kernel], op._launches) as found:
+        yield found
 
 
-def test_lengths_never_compile_again(recorder: Recorder) -> None:
+def test_lengths_never_compile_again(journal: Any) -> None:
     """Cached tokens, lengths and their strides: fifty of each, one kernel."""
     q, k, v = draw(2, 4, 2, 1, 300, 16, 16)
     room_k, room_v = (torch.cat([x, x], 2) for x in (k, v))
@@ -83,18 +33,18 @@ def test_lengths_never_compile_again(recorder: Recorder) -> None:
         copied = k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
         for cache in (view, copied):
             decode(q, *cache, backend="triton")
-    assert recorder.compiled == 1
+    assert journal.compiled == 1
     for n in range(1, 51):
         decode(q, k[:, :, :n], v[:, :, :n], lengths=torch.tensor([n, n // 2]), backend="triton")
-    assert recorder.compiled == 2
+    assert journal.compiled == 2
     for n in range(1, 51):
         index = torch.zeros(2, 2, n, dtype=torch.int32)
         decode(q, k, v, index=index, backend="triton")
-    assert recorder.compiled == 3
+    assert journal.compiled == 3
     for n in range(1, 51):
         q, k, v = draw(2, 4, 2, 4, n, 16, 16)
         decode(q, k, v, bias=torch.zeros(2, 2, n), backend="triton")
-    assert recorder.compiled == 4
+    assert journal.compiled == 4
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -107,11 +57,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_second_call_is_the_first_without_the_look_up(recorder: Recorder, name: str) -> None:
+def test_the_second_call_is_the_first_without_the_look_up(journal: Any, name: str) -> None:
     q, k, v = draw(2, 4, 2, 3, 300, 16, 16)
     for _ in range(2):
         decode(q, k, v, **OPTIONS[name], backend="triton")
-    (first, slow), (second, fast) = recorder.journal
+    (_, first, slow), (_, second, fast) = journal
     assert (first, second) == ("looked up", "direct")
     # The outputs of the two calls, and a contiguous copy of a strided sink, lie where they may.
     free = {3, 4, *([11] if name == "sink" else [])}
@@ -119,18 +69,18 @@ def test_the_second_call_is_the_first_without_the_look_up(recorder: Recorder, na
     assert all(a == b for i, (a, b) in enumerate(zip(slow, fast, strict=True)) if i not in free)
 
 
-def test_what_compiles_differently_is_looked_up(recorder: Recorder) -> None:
+def test_what_compiles_differently_is_looked_up(journal: Any) -> None:
     q, k, v = draw(1, 4, 2, 1, 64, 16, 16)
     shifted = torch.zeros(v.numel() + 1)[1:].view_as(v)
     for values in (v, shifted, v.mT.contiguous().mT, torch.zeros(1, 2, 64, 17)[..., :16], v):
         decode(q, k, values, backend="triton")
-    assert recorder.compiled == 4
-    assert [how for how, _ in recorder.journal] == ["looked up"] * 4 + ["direct"]
+    assert journal.compiled == 4
+    assert [how for _, how, _ in journal] == ["looked up"] * 4 + ["direct"]
     with use_config(DecodeConfig(tile=32, rows=16, workers=1, warps=2, stages=2)):
         decode(q, k, v, backend="triton")
-    assert recorder.compiled == 5
+    assert journal.compiled == 5
     decode(q, k, v, backend="triton")
-    assert recorder.journal[-1][0] == "direct"
+    assert journal[-1][1] == "direct"
 
 
 def test_counters_are_shared_by_no_two_streams() -> None:

@@ -4,83 +4,36 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast import backend, kept
+from attnspec.fast import kept
 from attnspec.fast.engines.flash import flash, plans
 from attnspec.fast.engines.flash.configs import FlashConfig, use_config
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
-class Kernel:
-    """A kernel that notes the arguments it is launched with: by Triton, or past its look-up."""
-
-    module = "loaded"
-    function = packed_metadata = None
-
-    def __init__(self, name: str, journal: list[tuple[str, str, list[Any]]]) -> None:
-        self.name, self.journal = name, journal
-
-    def launch_metadata(self, *call: Any) -> None:
-        return None
-
-    def run(self, *call: Any) -> None:
-        self.journal.append((self.name, "looked up", [plain(x) for x in call[9:]]))
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *call, stream: self.journal.append(
-            (self.name, "direct", [plain(x) for x in call])
-        )
-
-
-def plain(x: Any) -> Any:
-    """An argument as a number: addresses of tensors, and those of descriptors with their layout."""
-    if hasattr(x, "base"):
-        layout = x.shape, x.strides, x.block_shape, x.padding
-        return plain(x.base), *(list(part) for part in layout)
-    return x.data_ptr() if isinstance(x, Tensor) else x
-
-
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, list[Any]]]]:
-    from triton.backends.compiler import GPUTarget
+def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from triton.runtime.jit import JITFunction
 
     from attnspec.fast.engines.flash import triton_bounds, triton_forward, triton_gradients
+    from tests.launches import launches
 
-    found: list[tuple[str, str, list[Any]]] = []
-
-    def do_compile(function: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Kernel:
-        kernel = function.device_caches[device][0][key] = Kernel(function.__name__, found)
-        return kernel
-
-    driver = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
-    monkeypatch.setattr(backend, "interpreting", lambda: True)
     kernels = [
         x
         for module in (triton_bounds, triton_forward, triton_gradients)
         for x in vars(module).values()
         if isinstance(x, JITFunction)
     ]
-    for cache in (plans.plans, *(kernel.device_caches for kernel in kernels)):
-        cache.clear()
-    yield found
-    for cache in (plans.plans, *(kernel.device_caches for kernel in kernels)):
-        cache.clear()
+    with launches(monkeypatch, kernels, plans.plans) as found:
+        yield found
 
 
 def inputs(gradient: bool = False) -> list[Tensor]:

@@ -29,6 +29,7 @@ from attnspec.reference.linear.lightning_attention_1 import (
     tnl_gla_packed,
     tnl_gla_padded,
 )
+from tests.differences import differences
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -243,21 +244,8 @@ def test_causal_and_a_silent_token() -> None:
     np.testing.assert_array_equal(decay_attend(q, other, v, s)[0], decay_attend(q, k, v, s)[0])
 
 
-def difference(loss: Callable[[], Any], x: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    """Central differences of `loss` in every entry of x, which is changed and restored."""
-    slope = np.zeros_like(x)
-    for place in np.ndindex(x.shape):
-        kept = x[place]
-        x[place] = kept + step
-        above = loss()
-        x[place] = kept - step
-        slope[place] = (above - loss()) / (2 * step)
-        x[place] = kept
-    return slope
-
-
 def agree(got: Any, loss: Callable[[], Any], x: np.ndarray) -> None:
-    np.testing.assert_allclose(got, difference(loss, x), rtol=2e-5, atol=2e-7)
+    np.testing.assert_allclose(got, differences(loss, x, 1e-6), rtol=2e-5, atol=2e-7)
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -35,6 +35,7 @@ from attnspec.reference.patterns.longlora_tuning import (
     rmsnorm,
     rmsnorm_backward,
 )
+from tests.differences import differences
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 VARIANTS = ("segments", "roll")
@@ -47,20 +48,6 @@ def tensors(
     shapes = ((batch, H, T, 4), (batch, Hk, T, 4), (batch, Hk, T, 3))
     q, k, v = (random.standard_normal(shape) for shape in shapes)
     return q, k, v
-
-
-def differences(function: Callable[[], float], x: np.ndarray) -> np.ndarray:
-    """Central differences of `function`, which reads x, at every entry of x."""
-    gradient = np.zeros_like(x)
-    for place in np.ndindex(*x.shape):
-        old = x[place]
-        values = []
-        for step in (1e-6, -1e-6):
-            x[place] = old + step
-            values.append(function())
-        x[place] = old
-        gradient[place] = (values[0] - values[1]) / 2e-6
-    return gradient
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -267,7 +254,7 @@ def test_gradient_is_the_slope_across_halves_of_one_kv_head(variant: str) -> Non
 
     gradients = grouped_attend_backward(q, k, v, 2, variant, scale=0.7, dout=dout, dlse=dlse)
     for x, gradient in zip((q, k, v), gradients, strict=True):
-        np.testing.assert_allclose(gradient, differences(loss, x), atol=1e-7)
+        np.testing.assert_allclose(gradient, differences(loss, x, 1e-6), atol=1e-7)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -284,7 +271,7 @@ def test_adapter_gradient_is_the_slope(dropout: float) -> None:
         return float(np.sum(lora_forward(x, W, A, B, 3.0, **options) * dout))
 
     for argument, gradient in zip((x, A, B), gradients, strict=True):
-        np.testing.assert_allclose(gradient, differences(loss, argument), atol=1e-7)
+        np.testing.assert_allclose(gradient, differences(loss, argument, 1e-6), atol=1e-7)
 
 
 def test_merged_weights_do_what_the_adapter_does() -> None:
@@ -300,7 +287,7 @@ def test_norm_gradient_is_the_slope() -> None:
     random = np.random.default_rng(0)
     x, w, dout = (random.standard_normal(s) for s in ((2, 3, 4), (4,), (2, 3, 4)))
     for argument, gradient in zip((x, w), rmsnorm_backward(x, w, dout, 0.1), strict=True):
-        slope = differences(lambda: float(np.sum(rmsnorm(x, w, 0.1) * dout)), argument)
+        slope = differences(lambda: float(np.sum(rmsnorm(x, w, 0.1) * dout)), argument, 1e-6)
         np.testing.assert_allclose(gradient, slope, atol=1e-7)
 
 

@@ -25,6 +25,7 @@ from attnspec.reference.scores.pointer_networks_gradients import (
     pointer_loss_backward,
     pointer_scores_backward,
 )
+from tests.differences import differences
 
 Arrays = dict[str, np.ndarray]
 
@@ -44,18 +45,6 @@ def draw(
         "b2": (A,),
     }
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def finite_difference(f: Callable[[], Any], x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    gradient = np.zeros_like(x)
-    for index in np.ndindex(x.shape):
-        kept = x[index]
-        x[index] = kept + eps
-        above = f()
-        x[index] = kept - eps
-        gradient[index] = (above - f()) / (2 * eps)
-        x[index] = kept
-    return gradient
 
 
 def test_golden_additive_attention(golden: Callable[[str], dict[str, Any]]) -> None:
@@ -151,7 +140,7 @@ def test_gradient_of_the_scores(biased: bool) -> None:
     five = [case[name] for name in ("e", "d", "W1", "W2", "v")]
     gradients = pointer_scores_backward(*five, dout, **given_biases)
     for (name, x), gradient in zip(case.items(), gradients, strict=True):
-        numeric = finite_difference(lambda: np.sum(dout * pointer_scores(**case)), x)
+        numeric = differences(lambda: np.sum(dout * pointer_scores(**case)), x, 1e-6)
         np.testing.assert_allclose(gradient, numeric, atol=1e-7, err_msg=name)
 
 
@@ -164,14 +153,14 @@ def test_gradients_of_the_other_steps() -> None:
     def through_log_probs() -> Any:
         return np.sum(safe * np.where(mask[:, None], pointer_log_probs(scores, mask), 0))
 
-    numeric = finite_difference(through_log_probs, scores)
+    numeric = differences(through_log_probs, scores, 1e-6)
     gradient = pointer_log_probs_backward(scores, mask, dout)
     np.testing.assert_allclose(gradient, numeric, atol=1e-8)
     assert np.all(gradient[0, :, 1] == 0)
 
     logp, targets = pointer_log_probs(scores, None), np.array([[0, 1, 2], [3, 4, -1]])
     real = targets >= 0
-    numeric = finite_difference(lambda: 3 * pointer_loss(logp, targets, real), logp)
+    numeric = differences(lambda: 3 * pointer_loss(logp, targets, real), logp, 1e-6)
     np.testing.assert_allclose(pointer_loss_backward(logp, targets, real, 3.0), numeric, atol=1e-8)
 
     case = {name: x for name, x in draw(6).items() if name in ("e", "W1", "b1")}
@@ -179,7 +168,7 @@ def test_gradients_of_the_other_steps() -> None:
     found = ptr.glimpse_backward(case["e"], logp, case["W1"], upstream, b1=case["b1"])
     inputs = (case["e"], logp, case["W1"], case["b1"])
     for x, gradient in zip(inputs, found, strict=True):
-        numeric = finite_difference(lambda: np.sum(upstream * glimpse(logp=logp, **case)), x)
+        numeric = differences(lambda: np.sum(upstream * glimpse(logp=logp, **case)), x, 1e-6)
         np.testing.assert_allclose(gradient, numeric, atol=1e-7)
 
 
@@ -192,7 +181,7 @@ def test_gradient_of_the_whole() -> None:
     }
     gradients = pointer_cross_entropy_backward(**case, **options, dout=2.0)
     for (name, x), gradient in zip(case.items(), gradients, strict=True):
-        numeric = finite_difference(lambda: 2 * pointer_cross_entropy(**case, **options), x)
+        numeric = differences(lambda: 2 * pointer_cross_entropy(**case, **options), x, 1e-6)
         np.testing.assert_allclose(gradient, numeric, atol=1e-8, err_msg=name)
 
 

@@ -31,7 +31,6 @@ SEQUENCES = right("dsf.mqar_sequences")
 AS_ATTENTION = right("dsf.ssd_as_attention")
 AS_NORMALISED = right("dsf.ssd_as_normalised")
 IS_SSD = right("dsf.is_ssd")
-ACCURACY = right("dsf.mqar_accuracy")
 
 
 def by_ratios(Lam: Any, B: Any, C: Any, D: Any = None) -> np.ndarray:

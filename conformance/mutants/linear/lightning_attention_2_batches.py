@@ -17,7 +17,6 @@ ATTEND = right("lightning_attention_2.attend")
 PACKED = right("lightning_attention_2.attend_packed")
 PADDED = right("lightning_attention_2.attend_padded")
 STATES = right("lightning_attention_2.chunk_states")
-OUTPUT = right("lightning_attention_2.chunk_output")
 BACKWARD = right("lightning_attention_2.backward_chunk")
 BLOCK = 8
 # A name that mutants replace while they run is kept here as it is.

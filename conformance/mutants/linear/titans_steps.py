@@ -155,11 +155,6 @@ def unnormalised(y: np.ndarray, h: np.ndarray, gains: Any) -> np.ndarray:
     return layouts._rms(y) * gains[0] * opened.astype(y.dtype)
 
 
-def no_prefix_memory(result: Any) -> Any:
-    o, W, S = result
-    return o, tuple(0 * w for w in W), S
-
-
 def mutant(name: str, law: str, bug: str, call: Any, operation: str, **rest: Any) -> Mutant:
     return Mutant(f"titans.{name}", f"titans.{operation}", law, bug, call, **rest)
 

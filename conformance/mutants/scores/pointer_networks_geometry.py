@@ -17,7 +17,6 @@ from attnspec.reference.scores.pointer_networks_tasks import (
 
 HULL = right("pointer_networks.hull_target")
 DELAUNAY = right("pointer_networks.delaunay_target")
-INCENTER = right("pointer_networks.incenter")
 TSP = right("pointer_networks.tsp_target")
 COVERAGE = right("pointer_networks.triangle_coverage")
 IS_DELAUNAY = right("pointer_networks.is_delaunay")

@@ -12,7 +12,6 @@ from attnspec.reference.scores.tempscale_collapse import dc, hc
 GAIN = right("tempscale.filter_gain")
 RETENTION = right("tempscale.retention")
 ENTROPY = right("tempscale.attention_entropy")
-COSINE = right("tempscale.pairwise_cosine")
 BLOCK = 8
 
 

@@ -21,10 +21,9 @@ from triton.runtime import driver
 from attnspec.fast.backend import FAR, count_launch
 from attnspec.fast.engines.decode.configs import config
 from attnspec.fast.engines.decode.triton_kernels import attend_kernel
+from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 
 LOG2E = 1 / math.log(2)
-HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-"""Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
 JOINED = 8192
 """Numbers of partial outputs that four warps hold in registers while they join them."""
 NOTHING: list[int | None] = [None] * 5

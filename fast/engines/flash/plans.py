@@ -74,10 +74,16 @@ def plan_of(arguments: tuple[Any, ...], backend: str) -> Plan:
     kind = kind_of(arguments, backend)
     plan = plans.get(kind)
     if plan is None:
-        if len(plans) >= MOST_KINDS:
-            plans.clear()
-        plan = plans[kind] = Plan(arguments, backend)
+        plan = Plan(arguments, backend)
+        keep(kind, plan)
     return plan
+
+
+def keep(kind: Hashable, plan: Plan) -> None:
+    """Find `plan` under `kind` from now on, until there are too many."""
+    if len(plans) >= MOST_KINDS:
+        plans.clear()
+    plans[kind] = plan
 
 
 def _kernel(backend: str, part: str) -> Any:

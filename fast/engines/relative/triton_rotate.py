@@ -19,8 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RING = tl.constexpr(64)
-
 
 @triton.jit
 def to_lanes(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):

@@ -46,6 +46,22 @@ def locate(table, segment, segments, length, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def locate_block(
+    program, table, segments, length, tokens, heads, C: tl.constexpr, PACKED: tl.constexpr
+):
+    """Head, block, batch and first row of the block of C rows that is a program's, and how many
+    rows it has; none or fewer if it lies behind its segment.
+    """
+    head = (program % heads).to(tl.int64)
+    block = program // heads
+    blocks_per_segment = tl.cdiv(length, C)
+    segment = block // blocks_per_segment
+    _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
+    skipped = (block % blocks_per_segment) * C
+    return head, block, batch, start + skipped, count - skipped
+
+
+@triton.jit
 def offset(batch, stride_b, head, stride_h, start, stride_t, ALIGNED: tl.constexpr):
     """Elements before a row of a head; a multiple of 16 if ALIGNED, as the host found out."""
     elements = batch * stride_b + head * stride_h + start * stride_t

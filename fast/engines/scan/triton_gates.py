@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import load_tile, locate, offset, store_tile
+from attnspec.fast.engines.scan.triton_common import (
+    load_tile,
+    locate,
+    locate_block,
+    offset,
+    store_tile,
+)
 from attnspec.fast.engines.scan.triton_levels import (
     FLAGS,
     LOG2E,
@@ -120,16 +126,11 @@ def steep_gates_kernel(
     chosen = pick_steep(steep, first, span, many, REACH)
     if tl.max(chosen, 0) == 0:
         return
-    blocks_per_segment = tl.cdiv(length, C)
     for n in range(span):
-        head = ((first + n) % heads).to(tl.int64)
-        block = (first + n) // heads
-        segment = block // blocks_per_segment
-        _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
-        skipped = (block % blocks_per_segment) * C
-        left = count - skipped
+        head, _, batch, start, left = locate_block(
+            first + n, table, segments, length, tokens, heads, C, PACKED
+        )
         if (tl.sum(tl.where(tl.arange(0, FLAGS) == n, chosen, 0), 0) == 1) & (left > 0):
-            start += skipped
             Q_rows = q + offset(batch, q_b, head, q_h, start, q_t, ALIGNED)
             K_rows = k + offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
             V_rows = v + offset(batch, v_b, head // v_group, v_h, start, v_t, ALIGNED)
@@ -214,16 +215,11 @@ def vector_gates_kernel(
     """
     ragged: tl.constexpr = D % BC != 0
     program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    block = program // heads
-    blocks_per_segment = tl.cdiv(length, C)
-    segment = block // blocks_per_segment
-    _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
-    skipped = (block % blocks_per_segment) * C
-    left = count - skipped
+    head, _, batch, start, left = locate_block(
+        program, table, segments, length, tokens, heads, C, PACKED
+    )
     if left <= 0:
         return
-    start += skipped
     q += offset(batch, q_b, head, q_h, start, q_t, ALIGNED)
     k += offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
     gates += offset(batch, g_b, head, g_h, start, g_t, ALIGNED)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_gates import (
@@ -43,9 +43,6 @@ from attnspec.fast.engines.scan.triton_widths import (
     padded_state,
     tiled,
 )
-
-HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-"""Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
 
 
 def forward(

@@ -7,7 +7,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import load_tile, locate, offset, store_tile
+from attnspec.fast.engines.scan.triton_common import (
+    load_tile,
+    locate_block,
+    offset,
+    store_tile,
+)
 from attnspec.fast.engines.scan.triton_levels import (
     FLAGS,
     LOG2E,
@@ -40,17 +45,12 @@ def pairs_kernel(
     """
     ragged: tl.constexpr = D % BC != 0
     program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    block = program // heads
-    blocks_per_segment = tl.cdiv(length, C)
-    segment = block // blocks_per_segment
-    _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
-    skipped = (block % blocks_per_segment) * C
-    left = count - skipped
+    head, block, batch, start, left = locate_block(
+        program, table, segments, length, tokens, heads, C, PACKED
+    )
     if left <= 0:
         tl.store(steep + program, 0)
         return
-    start += skipped
     q += offset(batch, q_b, head // q_group, q_h, start, q_t, ALIGNED)
     k += offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
     gates += offset(batch, g_b, head, g_h, start, g_t, ALIGNED)
@@ -100,16 +100,11 @@ def steep_pairs_kernel(
     chosen = pick_steep(steep, first, span, many, REACH)
     if tl.max(chosen, 0) == 0:
         return
-    blocks_per_segment = tl.cdiv(length, C)
     for n in range(span):
-        head = ((first + n) % heads).to(tl.int64)
-        block = (first + n) // heads
-        segment = block // blocks_per_segment
-        _, batch, start, count, _, _ = locate(table, segment, segments, length, tokens, PACKED)
-        skipped = (block % blocks_per_segment) * C
-        left = count - skipped
+        head, block, batch, start, left = locate_block(
+            first + n, table, segments, length, tokens, heads, C, PACKED
+        )
         if (tl.sum(tl.where(tl.arange(0, FLAGS) == n, chosen, 0), 0) == 1) & (left > 0):
-            start += skipped
             Q_rows = q + offset(batch, q_b, head // q_group, q_h, start, q_t, ALIGNED)
             K_rows = k + offset(batch, k_b, head // k_group, k_h, start, k_t, ALIGNED)
             g_rows = gates + offset(batch, g_b, head, g_h, start, g_t, ALIGNED)
