@@ -22,7 +22,9 @@ S3. **Score.** :math:`s_{hij} = qe_{hi} \cdot k_{hk(h), j} / \sqrt{d}`, d the wi
 S4. **Weigh.** :math:`P = \mathrm{softmax}(s)` over the keys that the causal rule (K3) and the
 padding allow, with its lse (K5); a row that sees nothing is 0 (K4).
 
-S5. **Combine.** :math:`o_{hi} = \sum_j P_{hij} v_{hv(h), j}`, as wide as the values.
+S5. **Combine.** :math:`o_{hi} = \sum_j P_{hij} v_{hv(h), j}`, as wide as the values. A layer lays
+the heads side by side, Hq dv channels, and projects them to its own width, as multi-head attention
+does; that projection is the layer's and not defined here.
 
 S6. **Gradient.** That of dense attention for each query head. The gradient of a key head sums over
 the Hq / Hk heads that read it, that of a value head over its own Hq / Hv. With dqe the gradient of

@@ -125,9 +125,9 @@ def test_the_tuner_sees_and_forces_what_a_call_asks_for() -> None:
     tuner = pickle.loads(pickle.dumps(tuning.Tuner()))
     with tuner.watch() as keys:
         config()
-        flash.config("dq", "ranged", 90, 2, 256, 4096)
+        flash.config("dq", "window", 90, 2, 256, 4096)
     config()
-    assert keys == {KEY, "flash dq ranged 256"}
+    assert keys == {KEY, "flash dq window 256"}
     first, second, *_ = tuner.candidates(KEY)
     assert first == asdict(CANDIDATES[0])
     before = tuning.table_of("rows").state()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv")
-PATTERNS = ("dense", "ranged", "listed")
+PATTERNS = ("dense", "window", "listed")
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -21,7 +21,8 @@ class FlashConfig:
     """`rows` queries and `keys` keys a tile; `warps` and `stages` as Triton counts them.
 
     `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
-    registers.
+    registers. `joined` (forward only) walks over full tiles and edges in one loop: its pipeline
+    fills once, which pays for few tiles, and the edges are told by a branch.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class FlashConfig:
     warps: int
     stages: int
     early: bool = False
+    joined: bool = False
 
     def fitted(self, q_tokens: int) -> FlashConfig:
         """For kernels that own rows: with fewer, and fewer warps, if half of them are enough."""
@@ -60,21 +62,21 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 32, 4, 2),
     ),
-    ("forward", "ranged", 128): (
-        FlashConfig(128, 128, 8, 3),
+    ("forward", "window", 128): (
+        FlashConfig(64, 64, 4, 2, joined=True),
+        FlashConfig(128, 128, 8, 3, joined=True),
         FlashConfig(128, 64, 4, 2),
-        FlashConfig(128, 64, 4, 3),
-        FlashConfig(128, 64, 8, 3),
-        FlashConfig(64, 64, 4, 3),
-        FlashConfig(64, 128, 4, 2),
-        FlashConfig(128, 64, 8, 2),
-        FlashConfig(128, 128, 8, 2),
+    ),
+    ("forward", "listed", 128): (
+        FlashConfig(128, 128, 8, 3, joined=True),
+        FlashConfig(64, 64, 4, 2, joined=True),
+        FlashConfig(128, 64, 4, 2),
+        FlashConfig(128, 128, 8, 3),
     ),
     ("dq", "dense", 64): (
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 64, 8, 3),
         FlashConfig(64, 64, 4, 3),
-        FlashConfig(128, 64, 4, 2),
     ),
     ("dq", "dense", 128): (
         FlashConfig(128, 64, 8, 3),
@@ -110,8 +112,8 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(32, 64, 8, 3),
     ),
 }
-"""By kernel, pattern and padded head size, for 16-bit inputs on Hopper. "ranged" (windows and row
-starts) and "listed" (block lists) fall back to "dense"."""
+"""By kernel, pattern and padded head size, for 16-bit inputs on Hopper. "window" and "listed"
+(block lists) fall back to "dense", which serves row starts too."""
 
 SMALL_MEMORY = {
     "forward": FlashConfig(64, 32, 4, 2),
@@ -147,7 +149,7 @@ def config(
     kind: str, pattern: str, arch: int, element_size: int, width: int, q_tokens: int
 ) -> FlashConfig:
     """The configuration in force for a kernel ("forward", "dq", "dkdv"), a pattern ("dense",
-    "ranged", "listed"), an architecture (90 is Hopper), bytes an element, the larger head size
+    "window", "listed"), an architecture (90 is Hopper), bytes an element, the larger head size
     padded to a power of two, and the number of queries.
     """
     forced = TABLE.forced(kind)

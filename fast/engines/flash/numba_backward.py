@@ -116,9 +116,11 @@ def backward_tile(q, k, v, dout, lse, shift, dq, dk, dv, scale, see, slopes, slo
     shifts = offset(row_sums, QUERIES)
     keys_copy = offset(shifts, QUERIES)
     values_copy = offset(keys_copy, KEYS * d_padded)
+    sums_known = True
     for row in range(columns):
         there = row < rows
         row_sum = lse[batch, head, first + row] if there else 0.0
+        sums_known &= not math.isnan(row_sum)
         put(row_sums, row, 0.0 if row_sum == -np.inf else row_sum / math.log(2))
         put(shifts, row, shift[batch, head, first + row] if there else 0.0)
     rows_finite = load_rows(q, batch, head, first, rows, scale, d_padded, q_rows)
@@ -147,6 +149,9 @@ def backward_tile(q, k, v, dout, lse, shift, dq, dk, dv, scale, see, slopes, slo
             k_at, k_row, k_step = keys_copy, d, 1
             v_at, v_row, v_step = values_copy, d_v, 1
         weigh(weights, keys, columns, row_sums)
+        if state != FULL and not sums_known:
+            # A row that saw a NaN has no weights: not for the keys it does not see either.
+            hide(see, batch, head, tile, start, stop, weights, 0.0)
         multiply(v_at, v_row, v_step, dout_across, QUERIES, grads, QUERIES, keys, d_v, columns,
                  True)  # fmt: skip
         differentiate(weights, grads, keys, columns, shifts)

@@ -42,4 +42,6 @@ class Rules(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        return "listed" if self.k_block else "ranged" if self.ranged else "dense"
+        if self.k_block:
+            return "listed"
+        return "window" if self.window is not None and self.row_start is None else "dense"

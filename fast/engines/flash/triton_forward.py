@@ -65,14 +65,16 @@ def finish(sums, sink_logit, h):
 def attend_tiles(
     count, sums, q_tile, k_source, v_source, walk, who, factor, tainted,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, BOUNDED: tl.constexpr, RANGED: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, RANGED: tl.constexpr,
     WHOLE: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The first `count` key tiles of a pass, added to sums = (maxima, denominators, values).
 
-    CAREFUL leaves out values that are not finite, and adds the rows that see one to `tainted`.
+    PASS 2 walks over full tiles and then edges. CAREFUL leaves out values that are not finite, and
+    adds the rows that see one to `tainted`.
     """
+    CUT: tl.constexpr = K_BLOCK % KEYS > 0
     top, total, mixed = sums
     row, low, high, position, b, h, stop, sinks, slopes, masks = who
     for i in range(count):
@@ -81,13 +83,19 @@ def attend_tiles(
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         scores, factor_now = add_bias(scores, factor, key[None, :], position[:, None], h, slopes)
-        if PASS > 0:
+        if PASS == 1 or CAREFUL:
             seen = visible(
-                row[:, None], key[None, :], low[:, None], high[:, None], b, h, stop, key_stop,
-                sinks, masks, BOUNDED, RANGED,
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, key_stop, sinks,
+                masks, RANGED, CUT,
             )  # fmt: skip
             if PASS == 2 and WHOLE:
                 seen |= (i < walk[5]) & (row < stop)[:, None] & (key < key_stop)[None, :]
+            scores = tl.where(seen, scores, -float("inf"))
+        elif PASS == 2 and i >= walk[5]:
+            seen = visible(
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, key_stop, sinks,
+                masks, RANGED, CUT,
+            )  # fmt: skip
             scores = tl.where(seen, scores, -float("inf"))
         weights, top, total, rescale = online_softmax(scores, top, total, factor_now)
         v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
@@ -114,10 +122,9 @@ def flash_forward_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     RANGED: tl.constexpr = window is not None or row_start is not None
-    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
     WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
@@ -143,7 +150,7 @@ def flash_forward_kernel(
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
     low = lowest_key(row, q_begin, stop, shift, window, row_start)
-    high = end_key(row, q_begin, stop, shift, row_end, CAUSAL)
+    high = end_key(row, q_begin, stop, shift, k_tokens, row_end, CAUSAL)
     position = positions(row, q_begin, stop, shift, slope_positions)
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     who = (row, low, high, position, b, h, stop, sinks, slopes, masks)
@@ -151,11 +158,11 @@ def flash_forward_kernel(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     sums = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
     tainted = row >= stop
-    for PASS in tl.static_range(ALL_EDGE, 2):
+    for PASS in tl.static_range(2 if JOINED else ALL_EDGE, 3 if JOINED else 2):
+        count = lengths[0] + lengths[1] if JOINED else lengths[PASS]
         sums, tainted = attend_tiles(
-            lengths[PASS], sums, q_tile, k_source, v_source, walk, who, factor, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, PASS,
-            False,
+            count, sums, q_tile, k_source, v_source, walk, who, factor, tainted,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, RANGED, WHOLE, ACCESS, PRECISION, PASS, False,
         )  # fmt: skip
     log_total, mixed = finish(sums, sink_logit, h)
     at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
@@ -166,8 +173,7 @@ def flash_forward_kernel(
         fresh = (top, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH_V], tl.float32))
         redone, left_out = attend_tiles(
             lengths[0] + lengths[1], fresh, q_tile, k_source, v_source, walk, who, factor, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, 2,
-            True,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, RANGED, WHOLE, ACCESS, PRECISION, 2, True,
         )  # fmt: skip
         _, mixed_again = finish(redone, sink_logit, h)
         store_rows(out, mixed_again, at_row, left_out == 0, WIDTH_V, DV)
@@ -201,6 +207,7 @@ class Forward:
             **host.shape_arguments(q, k, v, chosen),
             "ACCESS": how,
             "ALL_EDGE": host.all_key_edges(rules, chosen),
+            "JOINED": chosen.joined and not host.all_key_edges(rules, chosen),
         }
         self.bounds = None if rules.key_mask is None else host.KeyBounds(rules.key_mask)
         programs = place["tiles"] * batch * heads

@@ -61,14 +61,17 @@ def differentiate_tiles(
     count, dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source, walk, who, scale,
     tainted,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, BOUNDED: tl.constexpr, RANGED: tl.constexpr,
+    KEYS: tl.constexpr, K_BLOCK: tl.constexpr, RANGED: tl.constexpr,
     WHOLE: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr, PASS: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The first `count` key tiles of a pass, added to dq / scale.
 
-    CAREFUL leaves out keys that are not finite, and adds the rows that see one to `tainted`.
+    The full tiles come first. PASS 2 goes on to the edges in the same loop, whose pipeline fills
+    but once. CAREFUL leaves out keys that are not finite, and adds the rows that see one to
+    `tainted`.
     """
+    CUT: tl.constexpr = K_BLOCK % KEYS > 0
     row, low, high, position, b, h, stop, sinks, slopes, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
@@ -80,13 +83,19 @@ def differentiate_tiles(
         scores, factor = add_bias(scores, scale * LOG2E, key[None, :], position[:, None], h, slopes)
         weights = tl.exp2(scores * factor - row_lse2[:, None])
         dscores = weights * (dweights - row_delta[:, None])
-        if PASS > 0:
+        if PASS == 1 or CAREFUL:
             seen = visible(
-                row[:, None], key[None, :], low[:, None], high[:, None], b, h, stop, key_stop,
-                sinks, masks, BOUNDED, RANGED,
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, key_stop, sinks,
+                masks, RANGED, CUT,
             )  # fmt: skip
             if PASS == 2 and WHOLE:
                 seen |= (i < walk[5]) & (row < stop)[:, None] & (key < key_stop)[None, :]
+            dscores = tl.where(seen, dscores, 0.0)
+        elif PASS == 2 and i >= walk[5]:
+            seen = visible(
+                row[:, None], key[None, :], low[:, None], high[:, None], b, h, key_stop, sinks,
+                masks, RANGED, CUT,
+            )  # fmt: skip
             dscores = tl.where(seen, dscores, 0.0)
         if CAREFUL:
             k_tile, finite = finite_rows(k_tile)
@@ -116,7 +125,6 @@ def flash_dq_kernel(
 ):  # fmt: skip
     """dq of one tile of rows: ds = p (dout . v - delta), dq = scale * ds k."""
     RANGED: tl.constexpr = window is not None or row_start is not None
-    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
     WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
@@ -143,7 +151,7 @@ def flash_dq_kernel(
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
     low = lowest_key(row, q_begin, stop, shift, window, row_start)
-    high = end_key(row, q_begin, stop, shift, row_end, CAUSAL)
+    high = end_key(row, q_begin, stop, shift, k_tokens, row_end, CAUSAL)
     position = positions(row, q_begin, stop, shift, slope_positions)
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
@@ -153,23 +161,99 @@ def flash_dq_kernel(
     who = (row, low, high, position, b, h, stop, sinks, slopes, masks)
     dq_tile = tl.zeros([ROWS, WIDTH], tl.float32)
     tainted = row >= stop
-    for PASS in tl.static_range(ALL_EDGE, 2):
-        dq_tile, tainted = differentiate_tiles(
-            lengths[PASS], dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source, v_source,
-            walk, who, scale, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, PASS,
-            False,
-        )  # fmt: skip
+    dq_tile, tainted = differentiate_tiles(
+        lengths[0] + lengths[1], dq_tile, q_tile, dout_tile, row_lse2, row_delta, k_source,
+        v_source, walk, who, scale, tainted,
+        D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, RANGED, WHOLE, ACCESS, PRECISION, 2 - ALL_EDGE, False,
+    )  # fmt: skip
     store_rows(dq, dq_tile * scale, at_row, row < stop, WIDTH, D)
     if has_nan(dq_tile):
         # As in the forward kernel: rows that do not see the NaN's key are done again.
         redone, left_out = differentiate_tiles(
             lengths[0] + lengths[1], tl.zeros([ROWS, WIDTH], tl.float32), q_tile, dout_tile,
             row_lse2, row_delta, k_source, v_source, walk, who, scale, tainted,
-            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, BOUNDED, RANGED, WHOLE, ACCESS, PRECISION, 2,
+            D, DV, WIDTH, WIDTH_V, KEYS, K_BLOCK, RANGED, WHOLE, ACCESS, PRECISION, 2,
             True,
         )  # fmt: skip
         store_rows(dq, redone * scale, at_row, left_out == 0, WIDTH, D)
+
+
+@triton.jit
+def gather_tiles(
+    sums, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale, tainted,
+    HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, Q_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGED: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """All tiles of rows that see the keys, of SHARE query heads, added to sums = (dk / scale, dv).
+
+    CAREFUL makes one pass, leaves out rows that are not finite, and adds the keys that see one to
+    `tainted`.
+    """
+    dk_tile, dv_tile = sums
+    block_index, block_count, block_full, stride_b, stride_h, stride_k, count_b, count_h = lists
+    q, dout, lse2, delta, b, owner, q_begin, q_tokens, k_tokens, all_rows, strides = who
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d = strides[:4]
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d = strides[4:]
+    window, row_start, row_end, sinks, slopes, slope_positions = rules
+    shift = k_tokens - q_tokens
+    q_end = q_begin + q_tokens
+    for member in range(SHARE):
+        h = owner * SHARE + member
+        at_head = (b * HEADS + h).to(tl.int64) * all_rows + q_begin
+        q_source = (q, b, h, q_begin, q_end, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
+        dout_source = (
+            dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
+        )  # fmt: skip
+        walk, lengths = plan_columns(
+            span, block_index, block_count, block_full, stride_b, stride_h, stride_k, count_b,
+            count_h, b, h, own_block, q_tokens, Q_BLOCK, ROWS, ALL_EDGE,
+        )  # fmt: skip
+        for PASS in tl.static_range(2 if CAREFUL else ALL_EDGE, 3 if CAREFUL else 2):
+            for i in range(lengths[0] + lengths[1] if CAREFUL else lengths[PASS]):
+                at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
+                row = at + tl.arange(0, ROWS)
+                q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
+                dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
+                row_lse2 = tl.load(lse2 + at_head + row, mask=row < row_stop, other=float("inf"))
+                if CAREFUL:
+                    q_tile, finite_q = finite_rows(q_tile)
+                    dout_tile, finite_dout = finite_rows(dout_tile)
+                scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                if EARLY:
+                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+                position = positions(row, q_begin, row_stop, shift, slope_positions)
+                scores, factor = add_bias(
+                    scores, scale * LOG2E, key[:, None], position[None, :], h, slopes
+                )
+                weights = tl.exp2(scores * factor - row_lse2[None, :])
+                if PASS > 0:
+                    low = lowest_key(row, q_begin, row_stop, shift, window, row_start)
+                    # The tile's keys behind its own end are sums that nobody stores.
+                    high = end_key(row, q_begin, row_stop, shift, k_tokens, row_end, CAUSAL)
+                    seen = visible(
+                        row[None, :], key[:, None], low[None, :], high[None, :], b, h, stop, sinks,
+                        masks, RANGED, False,
+                    )  # fmt: skip
+                    if CAREFUL and block_full is not None:
+                        seen |= (i < walk[5]) & (row < row_stop)[None, :] & (key < stop)[:, None]
+                    weights = tl.where(seen, weights, 0.0)
+                if CAREFUL:
+                    left_out = seen & ((finite_q & finite_dout) == 0)[None, :]
+                    tainted |= tl.max(left_out.to(tl.int32), axis=1) > 0
+                dv_tile = tl.dot(
+                    weights.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION
+                )
+                row_delta = tl.load(delta + at_head + row, mask=row < row_stop, other=0.0)
+                if not EARLY:
+                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+                dscores = weights * (dweights - row_delta[None, :])
+                if PASS > 0:
+                    dscores = tl.where(seen, dscores, 0.0)
+                dscores = dscores.to(q_tile.dtype)
+                dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
+    return (dk_tile, dv_tile), tainted
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -196,10 +280,6 @@ def flash_dkdv_kernel(
     Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands.
     """
     RANGED: tl.constexpr = window is not None or row_start is not None
-    BOUNDED: tl.constexpr = CAUSAL or row_end is not None
-    EMPTY_ROWS: tl.constexpr = (
-        key_mask is not None or mask is not None or table is not None or row_end is not None
-    )
     tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
     b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
     h_kv = owner * SHARE // GROUP
@@ -214,72 +294,48 @@ def flash_dkdv_kernel(
     )  # fmt: skip
     # The key mask is left to the end: a hidden key changes nothing but its own gradient.
     masks = (None, 0, 0, mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k)
-    q_end, k_end = q_begin + q_tokens, k_begin + stop
+    k_end = k_begin + stop
     k_source = (k, b, h_kv, k_begin, k_end, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
     v_source = (v, b, h_kv, k_begin, k_end, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
     key = first + tl.arange(0, KEYS)
     k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
     v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
-    dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
-    dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
-    for member in range(SHARE):
-        h = owner * SHARE + member
-        at_head = (b * HEADS + h).to(tl.int64) * all_rows + q_begin
-        q_source = (q, b, h, q_begin, q_end, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
-        dout_source = (
-            dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
-        )  # fmt: skip
-        walk, lengths = plan_columns(
-            span, block_index, block_count, block_full, index_stride_b, index_stride_h,
-            index_stride_q, count_stride_b, count_stride_h, b, h, own_block, q_tokens, Q_BLOCK,
-            ROWS, ALL_EDGE,
-        )  # fmt: skip
-        for PASS in tl.static_range(ALL_EDGE, 2):
-            for i in range(lengths[PASS]):
-                at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
-                row = at + tl.arange(0, ROWS)
-                q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
-                dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
-                row_lse2 = tl.load(lse2 + at_head + row, mask=row < row_stop, other=float("inf"))
-                if PASS == 1 and EMPTY_ROWS:
-                    # Rows that see nothing, or belong to others, may hold NaN: 0 * NaN is NaN.
-                    live = (row_lse2 < float("inf"))[:, None]
-                    q_tile = tl.where(live, q_tile, 0.0)
-                    dout_tile = tl.where(live, dout_tile, 0.0)
-                scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
-                if EARLY:
-                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
-                position = positions(row, q_begin, row_stop, shift, slope_positions)
-                scores, factor = add_bias(
-                    scores, scale * LOG2E, key[:, None], position[None, :], h, slopes
-                )
-                weights = tl.exp2(scores * factor - row_lse2[None, :])
-                if PASS == 1:
-                    low = lowest_key(row, q_begin, row_stop, shift, window, row_start)
-                    high = end_key(row, q_begin, row_stop, shift, row_end, CAUSAL)
-                    seen = visible(
-                        row[None, :], key[:, None], low[None, :], high[None, :], b, h, row_stop,
-                        stop, sinks, masks, BOUNDED, RANGED,
-                    )  # fmt: skip
-                    weights = tl.where(seen, weights, 0.0)
-                dv_tile = tl.dot(
-                    weights.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION
-                )
-                row_delta = tl.load(delta + at_head + row, mask=row < row_stop, other=0.0)
-                if not EARLY:
-                    dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
-                dscores = weights * (dweights - row_delta[None, :])
-                if PASS == 1:
-                    dscores = tl.where(seen, dscores, 0.0)
-                dscores = dscores.to(q_tile.dtype)
-                dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
-
+    lists = (
+        block_index, block_count, block_full, index_stride_b, index_stride_h, index_stride_q,
+        count_stride_b, count_stride_h,
+    )  # fmt: skip
+    who = (
+        q, dout, lse2, delta, b, owner, q_begin, q_tokens, k_tokens, all_rows,
+        (
+            q_stride_b, q_stride_h, q_stride_t, q_stride_d,
+            dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
+        ),
+    )  # fmt: skip
+    rules = (window, row_start, row_end, sinks, slopes, slope_positions)
+    none = (tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH_V], tl.float32))
+    tainted = key >= stop
+    sums, tainted = gather_tiles(
+        none, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale, tainted,
+        HEADS, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, Q_BLOCK, CAUSAL, RANGED, ACCESS, ALL_EDGE,
+        PRECISION, EARLY, False,
+    )  # fmt: skip
     kept = key < stop
     if key_mask is not None:
         at = key_mask + b.to(tl.int64) * key_mask_stride_b + key.to(tl.int64) * key_mask_stride_k
         kept &= tl.load(at, mask=kept, other=0) != 0
     at_key = (b * (HEADS // SHARE) + owner).to(tl.int64) * all_keys + k_begin + key
-    dk_tile = tl.where(kept[:, None], dk_tile * scale, 0.0)
-    dv_tile = tl.where(kept[:, None], dv_tile, 0.0)
-    store_rows(dk, dk_tile, at_key, key < stop, WIDTH, D)
-    store_rows(dv, dv_tile, at_key, key < stop, WIDTH_V, DV)
+    dk_tile, dv_tile = sums
+    store_rows(dk, tl.where(kept[:, None], dk_tile * scale, 0.0), at_key, key < stop, WIDTH, D)
+    store_rows(dv, tl.where(kept[:, None], dv_tile, 0.0), at_key, key < stop, WIDTH_V, DV)
+    if has_nan(dk_tile) | has_nan(dv_tile):
+        # A NaN in a row reaches keys that the row does not see: these are done again without it.
+        redone, left_out = gather_tiles(
+            none, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale,
+            tainted,
+            HEADS, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, Q_BLOCK, CAUSAL, RANGED, ACCESS, ALL_EDGE,
+            PRECISION, EARLY, True,
+        )  # fmt: skip
+        dk_again, dv_again = redone
+        again = kept & (left_out == 0)
+        store_rows(dk, dk_again * scale, at_key, again, WIDTH, D)
+        store_rows(dv, dv_again, at_key, again, WIDTH_V, DV)

@@ -261,17 +261,22 @@ def key_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def row_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """First row and end of the i-th row tile of a pass: 0 full, 1 edge."""
-    base, full_from, full_to, skipped, edges, index, stop = walk
+    """First row and end of the i-th row tile of a pass: 0 full, 1 edge, 2 both, in that order."""
+    base, full_from, full_to, skipped, edges, fulls, index, stop = walk
+    j = i - fulls if PASS == 2 else i
     if BLOCK:
-        i += skipped
-        if PASS == 0:
-            i += edges
-        at, stop = listed_tile(i, index, stop, BLOCK, TILE)
-    elif PASS == 0:
-        at = base + (i + full_from) * TILE
+        full_at, edge_at = skipped + edges + i, skipped + j
     else:
-        at = base + tl.where(i < full_from, i, i - full_from + full_to) * TILE
+        full_at = base + (i + full_from) * TILE
+        edge_at = base + tl.where(j < full_from, j, j - full_from + full_to) * TILE
+    if PASS == 0:
+        at = full_at
+    elif PASS == 1:
+        at = edge_at
+    else:
+        at = tl.where(i < fulls, full_at, edge_at)
+    if BLOCK:
+        at, stop = listed_tile(at, index, stop, BLOCK, TILE)
     return at, stop
 
 
@@ -351,5 +356,5 @@ def plan_columns(
         else:
             whole = tl.load(block_full + at_count)
             fulls, edges = whole * tiles_a_block, (listed - whole) * tiles_a_block
-    walk = (base, full_from, full_to, skipped, edges, listing, q_tokens)
+    walk = (base, full_from, full_to, skipped, edges, fulls, listing, q_tokens)
     return walk, (fulls, edges)

@@ -26,41 +26,45 @@ def lowest_key(row, begin, q_tokens, shift, window, row_start):
 
 
 @triton.jit
-def end_key(row, begin, q_tokens, shift, row_end, CAUSAL: tl.constexpr):
-    """Where the keys end that the causal rule and `row_end` leave to each of `row`."""
-    high = row * 0 + 2147483647
+def end_key(row, begin, row_stop, shift, k_tokens, row_end, CAUSAL: tl.constexpr):
+    """Where the keys end that each of `row` may see, of `k_tokens`: at 0 from `row_stop` on.
+
+    With all ends in one number a row, a pair of an edge tile costs one comparison for them.
+    """
+    high = tl.where(row < row_stop, k_tokens, 0)
     if CAUSAL:
-        high = row + (shift + 1)
+        high = tl.minimum(high, row + (shift + 1))
     if row_end is not None:
         at = row_end + begin + row
-        high = tl.minimum(high, tl.load(at, mask=row < q_tokens, other=0).to(tl.int32))
+        high = tl.minimum(high, tl.load(at, mask=row < row_stop, other=0).to(tl.int32))
     return high
 
 
 @triton.jit
 def visible(
-    row, key, low, high, b, h, row_stop, key_stop, sinks, masks,
-    BOUNDED: tl.constexpr, RANGED: tl.constexpr,
-):  # fmt: skip
+    row, key, low, high, b, h, key_stop, sinks, masks, RANGED: tl.constexpr, CUT: tl.constexpr
+):
     """Who sees whom, bool. `low` and `high` hold the lowest key of each of `row` and where its keys
-    end; `masks` are the key mask with its strides, then the mask with its strides.
+    end (`end_key`); CUT says that tiles may reach beyond `key_stop`, into a block that is not
+    theirs; `masks` are the key mask with its strides, then the mask with its strides.
     """
     key_mask, key_stride_b, key_stride_k, mask, stride_b, stride_h, stride_q, stride_k = masks
-    seen = (row < row_stop) & (key < key_stop)
-    if BOUNDED:
-        seen &= key < high
+    seen = key < high
+    if CUT:
+        seen &= key < key_stop
     if RANGED:
-        in_range = key >= low
+        late = key
         if sinks is not None:
-            in_range |= key < sinks
-        seen &= in_range
+            # A key that every row sees counts as one behind all others: one comparison a pair.
+            late = tl.where(key < sinks, 2147483647, key)
+        seen &= late >= low
     if key_mask is not None:
         at = key_mask + b.to(tl.int64) * key_stride_b + key.to(tl.int64) * key_stride_k
         seen &= tl.load(at, mask=key < key_stop, other=0) != 0
     if mask is not None:
         at = mask + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
         at += row.to(tl.int64) * stride_q + key.to(tl.int64) * stride_k
-        seen &= tl.load(at, mask=(row < row_stop) & (key < key_stop), other=0) != 0
+        seen &= tl.load(at, mask=seen, other=0) != 0
     return seen
 
 

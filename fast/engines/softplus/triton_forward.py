@@ -22,7 +22,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
     plan_rows,
     store_rows,
 )
-from attnspec.fast.engines.flash.triton_visible import visible
+from attnspec.fast.engines.flash.triton_visible import end_key, visible
 from attnspec.fast.engines.softplus import triton_launch as host
 from attnspec.fast.engines.softplus.triton_maps import (
     added_eps,
@@ -59,9 +59,10 @@ def measure_tiles(
         if key_scales is not None:
             scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
         if PASS > 0:
+            high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
             seen = visible(
-                row[:, None], key[None, :], 0, (row + (shift + 1))[:, None], b, h, stop, key_stop,
-                None, masks, CAUSAL, False,
+                row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
+                False,
             )  # fmt: skip
             scores = tl.where(seen, scores, -float("inf"))
         total += tl.sum(soft(scores, PRECISE), axis=1)
@@ -88,9 +89,10 @@ def attend_tiles(
         if key_scales is not None:
             scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
         if PASS > 0:
+            high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
             seen = visible(
-                row[:, None], key[None, :], 0, (row + (shift + 1))[:, None], b, h, stop, key_stop,
-                None, masks, CAUSAL, False,
+                row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
+                False,
             )  # fmt: skip
             scores = tl.where(seen, scores, -float("inf"))
         weights = soft(scores, PRECISE)

@@ -21,7 +21,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
     row_tiles,
     store_rows,
 )
-from attnspec.fast.engines.flash.triton_visible import visible
+from attnspec.fast.engines.flash.triton_visible import end_key, visible
 from attnspec.fast.engines.softplus.triton_forward import STAGES, load_scales
 from attnspec.fast.engines.softplus.triton_maps import (
     first_terms,
@@ -94,10 +94,10 @@ def pairs_of_tile(
     )
     seen = 1
     if PASS > 0:
+        high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
         seen = visible(
-            row[:, None], key[None, :], 0, (row + (shift + 1))[:, None], b, h, stop, key_stop, None,
-            masks, CAUSAL, False,
-        )  # fmt: skip
+            row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False, False
+        )
     return k_tile, scale, seen, scores, dweights, softened, weights, derivative
 
 
@@ -309,10 +309,10 @@ def softplus_dkdv_kernel(
         slopes = (slopes - row_taken[None, :]) * slope(scores) * row_scale[None, :]
         weights *= weight_factor[None, :]
         if MASKED or (i < full_from) | (i >= full_to):
+            high = end_key(row, 0, q_tokens, shift, k_tokens, None, CAUSAL)
             seen = visible(
-                row[None, :], key[:, None], 0, (row + (shift + 1))[None, :], b, h, q_tokens, stop,
-                None, masks, CAUSAL, False,
-            )  # fmt: skip
+                row[None, :], key[:, None], 0, high[None, :], b, h, stop, None, masks, False, False
+            )
             weights = tl.where(seen, weights, 0.0)
             slopes = tl.where(seen, slopes, 0.0)
         weights = weights.to(dout_tile.dtype)
