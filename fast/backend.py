@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("numba", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +84,12 @@ def check_tensor(
     if x.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {x.dtype}, expected one of {expected}")
+    # Custom ops drop a tangent without a word: the derivative would be 0.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(
+            f"{name}: got a tangent of forward-mode differentiation (torch.func.jvp, jacfwd), "
+            "expected none: gradients are reverse-mode only"
+        )
 
 
 def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -187,6 +194,8 @@ def untraced(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return all(type(x) in PLAIN for x in tensors)
 

@@ -34,6 +34,7 @@ from attnspec.fast.backend import (
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.select import take_rows
 from attnspec.fast.growing import append
 from attnspec.fast.heads.moh_routing import (
     combine_gates,
@@ -227,7 +228,7 @@ def step(
 
 def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     """Rows of x in another order, and of its gradient in that of `back`."""
-    return x.index_select(0, order) if unobserved(x) else Gathered.apply(x, order, back)
+    return take_rows(x, order) if unobserved(x) else Gathered.apply(x, order, back)
 
 
 def _check_active(active: Any, q: Tensor) -> None:

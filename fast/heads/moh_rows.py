@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend
-from attnspec.fast.engines.select import packed_rows
+from attnspec.fast.engines.select import packed_rows, take_rows
 
 
 class Rows(NamedTuple):
@@ -118,7 +118,7 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        return x.index_select(0, order)
+        return take_rows(x, order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -127,4 +127,4 @@ class Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         (back,) = ctx.saved_tensors
-        return dout.index_select(0, back), None, None
+        return take_rows(dout, back), None, None

@@ -22,6 +22,7 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.select import last_unflagged
 from attnspec.fast.growing import checkable
 from attnspec.fast.kept import kept
 
@@ -79,9 +80,7 @@ def composite_attention(
     if n > S or (checkable(is_visual) and n > S - int(is_visual.sum())):
         raise ValueError(f"qt: got {n} rows, expected at most as many as there are text tokens")
     if pos is None and image_visible == "causal":
-        (places,) = kept(_places, qt.device, S + 1)
-        # Sorted behind the zeros of images, the last places are those of the rows.
-        ends = torch.where(is_visual, 0, places[1:]).sort().values[S - n :]
+        ends = last_unflagged(is_visual, n, backend=backend) + 1
         return flash(qt, k, v, row_end=ends, key_mask=key_mask, scale=scale, backend=backend)
     # A stable sort puts images first and leaves text in its order: the last rows are the queries'.
     kinds = torch.argsort(is_visual.logical_not().to(torch.uint8), stable=True)

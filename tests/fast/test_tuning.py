@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from attnspec.fast import tuning
 from attnspec.fast.engines.flash import configs as flash
+from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.rows.configs import CANDIDATES, RowsConfig, config, use_config
 
 ENGINES = Path(tuning.engines.__path__[0])
@@ -57,14 +59,34 @@ def test_use_goes_before_the_table() -> None:
 
 def test_use_by_kernel() -> None:
     forced = flash.FlashConfig(16, 16, 1, 1)
-    plain = flash.config("dq", "dense", 90, 2, 64, 4096)
+    plain = flash.config("dq", "long", 90, 2, 64, 4096)
     with flash.use_config(forward=forced):
-        assert flash.config("forward", "listed", 80, 4, 64, 4) == forced
-        assert flash.config("dq", "dense", 90, 2, 64, 4096) == plain
+        assert flash.config("forward", "short", 80, 4, 64, 4) == forced
+        assert flash.config("dq", "long", 90, 2, 64, 4096) == plain
     with flash.use_config(forced):
-        assert flash.config("dq", "dense", 90, 2, 64, 4096) == forced
+        assert flash.config("dq", "long", 90, 2, 64, 4096) == forced
     with pytest.raises(ValueError, match=r"use_config: got \['up'\], expected some of \('forward"):
         flash.use_config(up=forced).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("options", "q_tokens", "walk"),
+    [
+        ({}, 2048, "long"),
+        ({}, 4096, "medium"),
+        ({}, 16384, "long"),
+        ({"window": 64}, 16384, "short"),
+        ({"window": 64, "row_start": torch.zeros(1)}, 16384, "long"),
+        ({"q_block": 64, "k_block": 128}, 16384, "short"),
+        ({"q_block": 128, "k_block": 128}, 16384, "medium"),
+        ({"q_block": 128, "k_block": 64}, 16384, "long"),
+    ],
+)
+def test_the_rules_say_how_long_a_walk_is(
+    options: dict[str, Any], q_tokens: int, walk: str
+) -> None:
+    rules = Rules(*[None] * len(Rules._fields))._replace(**options)  # type: ignore[arg-type]
+    assert rules.walk(q_tokens) == walk
 
 
 def test_a_use_that_was_sent_to_a_process_is_in_force_there() -> None:
@@ -74,17 +96,17 @@ def test_a_use_that_was_sent_to_a_process_is_in_force_there() -> None:
 
 
 def test_a_table_is_in_force_until_the_next(tmp_path: Path) -> None:
-    dense = flash.CANDIDATES["forward", "dense", 128]
+    plain = flash.CANDIDATES["forward", "long", 128]
     before = flash.TABLE.state()
-    choices = {KEY: asdict(CANDIDATES[1]), "flash forward dense 128": asdict(dense[2])}
+    choices = {KEY: asdict(CANDIDATES[1]), "flash forward long 128": asdict(plain[2])}
     tuning.load(write(tmp_path / "both.json", choices))
     assert config() == CANDIDATES[1]
-    assert flash.config("forward", "dense", 90, 2, 128, 4096) == dense[2]
-    assert flash.config("forward", "dense", 80, 2, 128, 4096) == flash.SMALL_MEMORY["forward"]
+    assert flash.config("forward", "long", 90, 2, 128, 4096) == plain[2]
+    assert flash.config("forward", "long", 80, 2, 128, 4096) == flash.SMALL_MEMORY["forward"]
     assert flash.TABLE.state() != before
     tuning.load(write(tmp_path / "rows.json", {KEY: asdict(CANDIDATES[2])}))
     assert config() == CANDIDATES[2]
-    assert flash.config("forward", "dense", 90, 2, 128, 4096) == dense[0]
+    assert flash.config("forward", "long", 90, 2, 128, 4096) == plain[0]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +147,9 @@ def test_the_tuner_sees_and_forces_what_a_call_asks_for() -> None:
     tuner = pickle.loads(pickle.dumps(tuning.Tuner()))
     with tuner.watch() as keys:
         config()
-        flash.config("dq", "window", 90, 2, 256, 4096)
+        flash.config("dq", "short", 90, 2, 256, 4096)
     config()
-    assert keys == {KEY, "flash dq window 256"}
+    assert keys == {KEY, "flash dq short 256"}
     first, second, *_ = tuner.candidates(KEY)
     assert first == asdict(CANDIDATES[0])
     before = tuning.table_of("rows").state()

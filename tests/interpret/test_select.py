@@ -111,3 +111,24 @@ def test_the_best_of_chunks(n: int, k: int) -> None:
     with use_config(SelectConfig(row_items=64, chunk_items=16)):
         got = select.top_k(scores, k, backend="triton")
     assert torch.equal(got, select.top_k(scores, k, backend="numba"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numbers", [torch.int32, torch.int64])
+def test_rows_are_taken(dtype: torch.dtype, numbers: torch.dtype) -> None:
+    order = torch.randint(0, 37, (50,)).to(numbers)
+    for x in (torch.randn(37, 20).to(dtype), torch.randn(20, 37).to(dtype).T):
+        taken = select.take_rows(x, order[::2], backend="triton")
+        assert torch.equal(taken, x[order[::2].long()])
+
+
+@pytest.mark.parametrize("n", [1, 5, 9000])
+def test_the_last_that_are_not_flagged(n: int) -> None:
+    flags = (torch.rand(2 * n) < 0.5)[::2]
+    places = flags.logical_not().nonzero().ravel().tolist()
+    for count in {0, 1, n // 2, n}:
+        expected = ([-1] * n + places)[n + len(places) - count :]
+        for backend in ("triton", "numba"):
+            got = select.last_unflagged(flags, count, backend=backend)
+            assert got.dtype == torch.int32
+            assert got.tolist() == expected

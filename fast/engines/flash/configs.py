@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv")
-PATTERNS = ("dense", "window", "listed")
+WALKS = ("long", "medium", "short")
+"""How far a program walks: how many tiles it visits decides what its start and its end cost."""
+MEDIUM = range(2049, 8193)
+"""Texts so long are walked at medium length."""
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -41,14 +44,14 @@ class FlashConfig:
 
 
 CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
-    ("forward", "dense", 64): (
+    ("forward", "long", 64): (
         FlashConfig(64, 128, 4, 3),
         FlashConfig(128, 64, 4, 3),
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 128, 4, 3),
         FlashConfig(128, 64, 8, 4),
     ),
-    ("forward", "dense", 128): (
+    ("forward", "long", 128): (
         FlashConfig(128, 64, 4, 2),
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 64, 8, 4),
@@ -56,48 +59,48 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 128, 4, 2),
         FlashConfig(64, 64, 4, 3),
     ),
-    ("forward", "dense", 256): (
+    ("forward", "long", 256): (
         FlashConfig(128, 64, 8, 2),
         FlashConfig(128, 32, 8, 3),
         FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 32, 4, 2),
     ),
-    ("forward", "window", 128): (
+    ("forward", "short", 128): (
         FlashConfig(64, 64, 4, 2, joined=True),
         FlashConfig(128, 128, 8, 3, joined=True),
         FlashConfig(128, 64, 4, 2),
     ),
-    ("forward", "listed", 128): (
+    ("forward", "medium", 128): (
         FlashConfig(128, 128, 8, 3, joined=True),
         FlashConfig(64, 64, 4, 2, joined=True),
         FlashConfig(128, 64, 4, 2),
         FlashConfig(128, 128, 8, 3),
     ),
-    ("dq", "dense", 64): (
+    ("dq", "long", 64): (
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 64, 8, 3),
         FlashConfig(64, 64, 4, 3),
     ),
-    ("dq", "dense", 128): (
+    ("dq", "long", 128): (
         FlashConfig(128, 64, 8, 3),
         FlashConfig(128, 128, 8, 2),
         FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 128, 4, 1),
         FlashConfig(128, 64, 8, 2),
     ),
-    ("dq", "dense", 256): (
+    ("dq", "long", 256): (
         FlashConfig(64, 32, 4, 2),
         FlashConfig(64, 64, 8, 2),
         FlashConfig(64, 64, 4, 1),
     ),
-    ("dkdv", "dense", 64): (
+    ("dkdv", "long", 64): (
         FlashConfig(64, 128, 8, 3),
         FlashConfig(128, 128, 8, 2),
         FlashConfig(64, 128, 8, 3, early=True),
         FlashConfig(64, 128, 4, 2),
         FlashConfig(64, 64, 4, 3),
     ),
-    ("dkdv", "dense", 128): (
+    ("dkdv", "long", 128): (
         FlashConfig(64, 64, 4, 2),
         FlashConfig(64, 128, 8, 2),
         FlashConfig(64, 128, 8, 2, early=True),
@@ -106,14 +109,14 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(32, 128, 8, 3),
         FlashConfig(32, 64, 4, 3),
     ),
-    ("dkdv", "dense", 256): (
+    ("dkdv", "long", 256): (
         FlashConfig(32, 64, 8, 2),
         FlashConfig(64, 64, 8, 2),
         FlashConfig(32, 64, 8, 3),
     ),
 }
-"""By kernel, pattern and padded head size, for 16-bit inputs on Hopper. "window" and "listed"
-(block lists) fall back to "dense", which serves row starts too."""
+"""By kernel, walk and padded head size, for 16-bit inputs on Hopper. A walk without an entry takes
+that of a long one."""
 
 SMALL_MEMORY = {
     "forward": FlashConfig(64, 32, 4, 2),
@@ -129,11 +132,11 @@ TABLE = Table(
     {
         key: candidates
         for kind, other in SMALL_MEMORY.items()
-        for pattern in PATTERNS
+        for walk in WALKS
         for key, candidates in places(
             {
-                (kind, pattern, width): CANDIDATES.get(
-                    (kind, pattern, width), CANDIDATES[kind, "dense", width]
+                (kind, walk, width): CANDIDATES.get(
+                    (kind, walk, width), CANDIDATES[kind, "long", width]
                 )
                 for width in (64, 128, 256)
             },
@@ -146,16 +149,16 @@ TABLE = Table(
 
 
 def config(
-    kind: str, pattern: str, arch: int, element_size: int, width: int, q_tokens: int
+    kind: str, walk: str, arch: int, element_size: int, width: int, q_tokens: int
 ) -> FlashConfig:
-    """The configuration in force for a kernel ("forward", "dq", "dkdv"), a pattern ("dense",
-    "window", "listed"), an architecture (90 is Hopper), bytes an element, the larger head size
+    """The configuration in force for a kernel ("forward", "dq", "dkdv"), a walk ("long",
+    "medium", "short"), an architecture (90 is Hopper), bytes an element, the larger head size
     padded to a power of two, and the number of queries.
     """
     forced = TABLE.forced(kind)
     if forced is not None:
         return forced
-    chosen = TABLE.choose(kind, pattern, *place(arch, element_size, width))
+    chosen = TABLE.choose(kind, walk, *place(arch, element_size, width))
     return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from attnspec.fast.engines.flash.configs import MEDIUM
+
+WIDE = 128
+"""Blocks of so many tokens fill the tiles of a medium walk."""
+
 
 class Rules(NamedTuple):
     """The options of `flash` behind q, k and v, in the order of its custom op; absent ones are
@@ -40,8 +45,14 @@ class Rules(NamedTuple):
         """How many sinks there are that a range would hide."""
         return self.sinks if self.sinks and self.ranged else None
 
-    @property
-    def pattern(self) -> str:
+    def walk(self, q_tokens: int) -> str:
+        """How long the walk of a program of these rules is, for the choice of a configuration."""
         if self.k_block:
-            return "listed"
-        return "window" if self.window is not None and self.row_start is None else "dense"
+            if self.q_block < WIDE:
+                return "short"
+            return "medium" if self.k_block >= WIDE else "long"
+        if self.row_start is not None:
+            return "long"
+        if self.window is not None:
+            return "short"
+        return "medium" if q_tokens in MEDIUM else "long"

@@ -35,7 +35,7 @@ def padded(size: int) -> int:
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
     width = padded(max(q.shape[3], v.shape[3]))
-    chosen = config(kind, rules.pattern, arch(q), q.element_size(), width, q.shape[2])
+    chosen = config(kind, rules.walk(q.shape[2]), arch(q), q.element_size(), width, q.shape[2])
     return replace(
         chosen, rows=fit(chosen.rows, rules.q_block), keys=fit(chosen.keys, rules.k_block)
     )

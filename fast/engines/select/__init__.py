@@ -9,12 +9,15 @@ from attnspec.fast.engines.select.op import (
     top_k_mask,
 )
 from attnspec.fast.engines.select.packed import packed_rows
+from attnspec.fast.engines.select.rows import last_unflagged, take_rows
 
 __all__ = [
     "block_scores",
+    "last_unflagged",
     "mask_lists",
     "packed_rows",
     "pool_blocks",
+    "take_rows",
     "top_k",
     "top_k_lists",
     "top_k_mask",
