@@ -223,7 +223,7 @@ class Launches:
         index, count, full = self.transposed_lists(k, rules)
         self.dkdv(
             q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dk=dk, dv=dv, started=started,
-            ended=ended, **host.changing(rules), block_index=index, block_count=count,
+            ended=ended, **host.changing(rules, by_keys=True), block_index=index, block_count=count,
             block_full=full, table=self.key_table(rules),
         )  # fmt: skip
         if self.group == 1:
@@ -267,7 +267,7 @@ def operands(
         **host.operand("dout", dout, chosen.rows, how),
         **host.operand("k", k, chosen.keys, how),
         **host.operand("v", v, chosen.keys, how),
-        **host.rule_arguments(rules),
+        **host.rule_arguments(rules, by_keys=kind == "dkdv"),
         **host.grid_arguments(kind, chosen, q, k, v, rules, heads),
         **host.shape_arguments(q, k, v, chosen),
         "lse2": q,

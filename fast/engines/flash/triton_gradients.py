@@ -27,8 +27,11 @@ from attnspec.fast.engines.flash.triton_visible import (
     finite_rows,
     has_nan,
     lowest_key,
+    nan_flag,
     positions,
+    seen_rows,
     visible,
+    visible_to,
 )
 
 
@@ -180,25 +183,50 @@ def flash_dq_kernel(
 
 @triton.jit
 def gather_tiles(
-    sums, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale, tainted,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, Q_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, RANGED: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr, CAREFUL: tl.constexpr,
+    program, grid, operands, rules, lists, masks, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of rows that see the keys, of SHARE query heads, added to sums = (dk / scale, dv).
+    """dk / scale and dv of the tile of keys that a program owns, of SHARE query heads, and where
+    they belong: the batch entry, the keys, their end and their rows in dk and dv.
 
-    CAREFUL makes one pass, leaves out rows that are not finite, and adds the keys that see one to
-    `tainted`.
+    CAREFUL makes one pass over all tiles of rows and leaves out rows that are not finite. The last
+    thing returned says which keys see one, or are behind the end.
     """
-    dk_tile, dv_tile = sums
+    CUT: tl.constexpr = Q_BLOCK % ROWS > 0
+    tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens = grid
+    q, k, v, dout, lse2, delta, q_strides, k_strides, v_strides, dout_strides = operands
+    window, started, ended, sinks, slopes, slope_positions = rules
     block_index, block_count, block_full, stride_b, stride_h, stride_k, count_b, count_h = lists
-    q, dout, lse2, delta, b, owner, q_begin, q_tokens, k_tokens, all_rows, strides = who
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d = strides[:4]
-    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d = strides[4:]
-    window, row_start, row_end, sinks, slopes, slope_positions = rules
+    tile, sequence = owned_tile(program, tiles, sequences, section, lead)
+    b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
+    h_kv = owner * SHARE // GROUP
+    all_rows, all_keys = q_tokens, k_tokens
+    k_begin, k_tokens, q_begin, q_tokens, first, stop, own_block = extent(
+        tile, table, k_offsets, q_offsets, k_tokens, q_tokens, K_BLOCK, KEYS
+    )
     shift = k_tokens - q_tokens
-    q_end = q_begin + q_tokens
+    span = row_tiles(
+        first, stop, k_begin, q_begin, shift, q_tokens, sinks, window, started, ended,
+        ROWS, CAUSAL, ALL_EDGE,
+    )  # fmt: skip
+    key = first + tl.arange(0, KEYS)
+    low, high = seen_rows(
+        key, stop, k_begin, q_begin, shift, q_tokens, sinks, window, started, ended, CAUSAL
+    )
+    q_end, k_end = q_begin + q_tokens, k_begin + stop
+    k_source = (k, b, h_kv, k_begin, k_end, k_strides[0], k_strides[1], k_strides[2], k_strides[3])
+    v_source = (v, b, h_kv, k_begin, k_end, v_strides[0], v_strides[1], v_strides[2], v_strides[3])
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d = q_strides
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d = dout_strides
+    k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
+    v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
+    dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
+    tainted = key >= stop
     for member in range(SHARE):
         h = owner * SHARE + member
         at_head = (b * HEADS + h).to(tl.int64) * all_rows + q_begin
@@ -229,12 +257,9 @@ def gather_tiles(
                 )
                 weights = tl.exp2(scores * factor - row_lse2[None, :])
                 if PASS > 0:
-                    low = lowest_key(row, q_begin, row_stop, shift, window, row_start)
-                    # The tile's keys behind its own end are sums that nobody stores.
-                    high = end_key(row, q_begin, row_stop, shift, k_tokens, row_end, CAUSAL)
-                    seen = visible(
-                        row[None, :], key[:, None], low[None, :], high[None, :], b, h, stop, sinks,
-                        masks, RANGED, False,
+                    seen = visible_to(
+                        row[None, :], key[:, None], low[:, None], high[:, None], b, h, row_stop,
+                        stop, masks, CUT,
                     )  # fmt: skip
                     if CAREFUL and block_full is not None:
                         seen |= (i < walk[5]) & (row < row_stop)[None, :] & (key < stop)[:, None]
@@ -253,7 +278,22 @@ def gather_tiles(
                     dscores = tl.where(seen, dscores, 0.0)
                 dscores = dscores.to(q_tile.dtype)
                 dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
-    return (dk_tile, dv_tile), tainted
+    at_key = (b * (HEADS // SHARE) + owner).to(tl.int64) * all_keys + k_begin + key
+    return dk_tile, dv_tile, (b, key, stop, at_key), tainted
+
+
+@triton.jit
+def real_keys(place, key_mask, stride_b, stride_k):
+    """Which keys of a tile have a gradient: those before its end that the key mask keeps.
+
+    The mask is left to the end: a hidden key changes nothing but its own gradient.
+    """
+    b, key, stop, _ = place
+    kept = key < stop
+    if key_mask is not None:
+        at = key_mask + b.to(tl.int64) * stride_b + key.to(tl.int64) * stride_k
+        kept &= tl.load(at, mask=kept, other=0) != 0
+    return kept
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -267,7 +307,7 @@ def flash_dkdv_kernel(
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
-    table, q_offsets, k_offsets, row_start, row_end, started, ended, slopes, slope_positions,
+    table, q_offsets, k_offsets, started, ended, slopes, slope_positions,
     q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
@@ -279,63 +319,40 @@ def flash_dkdv_kernel(
 
     Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands.
     """
-    RANGED: tl.constexpr = window is not None or row_start is not None
-    tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
-    b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
-    h_kv = owner * SHARE // GROUP
-    all_rows, all_keys = q_tokens, k_tokens
-    k_begin, k_tokens, q_begin, q_tokens, first, stop, own_block = extent(
-        tile, table, k_offsets, q_offsets, k_tokens, q_tokens, K_BLOCK, KEYS
-    )
-    shift = k_tokens - q_tokens
-    span = row_tiles(
-        first, stop, k_begin, q_begin, shift, q_tokens, sinks, window, started, ended,
-        ROWS, CAUSAL, ALL_EDGE,
+    grid = (tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens)
+    operands = (
+        q, k, v, dout, lse2, delta,
+        (q_stride_b, q_stride_h, q_stride_t, q_stride_d),
+        (k_stride_b, k_stride_h, k_stride_t, k_stride_d),
+        (v_stride_b, v_stride_h, v_stride_t, v_stride_d),
+        (dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d),
     )  # fmt: skip
-    # The key mask is left to the end: a hidden key changes nothing but its own gradient.
-    masks = (None, 0, 0, mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k)
-    k_end = k_begin + stop
-    k_source = (k, b, h_kv, k_begin, k_end, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
-    v_source = (v, b, h_kv, k_begin, k_end, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
-    key = first + tl.arange(0, KEYS)
-    k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
-    v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
+    rules = (window, started, ended, sinks, slopes, slope_positions)
     lists = (
         block_index, block_count, block_full, index_stride_b, index_stride_h, index_stride_q,
         count_stride_b, count_stride_h,
     )  # fmt: skip
-    who = (
-        q, dout, lse2, delta, b, owner, q_begin, q_tokens, k_tokens, all_rows,
-        (
-            q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-            dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
-        ),
+    masks = (None, 0, 0, mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k)
+    dk_tile, dv_tile, place, _ = gather_tiles(
+        tl.program_id(0), grid, operands, rules, lists, masks, scale,
+        HEADS, GROUP, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL,
+        ACCESS, ALL_EDGE, PRECISION, EARLY, False,
     )  # fmt: skip
-    rules = (window, row_start, row_end, sinks, slopes, slope_positions)
-    none = (tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH_V], tl.float32))
-    tainted = key >= stop
-    sums, tainted = gather_tiles(
-        none, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale, tainted,
-        HEADS, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, Q_BLOCK, CAUSAL, RANGED, ACCESS, ALL_EDGE,
-        PRECISION, EARLY, False,
-    )  # fmt: skip
-    kept = key < stop
-    if key_mask is not None:
-        at = key_mask + b.to(tl.int64) * key_mask_stride_b + key.to(tl.int64) * key_mask_stride_k
-        kept &= tl.load(at, mask=kept, other=0) != 0
-    at_key = (b * (HEADS // SHARE) + owner).to(tl.int64) * all_keys + k_begin + key
-    dk_tile, dv_tile = sums
+    kept = real_keys(place, key_mask, key_mask_stride_b, key_mask_stride_k)
+    _b, key, stop, at_key = place
     store_rows(dk, tl.where(kept[:, None], dk_tile * scale, 0.0), at_key, key < stop, WIDTH, D)
     store_rows(dv, tl.where(kept[:, None], dv_tile, 0.0), at_key, key < stop, WIDTH_V, DV)
-    if has_nan(dk_tile) | has_nan(dv_tile):
+    again = tl.maximum(nan_flag(dk_tile), nan_flag(dv_tile))
+    if again > 0:
         # A NaN in a row reaches keys that the row does not see: these are done again without it.
-        redone, left_out = gather_tiles(
-            none, k_tile, v_tile, key, stop, span, lists, own_block, masks, who, rules, scale,
-            tainted,
-            HEADS, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, Q_BLOCK, CAUSAL, RANGED, ACCESS, ALL_EDGE,
-            PRECISION, EARLY, True,
+        # Everything is formed anew from a number that the compiler does not know to be the first
+        # one's: kept for this walk, it would take registers from the other.
+        dk_tile, dv_tile, place, tainted = gather_tiles(
+            tl.program_id(0) * again, grid, operands, rules, lists, masks, scale,
+            HEADS, GROUP, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL,
+            ACCESS, ALL_EDGE, PRECISION, EARLY, True,
         )  # fmt: skip
-        dk_again, dv_again = redone
-        again = kept & (left_out == 0)
-        store_rows(dk, dk_again * scale, at_key, again, WIDTH, D)
-        store_rows(dv, dv_again, at_key, again, WIDTH_V, DV)
+        kept = real_keys(place, key_mask, key_mask_stride_b, key_mask_stride_k)
+        _b, key, stop, at_key = place
+        store_rows(dk, dk_tile * scale, at_key, kept & (tainted == 0), WIDTH, D)
+        store_rows(dv, dv_tile, at_key, kept & (tainted == 0), WIDTH_V, DV)

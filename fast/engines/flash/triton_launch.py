@@ -163,13 +163,15 @@ def grid_arguments(
     }
 
 
-def changing(rules: Rules) -> dict[str, Tensor | None]:
-    """Those arguments of every kernel that are a launch's own tensors, but for lists."""
+def changing(rules: Rules, by_keys: bool = False) -> dict[str, Tensor | None]:
+    """Those arguments of a kernel that are a launch's own tensors, but for lists. A kernel that
+    goes by keys takes the ranges of rows as counts of its own.
+    """
+    ranges = {} if by_keys else {"row_start": rules.row_start, "row_end": rules.row_end}
     return {
+        **ranges,
         "mask": rules.mask,
         "key_mask": rules.key_mask,
-        "row_start": rules.row_start,
-        "row_end": rules.row_end,
         "slopes": rules.slopes,
         "slope_positions": rules.slope_positions,
         "q_offsets": rules.q_offsets,
@@ -177,12 +179,12 @@ def changing(rules: Rules) -> dict[str, Tensor | None]:
     }
 
 
-def rule_arguments(rules: Rules) -> dict[str, Any]:
+def rule_arguments(rules: Rules, by_keys: bool = False) -> dict[str, Any]:
     """The arguments every kernel takes for the element rules, but for lists and bounds."""
     mask_strides = (0, 0, 0, 0) if rules.mask is None else rules.mask.stride()
     key_strides = (0, 0) if rules.key_mask is None else rules.key_mask.stride()
     return {
-        **changing(rules),
+        **changing(rules, by_keys),
         **{f"mask_stride_{a}": s for a, s in zip("bhqk", mask_strides, strict=True)},
         **{f"key_mask_stride_{a}": s for a, s in zip("bk", key_strides, strict=True)},
         "window": rules.window,

@@ -41,6 +41,33 @@ def end_key(row, begin, row_stop, shift, k_tokens, row_end, CAUSAL: tl.constexpr
 
 
 @triton.jit
+def seen_rows(
+    key, stop, begin, rows_begin, shift, q_tokens, sinks, window, started, ended,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The rows [low, high) that see each of `key` before any mask, none from `stop` on.
+
+    `started` and `ended` hold for each key the number of packed rows whose range starts at or
+    before it, and ends there or before.
+    """
+    low = key * 0
+    if CAUSAL:
+        low = tl.maximum(low, key - shift)
+    high = key * 0 + q_tokens
+    if window is not None:
+        high = tl.minimum(high, key + (window - shift))
+    if started is not None:
+        count = tl.load(started + begin + key, mask=key < stop, other=0)
+        high = tl.minimum(high, count.to(tl.int32) - rows_begin)
+    if sinks is not None:
+        high = tl.where(key < sinks, q_tokens, high)
+    if ended is not None:
+        count = tl.load(ended + begin + key, mask=key < stop, other=0)
+        low = tl.maximum(low, count.to(tl.int32) - rows_begin)
+    return low, tl.where(key < stop, high, 0)
+
+
+@triton.jit
 def visible(
     row, key, low, high, b, h, key_stop, sinks, masks, RANGED: tl.constexpr, CUT: tl.constexpr
 ):
@@ -48,7 +75,6 @@ def visible(
     end (`end_key`); CUT says that tiles may reach beyond `key_stop`, into a block that is not
     theirs; `masks` are the key mask with its strides, then the mask with its strides.
     """
-    key_mask, key_stride_b, key_stride_k, mask, stride_b, stride_h, stride_q, stride_k = masks
     seen = key < high
     if CUT:
         seen &= key < key_stop
@@ -58,6 +84,24 @@ def visible(
             # A key that every row sees counts as one behind all others: one comparison a pair.
             late = tl.where(key < sinks, 2147483647, key)
         seen &= late >= low
+    return unmasked(seen, row, key, b, h, key_stop, masks)
+
+
+@triton.jit
+def visible_to(row, key, low, high, b, h, row_stop, key_stop, masks, CUT: tl.constexpr):
+    """As `visible`, but by the rows [low, high) that see each of `key` (`seen_rows`); CUT says that
+    tiles may reach beyond `row_stop`.
+    """
+    seen = (row >= low) & (row < high)
+    if CUT:
+        seen &= row < row_stop
+    return unmasked(seen, row, key, b, h, key_stop, masks)
+
+
+@triton.jit
+def unmasked(seen, row, key, b, h, key_stop, masks):
+    """What the masks leave of `seen`."""
+    key_mask, key_stride_b, key_stride_k, mask, stride_b, stride_h, stride_q, stride_k = masks
     if key_mask is not None:
         at = key_mask + b.to(tl.int64) * key_stride_b + key.to(tl.int64) * key_stride_k
         seen &= tl.load(at, mask=key < key_stop, other=0) != 0
@@ -92,9 +136,15 @@ def add_bias(scores, factor, key, position, h, slopes):
 
 
 @triton.jit
+def nan_flag(x):
+    """1 if a tile holds a NaN, else 0."""
+    return tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
 def has_nan(x):
     """Whether a tile holds a NaN."""
-    return tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0) > 0
+    return nan_flag(x) > 0
 
 
 @triton.jit

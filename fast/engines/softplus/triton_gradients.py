@@ -21,7 +21,12 @@ from attnspec.fast.engines.flash.triton_tiles import (
     row_tiles,
     store_rows,
 )
-from attnspec.fast.engines.flash.triton_visible import end_key, visible
+from attnspec.fast.engines.flash.triton_visible import (
+    end_key,
+    seen_rows,
+    visible,
+    visible_to,
+)
 from attnspec.fast.engines.softplus.triton_forward import STAGES, load_scales
 from attnspec.fast.engines.softplus.triton_maps import (
     first_terms,
@@ -280,6 +285,7 @@ def softplus_dkdv_kernel(
     k_source = (k, b, h // GROUP, 0, stop, k_stride_b, k_stride_h, k_stride_t, k_stride_d)
     v_source = (v, b, h // GROUP, 0, stop, v_stride_b, v_stride_h, v_stride_t, v_stride_d)
     key = first + tl.arange(0, KEYS)
+    low, high = seen_rows(key, stop, 0, 0, shift, q_tokens, None, None, None, None, CAUSAL)
     k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
     v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
     at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
@@ -309,10 +315,10 @@ def softplus_dkdv_kernel(
         slopes = (slopes - row_taken[None, :]) * slope(scores) * row_scale[None, :]
         weights *= weight_factor[None, :]
         if MASKED or (i < full_from) | (i >= full_to):
-            high = end_key(row, 0, q_tokens, shift, k_tokens, None, CAUSAL)
-            seen = visible(
-                row[None, :], key[:, None], 0, high[None, :], b, h, stop, None, masks, False, False
-            )
+            seen = visible_to(
+                row[None, :], key[:, None], low[:, None], high[:, None], b, h, q_tokens, stop,
+                masks, False,
+            )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
             slopes = tl.where(seen, slopes, 0.0)
         weights = weights.to(dout_tile.dtype)
