@@ -27,8 +27,7 @@ from attnspec.fast.backend import (
     choose_by_dtype,
     wide_dtype,
 )
-from attnspec.fast.engines.density import collapsed, density, mixture
-from attnspec.fast.engines.density.op import Options
+from attnspec.fast.engines.density import Options, density
 
 CLAMPS = ("source", "none")
 COMBINATIONS = ("product", "sum")
@@ -72,7 +71,7 @@ def multi_head(
     _check_mask(mask, x)
     options = _options(eps, clamp, combine, exact_mask, residual=False)
     backend = choose_by_dtype(backend, "x", x)
-    return density(x, axis, _components(params, combine), mask, options, backend)
+    return density(x, axis, *params, mask, options, backend)
 
 
 def block(
@@ -113,7 +112,7 @@ def block(
     x = x.to(wide_dtype(x)) if len(layers) > 1 else x
     for axis, (_, params) in zip(axes, layers, strict=True):
         mask = None if padding_value is None else x != padding_value
-        x, w = density(x, axis, _components(params, combine), mask, options, backend)
+        x, w = density(x, axis, *params, mask, options, backend)
         weights.append(w.to(dtype))
     return x.to(dtype), tuple(weights)
 
@@ -249,17 +248,13 @@ def importance_factor(
     return ((g - g.min()) / torch.where(span == 0, 1, span)).to(w.dtype)
 
 
-def _components(params: Params, combine: str) -> Tensor:
-    delta, c = (x.to(wide_dtype(x)) for x in params)
-    return collapsed(delta, c) if combine == "product" else mixture(delta, c)
-
-
 def _options(eps: Any, clamp: Any, combine: Any, exact_mask: Any, residual: bool) -> Options:
     check_positive("eps", eps)
     check_choice("clamp", clamp, CLAMPS)
     check_choice("combine", combine, COMBINATIONS)
     check_bool("exact_mask", exact_mask)
-    return Options(float(eps), clamp == "source", exact_mask, residual)
+    product = combine == "product"
+    return Options(float(eps), clamp == "source", exact_mask, residual, product)
 
 
 def _check_layer(x: Any, axis: Any, params: Any) -> int:

@@ -88,9 +88,9 @@ def test_nothing_and_strides() -> None:
 def test_the_operation_is_a_good_citizen() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    parts = torch.rand(2, 1, 4, dtype=torch.float64) + 0.5
-    options: tuple[Any, ...] = (1e-8, True, False, True, "numba")
-    torch.library.opcheck(_density, (x, None, parts.requires_grad_(), *options))
+    delta, c = layer(2)
+    options: tuple[Any, ...] = (1e-8, True, False, True, True, "numba")
+    torch.library.opcheck(_density, (x, None, delta, c, *options))
     params = layer(2, torch.float32)
     compiled = torch.compile(multi_head, fullgraph=True, backend="aot_eager")
     y = torch.randn(2, 8, 3, requires_grad=True)

@@ -1,5 +1,5 @@
 """Weights along an axis: how probable each entry is among those of its own slice."""
 
-from attnspec.fast.engines.density.op import collapsed, density, mixture
+from attnspec.fast.engines.density.op import Options, density
 
-__all__ = ["collapsed", "density", "mixture"]
+__all__ = ["Options", "density"]

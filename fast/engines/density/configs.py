@@ -9,24 +9,37 @@ from attnspec.fast.tuning import Table
 
 @dataclass(frozen=True)
 class DensityConfig:
-    """`tile`: entries a program holds at a time; `fibres`: how many slices it works on at most,
-    halved down to `least` as long as there are fewer than `programs` programs.
+    """A chunk is held in registers if a tile of `wide` slices of it has no more than `held`
+    entries. Such tiles have about `tile` entries forward and `once` backward. Along longer chunks
+    programs walk with tiles of `tile` entries of `wide` slices forward, and of `step` entries of
+    `slim` slices backward.
+
+    There are about `programs` programs at least: tiles get fewer slices, down to `least`, or chunks
+    are divided, as are those of more than `longest` entries. `vector`: neighbouring slices that a
+    thread reads at once.
     """
 
-    tile: int = 2048
-    fibres: int = 64
+    held: int = 8192
+    tile: int = 4096
+    once: int = 2048
+    step: int = 1024
+    wide: int = 64
+    slim: int = 32
     least: int = 16
-    programs: int = 512
-    num_warps: int = 4
+    programs: int = 1056
+    longest: int = 4096
+    vector: int = 4
 
 
 CANDIDATES = (
     DensityConfig(),
-    DensityConfig(tile=4096),
-    DensityConfig(tile=4096, num_warps=8),
-    DensityConfig(tile=2048, fibres=32),
-    DensityConfig(tile=8192, num_warps=8),
-    DensityConfig(tile=1024, fibres=16, least=4, num_warps=2),
+    DensityConfig(vector=2),
+    DensityConfig(tile=2048, wide=32),
+    DensityConfig(tile=8192),
+    DensityConfig(slim=16),
+    DensityConfig(step=2048),
+    DensityConfig(once=4096),
+    DensityConfig(longest=1024),
 )
 
 TABLE = Table("density", {("all",): CANDIDATES})

@@ -15,7 +15,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch, wide_dtype
+from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.density.gaussians import components, gradients
 from attnspec.fast.engines.density.op import Options, saved_shape
 from attnspec.fast.engines.numba_math import exp
 
@@ -278,18 +279,19 @@ def _mask(mask: Tensor | None, swap: bool) -> np.ndarray:
 
 
 def forward(
-    x: Tensor, mask: Tensor | None, components: Tensor, options: Options
+    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     swap = x.shape[2] == 1
     entries = _array(x, swap)
-    saved = np.empty(saved_shape(x, components), entries.dtype)
+    parts = components(delta.detach(), c.detach(), options.product).numpy()
+    saved = np.empty(saved_shape(x, delta), entries.dtype)
     out, w = np.empty(entries.shape, entries.dtype), np.empty(entries.shape, entries.dtype)
     if entries.size:
         count_launch()
         eps, log_eps, clamp, exact, residual = _numbers(options, entries.dtype)
         _forward(
-            entries, _mask(mask, swap), mask is not None, components.detach().contiguous().numpy(),
-            eps, log_eps, clamp, exact, residual, out, w, _by_slice(saved, entries, components),
+            entries, _mask(mask, swap), mask is not None, parts, eps, log_eps, clamp, exact,
+            residual, out, w, _by_slice(saved, entries, parts),
         )  # fmt: skip
     return _tensor(out, swap, x), _tensor(w, swap, x), torch.from_numpy(saved)
 
@@ -299,14 +301,16 @@ def backward(
     dw: Tensor | None,
     x: Tensor,
     mask: Tensor | None,
-    components: Tensor,
+    delta: Tensor,
+    c: Tensor,
     saved: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     swap = x.shape[2] == 1
     entries = _array(x, swap)
     dx = np.empty(entries.shape, entries.dtype)
-    heads, M, _ = components.shape
+    parts = components(delta.detach(), c.detach(), options.product).numpy()
+    heads, M, _ = parts.shape
     blocks = -(-entries.shape[2] // LANES)
     dparts = np.zeros((entries.shape[0], heads, blocks, M, 4))
     if entries.size:
@@ -315,16 +319,17 @@ def backward(
         weights = entries[:1, :1, :1] if dw is None else _array(dw, swap)
         _backward(
             _array(dout, swap), weights, dw is not None, entries, _mask(mask, swap),
-            mask is not None, components.detach().contiguous().numpy(),
-            _by_slice(saved.numpy(), entries, components), clamp, log_eps, exact, residual, dx,
-            dparts,
+            mask is not None, parts, _by_slice(saved.numpy(), entries, parts), clamp, log_eps,
+            exact, residual, dx, dparts,
         )  # fmt: skip
     total = torch.from_numpy(dparts.sum((0, 2)))
-    return _tensor(dx, swap, x), total.to(wide_dtype(x))
+    return _tensor(dx, swap, x), *gradients(delta.detach(), c.detach(), options.product, total)
 
 
-def _by_slice(saved: np.ndarray, entries: np.ndarray, components: Tensor) -> np.ndarray:
-    return saved.reshape(entries.shape[0], components.shape[0], entries.shape[2], 5)
+def _by_slice(saved: np.ndarray, entries: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Of every slice: mean, variance, the log of its greatest raw weight, the log of the sum of all
+    in units of that one (a large first log would swallow it), and the number of entries."""
+    return saved.reshape(entries.shape[0], parts.shape[0], entries.shape[2], 5)
 
 
 def _numbers(options: Options, dtype: np.dtype[Any]) -> tuple[Any, ...]:

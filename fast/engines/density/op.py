@@ -10,13 +10,14 @@ x w, and the kernels never store anything of the size of x but this and w.
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, wide_dtype
+from attnspec.fast.backend import load, untraced, wants_gradient, wide_dtype
 
 
 class Options(NamedTuple):
@@ -24,15 +25,18 @@ class Options(NamedTuple):
 
     `eps` is added to the variance and, if `clamp`, bounds the sum from below. Entries that a mask
     hides count as zeros in the statistics and stay as they are, or, if `exact`, are left out
-    altogether. `residual` adds x to the result.
+    altogether. `residual` adds x to the result. A head's Gaussians are multiplied if `product`, and
+    else their mean is taken.
     """
 
     eps: float
     clamp: bool
     exact: bool
     residual: bool
+    product: bool
 
 
+@cache
 def _kernels(backend: str) -> ModuleType:
     """The implementation on `backend`, imported on first use."""
     module = "numba_cpu" if backend == "numba" else "triton_gpu"
@@ -41,62 +45,66 @@ def _kernels(backend: str) -> ModuleType:
 
 @torch.library.custom_op("attnspec::density", mutates_args=())
 def _density(
-    x: Tensor, mask: Tensor | None, components: Tensor, eps: float, clamp: bool, exact: bool,
-    residual: bool, backend: str,
+    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, eps: float, clamp: bool, exact: bool,
+    residual: bool, product: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.cuda.device_of(x):
-        options = Options(eps, clamp, exact, residual)
-        return _kernels(backend).forward(x, mask, components, options)
+    options = Options(eps, clamp, exact, residual, product)
+    out, w, saved = _kernels(backend).forward(x, mask, delta, c, options)
+    return out, w, saved
 
 
-def saved_shape(x: Tensor, components: Tensor) -> tuple[int, int]:
-    """Of every slice: mean, variance, the log of its greatest raw weight, the log of the sum of all
-    in units of that one (a large first log would swallow it), and the number of entries."""
-    return x.shape[0] * components.shape[0] * x.shape[2], 5
+def saved_shape(x: Tensor, delta: Tensor) -> tuple[int, int]:
+    """Five numbers of every slice, with which a kernel finds its weights again."""
+    return x.shape[0] * delta.shape[0] * x.shape[2], 5
 
 
 @_density.register_fake
-def _(
-    x: Tensor, mask: Tensor | None, components: Tensor, eps: float, clamp: bool, exact: bool,
-    residual: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    saved = x.new_empty(saved_shape(x, components), dtype=wide_dtype(x))
+def _(x: Tensor, mask: Tensor | None, delta: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved = x.new_empty(saved_shape(x, delta), dtype=wide_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape), saved
 
 
 @torch.library.custom_op("attnspec::density_backward", mutates_args=())
 def _density_backward(
-    dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, components: Tensor,
-    saved: Tensor, eps: float, clamp: bool, exact: bool, residual: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.cuda.device_of(x):
-        options = Options(eps, clamp, exact, residual)
-        return _kernels(backend).backward(dout, dw, x, mask, components, saved, options)
+    dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor,
+    saved: Tensor, eps: float, clamp: bool, exact: bool, residual: bool, product: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(eps, clamp, exact, residual, product)
+    dx, ddelta, dc = _kernels(backend).backward(dout, dw, x, mask, delta, c, saved, options)
+    return dx, ddelta, dc
 
 
 @_density_backward.register_fake
 def _(
-    dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, components: Tensor,
-    saved: Tensor, eps: float, clamp: bool, exact: bool, residual: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), components.new_empty(components.shape)
+    dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), delta.new_empty(delta.shape), c.new_empty(c.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mask, components, *ctx.options = inputs
-    ctx.save_for_backward(x, mask, components, output[2])
+    *arrays, ctx.options = *inputs[:4], inputs[4:]
+    ctx.save_for_backward(*arrays, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(
     ctx: Any, dout: Tensor | None, dw: Tensor | None, dsaved: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, mask, components, saved = ctx.saved_tensors
+    x, mask, delta, c, saved = ctx.saved_tensors
+    none = (None,) * 6
     if dout is None and dw is None:
-        return (None,) * 8
+        return None, None, None, None, *none
     dout = torch.zeros_like(x) if dout is None else dout
-    dx, dcomponents = _density_backward(dout, dw, x, mask, components, saved, *ctx.options)
-    return dx, None, dcomponents, None, None, None, None, None
+    tensors = dout, dw, x, mask, delta, c, saved
+    if untraced(*tensors) and not wants_gradient(*tensors):
+        *options, backend = ctx.options
+        gradients = _kernels(backend).backward(*tensors, Options(*options))
+    else:
+        gradients = _density_backward(*tensors, *ctx.options)
+    dx, ddelta, dc = gradients
+    return dx, None, ddelta, dc, *none
 
 
 _density.register_autograd(_gradient, setup_context=_setup)
@@ -109,41 +117,51 @@ def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
 _density_backward.register_autograd(_refuse_gradient)
 
 
+class _Density(torch.autograd.Function):
+    """The gradient where nobody looks on; all others find it behind the custom op."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = _run(*arguments)
+        _setup(ctx, arguments, found)
+        ctx.mark_non_differentiable(found[2])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, *upstream)
+
+
+def _run(
+    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels themselves, past the custom op."""
+    out, w, saved = _kernels(options[-1]).forward(x, mask, delta, c, Options(*options[:-1]))
+    return out, w, saved
+
+
 def density(
-    x: Tensor, axis: int, components: Tensor, mask: Tensor | None, options: Options, backend: str
+    x: Tensor,
+    axis: int,
+    delta: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x w and w along `axis` (counted from the front) of x, both of x's shape and dtype.
 
-    `components` (heads, M, 4), from `collapsed` or `mixture`; `mask` bool, broadcastable to x.
-    Differentiable in x and the components. The axes before and behind `axis` are merged, for which
+    Offsets `delta` and widths `c`, (heads, K) of any float dtype; `mask` bool, broadcastable to x.
+    Differentiable in x, delta and c, once. The axes before and behind `axis` are merged, for which
     an x whose strides do not allow it is copied.
     """
     shape = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]))
     if mask is not None:
         mask = mask.expand(x.shape).reshape(shape)
-    out, w, _ = _density(x.reshape(shape), mask, components, *options, backend)
+    arguments = (x.reshape(shape), mask, delta, c, *options, backend)
+    tensors = x, mask, delta, c
+    call: Any = _density
+    if untraced(*tensors):
+        call = _Density.apply if wants_gradient(*tensors) else _run
+    out, w, _ = call(*arguments)
     return out.view(x.shape), w.view(x.shape)
-
-
-def collapsed(delta: Tensor, c: Tensor) -> Tensor:
-    """Components (heads, 1, 4) of a product of Gaussians with offsets and widths (heads, K).
-
-    Completing the square leaves one Gaussian; what is left over is a sum of squares, so nothing
-    cancels.
-    """
-    sharp = c**-2
-    a = sharp.sum(1)
-    d = (delta * sharp).sum(1) / a
-    C = _log_peak(c).sum(1)
-    b = ((delta - d[:, None]) ** 2 * sharp).sum(1)
-    return torch.stack((d, a, C, b), -1)[:, None]
-
-
-def mixture(delta: Tensor, c: Tensor) -> Tensor:
-    """Components (heads, K, 4) of a mean of Gaussians with offsets and widths (heads, K)."""
-    C = _log_peak(c) - math.log(c.shape[1])
-    return torch.stack((delta, c**-2, C, torch.zeros_like(c)), -1)
-
-
-def _log_peak(c: Tensor) -> Tensor:
-    return -0.5 * math.log(2 * math.pi) - c.abs().log()

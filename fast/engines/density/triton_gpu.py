@@ -1,348 +1,219 @@
-"""The density kernels in Triton.
+"""The density engine on the host side of Triton: grids, buffers and launches.
 
-A program looks after one head of a few slices and walks along its chunk: once for the statistics,
-once for the sum of the raw weights and once to write. Only the first walk reads from memory as long
-as the programs' tiles fit into the caches. Tiles are (entries, slices), and the slices lie side by
-side: along the last axis, or along the rows in front of it if that is the axis.
+The array is read as (outer, axis, inner). Slices lie side by side: along the last axis, or, if that
+is the axis itself, along the rows in front of it. Launches are worked out once for each kind of
+call: shapes, strides, dtypes and options.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.density.configs import config
+from attnspec.fast.backend import FAR
+from attnspec.fast.engines.density.configs import TABLE, config
 from attnspec.fast.engines.density.op import Options, saved_shape
+from attnspec.fast.engines.density.triton_forward import (
+    held_kernel,
+    moments_kernel,
+    sums_kernel,
+    walk_kernel,
+    weigh_kernel,
+)
+from attnspec.fast.engines.density.triton_gradients import (
+    backward_kernel,
+    gaussians_kernel,
+    pull_kernel,
+    push_kernel,
+)
+from attnspec.fast.engines.prepared import Prepared
 
-COUNTS = ["heads", "tiles", "M"]
+MOST_KINDS = 1024
+"""Kinds of calls whose launches are kept."""
+MOST_PARTS = 64
+"""Parts of a chunk: a program reads a number of every one."""
+MOST_WARPS = 16
+ADDED = 2048
+"""Shares of a gradient that a program adds at a time."""
 
-
-@triton.jit
-def _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L: tl.constexpr):
-    """A tile in float32, 0 beyond the end, and where it has entries."""
-    row = first + tl.arange(0, L)
-    inside = (row < stop)[:, None] & (fibre < fibres)[None, :]
-    place = o * x_o + row.to(tl.int64)[:, None] * x_n + fibre.to(tl.int64)[None, :] * x_f
-    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32), inside
-
-
-@triton.jit
-def _place(first, fibre, o, y_o, y_n, y_f, L: tl.constexpr):
-    row = first + tl.arange(0, L)
-    return o * y_o + row.to(tl.int64)[:, None] * y_n + fibre.to(tl.int64)[None, :] * y_f
-
-
-@triton.jit
-def _real(
-    mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    L: tl.constexpr,
-):  # fmt: skip
-    """Which entries are no padding, and which count."""
-    real = inside
-    if MASKED:
-        place = _place(first, fibre, o, m_o, m_n, m_f, L)
-        real = tl.load(mask + place, mask=inside, other=0) != 0
-    counted = inside
-    if EXACT:
-        counted = real
-    return real, counted
+_kinds: dict[Hashable, Any] = {}
 
 
-@triton.jit
-def _component(parts):
-    return tl.load(parts), tl.load(parts + 1), tl.load(parts + 2), tl.load(parts + 3)
+class Layout:
+    """How a call's slices are dealt out to programs, and the arguments its kernels take."""
+
+    def __init__(
+        self, options: Options, x: Tensor, delta: Tensor, *others: Tensor | None, backward: bool
+    ) -> None:
+        mask = others[0]
+        self.device, self.rows_in_front = x.device, x.shape[2] == 1
+        (outer, n, fibres), (heads, K) = self.order(x.shape), delta.shape
+        plan = config()
+        chunk, extra = divmod(n, heads)
+        longest, slices = chunk + extra, triton.next_power_of_2(fibres)
+        whole = triton.next_power_of_2(longest)
+        wide = 1 if self.rows_in_front else min(plan.wide, slices)
+        self.held = whole * wide <= plan.held
+        if backward:
+            wide = min(plan.slim, wide)
+            tile, thread = (plan.once, 16) if self.held else (plan.step, 8)
+        else:
+            tile, thread = plan.tile, 32 if self.held else 16
+        L = whole if self.held else min(whole, max(tile // wide, 1))
+        F = min(slices, max(tile // L, wide))
+        least = 1 if self.rows_in_front else min(plan.least, F)
+        fewer = F
+        while least < fewer and outer * heads * triton.cdiv(fibres, fewer) < plan.programs:
+            fewer //= 2
+        # Where fewer slices do not help enough, chunks are divided instead.
+        if self.held or 2 * outer * heads * triton.cdiv(fibres, fewer) >= plan.programs:
+            L, F = min(whole, L * F // fewer), fewer
+        tiles, blocks = triton.cdiv(fibres, F), triton.cdiv(longest, L)
+        wanted = max(1, plan.programs // (outer * heads * tiles), longest // plan.longest)
+        rows = triton.cdiv(blocks, min(wanted, blocks, MOST_PARTS)) * L
+        self.parts = 1 if self.held else triton.cdiv(longest, rows)
+        self.heads, self.shares = heads, outer * tiles
+        self.programs = outer * heads * self.parts * tiles
+        self.part_slices = outer * heads * fibres * self.parts
+        self.warps = min(MOST_WARPS, max(1, L * F // (32 * thread)))
+        self.product = options.product or K == 1
+        self.alone = self.product and self.parts == 1
+        self.components = 1 if self.product else K
+        arrays = x, *(a for a in others if a is not None)
+        self.arguments = {
+            "chunk": chunk, "extra": extra, "fibres": fibres, "heads": heads, "tiles": tiles,
+            "parts": self.parts, "rows": rows, "K": K, "M": self.components, "shares": self.shares,
+            "eps": options.eps, "log_eps": math.log2(options.eps), "spread": math.log2(K),
+            "CLAMP": options.clamp, "RESIDUAL": options.residual, "MASKED": mask is not None,
+            "EXACT": options.exact and mask is not None, "PRODUCT": self.product,
+            "KP": triton.next_power_of_2(max(K, 4)) if self.product else 4,
+            "WIDE": x.dtype == torch.float32, "WHOLE": not extra and not chunk % L,
+            "EVEN": not fibres % F,
+            "NEAR": all(_reach(self.order(a.stride()), L, F) < FAR for a in arrays),
+            "ONE": self.held, "P": triton.next_power_of_2(self.parts), "L": L, "F": F, "R": ADDED,
+            "V": F if self.rows_in_front else min(plan.vector, F),
+            **self.strides("x", x), **self.strides("m", mask),
+            **self.strides("y", torch.empty(x.shape, device="meta")),
+        }  # fmt: skip
+
+    def order(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Three axes with the slices last."""
+        return axes[::-1] if self.rows_in_front else axes
+
+    def strides(self, letter: str, x: Tensor | None) -> dict[str, int]:
+        """The strides of an array of the shape of x; one that is absent is never read."""
+        found: tuple[int, ...] = (0, 0, 0)
+        if x is not None:
+            # The stride of a single entry, often 1, would hide that addresses are aligned.
+            both = zip(x.stride(), x.shape, strict=True)
+            found = self.order(tuple(s if size > 1 else 0 for s, size in both))
+        return {f"{letter}_{axis}": s for axis, s in zip("onf", found, strict=True)}
+
+    def launch(self, kernel: Any, **more: Any) -> Prepared:
+        """A launch of a kernel, whose tensors are yet to be given."""
+        wanted = self.arguments | more
+        arguments = {name: wanted.get(name) for name in kernel.arg_names}
+        programs, how = self.programs, {"num_warps": self.warps}
+        if kernel is gaussians_kernel:
+            programs, how = self.heads * self.components, {"num_warps": ADDED // 256}
+        if kernel is walk_kernel and not arguments["WIDE"]:
+            # Another block fits into a multiprocessor then, and next to nothing is spilled.
+            how["maxnreg"] = 64
+        return Prepared(kernel, programs, arguments, self.device, **how)
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
-@triton.jit
-def _log_density(r, half, a, b, C):
-    return C - (a * (r * r) + b) * half[None, :]
+def prepare_forward(
+    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, options: Options
+) -> Any:
+    """How calls of this kind are computed, from x, mask, delta and c."""
+    at = Layout(options, x, delta, mask, backward=False)
+    shape, dtype, slices = x.shape, x.dtype, saved_shape(x, delta)
+
+    def buffers() -> tuple[Tensor, Tensor, Tensor]:
+        out, w = (torch.empty(shape, dtype=dtype, device=at.device) for _ in range(2))
+        return out, w, at.numbers(*slices)
+
+    if at.held or at.alone:
+        whole = at.launch(held_kernel if at.held else walk_kernel)
+
+        def alone(x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor) -> Any:
+            out, w, saved = buffers()
+            whole(x=x, mask=mask, delta=delta, c=c, out=out, w=w, saved=saved)
+            return out, w, saved
+
+        return alone
+
+    first, second, third = (
+        at.launch(kernel) for kernel in (moments_kernel, sums_kernel, weigh_kernel)
+    )
+
+    def split(x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor) -> Any:
+        out, w, saved = buffers()
+        moments = at.numbers(at.part_slices * 3)
+        sums = at.numbers(at.part_slices * 2)
+        first(x=x, mask=mask, moments=moments)
+        second(x=x, mask=mask, delta=delta, c=c, moments=moments, sums=sums)
+        third(
+            x=x, mask=mask, delta=delta, c=c, moments=moments, sums=sums, out=out, w=w, saved=saved
+        )
+        return out, w, saved
+
+    return split
 
 
-@triton.jit
-def _energy(z, mu, half, parts, M, SINGLE: tl.constexpr):
-    """Log densities of a tile; without C and b if there is one component."""
-    away = z - mu[None, :]
-    d, a, C, b = _component(parts)
-    r = away - d
-    if SINGLE:
-        energy = -(a * half)[None, :] * (r * r)
+def prepare_backward(
+    dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor,
+    options: Options,
+) -> Any:  # fmt: skip
+    """How gradients of calls of this kind are computed, from all of these tensors and the saved."""
+    at = Layout(options, x, delta, mask, dout, dw, backward=True)
+    shape, dtype = x.shape, x.dtype
+    more = {"HAS_DW": dw is not None, **at.strides("d", dout), **at.strides("w", dw)}
+    added = at.launch(gaussians_kernel)
+    if at.alone:
+        whole = at.launch(backward_kernel, **more)
     else:
-        top = _log_density(r, half, a, b, C)
-        total = tl.full(z.shape, 1.0, tl.float32)
-        for m in range(1, M):
-            d, a, C, b = _component(parts + m * 4)
-            one = _log_density(away - d, half, a, b, C)
-            new = tl.maximum(top, one)
-            total = total * tl.exp(top - new) + tl.exp(one - new)
-            top = new
-        energy = top + tl.log(total)
-    return energy
+        pull = at.launch(pull_kernel, **more)
+        push = at.launch(push_kernel, **more)
 
+    def run(
+        dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor,
+        saved: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        dx = torch.empty(shape, dtype=dtype, device=at.device)
+        ddelta, dc = torch.empty_like(delta), torch.empty_like(c)
+        partial = at.numbers(at.heads * at.components * 4 * at.shares)
+        given = {
+            "dout": dout, "dw": dw, "x": x, "mask": mask, "delta": delta, "c": c, "saved": saved
+        }  # fmt: skip
+        if at.alone:
+            whole(**given, dx=dx, partial=partial)
+        else:
+            pulls = at.numbers(at.part_slices * (2 + 6 * at.components))
+            pull(**given, pulls=pulls)
+            push(**given, pulls=pulls, dx=dx, partial=partial)
+        added(partial=partial, delta=delta, c=c, ddelta=ddelta, dc=dc)
+        return dx, ddelta, dc
 
-@triton.jit
-def _divisor(top, log, half, parts, log_eps, SINGLE: tl.constexpr, CLAMP: tl.constexpr):
-    """The log that weights are divided by, in two parts, and whether it is the clamp's."""
-    bound = tl.zeros_like(top) + log_eps
-    if SINGLE:
-        _d, _a, C, b = _component(parts)
-        bound -= C - b * half
-    clamped = top + log < bound
-    if not CLAMP:
-        clamped = clamped & (top != top)
-    top = tl.where(clamped, bound, tl.where(top == float("-inf"), 0.0, top))
-    return top, tl.where(clamped, 0.0, log), clamped
-
-
-@triton.jit
-def _weight(energy, top, log):
-    """e^energy over the raw sum, also where it is too small to be normal."""
-    ratio = (energy - top[None, :]) - log[None, :]
-    low = ratio < -80.0
-    return tl.exp(tl.where(low, ratio + 32.0, ratio)) * tl.where(low, 1.2664165549094176e-14, 1.0)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    x, mask, components, out, w, saved, x_o, x_n, x_f, m_o, m_n, m_f, y_o, y_n, y_f,
-    chunk, extra, fibres, heads, tiles, M, eps, log_eps,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, CLAMP: tl.constexpr, RESIDUAL: tl.constexpr,
-    SINGLE: tl.constexpr, L: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    head = program // tiles % heads
-    o = (program // (tiles * heads)).to(tl.int64)
-    fibre = program % tiles * F + tl.arange(0, F)
-    start = head * chunk
-    # Plain products, so that the compiler sees a multiple of 16 where there is one.
-    stop = start + chunk + extra * ((head + 1) // heads)
-    parts = components + head * M * 4
-
-    mu = tl.zeros([F], tl.float32)
-    square = tl.zeros([F], tl.float32)
-    count = tl.zeros([F], tl.float32)
-    for first in range(start, stop, L):
-        z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-        real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-        z = tl.where(real, z, 0.0)
-        new = tl.sum(counted.to(tl.float32), axis=0)
-        mean = tl.sum(z, axis=0) / tl.maximum(new, 1.0)
-        away = tl.where(counted, z - mean[None, :], 0.0)
-        step = mean - mu
-        share = new / tl.maximum(count + new, 1.0)
-        square += tl.sum(away * away, axis=0) + step * step * count * share
-        mu += step * share
-        count += new
-    var = square / tl.maximum(count - 1.0, 1.0) + eps
-    half = 0.5 / var
-
-    top = tl.full([F], float("-inf"), tl.float32)
-    total = tl.zeros([F], tl.float32)
-    for first in range(start, stop, L):
-        z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-        real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-        energy = tl.where(counted, _energy(z, mu, half, parts, M, SINGLE), float("-inf"))
-        highest = tl.maximum(top, tl.max(energy, axis=0))
-        safe = tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp(top - safe) + tl.sum(tl.exp(energy - safe[None, :]), axis=0)
-        top = highest
-    log = tl.log(tl.where(total == 0.0, 1.0, total))
-    own = saved + ((o * heads + head) * fibres + fibre) * 5
-    tl.store(own, mu, mask=fibre < fibres)
-    tl.store(own + 1, var, mask=fibre < fibres)
-    tl.store(own + 2, top, mask=fibre < fibres)
-    tl.store(own + 3, log, mask=fibre < fibres)
-    tl.store(own + 4, count, mask=fibre < fibres)
-    top, log, _clamped = _divisor(top, log, half, parts, log_eps, SINGLE, CLAMP)
-
-    for first in range(start, stop, L):
-        z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-        real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-        weight = _weight(_energy(z, mu, half, parts, M, SINGLE), top, log)
-        weight = tl.where(counted, weight, 0.0)
-        result = tl.where(real, z * weight, z)
-        if RESIDUAL:
-            result += z
-        place = _place(first, fibre, o, y_o, y_n, y_f, L)
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-        tl.store(w + place, weight.to(w.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _upstream(
-    dout, dw, z, real, counted, o, first, stop, fibre, fibres, d_o, d_n, d_f, w_o, w_n, w_f,
-    HAS_DW: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """A tile of dout, and the gradient of the weights: 0 where an entry is left out."""
-    upstream, _inside = _load(dout, o, first, stop, fibre, fibres, d_o, d_n, d_f, L)
-    of_w = tl.where(real, upstream * z, 0.0)
-    if HAS_DW:
-        more, _inside = _load(dw, o, first, stop, fibre, fibres, w_o, w_n, w_f, L)
-        of_w += tl.where(counted, more, 0.0)
-    return upstream, of_w
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_kernel(
-    dout, dw, x, mask, components, saved, dx, partial, d_o, d_n, d_f, w_o, w_n, w_f,
-    x_o, x_n, x_f, m_o, m_n, m_f, y_o, y_n, y_f, chunk, extra, fibres, heads, tiles, M, log_eps,
-    HAS_DW: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, CLAMP: tl.constexpr,
-    RESIDUAL: tl.constexpr, SINGLE: tl.constexpr, L: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    head = program // tiles % heads
-    o = (program // (tiles * heads)).to(tl.int64)
-    fibre = program % tiles * F + tl.arange(0, F)
-    start = head * chunk
-    # Plain products, so that the compiler sees a multiple of 16 where there is one.
-    stop = start + chunk + extra * ((head + 1) // heads)
-    parts = components + head * M * 4
-    own = saved + ((o * heads + head) * fibres + fibre) * 5
-    mu = tl.load(own, mask=fibre < fibres, other=0.0)
-    half = 0.5 / tl.load(own + 1, mask=fibre < fibres, other=1.0)
-    top = tl.load(own + 2, mask=fibre < fibres, other=0.0)
-    log = tl.load(own + 3, mask=fibre < fibres, other=0.0)
-    count = tl.load(own + 4, mask=fibre < fibres, other=1.0)
-    top, log, clamped = _divisor(top, log, half, parts, log_eps, SINGLE, CLAMP)
-
-    mean = tl.zeros([F], tl.float32)
-    for first in range(start, stop, L):
-        z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-        real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-        z = tl.where(counted, z, 0.0)
-        upstream, of_w = _upstream(
-            dout, dw, z, real, counted, o, first, stop, fibre, fibres, d_o, d_n, d_f,
-            w_o, w_n, w_f, HAS_DW, L,
-        )  # fmt: skip
-        weight = _weight(_energy(z, mu, half, parts, M, SINGLE), top, log)
-        mean += tl.sum(tl.where(counted, weight * of_w, 0.0), axis=0)
-    mean = tl.where(clamped, 0.0, mean)
-
-    slope = tl.zeros([F], tl.float32)
-    curve = tl.zeros([F], tl.float32)
-    for m in range(M):
-        d, a, C, b = _component(parts + m * 4)
-        s0 = tl.zeros([F], tl.float32)
-        s1 = tl.zeros([F], tl.float32)
-        s2 = tl.zeros([F], tl.float32)
-        for first in range(start, stop, L):
-            z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-            real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-            z = tl.where(counted, z, 0.0)
-            upstream, of_w = _upstream(
-                dout, dw, z, real, counted, o, first, stop, fibre, fibres, d_o, d_n, d_f,
-                w_o, w_n, w_f, HAS_DW, L,
-            )  # fmt: skip
-            energy = _energy(z, mu, half, parts, M, SINGLE)
-            g = _weight(energy, top, log) * (of_w - mean[None, :])
-            r = z - mu[None, :] - d
-            if not SINGLE:
-                g *= tl.exp(_log_density(r, half, a, b, C) - energy)
-            g = tl.where(counted, g, 0.0)
-            s0 += tl.sum(g, axis=0)
-            s1 += tl.sum(g * r, axis=0)
-            s2 += tl.sum(g * (r * r), axis=0)
-        if SINGLE:
-            # Weights that sum to 1 do not depend on a common factor.
-            s0 = tl.where(clamped, s0, 0.0)
-        slope += a * s1
-        curve += a * s2 + b * s0
-        at = partial + (((o * tiles + program % tiles) * heads + head) * M + m) * 4
-        tl.store(at, tl.sum(2.0 * a * s1 * half, axis=0))
-        tl.store(at + 1, -tl.sum(s2 * half, axis=0))
-        tl.store(at + 2, tl.sum(s0, axis=0))
-        tl.store(at + 3, -tl.sum(s0 * half, axis=0))
-    slope = 2.0 * slope * half / tl.maximum(count, 1.0)
-    curve = 4.0 * curve * half * half / tl.maximum(count - 1.0, 1.0)
-
-    for first in range(start, stop, L):
-        z, inside = _load(x, o, first, stop, fibre, fibres, x_o, x_n, x_f, L)
-        real, counted = _real(mask, o, first, fibre, inside, m_o, m_n, m_f, MASKED, EXACT, L)
-        z = tl.where(counted, z, 0.0)
-        upstream, of_w = _upstream(
-            dout, dw, z, real, counted, o, first, stop, fibre, fibres, d_o, d_n, d_f,
-            w_o, w_n, w_f, HAS_DW, L,
-        )  # fmt: skip
-        energy = _energy(z, mu, half, parts, M, SINGLE)
-        weight = _weight(energy, top, log)
-        g = weight * (of_w - mean[None, :])
-        away = z - mu[None, :]
-        along = tl.zeros_like(z)
-        for m in range(M):
-            d, a, C, b = _component(parts + m * 4)
-            r = away - d
-            if SINGLE:
-                along += g * (a * r)
-            else:
-                along += g * tl.exp(_log_density(r, half, a, b, C) - energy) * (a * r)
-        result = tl.where(counted, -2.0 * half[None, :] * along, 0.0)
-        result += tl.where(real, upstream * weight, upstream)
-        result += tl.where(real, slope[None, :] + curve[None, :] * away, 0.0)
-        if RESIDUAL:
-            result += upstream
-        place = _place(first, fibre, o, y_o, y_n, y_f, L)
-        tl.store(dx + place, result.to(dx.dtype.element_ty), mask=inside)
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """The slices along the last axis, also if they are rows."""
-    return x.transpose(0, 2) if x.shape[2] == 1 else x
-
-
-def _shapes(x: Tensor, components: Tensor) -> tuple[dict[str, Any], int, int]:
-    """Arguments that all kernels share, how many programs run, and tiles of slices."""
-    (outer, n, fibres), (heads, M, _) = _side_by_side(x).shape, components.shape
-    plan = config()
-    chunk, extra = divmod(n, heads)
-    longest = triton.next_power_of_2(chunk + extra)
-    widest = triton.next_power_of_2(fibres)
-    if x.shape[2] == 1:
-        L = min(longest, plan.tile)
-        F = min(widest, plan.tile // L)
-    else:
-        F = min(widest, plan.fibres)
-        while plan.least < F and outer * heads * triton.cdiv(fibres, F) < plan.programs:
-            F //= 2
-        L = min(longest, plan.tile // F)
-    tiles = triton.cdiv(fibres, F)
-    arguments = {
-        "chunk": chunk, "extra": extra, "fibres": fibres, "heads": heads, "tiles": tiles, "M": M,
-        "SINGLE": M == 1, "L": L, "F": F, "num_warps": plan.num_warps,
-    }  # fmt: skip
-    return arguments, outer * heads * tiles, outer * tiles
-
-
-def _operand(x: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """An array and its strides; `like` stands in for one that is absent and never read."""
-    if x is None:
-        return like, (0, 0, 0)
-    x = _side_by_side(x.view(torch.uint8) if x.dtype == torch.bool else x)
-    # The stride of a single entry, often 1, would hide that addresses are aligned.
-    return x, tuple(s if size > 1 else 0 for s, size in zip(x.stride(), x.shape, strict=True))
+    return run
 
 
 def forward(
-    x: Tensor, mask: Tensor | None, components: Tensor, options: Options
+    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, w = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    saved = torch.empty(saved_shape(x, components), dtype=torch.float32, device=x.device)
-    if x.numel():
-        count_launch()
-        shapes, programs, _ = _shapes(x, components)
-        entries, strides = _operand(x, x)
-        bytes_, mask_strides = _operand(mask, x)
-        forward_kernel[(programs,)](
-            entries, bytes_, components.contiguous(), out, w, saved, *strides, *mask_strides,
-            *_operand(out, x)[1], eps=options.eps, log_eps=math.log(options.eps),
-            MASKED=mask is not None, EXACT=options.exact and mask is not None, CLAMP=options.clamp,
-            RESIDUAL=options.residual, **shapes,
-        )  # fmt: skip
-    return out, w, saved
+    if not x.numel():
+        out, w = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        return out, w, x.new_empty(saved_shape(x, delta), dtype=torch.float32)
+    tensors = x, _bytes(mask), delta.contiguous(), c.contiguous()
+    return _prepared(prepare_forward, tensors, options)(*tensors)
 
 
 def backward(
@@ -350,23 +221,36 @@ def backward(
     dw: Tensor | None,
     x: Tensor,
     mask: Tensor | None,
-    components: Tensor,
+    delta: Tensor,
+    c: Tensor,
     saved: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+) -> tuple[Tensor, Tensor, Tensor]:
     if not x.numel():
-        return dx, torch.zeros_like(components)
-    count_launch()
-    shapes, programs, rows = _shapes(x, components)
-    partial = torch.empty(rows, *components.shape, dtype=torch.float32, device=x.device)
-    arrays, strides = zip(*(_operand(a, x) for a in (dout, dw, x, mask)), strict=True)
-    above, above_w, entries, bytes_ = arrays
-    backward_kernel[(programs,)](
-        above, above_w, entries, bytes_, components.contiguous(), saved, dx, partial,
-        *(s for each in strides for s in each), *_operand(dx, x)[1],
-        log_eps=math.log(options.eps), HAS_DW=dw is not None, MASKED=mask is not None,
-        EXACT=options.exact and mask is not None, CLAMP=options.clamp, RESIDUAL=options.residual,
-        **shapes,
+        empty = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return empty, torch.zeros_like(delta), torch.zeros_like(c)
+    tensors = dout, dw, x, _bytes(mask), delta.contiguous(), c.contiguous()
+    return _prepared(prepare_backward, tensors, options)(*tensors, saved)
+
+
+def _reach(strides: tuple[int, ...], L: int, F: int) -> int:
+    """How far the last entry of a tile lies from the first."""
+    return L * abs(strides[1]) + F * abs(strides[2])
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _prepared(prepare: Any, tensors: tuple[Tensor | None, ...], options: Options) -> Any:
+    """How calls with such tensors are computed: all but what they hold, and where."""
+    kind = (
+        prepare, options, TABLE.state(),
+        *(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors),
     )  # fmt: skip
-    return dx, partial.sum(0)
+    found = _kinds.get(kind)
+    if found is None:
+        if len(_kinds) >= MOST_KINDS:
+            _kinds.clear()
+        found = _kinds[kind] = prepare(*tensors, options)
+    return found
