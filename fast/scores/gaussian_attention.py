@@ -1,8 +1,8 @@
-"""Gaussian attention on the density engine: a layer is one kernel forward and one backward.
+"""Gaussian attention on the density engine: a layer is one kernel forward and two backward.
 
-A product of Gaussians is collapsed to a single one before the launch, so that each entry costs one
-exponential whatever K is; a sum has one component for each Gaussian. The steps alone are a few
-element-wise operations of torch and launch no kernel of ours.
+A product of Gaussians is collapsed to a single one, so that what an entry costs does not depend on
+K; a sum has one component for each Gaussian. The steps alone are a few element-wise operations of
+torch and launch no kernel of ours.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def block(
     backend = choose_by_dtype(backend, "x", x)
     weights, dtype = [], x.dtype
     x = x.to(wide_dtype(x)) if len(layers) > 1 else x
-    for axis, (_, params) in zip(axes, layers, strict=True):
+    for axis, (_, (delta, c)) in zip(axes, layers, strict=True):
         mask = None if padding_value is None else x != padding_value
-        x, w = density(x, axis, *params, mask, options, backend)
+        x, w = density(x, axis, delta, c, mask, options, backend)
         weights.append(w.to(dtype))
     return x.to(dtype), tuple(weights)
 

@@ -121,7 +121,7 @@ class Layout:
         programs, how = self.programs, {"num_warps": self.warps}
         if kernel is gaussians_kernel:
             programs, how = self.heads * self.components, {"num_warps": ADDED // 256}
-        if kernel is walk_kernel and not arguments["WIDE"]:
+        if kernel is walk_kernel and not (arguments["WIDE"] or arguments["MASKED"]):
             # Another block fits into a multiprocessor then, and next to nothing is spilled.
             how["maxnreg"] = 64
         return Prepared(kernel, programs, arguments, self.device, **how)
