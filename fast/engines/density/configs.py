@@ -21,7 +21,7 @@ class DensityConfig:
 
     held: int = 8192
     tile: int = 4096
-    once: int = 2048
+    once: int = 4096
     step: int = 1024
     wide: int = 64
     slim: int = 32
@@ -38,7 +38,7 @@ CANDIDATES = (
     DensityConfig(tile=8192),
     DensityConfig(slim=16),
     DensityConfig(step=2048),
-    DensityConfig(once=4096),
+    DensityConfig(once=2048),
     DensityConfig(longest=1024),
 )
 

@@ -40,6 +40,9 @@ MOST_PARTS = 64
 MOST_WARPS = 16
 ADDED = 2048
 """Shares of a gradient that a program adds at a time."""
+FEWER_REGISTERS = {walk_kernel: 64, backward_kernel: 96}
+"""With so many, one more block of the kernels that walk along 16-bit arrays fits into a
+multiprocessor, and next to nothing is spilled."""
 
 _kinds: dict[Hashable, Any] = {}
 
@@ -61,7 +64,7 @@ class Layout:
         self.held = whole * wide <= plan.held
         if backward:
             wide = min(plan.slim, wide)
-            tile, thread = (plan.once, 16) if self.held else (plan.step, 8)
+            tile, thread = (plan.once, 32) if self.held else (plan.step, 8)
         else:
             tile, thread = plan.tile, 32 if self.held else 16
         L = whole if self.held else min(whole, max(tile // wide, 1))
@@ -121,9 +124,9 @@ class Layout:
         programs, how = self.programs, {"num_warps": self.warps}
         if kernel is gaussians_kernel:
             programs, how = self.heads * self.components, {"num_warps": ADDED // 256}
-        if kernel is walk_kernel and not (arguments["WIDE"] or arguments["MASKED"]):
-            # Another block fits into a multiprocessor then, and next to nothing is spilled.
-            how["maxnreg"] = 64
+        plain = not any(arguments.get(name) for name in ("WIDE", "MASKED", "HAS_DW", "ONE"))
+        if plain and kernel in FEWER_REGISTERS:
+            how["maxnreg"] = FEWER_REGISTERS[kernel]
         return Prepared(kernel, programs, arguments, self.device, **how)
 
     def numbers(self, *shape: int) -> Tensor:

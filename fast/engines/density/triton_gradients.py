@@ -65,17 +65,19 @@ def gradients_of(
 
 @triton.jit
 def push(
-    dx, z, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f, slope, curve,
-    half, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, NEAR: tl.constexpr, V: tl.constexpr,
+    dx, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f, slope, curve,
+    steep, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, NEAR: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx: through the result, the mean and the variance, and the log densities."""
+    """A tile of dx: through the result, the mean and the variance, and, `steep` times `along`, the
+    log densities.
+    """
     direct = upstream * weight
     shared = slope[None, :] + curve[None, :] * away
     if MASKED:
         direct = tl.where(real, direct, upstream)
         shared = tl.where(real, shared, 0.0)
-    result = (direct + shared) - (2.0 * half)[None, :] * along
+    result = (direct + shared) - steep[None, :] * along
     if RESIDUAL:
         result += upstream
     at = places(dx, o, first, tile, y_o, y_n, y_f, NEAR, V, L, F)
@@ -105,8 +107,9 @@ def backward_kernel(
 ):  # fmt: skip
     """dx and a share of the Gaussians' gradients, of products; ONE tile is a chunk, or several.
 
-    The sums are those of w, w r and w r^2 and of g, g r and g r^2, where g = w (dw - shift): for a
-    shift near the mean of dw, what all of dw has in common is not summed only to be subtracted.
+    The sums are those of w r and w r^2 (that of w is known) and of g, g r and g r^2, where
+    g = w (dw - shift): for a shift near the mean of dw, what all of dw has in common is not summed
+    only to be subtracted.
     """
     o, head, _p, tile, fibre, start, stop = place_of(chunk, extra, heads, 1, tiles, 0, F)
     d, a, C, b = gaussian_of(delta, c, head, K, True, KP)
@@ -129,7 +132,6 @@ def backward_kernel(
         s2 = tl.sum(along * r, axis=0)
     else:
         shift = tl.sum(of_w, axis=0) / tl.minimum(stop - start, L)
-        r0 = tl.zeros([L, F], tl.float32)
         r1 = tl.zeros([L, F], tl.float32)
         r2 = tl.zeros([L, F], tl.float32)
         g0 = tl.zeros([L, F], tl.float32)
@@ -144,16 +146,15 @@ def backward_kernel(
             r = (z - mu[None, :]) - d
             raw = tl.where(counted, raw_of(r * r, least, k, WIDE), 0.0)
             g = raw * (of_w - shift[None, :])
-            r0 += raw
             r1 += raw * r
             r2 += raw * (r * r)
             g0 += g
             g1 += g * r
             g2 += g * (r * r)
-        mean = factor * tl.sum(g0 + shift[None, :] * r0, axis=0)
-        mean = tl.where(clamped, 0.0, mean)
+        s0 = tl.sum(g0, axis=0)
+        mean = tl.where(clamped, 0.0, factor * (s0 + shift * total))
         off = (shift - mean)[None, :]
-        s0 = factor * tl.sum(g0 + off * r0, axis=0)
+        s0 = factor * (s0 + (shift - mean) * total)
         s1 = factor * tl.sum(g1 + off * r1, axis=0)
         s2 = factor * tl.sum(g2 + off * r2, axis=0)
     # Weights that sum to 1 do not depend on a common factor.
@@ -161,11 +162,12 @@ def backward_kernel(
     share(partial, head, o * tiles + tile, shares, a, half, s0, s1, s2)
     slope = 2.0 * (a * s1) * half / tl.maximum(count, 1.0)
     curve = 4.0 * (a * s2 + b * s0) * half * half / tl.maximum(count - 1.0, 1.0)
+    steep = 2.0 * half * a
 
     if ONE:
         push(
-            dx, z, upstream, weight, away, along * a, real, inside, o, start, tile, y_o, y_n, y_f,
-            slope, curve, half, MASKED, RESIDUAL, NEAR, V, L, F,
+            dx, upstream, weight, away, along, real, inside, o, start, tile, y_o, y_n, y_f,
+            slope, curve, steep, MASKED, RESIDUAL, NEAR, V, L, F,
         )  # fmt: skip
     else:
         for first in range(start, stop, L):
@@ -177,12 +179,12 @@ def backward_kernel(
             away = z - mu[None, :]
             r = away - d
             weight = raw_of(r * r, least, k, WIDE) * factor[None, :]
-            along = weight * (of_w - mean[None, :]) * (a * r)
+            along = weight * (of_w - mean[None, :]) * r
             if EXACT:
                 along = tl.where(counted, along, 0.0)
             push(
-                dx, z, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f,
-                slope, curve, half, MASKED, RESIDUAL, NEAR, V, L, F,
+                dx, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f,
+                slope, curve, steep, MASKED, RESIDUAL, NEAR, V, L, F,
             )  # fmt: skip
 
 
@@ -318,8 +320,8 @@ def push_kernel(
         if EXACT:
             along = tl.where(counted, along, 0.0)
         push(
-            dx, z, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f,
-            slope, curve, half, MASKED, RESIDUAL, NEAR, V, L, F,
+            dx, upstream, weight, away, along, real, inside, o, first, tile, y_o, y_n, y_f,
+            slope, curve, 2.0 * half, MASKED, RESIDUAL, NEAR, V, L, F,
         )  # fmt: skip
 
 
