@@ -21,12 +21,12 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
-    product,
     wide,
 )
 from attnspec.fast.engines.scan import (
     CANDIDATES,
     additive_scan,
+    read_summary,
     scan,
     step,
     time_summary,
@@ -174,9 +174,10 @@ def lightnet_noncausal(
     _check_scale(scale)
     for name, x in (("k", k), ("v", v)):
         _check_channels(name, x)
-    KV, _ = time_summary(k, v, backend=choose_backend(backend, q))
+    backend = choose_backend(backend, q)
+    KV, _ = time_summary(k, v, backend=backend)
     small = _repeated((scale * KV).to(q.dtype), q.shape[1])
-    return product(q, small)
+    return read_summary(q, small, backend=backend)
 
 
 def decode_step(

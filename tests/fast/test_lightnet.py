@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.engines.scan import additive_gates, time_summary
-from attnspec.fast.engines.scan.additive import gates_op, summary_op
+from attnspec.fast.engines.scan.additive import gates_op
+from attnspec.fast.engines.scan.summary import read_op, summary_op
 from attnspec.fast.linear.lightnet import (
     decode_step,
     lightnet_causal,
@@ -104,3 +105,5 @@ def test_custom_ops() -> None:
     torch.library.opcheck(gates_op, (k, None, "numba"))
     torch.library.opcheck(gates_op, (k, torch.zeros(1, 2, 5), "numba"))
     torch.library.opcheck(summary_op, (k, v, "numba"))
+    small = torch.randn(*k.shape[:2], k.shape[3], 7).to(k.dtype).requires_grad_()
+    torch.library.opcheck(read_op, (k, small, "numba"))

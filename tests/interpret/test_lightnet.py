@@ -15,7 +15,7 @@ from torch import Tensor
 from attnspec.fast.engines.scan import ScanConfig, additive_gates, time_summary, use_config
 from attnspec.fast.engines.scan import triton_additive as kernels
 from attnspec.fast.engines.scan.additive import additive_scan_op
-from attnspec.fast.linear.lightnet import lightnet_causal
+from attnspec.fast.linear.lightnet import lightnet_causal, lightnet_noncausal
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +125,37 @@ def test_no_tokens() -> None:
     KV, z = time_summary(k, v, backend="triton")
     assert not KV.any()
     assert torch.all(z == -torch.inf)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("widths", [(18, 20), (32, 16)])
+def test_noncausal_and_gradients(dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    """Masked tokens, far offsets, logits that rise by more than any margin; grouped heads."""
+    d, dv = widths
+    k, v = logits(150, d).to(dtype), torch.randn(1, 2, 150, dv).to(dtype)
+    k[:, 1, 70:, 1] = torch.linspace(-50, 150, 80).to(dtype)
+    k[:, 0, :, 2] = torch.finfo(dtype).min
+    k[:, 1, 9, 2] = torch.finfo(dtype).max
+    q = torch.randn(1, 4, 21, d).to(dtype)
+    upstream = [torch.randn(1, 4, 21, dv)]
+
+    def noncausal(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> tuple[Tensor]:
+        return (lightnet_noncausal(q, k, v, scale=0.5, backend=backend),)
+
+    got = gradients(noncausal, [q, k, v], upstream, "triton")
+    expected = gradients(noncausal, [x.double() for x in (q, k, v)], upstream, "numba")
+    bound = 1e-4 if dtype == torch.float32 else 1e-2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=bound, atol=2 * bound)
+
+
+def test_a_nan_stays_in_its_channel() -> None:
+    k, v = torch.randn(1, 1, 80, 16), torch.randn(1, 1, 80, 16)
+    k[0, 0, 3, 5] = torch.nan
+    KV, z = time_summary(k, v, backend="triton")
+    spoilt = torch.zeros(16, dtype=torch.bool)
+    spoilt[5] = True
+    assert torch.equal(KV[0, 0].isnan().all(1), spoilt)
+    assert torch.equal(KV[0, 0].isnan().any(1), spoilt)
+    assert torch.equal(z[0, 0].isnan(), spoilt)

@@ -4,7 +4,7 @@ gates of an additive recurrence, whose decay is a ratio of running sums, and sca
 products: number by number, and with a state of its own for every channel.
 """
 
-from attnspec.fast.engines.scan.additive import additive_gates, additive_scan, time_summary
+from attnspec.fast.engines.scan.additive import additive_gates, additive_scan
 from attnspec.fast.engines.scan.api import (
     scan,
     scan_backward,
@@ -23,6 +23,7 @@ from attnspec.fast.engines.scan.configs import (
 from attnspec.fast.engines.scan.elementwise import elementwise
 from attnspec.fast.engines.scan.running import running_dots
 from attnspec.fast.engines.scan.selective import selective
+from attnspec.fast.engines.scan.summary import read_summary, time_summary
 
 __all__ = [
     "CANDIDATES",
@@ -33,6 +34,7 @@ __all__ = [
     "additive_gates",
     "additive_scan",
     "elementwise",
+    "read_summary",
     "running_dots",
     "scan",
     "scan_backward",

@@ -1,8 +1,7 @@
 """Gates of an additive recurrence: logits in, moving-average weights and log decays out.
 
 kbar_t = e^(k_t - z_t) and log_decay_t = z_(t-1) - z_t, where z is the running logsumexp of k over
-time; the scan under these gates; and the summary of all keys and values under a softmax over time,
-which is where such a recurrence ends. Custom ops with their gradients.
+time; and the scan under these gates. Custom ops with their gradients.
 """
 
 from __future__ import annotations
@@ -165,60 +164,3 @@ def _direct(q: Tensor, v: Tensor) -> bool:
     whole = q.shape[3] % 16 == 0 and v.shape[3] % 16 == 0 and 0 < v.shape[3] <= WIDEST
     known = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and q.is_cuda)
     return whole and known and v.numel() > 0
-
-
-def run_summary(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(k):
-        return _kernels(backend).summary(k, v)
-
-
-summary_op = torch.library.custom_op("attnspec::time_summary", run_summary, mutates_args=())
-
-
-@summary_op.register_fake
-def _(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    batch, heads, _, d = k.shape
-    return (
-        k.new_empty(batch, heads, d, v.shape[3], dtype=wide_dtype(k)),
-        k.new_empty(batch, heads, d, dtype=wide_dtype(k)),
-    )
-
-
-@torch.library.custom_op("attnspec::time_summary_backward", mutates_args=())
-def summary_backward_op(
-    dKV: Tensor, KV: Tensor, z: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dk and dv: products of the whole sequence with small matrices."""
-    z = torch.where(z == -torch.inf, 0.0, z)[:, :, None]
-    P = torch.exp(k.to(z.dtype) - z)
-    small = dKV.to(v.dtype)
-    dv = P.to(v.dtype) @ small
-    dP = v.to(z.dtype) @ small.mT.to(z.dtype)
-    # Both terms see the same rounded dKV, so that they cancel where one key has all the weight.
-    dk = P * (dP - (KV * small.to(z.dtype)).sum(-1)[:, :, None])
-    return dk.to(k.dtype).contiguous(), dv.contiguous()
-
-
-@summary_backward_op.register_fake
-def _(dKV: Tensor, KV: Tensor, z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_summary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:2])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _summary_gradient(ctx: Any, dKV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *summary_backward_op(dKV, *ctx.saved_tensors), None
-
-
-summary_op.register_autograd(_summary_gradient, setup_context=_setup_summary)
-
-
-def time_summary(k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """P^T v (batch, heads, d, dv) with P the softmax of k over time, channel by channel, and its
-    logsumexp (batch, heads, d); float32. Zeros where a channel has no key. One read of k and v.
-    """
-    run = run_summary if unobserved(k, v) else summary_op
-    return run(k, v, choose_backend(backend, k))

@@ -39,8 +39,8 @@ class ScanConfig:
     pairs_warps: int = 4
     pairs_stages: int = 1
     logits_tile: int = 64
-    logits_warps: int = 8
-    logits_registers: int = 128
+    logits_warps: int = 4
+    logits_registers: int = 168
     steep_tile: int = 32
     steep_warps: int = 8
     gates_tile: int = 16
@@ -90,6 +90,9 @@ CANDIDATES = (
     ScanConfig(gate_segment=4096),
     ScanConfig(block=128, walk_warps=8),
     ScanConfig(pairs_tile=64),
+    ScanConfig(logits_tile=32, logits_registers=128),
+    ScanConfig(logits_warps=8, logits_registers=128),
+    ScanConfig(logits_tile=128, logits_warps=8, logits_registers=255),
     ScanConfig(logits_tile=128, logits_registers=255),
     ScanConfig(pairs_tile=16, gates_tile=32),
     ScanConfig(pairs_stages=2),

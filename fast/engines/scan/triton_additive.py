@@ -1,4 +1,4 @@
-"""Gates of an additive recurrence and the summary of a sequence, in Triton.
+"""Gates of an additive recurrence in Triton.
 
 A channel's running logsumexp is kept as its maximum m and the sum of e^(k - m): an offset shared by
 all logits costs no digits. Rows go one after the other, channels side by side, segments in
@@ -16,11 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.scan.replay import Recorder
 from attnspec.fast.engines.scan.triton_common import load_tile, offset
-from attnspec.fast.engines.scan.triton_plan import device_of, power
+from attnspec.fast.engines.scan.triton_levels import FLAGS, pick_steep
+from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
 ROWS = 64
 """Rows of a segment."""
+CHAINED, CHAINS = 256, 8
+"""Most segments and channels that a program of the chain scans at a time."""
 
 
 @triton.jit
@@ -61,29 +65,51 @@ def totals_kernel(
     tl.store(totals + at, total, mask=channels < D)
 
 
-@triton.jit(do_not_specialize=["k_b", "k_h", "tokens", "segments", "slots"])
+@triton.jit(do_not_specialize=["k_b", "k_h", "tokens", "segments", "blocks", "span", "many"])
 def gates_kernel(
-    k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, wanted, tokens, segments, heads, slots,
+    k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, wanted, tokens, segments, heads, blocks,
+    span, many,
     D: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The gates of a segment from the maximum and the sum that enter it; if SOME, of those alone
-    that are `wanted` (batch, slots, heads).
+    """The gates of a segment and BC channels from the maximum and the sum that enter it; if SOME,
+    of those of `span` segments that are `wanted` (batch, blocks, heads).
     """
     parts: tl.constexpr = (D + BC - 1) // BC
-    program = tl.program_id(0)
-    channels = (program % parts) * BC + tl.arange(0, BC)
-    segment = (program // parts) % segments
-    row = ((program // parts) // segments).to(tl.int64)
-    if SOME:  # noqa: SIM102 (a constant, and a number on the device)
-        if tl.load(wanted + ((row // heads) * slots + segment) * heads + row % heads) == 0:
-            return
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if SOME:
+        chosen = pick_steep(wanted, span, many, 1.0)
+        if tl.max(chosen, 0) > 0:
+            for n in range(span):
+                if tl.sum(tl.where(tl.arange(0, FLAGS) == n, chosen, 0), 0) == 1:
+                    which = program + n * programs
+                    row = ((which // heads) // blocks).to(tl.int64) * heads + which % heads
+                    for part in range(parts):
+                        write_gates(
+                            k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, tokens, segments,
+                            heads, row, (which // heads) % blocks, part, D, BC, ROWS, ALIGNED,
+                        )  # fmt: skip
+    else:
+        write_gates(
+            k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, tokens, segments, heads,
+            ((program // parts) // segments).to(tl.int64), (program // parts) % segments,
+            program % parts, D, BC, ROWS, ALIGNED,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_gates(
+    k, k_b, k_h, k_t, k_d, tops, totals, kbar, log_decay, tokens, segments, heads, row, segment,
+    part, D: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gates of one segment and part of the channels."""
+    channels = part * BC + tl.arange(0, BC)
     inside = channels < D
     start = segment.to(tl.int64) * ROWS
     count = tl.minimum(tokens - start, ROWS).to(tl.int32)
     k += offset(row // heads, k_b, row % heads, k_h, start, k_t, ALIGNED)
     k += channels.to(tl.int64) * k_d
-    at = (row * segments + segment) * D + channels
+    at = (row * (segments + 1) + segment) * D + channels
     top = tl.load(tops + at, mask=inside, other=0.0)
     total = tl.load(totals + at, mask=inside, other=1.0)
     out = (row * tokens + start) * D + channels
@@ -108,11 +134,22 @@ def gates_kernel(
         top, total = above, old + more
 
 
+@triton.jit
+def join(top, total, later_top, later_total):
+    """Maximum and sum of two runs of rows."""
+    above = tl.maximum(top, later_top)
+    base = spread(above)
+    return above, total * tl.exp(top - base) + later_total * tl.exp(later_top - base)
+
+
 @triton.jit(do_not_specialize=["segments"])
 def chain_gates_kernel(
-    tops, totals, z0, last, segments, D: tl.constexpr, BC: tl.constexpr, STARTED: tl.constexpr
-):
-    """Turn segments' own maxima and sums into those that enter them, in place; and z at the end."""
+    own_tops, own_totals, tops, totals, z0, last, segments,
+    D: tl.constexpr, BC: tl.constexpr, MANY: tl.constexpr, STARTED: tl.constexpr,
+):  # fmt: skip
+    """From segments' own maxima and sums those that enter each of them, and leave the last: of BC
+    channels, MANY segments at a time; and z at the end.
+    """
     parts: tl.constexpr = (D + BC - 1) // BC
     program = tl.program_id(0)
     channels = (program % parts) * BC + tl.arange(0, BC)
@@ -122,16 +159,25 @@ def chain_gates_kernel(
     if STARTED:
         top = tl.load(z0 + row * D + channels, mask=inside, other=0.0)
     total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for segment in tl.range(0, segments, num_stages=4):
-        at = (row * segments + segment) * D + channels
-        new = tl.load(tops + at, mask=inside, other=0.0)
-        more = tl.load(totals + at, mask=inside, other=0.0)
-        tl.store(tops + at, top, mask=inside)
-        tl.store(totals + at, total, mask=inside)
-        above = tl.maximum(top, new)
-        base = spread(above)
-        total = total * tl.exp(top - base) + more * tl.exp(new - base)
-        top = above
+    entering = row * (segments + 1) * D + channels
+    tl.store(tops + entering, top, mask=inside)
+    tl.store(totals + entering, total, mask=inside)
+    places = tl.arange(0, MANY)
+    for n in range(tl.cdiv(segments, MANY)):
+        segment = n * MANY + places
+        at = row * segments * D + segment.to(tl.int64)[:, None] * D + channels[None, :]
+        mask = (segment < segments)[:, None] & inside[None, :]
+        own_top = tl.load(own_tops + at, mask=mask, other=float("-inf"))
+        own_total = tl.load(own_totals + at, mask=mask, other=0.0)
+        run_top, run_total = tl.associative_scan((own_top, own_total), 0, join)
+        run_top, run_total = join(top[None, :], total[None, :], run_top, run_total)
+        # One after these, in a table with a row more.
+        at += (row + 1) * D
+        tl.store(tops + at, run_top, mask=mask)
+        tl.store(totals + at, run_total, mask=mask)
+        end = (places == MANY - 1)[:, None]
+        top = tl.max(tl.where(end, run_top, float("-inf")), 0)
+        total = tl.sum(tl.where(end, run_total, 0.0), 0)
     empty = total == 0.0
     z = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
     tl.store(last + row * D + channels, z, mask=inside)
@@ -198,49 +244,6 @@ def chain_gradient_kernel(carries, factors, dz, dz0, segments, D: tl.constexpr, 
     tl.store(dz0 + row * D + channels, carry, mask=inside)
 
 
-@triton.jit(do_not_specialize=["k_b", "k_h", "v_b", "v_h", "tokens", "length", "segments"])
-def summary_kernel(
-    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, sums, tops, totals, tokens, length, segments,
-    heads,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """sum_t e^(k_t - m) v_t (D, DV) of a segment and BV value channels, m and sum_t e^(k_t - m)."""
-    tiles: tl.constexpr = (DV + BV - 1) // BV
-    program = tl.program_id(0)
-    tile = (program % tiles).to(tl.int64)
-    segment = (program // tiles) % segments
-    row = ((program // tiles) // segments).to(tl.int64)
-    start = segment.to(tl.int64) * length
-    count = tl.minimum(tokens - start, length).to(tl.int32)
-    k += offset(row // heads, k_b, row % heads, k_h, start, k_t, ALIGNED)
-    v += offset(row // heads, v_b, row % heads, v_h, start, v_t, ALIGNED) + tile * BV * v_d
-    width = DV - tile * BV
-    top = tl.full((BD,), float("-inf"), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
-    S = tl.zeros((BD, BV), tl.float32)
-    for i in range(tl.cdiv(count, C)):
-        at = tl.cast(i, tl.int64) * C
-        left = count - i * C
-        K = load_tile(k + at * k_t, k_t, k_d, left, D, C, BD, D < BD, WIDE).to(tl.float32)
-        V = load_tile(v + at * v_t, v_t, v_d, left, width, C, BV, DV % BV != 0, WIDE)
-        K = tl.where((tl.arange(0, C) < left)[:, None], K, float("-inf"))
-        above = tl.maximum(top, tl.max(K, 0))
-        base = spread(above)
-        P = tl.exp(K - base[None, :])
-        old = tl.exp(top - base)
-        total = total * old + tl.sum(P, 0)
-        S = tl.dot(tl.trans(P.to(V.dtype)), V, S * old[:, None], input_precision="ieee")
-        top = above
-    rows, columns = tl.arange(0, BD), tile * BV + tl.arange(0, BV)
-    where = row * segments + segment
-    mask = (rows < D)[:, None] & (columns < DV)[None, :]
-    tl.store(sums + where * D * DV + rows[:, None] * DV + columns[None, :], S, mask=mask)
-    if tile == 0:
-        tl.store(tops + where * D + rows, top, mask=rows < D)
-        tl.store(totals + where * D + rows, total, mask=rows < D)
-
-
 def _channels(d: int) -> tuple[int, int]:
     """Channels of a program, and how many programs hold them all."""
     channels = min(128, power(d))
@@ -249,8 +252,8 @@ def _channels(d: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Totals:
-    """The running logsumexp where segments of `rows` rows begin, as maxima and sums of (batch,
-    heads, segments, d), and z (batch, heads, d) behind the last.
+    """The running logsumexp where segments of `rows` rows begin, and behind the last, as maxima and
+    sums of (batch, heads, segments + 1, d); and z (batch, heads, d) behind the last.
     """
 
     k: Tensor
@@ -258,27 +261,31 @@ class Totals:
     tops: Tensor
     sums: Tensor
     z: Tensor
+    recorder: Recorder
 
     @classmethod
-    def of(cls, k: Tensor, z0: Tensor | None, rows: int) -> Totals:
+    def of(cls, k: Tensor, z0: Tensor | None, rows: int, recorder: Recorder) -> Totals:
         """`k` (batch, heads, tokens, d), of one token or more."""
         batch, heads, tokens, d = k.shape
         segments = -(-tokens // rows)
-        tops, sums = torch.empty(2, batch, heads, segments, d, device=k.device).unbind()
-        z = torch.empty(batch, heads, d, dtype=torch.float32, device=k.device)
-        made = cls(k, rows, tops, sums, z)
+
+        def empty(*shape: int) -> Tensor:
+            return recorder.buffer(torch.empty(batch, heads, *shape, d, device=k.device))
+
+        own_tops, own_sums = empty(segments), empty(segments)
+        made = cls(k, rows, empty(segments + 1), empty(segments + 1), empty(), recorder)
         channels, parts = _channels(d)
-        programs = batch * heads * parts
-        count_launch()
-        totals_kernel[(programs * segments,)](
-            k, *k.stride(), tops, sums, tokens, segments, heads,
-            d, channels, rows, power(rows), ALIGNED=made.aligned, num_warps=4,
+        recorder.launch(
+            totals_kernel, batch * heads * parts * segments,
+            k, *k.stride(), own_tops, own_sums, tokens, segments, heads,
+            D=d, BC=channels, ROWS=rows, BR=power(rows), ALIGNED=made.aligned, num_warps=4,
         )  # fmt: skip
         z0 = None if z0 is None else z0.to(torch.float32).contiguous()
-        count_launch()
-        chain_gates_kernel[(programs,)](
-            tops, sums, tops if z0 is None else z0, z, segments, d, channels,
-            STARTED=z0 is not None, num_warps=1,
+        many = min(CHAINED, triton.next_power_of_2(segments))
+        recorder.launch(
+            chain_gates_kernel, batch * heads * -(-d // CHAINS),
+            own_tops, own_sums, made.tops, made.sums, own_tops if z0 is None else z0, made.z,
+            segments, D=d, BC=CHAINS, MANY=many, STARTED=z0 is not None, num_warps=4,
         )  # fmt: skip
         return made
 
@@ -287,17 +294,33 @@ class Totals:
         """Whether rows of k start at multiples of 16 numbers."""
         return all(stride % 16 == 0 for stride in self.k.stride()[:3])
 
-    def write(
-        self, kbar: Tensor, log_decay: Tensor, wanted: Tensor | None = None, slots: int = 0
-    ) -> None:
-        """The gates of all segments, or of those that are `wanted` (batch, slots, heads)."""
+    def write(self, kbar: Tensor, log_decay: Tensor) -> None:
+        """The gates of all segments."""
         batch, heads, segments, d = self.tops.shape
-        channels, parts = _channels(d)
-        count_launch()
-        gates_kernel[(batch * heads * parts * segments,)](
+        programs = batch * heads * (segments - 1) * _channels(d)[1]
+        self._write(kbar, log_decay, None, programs, 0, 1)
+
+    def write_some(
+        self, kbar: Tensor, log_decay: Tensor, wanted: Tensor, blocks: int, span: int
+    ) -> None:
+        """The gates of those segments that are `wanted` (batch, blocks, heads); a program looks
+        after `span` of them.
+        """
+        programs = odd_programs(wanted.numel(), span)
+        self._write(kbar, log_decay, wanted, programs, blocks, span)
+
+    def _write(
+        self, kbar: Tensor, log_decay: Tensor, wanted: Tensor | None, programs: int, blocks: int,
+        span: int,
+    ) -> None:  # fmt: skip
+        _, heads, segments, d = self.tops.shape
+        self.recorder.launch(
+            gates_kernel, programs,
             self.k, *self.k.stride(), self.tops, self.sums, kbar, log_decay,
-            self.tops if wanted is None else wanted, self.k.shape[2], segments, heads, slots,
-            d, channels, self.rows, SOME=wanted is not None, ALIGNED=self.aligned, num_warps=1,
+            self.tops if wanted is None else wanted, self.k.shape[2], segments - 1, heads, blocks,
+            span, 0 if wanted is None else wanted.numel(),
+            D=d, BC=_channels(d)[0], ROWS=self.rows, SOME=wanted is not None, ALIGNED=self.aligned,
+            num_warps=1,
         )  # fmt: skip
 
 
@@ -309,7 +332,7 @@ def gates(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if kbar.numel() == 0:
         z = torch.empty(batch, heads, d, dtype=torch.float32, device=k.device)
         return kbar, log_decay, z.fill_(-torch.inf) if z0 is None else z.copy_(z0)
-    totals = Totals.of(k, z0, ROWS)
+    totals = Totals.of(k, z0, ROWS, Recorder())
     totals.write(kbar, log_decay)
     return kbar, log_decay, totals.z
 
@@ -339,36 +362,3 @@ def gates_backward(
     count_launch()
     gates_gradient_kernel[(programs * segments,)](*arguments, WRITE=True, num_warps=1)
     return dk, dz0
-
-
-def summary(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax_time(k)^T v (batch, heads, d, dv) and the logsumexp of k (batch, heads, d)."""
-    batch, heads, tokens, d = k.shape
-    dv = v.shape[3]
-    if batch * heads * tokens == 0:
-        KV = torch.zeros(batch, heads, d, dv, device=k.device)
-        return KV, torch.full((batch, heads, d), -torch.inf, device=k.device)
-    exact = k.dtype == torch.float32
-    block, items = (16, 2048) if exact else (64, 16384)
-    rows = power(d)
-    tile = max(16, min(128, power(dv), items // rows))
-    tiles = -(-dv // tile)
-    processors, _ = device_of(k)
-    many = max(1, 2 * processors // (batch * heads * tiles))
-    length = -(-max(-(-tokens // many), 256) // block) * block
-    segments = -(-tokens // length)
-    sums = torch.empty(batch, heads, segments, d, dv, device=k.device)
-    tops, totals = torch.empty(2, batch, heads, segments, d, device=k.device).unbind()
-    aligned = all(stride % 16 == 0 for x in (k, v) for stride in x.stride()[:3])
-    span = max(block * x.stride(2) + 256 * x.stride(3) for x in (k, v))
-    count_launch()
-    summary_kernel[(batch * heads * segments * tiles,)](
-        k, *k.stride(), v, *v.stride(), sums, tops, totals, tokens, length, segments, heads,
-        D=d, DV=dv, BD=rows, BV=tile, C=block, ALIGNED=aligned, WIDE=span >= 2**31,
-        num_warps=8, num_stages=1 if exact else 2,
-    )  # fmt: skip
-    top = tops.amax(2, keepdim=True)
-    weights = torch.exp(tops - torch.where(top == -torch.inf, 0.0, top))
-    total = (totals * weights).sum(2)
-    KV = (sums * weights[..., None]).sum(2) / torch.where(total == 0, 1.0, total)[..., None]
-    return KV, top[:, :, 0] + total.log()

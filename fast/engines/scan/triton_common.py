@@ -82,9 +82,9 @@ def tile_mask(left, width, C: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexp
 @triton.jit
 def load_tile(
     base, stride_t, stride_d, left, width, C: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr,
-    WIDE: tl.constexpr = False,
+    WIDE: tl.constexpr = False, OTHER: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """Tile (C, W) of the first `left` rows and `width` channels, zeros beyond; WIDE if the span of
+    """Tile (C, W) of the first `left` rows and `width` channels, OTHER beyond; WIDE if the span of
     a tile does not fit 32 bits.
     """
     rows, channels = tl.arange(0, C)[:, None], tl.arange(0, W)[None, :]
@@ -92,7 +92,7 @@ def load_tile(
         at = rows.to(tl.int64) * stride_t + channels.to(tl.int64) * stride_d
     else:
         at = rows * stride_t + channels * stride_d
-    return tl.load(base + at, mask=tile_mask(left, width, C, W, RAGGED), other=0.0)
+    return tl.load(base + at, mask=tile_mask(left, width, C, W, RAGGED), other=OTHER)
 
 
 @triton.jit

@@ -122,13 +122,13 @@ def steep_gates_kernel(
     q and k, in place; the weights are those of `steep_pairs_kernel`.
     """
     ragged: tl.constexpr = D % BC != 0
-    first = tl.program_id(0) * span
-    chosen = pick_steep(steep, first, span, many, REACH)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    chosen = pick_steep(steep, span, many, REACH)
     if tl.max(chosen, 0) == 0:
         return
     for n in range(span):
         head, _, batch, start, left = locate_block(
-            first + n, table, segments, length, tokens, heads, C, PACKED
+            program + n * programs, table, segments, length, tokens, heads, C, PACKED
         )
         if (tl.sum(tl.where(tl.arange(0, FLAGS) == n, chosen, 0), 0) == 1) & (left > 0):
             Q_rows = q + offset(batch, q_b, head, q_h, start, q_t, ALIGNED)

@@ -29,6 +29,7 @@ from attnspec.fast.engines.scan.triton_plan import (
     Weighted,
     chain,
     enter,
+    odd_programs,
     power,
     prepare,
     sum_segments,
@@ -268,7 +269,7 @@ def _vector_gates(
     many = weighted.totals.shape[0] * call.heads
     span = call.span(many)
     call.recorder.launch(
-        steep_gates_kernel, -(-many // span),
+        steep_gates_kernel, odd_programs(many, span),
         *inputs, dq_weighted, dk_weighted, weighted.steep, many, span, *where,
         BC=min(call.cfg.mend_tile, power(call.d)), **options, num_warps=call.cfg.mend_warps,
         num_stages=1,

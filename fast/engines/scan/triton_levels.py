@@ -140,11 +140,14 @@ def weigh_rows(Q, g, dtype: tl.constexpr, C: tl.constexpr, REACH: tl.constexpr):
 
 
 @triton.jit
-def pick_steep(steep, first, span, many, REACH: tl.constexpr):
-    """Which of a program's blocks (FLAGS,) from `first` on are steep; all of them if REACH is 0."""
+def pick_steep(steep, span, many, REACH: tl.constexpr):
+    """Which of a program's blocks (FLAGS,) are steep; all of them if REACH is 0. They lie as far
+    apart as there are programs: steep blocks are often neighbours, and none is to have them all.
+    """
     places = tl.arange(0, FLAGS)
-    inside = (places < span) & (places < many - first)
+    blocks = tl.program_id(0) + places * tl.num_programs(0)
+    inside = (places < span) & (blocks < many)
     if REACH > 0:
-        return tl.load(steep + first + places, mask=inside, other=0).to(tl.int32)
+        return tl.load(steep + blocks, mask=inside, other=0).to(tl.int32)
     else:
         return inside.to(tl.int32)

@@ -39,6 +39,13 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def odd_programs(many: int, span: int) -> int:
+    """Programs for `many` blocks, `span` each, that lie as far apart as there are programs: an odd
+    number, so that the steep blocks of one head do not come to one program.
+    """
+    return -(-many // span) | 1
+
+
 @dataclass
 class Weighted:
     """Under a decay per channel: weighted q and k, block totals, products inside the blocks, and
@@ -218,7 +225,7 @@ def weigh_steep(call: Call, q: Tensor, k: Tensor, made: Weighted) -> None:
     many = made.totals.shape[0] * call.heads
     span = call.span(many)
     call.recorder.launch(
-        steep_pairs_kernel, -(-many // span),
+        steep_pairs_kernel, odd_programs(many, span),
         *arguments, many, span, *_place(call, q, k), BC=min(call.cfg.steep_tile, power(call.d)),
         **options, num_warps=call.cfg.steep_warps, num_stages=1,
     )  # fmt: skip
