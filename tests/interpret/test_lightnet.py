@@ -14,7 +14,9 @@ from torch import Tensor
 
 from attnspec.fast.engines.scan import ScanConfig, additive_gates, time_summary, use_config
 from attnspec.fast.engines.scan import triton_additive as kernels
+from attnspec.fast.engines.scan import triton_additive_scan as scan_kernels
 from attnspec.fast.engines.scan.additive import additive_scan_op
+from attnspec.fast.engines.scan.triton_plan import Call
 from attnspec.fast.linear.lightnet import lightnet_causal, lightnet_noncausal
 
 
@@ -108,6 +110,43 @@ def test_causal_from_logits(started: bool) -> None:
     expected = gradients(causal, [x.double() for x in inputs], upstream, "numba")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("started", [False, True])
+def test_blocks_that_nothing_precedes_are_gentle(
+    started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first block, and blocks of a channel without any key, take no second kernel."""
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 40, 16).half() for _ in range(3))
+    k[0, 0, :, 3] = -torch.inf
+    k[0, 1, :16, 4] = -torch.inf
+    state = None
+    if started:
+        state = (torch.randn(1, 2, 16, 16), torch.full((1, 2, 16), -torch.inf))
+    monkeypatch.setattr(scan_kernels, "weigh_steep", lambda *_: None)
+    with use_config(ScanConfig(block=16, segment=16, logits_tile=16)):
+        o, after = lightnet_causal(q, k, v, state, backend="triton")
+    wide = tuple(x.double() for x in state) if state else None
+    expected, wanted = lightnet_causal(*(x.double() for x in (q, k, v)), wide)  # type: ignore[arg-type]
+    for a, b in zip((o, *after), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_steep_blocks_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every steep block is met once, however many a program looks after."""
+    monkeypatch.setattr(Call, "span", lambda call, blocks: 5)
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 4, 64, 16).half() for _ in range(3))
+    k[0, 1] = torch.linspace(0, 400, 64)[:, None].half()
+    k[0, :, 40] = 60
+    with use_config(ScanConfig(block=16, logits_tile=16, steep_tile=16)):
+        o, after = lightnet_causal(q, k, v, backend="triton")
+    expected, wanted = lightnet_causal(*(x.double() for x in (q, k, v)))
+    for a, b in zip((o, *after), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan.replay import Recorder
 from attnspec.fast.engines.scan.triton_common import load_tile, offset
-from attnspec.fast.engines.scan.triton_levels import FLAGS, pick_steep
+from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
 from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
 ROWS = 64
@@ -55,10 +55,11 @@ def totals_kernel(
     start = segment.to(tl.int64) * ROWS
     left = tl.minimum(tokens - start, ROWS)
     k += offset(row // heads, k_b, row % heads, k_h, start, k_t, ALIGNED) + channel * k_d
-    K = load_tile(k, k_t, k_d, left, D - channel, BR, BC, D % BC != 0, True).to(tl.float32)
-    K = tl.where((tl.arange(0, BR) < left)[:, None], K, float("-inf"))
+    K = load_tile(
+        k, k_t, k_d, left, D - channel, BR, BC, D % BC != 0, True, OTHER=float("-inf")
+    ).to(tl.float32)
     top = tl.max(K, 0)
-    total = tl.sum(tl.exp(K - spread(top)[None, :]), 0)
+    total = tl.sum(tl.exp2((K - spread(top)[None, :]) * LOG2E), 0)
     channels = channel + tl.arange(0, BC)
     at = (row * segments + segment) * D + channels
     tl.store(tops + at, top, mask=channels < D)
@@ -139,7 +140,8 @@ def join(top, total, later_top, later_total):
     """Maximum and sum of two runs of rows."""
     above = tl.maximum(top, later_top)
     base = spread(above)
-    return above, total * tl.exp(top - base) + later_total * tl.exp(later_top - base)
+    old, new = tl.exp2((top - base) * LOG2E), tl.exp2((later_top - base) * LOG2E)
+    return above, total * old + later_total * new
 
 
 @triton.jit(do_not_specialize=["segments"])

@@ -83,10 +83,9 @@ def blocks_kernel(
     k += offset(batch, k_b, head, k_h, 0, k_t, ALIGNED) + here * C * k_t
     new = tl.load(k + channels.to(tl.int64) * k_d, mask=inside, other=0.0).to(tl.float32) * LOG2E
     fresh, empty = total == 0.0, later == 0.0
-    start_top = tl.where(fresh, new, top)
-    start = start_top + tl.log2(tl.where(fresh, 1.0, total))
-    middle = tl.where(empty, 0.0, 0.5 * (start + later_top + tl.log2(later)))
-    begun = tl.where(fresh, 1.0, total) * tl.exp2(start_top - middle)
+    top, total = tl.where(fresh, new, top), tl.where(fresh, 1.0, total)
+    middle = tl.where(empty, 0.0, 0.5 * (top + later_top + tl.log2(total * later)))
+    begun = total * tl.exp2(top - middle)
     begun = tl.where(empty, 1.0, begun)
     ended = tl.where(empty, 1.0, later * tl.exp2(later_top - middle))
     decay = tl.log(begun / ended)
