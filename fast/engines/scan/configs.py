@@ -88,7 +88,7 @@ CANDIDATES = (
     ScanConfig(states_items=8192, states_warps=4, states_stages=4),
     ScanConfig(least_segment=1024),
     ScanConfig(gate_segment=4096),
-    ScanConfig(block=128, walk_warps=8),
+    ScanConfig(block=128, walk_warps=8, logits_warps=8, logits_registers=255),
     ScanConfig(pairs_tile=64),
     ScanConfig(logits_tile=32, logits_registers=128),
     ScanConfig(logits_warps=8, logits_registers=128),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, interpreting
 from attnspec.fast.engines.scan.replay import Recorder
 from attnspec.fast.engines.scan.triton_common import load_tile, offset
 from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
@@ -23,8 +23,9 @@ from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
 ROWS = 64
 """Rows of a segment."""
-CHAINED, CHAINS = 256, 8
-"""Most segments and channels that a program of the chain scans at a time."""
+CHAINED, CHAINS, FEWER = 256, 8, 16
+"""Segments and channels that a program of the chain scans at a time; and how many segments in the
+interpreter, which goes through them one by one."""
 
 
 @triton.jit
@@ -283,11 +284,11 @@ class Totals:
             D=d, BC=channels, ROWS=rows, BR=power(rows), ALIGNED=made.aligned, num_warps=4,
         )  # fmt: skip
         z0 = None if z0 is None else z0.to(torch.float32).contiguous()
-        many = min(CHAINED, triton.next_power_of_2(segments))
         recorder.launch(
             chain_gates_kernel, batch * heads * -(-d // CHAINS),
             own_tops, own_sums, made.tops, made.sums, own_tops if z0 is None else z0, made.z,
-            segments, D=d, BC=CHAINS, MANY=many, STARTED=z0 is not None, num_warps=4,
+            segments, D=d, BC=CHAINS, MANY=FEWER if interpreting() else CHAINED,
+            STARTED=z0 is not None, num_warps=4,
         )  # fmt: skip
         return made
 

@@ -141,7 +141,8 @@ def summary_gradient_kernel(
     mean = tl.load(means + row * D + channels, mask=channels < D, other=0.0)
     K = load_tile(k, k_t, k_d, left, D, C, BD, D < BD, WIDE, OTHER=float("-inf")).to(tl.float32)
     P = tl.exp2((K - spread(last)[None, :]) * LOG2E)
-    P_rounded = P.to(v.dtype.element_ty)
+    # As the right operand, which comes from shared memory: see `triton_gates.py` of the left one.
+    P_turned = tl.trans(P.to(v.dtype.element_ty))
     dP = tl.zeros((C, BD), tl.float32) - mean[None, :]
     out = row * tokens + start
     for column in range(0, DV, BV):
@@ -150,7 +151,7 @@ def summary_gradient_kernel(
         V = load_tile(v + wide * v_d, v_t, v_d, left, width, C, BV, DV % BV != 0, WIDE)
         G = load_tile(dKV + row * D * DV + wide, DV, 1, D, width, BD, BV, DV % BV != 0)
         dP = tl.dot(V, tl.trans(G), dP, input_precision="ieee")
-        dV = tl.dot(P_rounded, G, input_precision="ieee")
+        dV = tl.trans(tl.dot(tl.trans(G), P_turned, input_precision="ieee"))
         store_tile(dv + out * DV + wide, DV, dV, left, width, C, BV, DV % BV != 0)
     store_tile(dk + out * D, D, P * dP, left, D, C, BD, D < BD)
 
@@ -189,7 +190,7 @@ def summary_backward(
     summary_gradient_kernel[(batch * heads * blocks,)](
         k, *k.stride(), v, *v.stride(), small, z, means, dk, dv_out, tokens, blocks, heads,
         D=d, DV=dv, BD=power(d), BV=min(columns, power(dv)), C=block, **layout,
-        num_warps=4, num_stages=1,
+        num_warps=4 if d <= 128 else 8, num_stages=1,
     )  # fmt: skip
     return dk, dv_out
 
@@ -216,7 +217,7 @@ def _summed(k: Tensor, v: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
     rows = power(d)
     tile = max(16, min(128, power(dv), items // rows))
     tiles = -(-dv // tile)
-    processors, _ = device_of(k)
+    processors, hopper = device_of(k)
     many = max(1, 2 * processors // (batch * heads * tiles))
     length = -(-max(-(-tokens // many), 256) // block) * block
     segments = -(-tokens // length)
@@ -228,7 +229,8 @@ def _summed(k: Tensor, v: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
     summary_kernel[(batch * heads * segments * tiles,)](
         k, *k.stride(), v, *v.stride(), sums, tops, totals, tokens, length, segments, heads,
         D=d, DV=dv, BD=rows, BV=tile, C=block, WAYS=WAYS, SOFT=soft, MARGIN=MARGIN[k.dtype],
-        **_layout(block, k, v), num_warps=8, num_stages=1 if exact else 3,
+        **_layout(block, k, v), num_warps=8,
+        num_stages=1 if exact else 3 if hopper else 2,
     )  # fmt: skip
     channels = min(16, rows)
     count_launch()
