@@ -23,7 +23,7 @@ from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
 ROWS = 64
 """Rows of a segment."""
-CHAINED, CHAINS, FEWER = 256, 8, 16
+CHAINED, CHAINS, FEWER = 256, 8, 4
 """Segments and channels that a program of the chain scans at a time; and how many segments in the
 interpreter, which goes through them one by one."""
 

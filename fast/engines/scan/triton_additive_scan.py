@@ -199,18 +199,18 @@ def _weigh(call: Call, q: Tensor, k: Tensor, entered: Totals, log_decay: Tensor)
     kbar = call.rows(call.d, call.dtype)
     many, blocks = made.steep.numel(), made.totals.shape[0] // call.batch
     segments = entered.tops.shape[2] - 1
-    known = [call.empty(call.batch, call.heads, segments, call.d) for _ in range(4)]
+    weights = [call.empty(call.batch, call.heads, segments, call.d) for _ in range(4)]
     layout = call.layout(q, k)
     call.recorder.launch(
         blocks_kernel, call.batch * call.heads * -(-blocks // BLOCKS),
-        k, *k.stride(), entered.tops, entered.sums, *known, made.totals, made.steep, segments,
+        k, *k.stride(), entered.tops, entered.sums, *weights, made.totals, made.steep, segments,
         call.heads, blocks,
         D=call.d, BC=power(call.d), C=call.block, REACH=min(REACH[call.dtype], MOST_REACH),
         MANY=BLOCKS, ALIGNED=layout["ALIGNED"], num_warps=4,
     )  # fmt: skip
     call.recorder.launch(
         additive_pairs_kernel, many,
-        q, *q.stride(), k, *k.stride(), *known, made.pairs, made.q, made.k, call.scale,
+        q, *q.stride(), k, *k.stride(), *weights, made.pairs, made.q, made.k, call.scale,
         *call.place(),
         D=call.d, BC=min(call.cfg.logits_tile, power(call.d)), C=call.block,
         LEVELS=call.block.bit_length() - 1, **layout, NATIVE=not interpreting(),
