@@ -21,6 +21,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
+    choose_by_dtype,
     wide,
 )
 from attnspec.fast.engines.scan import (
@@ -174,7 +175,7 @@ def lightnet_noncausal(
     _check_scale(scale)
     for name, x in (("k", k), ("v", v)):
         _check_channels(name, x)
-    backend = choose_backend(backend, q)
+    backend = choose_by_dtype(backend, "q", q)
     KV, _ = time_summary(k, v, backend=backend)
     small = _repeated((scale * KV).to(q.dtype), q.shape[1])
     return read_summary(q, small, backend=backend)

@@ -198,3 +198,9 @@ def test_a_nan_stays_in_its_channel() -> None:
     assert torch.equal(KV[0, 0].isnan().all(1), spoilt)
     assert torch.equal(KV[0, 0].isnan().any(1), spoilt)
     assert torch.equal(z[0, 0].isnan(), spoilt)
+
+
+def test_float64_is_for_the_cpu_alone() -> None:
+    x = torch.zeros(1, 1, 3, 16, dtype=torch.float64)
+    with pytest.raises(TypeError, match="q: got dtype torch.float64"):
+        lightnet_noncausal(x, x, x, backend="triton")

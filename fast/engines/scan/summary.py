@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, product, unobserved, wide_dtype
+from attnspec.fast.backend import (
+    choose_backend,
+    choose_by_dtype,
+    load,
+    product,
+    unobserved,
+    wide_dtype,
+)
 
 
 @cache
@@ -82,7 +89,7 @@ def time_summary(k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[T
     logsumexp (batch, heads, d); float32. Zeros where a channel has no key. One read of k and v.
     """
     run = run_summary if unobserved(k, v) else summary_op
-    return run(k, v, choose_backend(backend, k))
+    return run(k, v, choose_by_dtype(backend, "k", k))
 
 
 def run_read(q: Tensor, small: Tensor, backend: str) -> Tensor:
