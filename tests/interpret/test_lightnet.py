@@ -202,5 +202,5 @@ def test_a_nan_stays_in_its_channel() -> None:
 
 def test_float64_is_for_the_cpu_alone() -> None:
     x = torch.zeros(1, 1, 3, 16, dtype=torch.float64)
-    with pytest.raises(TypeError, match="q: got dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"q: got dtype torch\.float64"):
         lightnet_noncausal(x, x, x, backend="triton")
