@@ -1,15 +1,16 @@
 """Flowformer: flows and aggregation on the scan engine.
 
-The flows are float32 statistics of the tokens, so cheap that memory traffic decides: on Triton they
-are two passes of q and k each, which take the features on the way, and only in training are q and k
-widened first, so that the parts of their gradients are added in float32. What is left is linear
-attention with a read that sees everything (the state behind the last token, for which the scan
-engine walks the sources once) or everything up to itself (its causal output).
+The flows are float32 statistics of the tokens, so cheap that memory traffic decides. On Triton and
+without a gradient the whole chain is a few kernels, which read the tokens and write the output.
+Otherwise flows are two passes of q and k each, which take the features on the way; in training q
+and k are widened first, so that the parts of their gradients are added in float32. What is left is
+linear attention with a read that sees everything (the state behind the last token, for which the
+scan engine walks the sources once) or everything up to itself (its causal output).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +18,18 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     check_attention_inputs,
-    check_device,
+    check_choice,
     check_size,
-    check_tensor,
     choose_backend,
     product,
     wide,
-    wide_dtype,
 )
-from attnspec.fast.engines.scan import scan, step
+from attnspec.fast.engines.scan import DirectFlows, scan, step
 from attnspec.fast.linear.flowformer_flows import (
+    KINDS,
     Clamp,
     allocation,
+    check_clamp,
     check_eps,
     check_mask,
     clip,
@@ -46,6 +47,12 @@ from attnspec.fast.linear.flowformer_flows import (
     wide_features,
 )
 from attnspec.fast.linear.flowformer_pair import Pair
+from attnspec.fast.linear.flowformer_state import (
+    FlowState,
+    check_tokens,
+    checked_state,
+    no_tokens,
+)
 
 __all__ = [
     "allocation",
@@ -74,21 +81,6 @@ CLAIMS = {
 """What the suite is told beyond the defaults; the steps alone are arithmetic in torch."""
 
 
-class FlowState(NamedTuple):
-    """The sums of b, a, b N / O and a N / I (batch, heads, d), of exp(Oh) (batch, heads), of b
-    (c v)^T (batch, heads, d, dv), and the number of tokens N (batch, heads): float32, for query
-    heads. N is exact up to 2^24 tokens. Nothing is updated in place.
-    """
-
-    sb: Tensor
-    sa: Tensor
-    sbO: Tensor  # noqa: N815
-    saI: Tensor  # noqa: N815
-    se: Tensor
-    KV: Tensor
-    N: Tensor
-
-
 def flow_attend(
     q: Tensor,
     k: Tensor,
@@ -106,19 +98,29 @@ def flow_attend(
     q (batch, heads, n, d), k (batch, kv_heads, m, d), v (batch, kv_heads, m, dv); `key_mask` bool
     (batch, m) and `query_mask` bool (batch, n), True = a real token. Differentiable.
     """
+    options = (eps, kind, clamp)
+    direct = DirectFlows("flow_attend", (q, k, v, key_mask, query_mask), backend, *options)
+    if direct.known is not None:
+        return direct.known[0]
     check_attention_inputs(q, k, v, FLOATS)
     check_eps(eps)
+    check_choice("kind", kind, KINDS)
+    bounds = check_clamp(clamp)
     n: Any = q.shape[2]
     m: Any = k.shape[2]
+    if query_mask is not None:
+        check_mask("query_mask", query_mask, (q.shape[0], n), q)
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, (k.shape[0], m), k)
+    if choose_backend(backend, q) == "triton" and direct.serves():
+        return direct.attend(eps, kind, bounds)
     # Padded rows are replaced before the features, whose slope would be that of NaN. Their own
     # flows are numbers nobody reads: they have no weight in a sum.
     sinks = sources = None
     if query_mask is not None:
-        check_mask("query_mask", query_mask, (q.shape[0], n), q)
         q, n = q.masked_fill(~query_mask[:, None, :, None], 0), query_mask.sum(1)
         sinks = query_mask[:, None]
     if key_mask is not None:
-        check_mask("key_mask", key_mask, (k.shape[0], m), k)
         no_source = ~key_mask[:, None, :, None]
         k, v, m = k.masked_fill(no_source, 0), v.masked_fill(no_source, 0), key_mask.sum(1)
         sources = key_mask[:, None]
@@ -155,7 +157,20 @@ def flow_attend_causal(
     q (batch, heads, T, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, dv). Differentiable in
     q, k, v and the state.
     """
-    first = _check_causal(q, k, v, state, eps)
+    parts = state if isinstance(state, tuple) else (state,)
+    options = (eps, kind, clamp)
+    direct = DirectFlows("flow_attend_causal", (q, k, v, *parts), backend, *options)
+    if direct.known is not None:
+        out, *last = direct.known
+        return out, FlowState(*last)
+    check_tokens(q, k, v, eps)
+    check_choice("kind", kind, KINDS)
+    bounds = check_clamp(clamp)
+    given = None if state is None else checked_state(state, q, v)
+    if choose_backend(backend, q) == "triton" and direct.serves():
+        out, *last = direct.attend_in_order(given, eps, kind, bounds)
+        return out, FlowState(*last)
+    first = no_tokens(q, v) if given is None else given
     keys, values = _repeated(q, k, v)
     pair = Pair(q, keys, kind, eps, choose_backend(backend, q))
     N = first.N[..., None] + torch.arange(1, q.shape[2] + 1, device=q.device).to(first.N.dtype)
@@ -189,9 +204,8 @@ def flow_decode_step(
 
     For inference: there is no gradient.
     """
-    if state is None:
-        raise TypeError("state: got NoneType, expected FlowState")
-    first = _check_causal(q, k, v, state, eps)
+    check_tokens(q, k, v, eps)
+    first = checked_state(state, q, v)
     check_size("q", q.shape[2], 1, "one token")
     keys, values = _repeated(q, k.detach(), v.detach())
     a, b, values = wide_features(q.detach(), kind), wide_features(keys, kind), wide(values)
@@ -220,27 +234,3 @@ def _products(q: Tensor) -> torch.dtype:
     """
     kept = q.dtype == torch.float64 or (q.dtype == torch.bfloat16 and q.is_cuda)
     return q.dtype if kept else torch.float32
-
-
-def _check_causal(q: Any, k: Any, v: Any, state: Any, eps: Any) -> FlowState:
-    """The first state, zeros if there is none, once everything fits."""
-    check_attention_inputs(q, k, v, FLOATS)
-    check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
-    check_eps(eps)
-    d, dtype = q.shape[3], wide_dtype(q)
-    shapes = [(d,)] * 4 + [(), (d, v.shape[3]), ()]
-    if state is None:
-        return FlowState(
-            *(torch.zeros(*q.shape[:2], *s, dtype=dtype, device=q.device) for s in shapes)
-        )
-    if not isinstance(state, tuple) or len(state) != len(shapes):
-        raise TypeError(f"state: got {type(state).__name__}, expected FlowState")
-    parts = []
-    for name, x, shape in zip(FlowState._fields, state, shapes, strict=True):
-        check_tensor(f"state.{name}", x, ("batch", "heads", "d", "dv")[: 2 + len(shape)], FLOATS)
-        expected = (*q.shape[:2], *shape)
-        if tuple(x.shape) != expected:
-            raise ValueError(f"state.{name}: got shape {tuple(x.shape)}, expected {expected}")
-        check_device(f"state.{name}", x, "q", q)
-        parts.append(x.to(dtype))
-    return FlowState(*parts)

@@ -169,14 +169,8 @@ def quotient(x: Tensor, flow: Tensor) -> Tensor:
 
 def clip(Oh: Tensor, clamp: Any) -> Tensor:
     """Oh within the pair `clamp`, or as it is for None; the gradient is 0 beyond the pair."""
-    if clamp is None:
-        return Oh
-    pair = isinstance(clamp, tuple) and len(clamp) == 2
-    if not pair or not all(isinstance(x, (int, float)) for x in clamp):
-        raise TypeError(f"clamp: got {clamp!r}, expected a pair of numbers or None")
-    if not clamp[0] <= clamp[1]:
-        raise ValueError(f"clamp: got {clamp!r}, expected a pair that rises")
-    return Oh.clamp(float(clamp[0]), float(clamp[1]))
+    bounds = check_clamp(clamp)
+    return Oh if bounds is None else Oh.clamp(*bounds)
 
 
 def _share(n: Any, m: Any, like: Tensor) -> Tensor:
@@ -221,6 +215,18 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...], like: Tensor) -> No
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
     check_device(name, mask, "the tokens", like)
+
+
+def check_clamp(clamp: Any) -> Clamp:
+    """`clamp` as floats: a pair that rises, or None."""
+    if clamp is None:
+        return None
+    pair = isinstance(clamp, tuple) and len(clamp) == 2
+    if not pair or not all(isinstance(x, (int, float)) for x in clamp):
+        raise TypeError(f"clamp: got {clamp!r}, expected a pair of numbers or None")
+    if not clamp[0] <= clamp[1]:
+        raise ValueError(f"clamp: got {clamp!r}, expected a pair that rises")
+    return float(clamp[0]), float(clamp[1])
 
 
 def check_eps(eps: Any) -> None:

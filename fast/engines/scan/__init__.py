@@ -21,6 +21,7 @@ from attnspec.fast.engines.scan.configs import (
     use_config,
 )
 from attnspec.fast.engines.scan.elementwise import elementwise
+from attnspec.fast.engines.scan.flows import DirectFlows
 from attnspec.fast.engines.scan.running import running_dots
 from attnspec.fast.engines.scan.selective import selective
 from attnspec.fast.engines.scan.summary import read_summary, time_summary
@@ -29,6 +30,7 @@ __all__ = [
     "CANDIDATES",
     "ELEMENTWISE",
     "SELECTIVE",
+    "DirectFlows",
     "LaneConfig",
     "ScanConfig",
     "additive_gates",

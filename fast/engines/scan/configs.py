@@ -73,8 +73,10 @@ class LaneConfig:
 ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
 SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
 RUNNING = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 24), LaneConfig(32, 64, 128, 8))
-"""Candidates, of which the first is in force. A program of `RUNNING` has all channels, and as many
-rows as keep the size of its tile."""
+FLOWS = (LaneConfig(64, 64, 128, 5), LaneConfig(32, 64, 128, 10), LaneConfig(64, 64, 128, 10))
+ORDERED = (LaneConfig(8, 64, 64, 16), LaneConfig(16, 64, 64, 8), LaneConfig(8, 64, 64, 32))
+"""Candidates, of which the first is in force. A program of `RUNNING` and those below it has all
+channels, and as many rows as keep the size of its tile."""
 
 CANDIDATES = (
     ScanConfig(),
@@ -160,6 +162,8 @@ TABLE: Table[Any] = Table(
         ("elementwise",): ELEMENTWISE,
         ("selective",): SELECTIVE,
         ("running",): RUNNING,
+        ("flows",): FLOWS,
+        ("ordered",): ORDERED,
     },
 )
 """Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
@@ -178,8 +182,8 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
 
 
 def lanes(kernel: str) -> LaneConfig:
-    """The configuration in force for a scan without matrix products: elementwise, selective or
-    running.
+    """The configuration in force for a scan without matrix products: elementwise, selective,
+    running, or flows or ordered flows.
     """
     forced = TABLE.forced()
     return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)

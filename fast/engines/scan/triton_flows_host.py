@@ -1,0 +1,278 @@
+"""Launches of Flowformer's flows, recorded for calls of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
+from attnspec.fast.engines.scan.configs import LaneConfig, ScanConfig, config, lanes
+from attnspec.fast.engines.scan.replay import Recorder
+from attnspec.fast.engines.scan.triton_flows import (
+    compete_kernel,
+    merge_kernel,
+    read_kernel,
+    shares_kernel,
+    sums_kernel,
+)
+from attnspec.fast.engines.scan.triton_flows_causal import (
+    conserved_kernel,
+    flows_kernel,
+    ordered_read_kernel,
+    prefix_kernel,
+    source_states_kernel,
+    weights_kernel,
+)
+from attnspec.fast.engines.scan.triton_plan import Call, device_of, power
+
+MOST_SEGMENTS = 256
+"""Every program adds the parts of up to so many segments."""
+MOST_PREFIXES = 1024
+"""A program takes the sums before up to so many segments, one after the other."""
+SHORTEST = 128
+"""A state is kept for no fewer tokens."""
+STEEPEST = 60.0
+"""e^-60 keeps all its digits in float32, so that sums of weights down to it need no maximum."""
+
+
+@dataclass
+class Plan:
+    """One call: its tensors, how they are read, and the tiles of its kernels."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    unit: int
+    half: bool
+    cfg: ScanConfig
+    processors: int
+    recorder: Recorder
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+        """Rows of 16-bit tensors are loaded as vectors if they lie at multiples of 16 numbers, and
+        multiplied in bfloat16 if their widths are such multiples too.
+        """
+        regular = all(
+            x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3])
+            for x in (q, k, v)
+        )
+        whole = q.shape[3] % 16 == 0 and v.shape[3] % 16 == 0
+        half = q.dtype == torch.bfloat16 and regular and whole
+        processors, hopper = device_of(q)
+        cfg = config(2 if half else 4, q.shape[3], hopper)
+        return cls(
+            q, k, v, 16 if regular else 1, half, cfg, processors, Recorder(HANDS_ON_CONSTANTS)
+        )
+
+    def rows(self, chosen: LaneConfig) -> int:
+        """Rows of a tile without products."""
+        return max(2, chosen.rows * chosen.channels // power(self.d))
+
+    def length(self, tokens: int, programs: float, most: int, least: int, step: int) -> int:
+        """Tokens of a segment, a multiple of `step`, if each line has its share of `programs` a
+        multiprocessor, and `most` at most.
+        """
+        many = max(1, min(most, int(programs * self.processors) // self.lines))
+        return -(-max(-(-tokens // many), least) // step) * step
+
+    @property
+    def lines(self) -> int:
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.q.shape[1], self.k.shape[1]
+
+    @property
+    def d(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def dv(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def product(self) -> tuple[torch.dtype, Any]:
+        """The dtype of operands, as torch and as Triton name it."""
+        return (torch.bfloat16, tl.bfloat16) if self.half else (torch.float32, tl.float32)
+
+    def place(self, x: Tensor) -> tuple[Tensor, int, int, int, int]:
+        """A tensor and its strides, as the kernels read it."""
+        batch, head, row, channel = x.stride()
+        return x, batch // self.unit, head // self.unit, row // self.unit, channel
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised buffer."""
+        return self.recorder.buffer(torch.empty(shape, dtype=dtype, device=self.q.device))
+
+    @staticmethod
+    def warps(items: int, least: int) -> int:
+        """Warps of a program that keeps so many numbers of a state: enough registers for each."""
+        return max(least, min(8, items // 1024))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None,
+    eps: float, kind: int, clamp: tuple[float, float] | None, key: Hashable,
+) -> Tensor:  # fmt: skip
+    """out (batch, heads, n, dv) of sinks q and sources k, of both at least one."""
+    plan = Plan.of(q, k, v)
+    chosen, launch = lanes("flows"), plan.recorder.launch
+    width = power(plan.d)
+    rows, block = plan.rows(chosen), plan.cfg.block
+    n, m, step = q.shape[2], k.shape[2], max(rows, block)
+    # Sinks and sources are programs of one launch, each with half of them.
+    length = plan.length(max(n, m), chosen.programs / 2, MOST_SEGMENTS, chosen.least_segment, step)
+    n_segments, m_segments = -(-n // length), -(-m // length)
+    cut = (n, m, length, n_segments, m_segments, plan.lines, *plan.heads)
+    sinks = (q, 0, 0) if query_mask is None else (query_mask, *query_mask.stride())
+    sources = (k, 0, 0) if key_mask is None else (key_mask, *key_mask.stride())
+    tokens = (*plan.place(q), *plan.place(k), *sinks, *sources)
+    shape: dict[str, Any] = {"D": plan.d, "BD": width, "UNIT": plan.unit, "KIND": kind}
+    masked = {"SINKS": query_mask is not None, "SOURCES": key_mask is not None}
+
+    programs = plan.lines * n_segments + q.shape[0] * k.shape[1] * m_segments
+    sums, counts = plan.empty(programs, plan.d), plan.empty(programs)
+    launch(sums_kernel, programs, *tokens, sums, counts, *cut, ROWS=rows, **shape, **masked,
+           COUNTED=True, num_warps=4)  # fmt: skip
+    programs = plan.lines * (n_segments + m_segments)
+    shares, parts = plan.empty(plan.lines, n), plan.empty(programs, plan.d)
+    launch(shares_kernel, programs, *tokens, sums, shares, parts, *cut, eps, ROWS=rows, **shape,
+           **masked, num_warps=4)  # fmt: skip
+
+    tile = Call.tile(plan.cfg.states_items, plan.d, plan.dv)
+    where = plan.lines * m_segments
+    states, masses = plan.empty(where, plan.dv, plan.d), plan.empty(where, 2)
+    low, high = clamp or (0.0, 0.0)
+    launch(
+        compete_kernel, where * -(-plan.dv // tile), *plan.place(k), *plan.place(v), *sources,
+        parts, states, masses, m, length, n_segments, m_segments, *plan.heads, eps, low, high,
+        DV=plan.dv, BV=tile, ROWS=block, **shape, SOURCES=masked["SOURCES"],
+        CLAMPED=clamp is not None, BOUNDED=clamp is not None and high - low <= STEEPEST,
+        PRODUCT=plan.product[1], num_warps=plan.warps(width * tile, 4),
+        num_stages=plan.cfg.walk_stages,
+    )  # fmt: skip
+    items = min(256, power(plan.d * plan.dv))
+    KV = plan.empty(plan.lines, plan.dv, plan.d, dtype=plan.product[0])
+    into, ratios = plan.empty(plan.lines, plan.d), plan.empty(plan.lines)
+    launch(
+        merge_kernel, plan.lines * -(-plan.d * plan.dv // items), states, masses, parts, counts, KV,
+        into, ratios, n_segments, m_segments, plan.lines, *plan.heads, D=plan.d, DV=plan.dv,
+        BD=width, ITEMS=items, num_warps=2,
+    )  # fmt: skip
+
+    tile = Call.tile(plan.cfg.walk_items, plan.d, plan.dv)
+    tiles = -(-plan.dv // tile)
+    length = plan.length(n, chosen.programs / tiles, n, block, block)
+    segments = -(-n // length)
+    out = plan.empty(*q.shape[:3], plan.dv, dtype=q.dtype)
+    launch(
+        read_kernel, plan.lines * segments * tiles, *plan.place(q), *sinks, shares,
+        into, ratios, KV, out, n, length, segments, q.shape[1], eps, DV=plan.dv, BV=tile,
+        ROWS=block, **shape, SINKS=masked["SINKS"],
+        num_warps=plan.warps(width * tile, plan.cfg.walk_warps),
+        num_stages=plan.cfg.walk_stages,
+    )  # fmt: skip
+    plan.recorder.keep(key, (q, k, v, key_mask, query_mask), (out,), nothing)
+    return out
+
+
+def attend_in_order(
+    tensors: Sequence[Any], first: Sequence[Tensor] | None, eps: float, kind: int,
+    clamp: tuple[float, float] | None, key: Hashable,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """out (batch, heads, tokens, dv), and the sums of b, a, b N / O, a N / I and e^Oh, the state
+    and the number of tokens behind the last of at least one, from the `first` of these on, if any.
+    `tensors` are q, k and v, and all others that the call was given.
+    """
+    q, k, v = tensors[:3]
+    plan = Plan.of(q, k, v)
+    chosen, launch = lanes("ordered"), plan.recorder.launch
+    # Where there is no first state, kernels take any tensor and leave it alone.
+    sb, sa, sbO, saI, se, KV, N = [q] * 7 if first is None else [x.contiguous() for x in first]
+    begun = {"STARTED": first is not None}
+    rows, tokens, width = plan.rows(chosen), q.shape[2], power(plan.d)
+    length = plan.length(tokens, chosen.programs, MOST_PREFIXES, chosen.least_segment, rows)
+    segments = -(-tokens // length)
+    cut = (tokens, length, segments, plan.lines, *plan.heads)
+    sides = (*plan.place(q), *plan.place(k))
+    shape: dict[str, Any] = {"D": plan.d, "BD": width, "UNIT": plan.unit, "KIND": kind}
+    walks: dict[str, Any] = {"ROWS": rows, **shape, **begun, "num_warps": 1}
+    items = min(16, width)
+    prefixes: dict[str, Any] = {"ROWS": 32, "ITEMS": items, **begun, "num_warps": 1}
+    pieces = 2 * plan.lines * -(-plan.d // items)
+    last = [plan.empty(*q.shape[:2], plan.d) for _ in range(4)]
+
+    kv_lines = q.shape[0] * k.shape[1]
+    totals = plan.empty(2 * plan.lines, segments, plan.d)
+    before = plan.empty(2 * plan.lines, segments, plan.d)
+    launch(sums_kernel, (plan.lines + kv_lines) * segments, *sides, q, 0, 0, k, 0, 0, totals,
+           totals, tokens, tokens, length, segments, segments, *cut[3:], ROWS=rows, **shape,
+           SINKS=False, SOURCES=False, COUNTED=False, num_warps=1)  # fmt: skip
+    launch(prefix_kernel, pieces, totals, sa, sb, before, last[1], last[0], plan.lines, segments,
+           *plan.heads, WIDTH=plan.d, SHARED=kv_lines < plan.lines, ACROSS=0,
+           **prefixes)  # fmt: skip
+    shares = plan.empty(2, plan.lines, tokens)
+    launch(flows_kernel, plan.lines * segments, *sides, before, N, shares, totals, *cut, eps,
+           **walks)  # fmt: skip
+    launch(prefix_kernel, pieces, totals, saI, sbO, before, last[3], last[2], plan.lines, segments,
+           *plan.heads, WIDTH=plan.d, SHARED=False, ACROSS=0, **prefixes)  # fmt: skip
+    gates, weights = plan.empty(plan.lines, tokens), plan.empty(plan.lines, tokens)
+    masses = plan.empty(plan.lines, segments)
+    low, high = clamp or (0.0, 0.0)
+    launch(conserved_kernel, plan.lines * segments, *sides, before, N, shares, gates, weights,
+           masses, *cut, eps, low, high, CLAMPED=clamp is not None, **walks)  # fmt: skip
+    numbers = [plan.empty(*q.shape[:2]) for _ in range(2)]
+    launch(weights_kernel, plan.lines * segments, masses, se, N, weights, *numbers, *cut[:3],
+           TILE=64, **begun, num_warps=1)  # fmt: skip
+    out, state = _read_in_order(plan, gates, weights, KV, prefixes, shape)
+    made = (out, *last, numbers[0], state, numbers[1])
+    plan.recorder.keep(key, tensors, made, nothing)
+    return made
+
+
+def _read_in_order(
+    plan: Plan, gates: Tensor, weights: Tensor, KV: Tensor, prefixes: dict[str, Any],
+    shape: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and the last state, linear attention with sources of these weights."""
+    q, k, v, cfg, launch = plan.q, plan.k, plan.v, plan.cfg, plan.recorder.launch
+    tokens, width = q.shape[2], power(plan.d)
+    tile = Call.tile(cfg.states_items, plan.d, plan.dv)
+    length = plan.length(tokens, cfg.programs, MOST_SEGMENTS, SHORTEST, cfg.block)
+    segments = -(-tokens // length)
+    where = plan.lines * segments
+    shape = {**shape, "DV": plan.dv, "ROWS": cfg.block, "PRODUCT": plan.product[1]}
+    shape["num_stages"] = cfg.walk_stages
+    states = plan.empty(where, plan.dv, plan.d)
+    entering = plan.empty(where, plan.dv, plan.d)
+    state = plan.empty(*q.shape[:2], plan.d, plan.dv)
+    launch(
+        source_states_kernel, where * -(-plan.dv // tile), *plan.place(k), *plan.place(v), weights,
+        states, tokens, length, segments, *plan.heads, BV=tile, **shape,
+        num_warps=plan.warps(width * tile, 4),
+    )  # fmt: skip
+    items = min(64, power(plan.d * plan.dv))
+    launch(
+        prefix_kernel, plan.lines * -(-plan.d * plan.dv // items), states, KV, KV, entering, state,
+        state, plan.lines, segments, *plan.heads, WIDTH=plan.d * plan.dv, SHARED=False,
+        ACROSS=plan.d, **{**prefixes, "ROWS": 16, "ITEMS": items},
+    )  # fmt: skip
+    tile = Call.tile(cfg.walk_items, plan.d, plan.dv)
+    out = plan.empty(*q.shape[:3], plan.dv, dtype=q.dtype)
+    launch(
+        ordered_read_kernel, where * -(-plan.dv // tile), *plan.place(q), *plan.place(k),
+        *plan.place(v), gates, weights, entering, out, tokens, length, segments, *plan.heads,
+        BV=tile, **shape, num_warps=plan.warps(width * tile, cfg.walk_warps),
+    )  # fmt: skip
+    return out, state
+
+
+def nothing() -> None:
+    """What these kernels need before a launch."""
