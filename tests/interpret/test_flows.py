@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import launch_count
@@ -148,3 +149,27 @@ def test_a_known_kind_of_call_is_still_checked() -> None:
     for clamp in ([-1.0, 1.0], {}):
         with pytest.raises(TypeError, match=r"^clamp: got"):
             flowformer.flow_attend(q, k, v, clamp=clamp, backend="triton")  # type: ignore[arg-type]
+
+
+def test_products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with bfloat16 on a device: operands rounded, sums not."""
+    of = triton_flows_host.Plan.of
+
+    def halved(*given: Tensor) -> Any:
+        plan = of(*given)
+        plan.half, plan.cfg = True, triton_flows_host.config(2, given[0].shape[3], True)
+        return plan
+
+    monkeypatch.setattr(triton_flows_host.Plan, "of", halved)
+    monkeypatch.setattr(triton_flows_host.Plan, "product", (torch.float16, tl.float16))
+    q, k, v = tokens(150, 150, 32, 16, 1, torch.float16)
+    agree(
+        flowformer.flow_attend(q, k, v, backend="triton"),
+        flowformer.flow_attend(*wide((q, k, v))),
+        1e-3,
+    )
+    out, state = flowformer.flow_attend_causal(q, k, v, backend="triton")
+    expected, last = flowformer.flow_attend_causal(*wide((q, k, v)))
+    agree(out, expected, 1e-3)
+    for name, got, want in zip(state._fields, state, last, strict=True):
+        agree(got, want, 1e-3 if name == "KV" else 5e-6)

@@ -52,11 +52,11 @@ class DirectFlows:
         q, k, v = self.tensors[:3]
         if self.key is None or q is None or k is None or v is None:
             return False
-        known = q.dtype in (torch.float32, torch.float16) or (
-            q.dtype == torch.bfloat16 and q.is_cuda
-        )
+        # Triton's interpreter has no bfloat16.
+        whole = q.dtype in (torch.float32, torch.float16)
+        served = whole or (q.dtype == torch.bfloat16 and q.is_cuda)
         widths = 1 <= q.shape[3] <= WIDEST and 1 <= v.shape[3] <= WIDEST
-        return known and widths and min(q.numel(), k.numel()) > 0
+        return served and widths and min(q.numel(), k.numel()) > 0
 
     def attend(self, eps: float, kind: str, clamp: tuple[float, float] | None) -> Tensor:
         """out (batch, heads, n, dv) of q, k, v, key_mask and query_mask."""

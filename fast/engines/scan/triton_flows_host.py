@@ -36,8 +36,8 @@ MOST_PREFIXES = 1024
 """A program takes the sums before up to so many segments, one after the other."""
 SHORTEST = 128
 """A state is kept for no fewer tokens."""
-STEEPEST = 60.0
-"""e^-60 keeps all its digits in float32, so that sums of weights down to it need no maximum."""
+STEEPEST = 20.0
+"""Weights down to e^-20 of one another are far from float32's least numbers and need no maximum."""
 
 
 @dataclass
@@ -111,10 +111,16 @@ class Plan:
         """An uninitialised buffer."""
         return self.recorder.buffer(torch.empty(shape, dtype=dtype, device=self.q.device))
 
-    @staticmethod
-    def warps(items: int, least: int) -> int:
-        """Warps of a program that keeps so many numbers of a state: enough registers for each."""
-        return max(least, min(8, items // 1024))
+    def warps(self, tile: int, least: int) -> int:
+        """Warps of a program that keeps so many rows of a state: enough registers for that and for
+        a tile of features.
+        """
+        return max(least, min(8, power(self.d) * max(tile, self.cfg.block) // 1024))
+
+    def keep(self, key: Hashable, given: Sequence[Any], made: Sequence[Tensor]) -> None:
+        """Let calls of this kind repeat what has been launched."""
+        if self.recorder.follows:
+            self.recorder.keep(key, given, made, nothing)
 
 
 def attend(
@@ -155,7 +161,7 @@ def attend(
         parts, states, masses, m, length, n_segments, m_segments, *plan.heads, eps, low, high,
         DV=plan.dv, BV=tile, ROWS=block, **shape, SOURCES=masked["SOURCES"],
         CLAMPED=clamp is not None, BOUNDED=clamp is not None and high - low <= STEEPEST,
-        PRODUCT=plan.product[1], num_warps=plan.warps(width * tile, 4),
+        PRODUCT=plan.product[1], num_warps=plan.warps(tile, 4),
         num_stages=plan.cfg.walk_stages,
     )  # fmt: skip
     items = min(256, power(plan.d * plan.dv))
@@ -176,10 +182,10 @@ def attend(
         read_kernel, plan.lines * segments * tiles, *plan.place(q), *sinks, shares,
         into, ratios, KV, out, n, length, segments, q.shape[1], eps, DV=plan.dv, BV=tile,
         ROWS=block, **shape, SINKS=masked["SINKS"],
-        num_warps=plan.warps(width * tile, plan.cfg.walk_warps),
+        num_warps=plan.warps(tile, plan.cfg.walk_warps),
         num_stages=plan.cfg.walk_stages,
     )  # fmt: skip
-    plan.recorder.keep(key, (q, k, v, key_mask, query_mask), (out,), nothing)
+    plan.keep(key, (q, k, v, key_mask, query_mask), (out,))
     return out
 
 
@@ -233,7 +239,7 @@ def attend_in_order(
            TILE=64, **begun, num_warps=1)  # fmt: skip
     out, state = _read_in_order(plan, gates, weights, KV, prefixes, shape)
     made = (out, *last, numbers[0], state, numbers[1])
-    plan.recorder.keep(key, tensors, made, nothing)
+    plan.keep(key, tensors, made)
     return made
 
 
@@ -243,7 +249,7 @@ def _read_in_order(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and the last state, linear attention with sources of these weights."""
     q, k, v, cfg, launch = plan.q, plan.k, plan.v, plan.cfg, plan.recorder.launch
-    tokens, width = q.shape[2], power(plan.d)
+    tokens = q.shape[2]
     tile = Call.tile(cfg.states_items, plan.d, plan.dv)
     length = plan.length(tokens, cfg.programs, MOST_SEGMENTS, SHORTEST, cfg.block)
     segments = -(-tokens // length)
@@ -256,7 +262,7 @@ def _read_in_order(
     launch(
         source_states_kernel, where * -(-plan.dv // tile), *plan.place(k), *plan.place(v), weights,
         states, tokens, length, segments, *plan.heads, BV=tile, **shape,
-        num_warps=plan.warps(width * tile, 4),
+        num_warps=plan.warps(tile, 4),
     )  # fmt: skip
     items = min(64, power(plan.d * plan.dv))
     launch(
@@ -269,7 +275,7 @@ def _read_in_order(
     launch(
         ordered_read_kernel, where * -(-plan.dv // tile), *plan.place(q), *plan.place(k),
         *plan.place(v), gates, weights, entering, out, tokens, length, segments, *plan.heads,
-        BV=tile, **shape, num_warps=plan.warps(width * tile, cfg.walk_warps),
+        BV=tile, **shape, num_warps=plan.warps(tile, cfg.walk_warps),
     )  # fmt: skip
     return out, state
 
