@@ -157,8 +157,8 @@ def flow_attend_causal(
     q (batch, heads, T, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, dv). Differentiable in
     q, k, v and the state.
     """
-    parts = state if isinstance(state, tuple) else (state,)
-    options = (eps, kind, clamp)
+    parts = () if state is None else state if isinstance(state, tuple) else (state,)
+    options = (state is None, eps, kind, clamp)
     direct = DirectFlows("flow_attend_causal", (q, k, v, *parts), backend, *options)
     if direct.known is not None:
         out, *last = direct.known

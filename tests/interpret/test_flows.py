@@ -151,6 +151,27 @@ def test_a_known_kind_of_call_is_still_checked() -> None:
             flowformer.flow_attend(q, k, v, clamp=clamp, backend="triton")  # type: ignore[arg-type]
 
 
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One custom op, with the bits of the direct call."""
+    monkeypatch.setattr(flowformer, "choose_backend", lambda backend, x: "triton")
+    q, k, v = tokens(20, 20, 4, 6)
+    mask = torch.rand(2, 20) > 0.3
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    compiled = torch.compile(flowformer.flow_attend, **options)
+    got, expected = (
+        f(q, k, v, key_mask=mask, backend="triton") for f in (compiled, flowformer.flow_attend)
+    )
+    assert torch.equal(got, expected)
+    ordered, state = flowformer.flow_attend_causal, None
+    compiled = torch.compile(ordered, **options)
+    for _ in range(2):
+        (got, last), (expected, state) = (
+            f(q, k, v, state, backend="triton") for f in (compiled, ordered)
+        )
+        for x, y in zip((got, *last), (expected, *state), strict=True):
+            assert torch.equal(x, y)
+
+
 def test_products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with bfloat16 on a device: operands rounded, sums not."""
     of = triton_flows_host.Plan.of

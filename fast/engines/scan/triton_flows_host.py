@@ -190,19 +190,19 @@ def attend(
 
 
 def attend_in_order(
-    tensors: Sequence[Any], first: Sequence[Tensor] | None, eps: float, kind: int,
-    clamp: tuple[float, float] | None, key: Hashable,
+    tensors: Sequence[Tensor], eps: float, kind: int, clamp: tuple[float, float] | None,
+    key: Hashable,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """out (batch, heads, tokens, dv), and the sums of b, a, b N / O, a N / I and e^Oh, the state
-    and the number of tokens behind the last of at least one, from the `first` of these on, if any.
-    `tensors` are q, k and v, and all others that the call was given.
+    and the number of tokens behind the last of at least one. `tensors` are q, k, v and, if any
+    tokens precede them, the first of these in float32.
     """
-    q, k, v = tensors[:3]
+    q, k, v, *first = tensors
     plan = Plan.of(q, k, v)
     chosen, launch = lanes("ordered"), plan.recorder.launch
     # Where there is no first state, kernels take any tensor and leave it alone.
-    sb, sa, sbO, saI, se, KV, N = [q] * 7 if first is None else [x.contiguous() for x in first]
-    begun = {"STARTED": first is not None}
+    sb, sa, sbO, saI, se, KV, N = [x.contiguous() for x in first] or [q] * 7
+    begun = {"STARTED": bool(first)}
     rows, tokens, width = plan.rows(chosen), q.shape[2], power(plan.d)
     length = plan.length(tokens, chosen.programs, MOST_PREFIXES, chosen.least_segment, rows)
     segments = -(-tokens // length)
