@@ -126,6 +126,25 @@ def test_the_readme_lists_every_chapter() -> None:
         assert f"[{mechanism.title}](reference/{mechanism.family}/{slug}.py)" in text
 
 
+def test_the_readme_has_the_speeds_of_the_records() -> None:
+    """Each row is a benchmark of an H100, beside its fastest rival, to three digits."""
+    rows = re.findall(r"^\| `(\S+)` \| (.+) \| (\S+) \| (.+) \| (\S+) \|$",
+                      (ROOT / "README.md").read_text(), re.MULTILINE)  # fmt: skip
+    assert rows
+    for operation, benchmark, ours, rival, theirs in rows:
+        slug = operation.partition(".")[0]
+        record = json.loads((ROOT / "docs" / "benchmarks" / f"{slug}.h100.json").read_text())
+        (result,) = (
+            r
+            for r in record["results"]
+            if (r["operation"], r["benchmark"]) == (operation, benchmark)
+        )
+        times = {x["name"]: x["timing"]["median"] for x in result["rivals"] if "timing" in x}
+        assert min(times, key=times.__getitem__) == rival
+        assert float(ours) == float(f"{result['timing']['median'] * 1e3:.3g}")
+        assert float(theirs) == float(f"{times[rival] * 1e3:.3g}")
+
+
 def test_speeds_are_on_one_page(site: Any) -> None:
     page = site("pages.speed").overview()
     for path in (ROOT / "docs" / "benchmarks").glob("*.json"):
