@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import wide_dtype
-from attnspec.fast.engines.memory import dense
+from attnspec.fast.engines.memory import dense, dense_gradients
 from attnspec.fast.engines.memory.configs import config
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 
@@ -111,7 +111,7 @@ def memory_backward_op(
             )
         else:
             call = _deep(k, q, widths, b, loss_scale, before)
-            dW0, dS0, dk, dv, dq, drates = dense.backward(
+            dW0, dS0, dk, dv, dq, drates = dense_gradients.backward(
                 call, dy, *flat, saved, k, v, q, rates, backend
             )
         return dW0.view(dW.shape), dS0.view(dS.shape), dk, dv, dq, drates.view(3, *theta.shape)
