@@ -239,8 +239,7 @@ def gather_tiles(
             count_h, b, h, own_block, q_tokens, Q_BLOCK, ROWS, ALL_EDGE,
         )  # fmt: skip
         for PASS in tl.static_range(2 if CAREFUL else ALL_EDGE, 3 if CAREFUL else 2):
-            count = lengths[0] + lengths[1] if CAREFUL else lengths[PASS]
-            for i in tl.range(count, num_stages=1 if CAREFUL else None):
+            for i in range(lengths[0] + lengths[1] if CAREFUL else lengths[PASS]):
                 at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
                 row = at + tl.arange(0, ROWS)
                 q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
