@@ -179,6 +179,12 @@ def check_attention_inputs(q: Any, k: Any, v: Any, dtypes: Sequence[torch.dtype]
         )
 
 
+def check_group(name: str, x: torch.Tensor, heads: int) -> None:
+    """The kv heads of x (batch, kv_heads, ...) divide the heads."""
+    if x.shape[1] < 1 or heads % x.shape[1]:
+        raise ValueError(f"{name}: got {x.shape[1]} kv heads, expected a divisor of the heads")
+
+
 PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 

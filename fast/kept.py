@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import untraced
+from attnspec.fast.recent import Recent
 
 MOST = 64
 """Calls whose tensors are kept, in all."""
 LARGEST = 1 << 18
 """The most numbers of a tensor that is kept."""
 
-_kept: dict[Hashable, tuple[Tensor, ...]] = {}
+_kept: Recent[Hashable, tuple[Tensor, ...]] = Recent(MOST)
 
 
 def kept(
@@ -41,7 +42,14 @@ def kept(
         with torch.inference_mode(False):
             found = make(device, *numbers)
         if all(x.numel() <= LARGEST for x in found):
-            if len(_kept) >= MOST:
-                _kept.clear()
             _kept[key] = found
     return found
+
+
+def counting(device: torch.device, count: int) -> Tensor:
+    """0, 1, ... in int64; nobody may write into it."""
+    return kept(_counting, device, count)[0]
+
+
+def _counting(device: torch.device, count: int) -> tuple[Tensor]:
+    return (torch.arange(count, device=device),)

@@ -34,7 +34,7 @@ from attnspec.fast.backend import (
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.select import take_rows
+from attnspec.fast.engines.select import inverse, take_rows
 from attnspec.fast.growing import append
 from attnspec.fast.heads.moh_routing import (
     combine_gates,
@@ -49,7 +49,7 @@ from attnspec.fast.heads.moh_routing import (
     straight_through,
     topk_mask,
 )
-from attnspec.fast.heads.moh_rows import Gathered, front, inverse, list_rows
+from attnspec.fast.heads.moh_rows import Gathered, front, list_rows
 
 __all__ = [
     "combine_gates",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend
-from attnspec.fast.engines.select import packed_rows, take_rows
+from attnspec.fast.engines.select import inverse, packed_rows, take_rows
 
 
 class Rows(NamedTuple):
@@ -81,12 +81,6 @@ def front(flags: Tensor) -> Front:
     places = torch.where(flat, before - 1, before[-1] + entries - before)
     ends = before[size - 1 :: size]
     return Front(places, torch.cat([ends.new_zeros(1), ends, entries[-1:] + 1]))
-
-
-def inverse(places: Tensor) -> Tensor:
-    """Which entry of a permutation stands at each place."""
-    entries = torch.arange(places.shape[0], device=places.device)
-    return entries.scatter(0, places, entries)
 
 
 def _real(key_mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from attnspec.fast.backend import (
     check_tensor,
     wide_dtype,
 )
+from attnspec.fast.engines.scan.flows import state_shapes
 from attnspec.fast.linear.flowformer_flows import check_eps
 
 
@@ -40,15 +41,10 @@ def check_tokens(q: Any, k: Any, v: Any, eps: Any) -> None:
     check_eps(eps)
 
 
-def _shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
-    """Those of the parts of a state for tokens like q and v."""
-    heads, d = tuple(q.shape[:2]), q.shape[3]
-    return [(*heads, d)] * 4 + [heads, (*heads, d, v.shape[3]), heads]
-
-
 def no_tokens(q: Tensor, v: Tensor) -> FlowState:
     """The state before the first token."""
-    return FlowState(*(torch.zeros(x, dtype=wide_dtype(q), device=q.device) for x in _shapes(q, v)))
+    dtype, shapes = wide_dtype(q), state_shapes(q, v)
+    return FlowState(*(torch.zeros(x, dtype=dtype, device=q.device) for x in shapes))
 
 
 def checked_state(state: Any, q: Tensor, v: Tensor) -> FlowState:
@@ -56,7 +52,7 @@ def checked_state(state: Any, q: Tensor, v: Tensor) -> FlowState:
     if not isinstance(state, tuple) or len(state) != len(FlowState._fields):
         raise TypeError(f"state: got {type(state).__name__}, expected FlowState")
     parts = []
-    for name, x, expected in zip(FlowState._fields, state, _shapes(q, v), strict=True):
+    for name, x, expected in zip(FlowState._fields, state, state_shapes(q, v), strict=True):
         axes = ("batch", "heads", "d", "dv")[: len(expected)]
         check_tensor(f"state.{name}", x, axes, FLOATS)
         if tuple(x.shape) != expected:

@@ -22,9 +22,8 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.select import last_unflagged
+from attnspec.fast.engines.select import inverse, last_unflagged
 from attnspec.fast.growing import checkable
-from attnspec.fast.kept import kept
 
 VISIBILITIES = ("causal", "all")
 TOKENS = 2
@@ -92,25 +91,15 @@ def composite_attention(
     if pos is not None and image_visible == "all":
         text = is_visual[order].logical_not().to(torch.uint8)
         order = order[torch.argsort(text, stable=True)]
-    ends, row_order = torch.sort(_inverse(order)[rows])
+    ends, row_order = torch.sort(inverse(order)[rows])
     out, lse = flash(
         qt.index_select(TOKENS, row_order), k.index_select(TOKENS, order),
         v.index_select(TOKENS, order), row_end=ends + 1,
         key_mask=None if key_mask is None else key_mask.index_select(1, order), scale=scale,
         backend=backend,
     )  # fmt: skip
-    back = _inverse(row_order)
+    back = inverse(row_order)
     return out.index_select(TOKENS, back), lse.index_select(TOKENS, back)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """Where each entry of a permutation stands."""
-    (places,) = kept(_places, order.device, order.shape[0])
-    return torch.empty_like(order).scatter_(0, order, places)
-
-
-def _places(device: torch.device, count: int) -> tuple[Tensor]:
-    return (torch.arange(count, device=device),)
 
 
 def check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_same, check_size, check_tensor
+from attnspec.fast.backend import FLOATS, check_group, check_same, check_size, check_tensor
 
 
 def check_table(name: str, E: Any, heads: int, width: int, causal: bool) -> None:
@@ -36,8 +36,7 @@ def check_self(q: Any, k: Any, v: Any = None) -> None:
         check_size(name, x.shape[2], q.shape[2], "L tokens, as in q")
         if name == "k":
             check_size(name, x.shape[3], q.shape[3], "d, as in q")
-        if x.shape[1] < 1 or q.shape[1] % x.shape[1]:
-            raise ValueError(f"{name}: got {x.shape[1]} kv heads, expected a divisor of the heads")
+        check_group(name, x, q.shape[1])
 
 
 def check_square(name: str, x: Any) -> None:

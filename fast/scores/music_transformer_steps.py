@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from attnspec.fast.backend import (
     FLOATS,
     check_bool,
+    check_group,
     check_integer,
     check_same,
     check_scale,
@@ -157,8 +158,7 @@ def attend(logits: Tensor, mask: Tensor | None, v: Tensor) -> tuple[Tensor, Tens
     check_same("v", v, "logits", logits)
     check_size("v", v.shape[0], logits.shape[0], "batch, as in logits")
     check_size("v", v.shape[2], logits.shape[3], "L tokens, as in logits")
-    if v.shape[1] < 1 or logits.shape[1] % v.shape[1]:
-        raise ValueError(f"v: got {v.shape[1]} kv heads, expected a divisor of the heads")
+    check_group("v", v, logits.shape[1])
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: got {type(mask).__name__}, expected a bool tensor")

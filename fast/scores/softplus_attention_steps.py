@@ -12,6 +12,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     check_bool,
+    check_group,
     check_integer,
     check_same,
     check_size,
@@ -82,8 +83,7 @@ def lssa_logits(q: Tensor, k: Tensor, n: Tensor, *, normalise_qk: bool = True) -
     check_same("k", k, "q", q)
     check_size("k", k.shape[0], q.shape[0], "batch, as in q")
     check_size("k", k.shape[3], q.shape[3], "d, as in q")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k: got {k.shape[1]} kv heads, expected a divisor of the heads")
+    check_group("k", k, q.shape[1])
     counts = _check_counts(n, (q.shape[0], q.shape[2]))
     check_bool("normalise_qk", normalise_qk)
     a, b = wide(q), wide(k)
@@ -182,8 +182,7 @@ def attend(weights: Tensor, v: Tensor) -> Tensor:
     check_same("v", v, "weights", weights)
     check_size("v", v.shape[0], weights.shape[0], "batch, as in weights")
     check_size("v", v.shape[2], weights.shape[3], "k_tokens, as in weights")
-    if v.shape[1] < 1 or weights.shape[1] % v.shape[1]:
-        raise ValueError(f"v: got {v.shape[1]} kv heads, expected a divisor of the heads")
+    check_group("v", v, weights.shape[1])
     values = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
     unread = (weights == 0).all(-2)[..., None]
     return product(weights, torch.where(unread, 0.0, values))

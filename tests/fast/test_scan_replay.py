@@ -12,6 +12,7 @@ from torch import Tensor
 from attnspec.fast.backend import unobserved
 from attnspec.fast.engines.scan import CANDIDATES, replay, scan, use_config
 from attnspec.fast.engines.scan.replay import Recorder, alias, kind, known
+from attnspec.fast.recent import Recent
 
 
 class Kernel:
@@ -32,7 +33,7 @@ class Kernel:
 
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_replays", {})
+    monkeypatch.setattr(replay, "_replays", Recent())
 
 
 def record(x: Tensor, key: Any, stray: bool = False, compiles: bool = True) -> Tensor:
@@ -99,12 +100,12 @@ def test_one_tensor_in_two_places_is_not_kept() -> None:
 
 
 def test_alias_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_replays", Recent(2))
     x = torch.arange(4.0)
     alias("other", "key")
     record(x, "key")
     alias("other", "key")
     assert known("other") is known("key") is not None
-    monkeypatch.setattr(replay, "MOST_KINDS", 2)
     record(x, "new")
     assert known("key") is None
 

@@ -31,13 +31,12 @@ from attnspec.fast.backend import (
     wide_dtype,
 )
 from attnspec.fast.engines.decode.configs import TABLE
+from attnspec.fast.recent import Recent
 
 MODULES = {"numba": "numba_cpu", "triton": "triton_forward"}
 LARGEST_HEAD = 256
-MOST_KINDS = 1024
-"""Kinds of calls whose launches are kept."""
 
-_launches: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
+_launches: Recent[Hashable, Callable[..., tuple[Tensor, Tensor]]] = Recent()
 
 
 def _kernels(backend: str) -> ModuleType:
@@ -84,8 +83,6 @@ def _plan(
     kind: Hashable, tensors: tuple[Any, ...], options: tuple[Any, ...]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The launch of this kind of call, from arguments that have been checked."""
-    if len(_launches) >= MOST_KINDS:
-        _launches.clear()
     *rest, backend = options
     launch = _launches[kind] = _kernels(backend).prepare(*tensors, *rest)
     return launch

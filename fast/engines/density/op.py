@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, untraced, wants_gradient, wide_dtype
+from attnspec.fast.backend import load, unobserved, untraced, wants_gradient, wide_dtype
 
 
 class Options(NamedTuple):
@@ -43,14 +43,16 @@ def _kernels(backend: str) -> ModuleType:
     return load(f"attnspec.fast.engines.density.{module}")
 
 
-@torch.library.custom_op("attnspec::density", mutates_args=())
-def _density(
+def _run(
     x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, eps: float, clamp: bool, exact: bool,
     residual: bool, product: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options(eps, clamp, exact, residual, product)
     out, w, saved = _kernels(backend).forward(x, mask, delta, c, options)
     return out, w, saved
+
+
+_density = torch.library.custom_op("attnspec::density", _run, mutates_args=())
 
 
 def saved_shape(x: Tensor, delta: Tensor) -> tuple[int, int]:
@@ -64,8 +66,7 @@ def _(x: Tensor, mask: Tensor | None, delta: Tensor, *rest: Any) -> tuple[Tensor
     return x.new_empty(x.shape), x.new_empty(x.shape), saved
 
 
-@torch.library.custom_op("attnspec::density_backward", mutates_args=())
-def _density_backward(
+def _run_backward(
     dout: Tensor, dw: Tensor | None, x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor,
     saved: Tensor, eps: float, clamp: bool, exact: bool, residual: bool, product: bool,
     backend: str,
@@ -73,6 +74,11 @@ def _density_backward(
     options = Options(eps, clamp, exact, residual, product)
     dx, ddelta, dc = _kernels(backend).backward(dout, dw, x, mask, delta, c, saved, options)
     return dx, ddelta, dc
+
+
+_density_backward = torch.library.custom_op(
+    "attnspec::density_backward", _run_backward, mutates_args=()
+)
 
 
 @_density_backward.register_fake
@@ -98,12 +104,8 @@ def _gradient(
         return None, None, None, None, *none
     dout = torch.zeros_like(x) if dout is None else dout
     tensors = dout, dw, x, mask, delta, c, saved
-    if untraced(*tensors) and not wants_gradient(*tensors):
-        *options, backend = ctx.options
-        gradients = _kernels(backend).backward(*tensors, Options(*options))
-    else:
-        gradients = _density_backward(*tensors, *ctx.options)
-    dx, ddelta, dc = gradients
+    run = _run_backward if unobserved(*tensors) else _density_backward
+    dx, ddelta, dc = run(*tensors, *ctx.options)
     return dx, None, ddelta, dc, *none
 
 
@@ -130,14 +132,6 @@ class _Density(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, *upstream)
-
-
-def _run(
-    x: Tensor, mask: Tensor | None, delta: Tensor, c: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels themselves, past the custom op."""
-    out, w, saved = _kernels(options[-1]).forward(x, mask, delta, c, Options(*options[:-1]))
-    return out, w, saved
 
 
 def density(

@@ -32,9 +32,8 @@ from attnspec.fast.engines.density.triton_gradients import (
     push_kernel,
 )
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.recent import Recent
 
-MOST_KINDS = 1024
-"""Kinds of calls whose launches are kept."""
 MOST_PARTS = 64
 """Parts of a chunk: a program reads a number of every one."""
 MOST_WARPS = 16
@@ -44,7 +43,7 @@ FEWER_REGISTERS = {walk_kernel: 64, backward_kernel: 96}
 """With so many, one more block of the kernels that walk along 16-bit arrays fits into a
 multiprocessor, and next to nothing is spilled."""
 
-_kinds: dict[Hashable, Any] = {}
+_kinds: Recent[Hashable, Any] = Recent()
 
 
 class Layout:
@@ -253,7 +252,5 @@ def _prepared(prepare: Any, tensors: tuple[Tensor | None, ...], options: Options
     )  # fmt: skip
     found = _kinds.get(kind)
     if found is None:
-        if len(_kinds) >= MOST_KINDS:
-            _kinds.clear()
         found = _kinds[kind] = prepare(*tensors, options)
     return found

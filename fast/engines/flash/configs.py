@@ -15,6 +15,8 @@ WALKS = ("long", "medium", "short")
 """How far a program walks: how many tiles it visits decides what its start and its end cost."""
 MEDIUM = range(2049, 8193)
 """Texts so long are walked at medium length."""
+WIDE = 128
+"""Blocks of so many tokens fill the tiles of a medium walk."""
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 

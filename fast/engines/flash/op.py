@@ -126,7 +126,7 @@ def flash(
     plan = plan_of(resolved, backend)
     # What had to be changed first goes through the checks every time.
     if kind is not None and q is given[0] and all(map(operator.is_, given[4:], resolved[4:])):
-        plans.keep(kind, plan)
+        plans.plans[kind] = plan
     return _run(plan, resolved)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import load, wide_dtype
 from attnspec.fast.engines.flash.configs import TABLE
+from attnspec.fast.recent import Recent
 
 DEVICE_MODULES = {
     ("numba", "prepare_forward"): "numba_cpu",
@@ -20,8 +21,6 @@ DEVICE_MODULES = {
     ("triton", "prepare_forward"): "triton_forward",
     ("triton", "prepare_backward"): "triton_backward",
 }
-MOST_KINDS = 1024
-"""Kinds of calls whose plans are kept."""
 SINK_LOGIT = 18
 """The place of the sink logits among the arguments of the custom op."""
 
@@ -39,7 +38,7 @@ class Plan:
         )
 
 
-plans: dict[Hashable, Plan] = {}
+plans: Recent[Hashable, Plan] = Recent()
 
 
 def kind_of(arguments: tuple[Any, ...], backend: str | None) -> Hashable:
@@ -74,16 +73,8 @@ def plan_of(arguments: tuple[Any, ...], backend: str) -> Plan:
     kind = kind_of(arguments, backend)
     plan = plans.get(kind)
     if plan is None:
-        plan = Plan(arguments, backend)
-        keep(kind, plan)
+        plan = plans[kind] = Plan(arguments, backend)
     return plan
-
-
-def keep(kind: Hashable, plan: Plan) -> None:
-    """Find `plan` under `kind` from now on, until there are too many."""
-    if len(plans) >= MOST_KINDS:
-        plans.clear()
-    plans[kind] = plan
 
 
 def _kernel(backend: str, part: str) -> Any:

@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnspec.fast.engines.flash.configs import MEDIUM
-
-WIDE = 128
-"""Blocks of so many tokens fill the tiles of a medium walk."""
+from attnspec.fast.engines.flash.configs import MEDIUM, WIDE
 
 
 class Rules(NamedTuple):

@@ -21,6 +21,7 @@ from attnspec.fast.engines.flash.triton_gradients import (
     flash_rows_kernel,
 )
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.recent import Recent
 
 MANY_KEYS = 1 << 15
 """So many keys, over all kv heads, give every multiprocessor two tiles of them."""
@@ -33,7 +34,7 @@ class Backward:
     """The backward pass of calls of one kind, for each layout of the upstream gradient."""
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, Launches] = {}
+        self.known: Recent[Hashable, Launches] = Recent(MOST_UPSTREAMS)
 
     def __call__(
         self,
@@ -59,8 +60,6 @@ class Backward:
         layout = dout.stride(), ready, dlse is None
         launches = self.known.get(layout)
         if launches is None:
-            if len(self.known) >= MOST_UPSTREAMS:
-                self.known.clear()
             launches = self.known[layout] = Launches(dout, dlse, q, k, v, out, lse, rules)
         lse2, delta = launches.row_sums(dout, dlse, out, lse)
         if launches.copies:

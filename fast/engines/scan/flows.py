@@ -29,6 +29,12 @@ def _kernels() -> ModuleType:
     return load("attnspec.fast.engines.scan.triton_flows_host")
 
 
+def state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+    """Those of the parts of a state behind tokens like q and v."""
+    heads, d = tuple(q.shape[:2]), q.shape[3]
+    return [(*heads, d)] * 4 + [heads, (*heads, d, v.shape[3]), heads]
+
+
 def run_flows(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None,
     eps: float, kind: int, low: float, high: float, clamped: bool,
@@ -77,9 +83,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor], eps: float, kind: int, low: float,
     high: float, clamped: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    heads, d = q.shape[:2], q.shape[3]
-    shapes = [(*heads, d)] * 4 + [heads, (*heads, d, v.shape[3]), heads]
-    state = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    state = (q.new_empty(shape, dtype=torch.float32) for shape in state_shapes(q, v))
     return q.new_empty(*q.shape[:3], v.shape[3]), *state  # type: ignore[return-value]
 
 

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan.configs import TABLE
+from attnspec.fast.recent import Recent
 
-MOST_KINDS = 1024
-"""Kinds of calls that are kept."""
-
-_replays: dict[Hashable, Replay] = {}
+_replays: Recent[Hashable, Replay] = Recent()
 
 
 def kind(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable:
@@ -120,7 +118,5 @@ class Recorder:
             places = [(n, slots[x]) for n, x in given_at]
             constants = [None if isinstance(x, Tensor) else x for x in arguments]
             launches.append((compiled, (programs, 1, 1), constants, places))
-        if len(_replays) >= MOST_KINDS:
-            _replays.clear()
         buffers = [(tuple(x.shape), x.dtype) for x in self.buffers]
         _replays[key] = Replay(buffers, launches, tuple(slots[id(x)] for x in outputs), prepare)

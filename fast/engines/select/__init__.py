@@ -9,10 +9,11 @@ from attnspec.fast.engines.select.op import (
     top_k_mask,
 )
 from attnspec.fast.engines.select.packed import packed_rows
-from attnspec.fast.engines.select.rows import last_unflagged, take_rows
+from attnspec.fast.engines.select.rows import inverse, last_unflagged, take_rows
 
 __all__ = [
     "block_scores",
+    "inverse",
     "last_unflagged",
     "mask_lists",
     "packed_rows",

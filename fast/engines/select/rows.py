@@ -1,4 +1,4 @@
-"""Rows by their numbers: in another order, and where the last of a kind are."""
+"""Rows by their numbers: in another order and back, and where the last of a kind are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, unobserved
-from attnspec.fast.kept import kept
+from attnspec.fast.kept import counting
 
 
 def take_rows(x: Tensor, order: Tensor, *, backend: str | None = None) -> Tensor:
@@ -26,9 +26,10 @@ def last_unflagged(flags: Tensor, count: int, *, backend: str | None = None) -> 
     """
     if choose_backend(backend, flags) == "triton" and unobserved(flags):
         return load("attnspec.fast.engines.select.triton_rows").last_unflagged(flags, count)
-    (places,) = kept(_places, flags.device, flags.shape[0])
-    return torch.where(flags, -1, places).sort().values[flags.shape[0] - count :]
+    places = torch.where(flags, -1, counting(flags.device, flags.shape[0]))
+    return places.sort().values[flags.shape[0] - count :].to(torch.int32)
 
 
-def _places(device: torch.device, count: int) -> tuple[Tensor]:
-    return (torch.arange(count, dtype=torch.int32, device=device),)
+def inverse(order: Tensor) -> Tensor:
+    """Where each entry of a permutation (n,) of int64 stands."""
+    return torch.empty_like(order).scatter_(0, order, counting(order.device, order.shape[0]))
