@@ -54,6 +54,9 @@ Paper and code
 - Of the paper we could read the abstract and summaries; the model code is not public. Head maps and
   scale follow the authors' kernels. The test beside them masks with -10000, we with -inf: that is
   the same unless logits are as large.
+- How the released models wire their wider query, and whether selected weights are renormalised, is
+  not said in what we could read. S2 is the most general form that attention can tell apart; S7
+  keeps the full normaliser by default, which tends to the exact output as c grows.
 - Their example has Hq, Hk, Hv = 32, 4, 16; they are built for (d, dv) of (32, 64), (64, 128),
   (96, 192), (128, 256) and (192, 128). Recalled, not verified: the same counts, but d = dv, in the
   released models.
