@@ -158,3 +158,22 @@ def summary(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.from_numpy(top) + torch.from_numpy(total).log()
     made = torch.from_numpy(np.ascontiguousarray(KV[..., : v.shape[3]]))
     return made.view(batch, heads, d, -1), z.view(batch, heads, d)
+
+
+def summary_backward(
+    dKV: Tensor, KV: Tensor, z: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, in torch: products of the whole sequence with small matrices."""
+    z = torch.where(z == -torch.inf, 0.0, z)[:, :, None]
+    P = torch.exp(k.to(z.dtype) - z)
+    small = dKV.to(v.dtype)
+    dv = P.to(v.dtype) @ small
+    dP = v.to(z.dtype) @ small.mT.to(z.dtype)
+    # Both terms see the same rounded dKV, so that they cancel where one key has all the weight.
+    dk = P * (dP - (KV * small.to(z.dtype)).sum(-1)[:, :, None])
+    return dk.to(k.dtype).contiguous(), dv.contiguous()
+
+
+def product_over_time(x: Tensor, y: Tensor) -> Tensor:
+    """The sums (batch, heads, d, dv) of x y^T over all rows."""
+    return x.mT @ y

@@ -50,18 +50,9 @@ def summary_backward_op(
     dKV: Tensor, KV: Tensor, z: Tensor, k: Tensor, v: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dk and dv: products of the whole sequence with small matrices."""
-    if backend == "triton":
-        with torch.cuda.device_of(k):
-            made: tuple[Tensor, Tensor] = _kernels(backend).summary_backward(dKV, KV, z, k, v)
-            return made
-    z = torch.where(z == -torch.inf, 0.0, z)[:, :, None]
-    P = torch.exp(k.to(z.dtype) - z)
-    small = dKV.to(v.dtype)
-    dv = P.to(v.dtype) @ small
-    dP = v.to(z.dtype) @ small.mT.to(z.dtype)
-    # Both terms see the same rounded dKV, so that they cancel where one key has all the weight.
-    dk = P * (dP - (KV * small.to(z.dtype)).sum(-1)[:, :, None])
-    return dk.to(k.dtype).contiguous(), dv.contiguous()
+    with torch.cuda.device_of(k):
+        made: tuple[Tensor, Tensor] = _kernels(backend).summary_backward(dKV, KV, z, k, v)
+    return made
 
 
 @summary_backward_op.register_fake
@@ -109,12 +100,9 @@ def read_backward_op(do: Tensor, q: Tensor, small: Tensor, backend: str) -> tupl
     """dq, and the gradient of the small matrices: a sum over all tokens, which a product of
     libraries would give to few processors.
     """
-    if backend == "numba":
-        dsmall = q.mT @ do
-    else:
-        with torch.cuda.device_of(q):
-            dsmall = _kernels(backend).product_over_time(q, do).to(small.dtype)
-    return product(do, small.mT), dsmall
+    with torch.cuda.device_of(q):
+        dsmall = _kernels(backend).product_over_time(q, do)
+    return product(do, small.mT), dsmall.to(small.dtype)
 
 
 @read_backward_op.register_fake
