@@ -90,17 +90,23 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 128, 4, 1),
         FlashConfig(128, 64, 8, 2),
     ),
+    ("dq", "short", 128): (
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(128, 64, 8, 3),
+    ),
     ("dq", "long", 256): (
+        FlashConfig(128, 32, 8, 2),
         FlashConfig(64, 32, 4, 2),
         FlashConfig(64, 64, 8, 2),
         FlashConfig(64, 64, 4, 1),
     ),
     ("dkdv", "long", 64): (
+        FlashConfig(64, 64, 4, 3),
         FlashConfig(64, 128, 8, 3),
         FlashConfig(128, 128, 8, 2),
         FlashConfig(64, 128, 8, 3, early=True),
         FlashConfig(64, 128, 4, 2),
-        FlashConfig(64, 64, 4, 3),
+        FlashConfig(128, 64, 4, 2),
     ),
     ("dkdv", "long", 128): (
         FlashConfig(64, 64, 4, 2),
@@ -112,8 +118,8 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(32, 64, 4, 3),
     ),
     ("dkdv", "long", 256): (
-        FlashConfig(32, 64, 8, 2),
         FlashConfig(64, 64, 8, 2),
+        FlashConfig(32, 64, 8, 2),
         FlashConfig(32, 64, 8, 3),
     ),
 }

@@ -88,14 +88,15 @@ def row_arguments(
     return -(-rows // block), {
         "dout": dout, "out": out, "lse": lse, "dlse": dlse, "lse2": lse2, "delta": delta,
         **strides, "rows": rows, "q_tokens": q_tokens, "HEADS": heads, "DV": dv,
-        "WIDTH_V": host.padded(dv), "ROWS": block,
+        "sums_stride": lse2.stride(1), "WIDTH_V": host.padded(dv), "ROWS": block,
     }  # fmt: skip
 
 
-def row_sums(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+def row_sums(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the other kernels need of each row, as `flash_rows_kernel` defines it."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    programs, arguments = row_arguments(dout, out.contiguous(), lse, dlse.contiguous(), lse2, delta)
+    dlse = None if dlse is None else dlse.contiguous()
+    programs, arguments = row_arguments(dout, out.contiguous(), lse, dlse, lse2, delta)
     host.launch(flash_rows_kernel, programs, SMALL, arguments)
     return lse2, delta
 
@@ -136,7 +137,8 @@ class Launches:
         share = 1 if few or rules.kept_sinks is not None else group
         self.owners = heads // share
         self.group = 1 if share == group else group
-        programs, arguments = row_arguments(dout, out, lse, dlse, lse, lse)
+        sums = host.empty_numbers(lse.shape, lse.device)
+        programs, arguments = row_arguments(dout, out, lse, dlse, sums, sums)
         self.rows = host.prepare(flash_rows_kernel, programs, SMALL, arguments, q.device)
 
         self.key_bounds = None if rules.key_mask is None else host.KeyBounds(rules.key_mask)
@@ -149,6 +151,9 @@ class Launches:
         self.row_table = host.Tiles("dq", chosen, q, k, rules)
         arguments |= {
             **host.list_arguments(host.readable_lists(*rules[8:11])),
+            "lse2": sums,
+            "delta": sums,
+            "sums_stride": sums.stride(1),
             "dq": q,
             "key_bounds": rules.key_mask,
             "ALL_EDGE": host.all_key_edges(rules, chosen),
@@ -162,6 +167,8 @@ class Launches:
         self.key_table = host.Tiles("dkdv", chosen, q, k, rules)
         arguments |= {
             **host.list_arguments(self.transposed_lists(k, rules)),
+            **host.number_operands(("lse2", "delta"), sums, chosen.rows, arguments["ACCESS"]),
+            "sums_stride": sums.stride(1),
             "dk": k,
             "dv": v,
             "started": rules.row_start,
@@ -178,7 +185,7 @@ class Launches:
         self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What the other kernels need of each row, as `flash_rows_kernel` defines it."""
-        lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+        lse2, delta = host.empty_numbers((2, *lse.shape), lse.device)
         dlse = None if dlse is None else dlse.contiguous()
         self.rows(dout=dout, out=out, lse=lse, dlse=dlse, lse2=lse2, delta=delta)
         return lse2, delta
@@ -269,7 +276,5 @@ def operands(
         **host.rule_arguments(rules, by_keys=kind == "dkdv"),
         **host.grid_arguments(kind, chosen, q, k, v, rules, heads),
         **host.shape_arguments(q, k, v, chosen),
-        "lse2": q,
-        "delta": q,
         "ACCESS": how,
     }

@@ -12,6 +12,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
     extent,
     key_tile,
+    load_numbers,
     load_rows,
     owned_tile,
     plan_columns,
@@ -35,13 +36,16 @@ from attnspec.fast.engines.flash.triton_visible import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "q_tokens", "dout_stride_b", "dout_stride_h"])
+@triton.jit(do_not_specialize=["rows", "q_tokens", "sums_stride", "dout_stride_b", "dout_stride_h"])
 def flash_rows_kernel(
     dout, out, lse, dlse, lse2, delta,
-    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d, rows, q_tokens,
+    dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d, rows, q_tokens, sums_stride,
     HEADS: tl.constexpr, DV: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Per row: lse in base 2, and dout . out - dlse. An empty row gets lse +inf, so weights 0."""
+    """Per row: lse in base 2, and dout . out - dlse. An empty row gets lse +inf, so weights 0.
+
+    `sums_stride` separates the heads of both.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH_V)
     inside = (row < rows)[:, None] & (channel < DV)[None, :]
@@ -55,8 +59,9 @@ def flash_rows_kernel(
     if dlse is not None:
         inner -= tl.load(dlse + row, mask=row < rows, other=0.0)
     empty = log_total == -float("inf")
-    tl.store(delta + row, tl.where(empty, 0.0, inner), mask=row < rows)
-    tl.store(lse2 + row, tl.where(empty, float("inf"), log_total * LOG2E), mask=row < rows)
+    at_sums = head * sums_stride + row % q_tokens
+    tl.store(delta + at_sums, tl.where(empty, 0.0, inner), mask=row < rows)
+    tl.store(lse2 + at_sums, tl.where(empty, float("inf"), log_total * LOG2E), mask=row < rows)
 
 
 @triton.jit
@@ -120,7 +125,7 @@ def flash_dq_kernel(
     block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     table, q_offsets, k_offsets, row_start, row_end, slopes, slope_positions,
-    q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
+    q_tokens, k_tokens, sums_stride, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -158,9 +163,11 @@ def flash_dq_kernel(
     position = positions(row, q_begin, stop, shift, slope_positions)
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
-    at_row = (b * HEADS + h).to(tl.int64) * all_rows + q_begin + row
-    row_lse2 = tl.load(lse2 + at_row, mask=row < stop, other=float("inf"))
-    row_delta = tl.load(delta + at_row, mask=row < stop, other=0.0)
+    head = (b * HEADS + h).to(tl.int64)
+    at_row = head * all_rows + q_begin + row
+    at_sums = head * sums_stride + q_begin + row
+    row_lse2 = tl.load(lse2 + at_sums, mask=row < stop, other=float("inf"))
+    row_delta = tl.load(delta + at_sums, mask=row < stop, other=0.0)
     who = (row, low, high, position, b, h, stop, sinks, slopes, masks)
     dq_tile = tl.zeros([ROWS, WIDTH], tl.float32)
     tainted = row >= stop
@@ -187,8 +194,8 @@ def gather_tiles(
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr, CAREFUL: tl.constexpr,
+    CAUSAL: tl.constexpr, ACCESS: tl.constexpr, DESCRIBED: tl.constexpr, ALL_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of the tile of keys that a program owns, of SHARE query heads, and where
     they belong: the batch entry, the keys, their end and their rows in dk and dv.
@@ -198,13 +205,14 @@ def gather_tiles(
     """
     CUT: tl.constexpr = Q_BLOCK % ROWS > 0
     tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens = grid
-    q, k, v, dout, lse2, delta, q_strides, k_strides, v_strides, dout_strides = operands
+    q, k, v, dout, sums, q_strides, k_strides, v_strides, dout_strides = operands
+    lse2, delta, sums_stride = sums
     window, started, ended, sinks, slopes, slope_positions = rules
     block_index, block_count, block_full, stride_b, stride_h, stride_k, count_b, count_h = lists
     tile, sequence = owned_tile(program, tiles, sequences, section, lead)
     b, owner = sequence // (HEADS // SHARE), sequence % (HEADS // SHARE)
     h_kv = owner * SHARE // GROUP
-    all_rows, all_keys = q_tokens, k_tokens
+    all_keys = k_tokens
     k_begin, k_tokens, q_begin, q_tokens, first, stop, own_block = extent(
         tile, table, k_offsets, q_offsets, k_tokens, q_tokens, K_BLOCK, KEYS
     )
@@ -229,7 +237,8 @@ def gather_tiles(
     tainted = key >= stop
     for member in range(SHARE):
         h = owner * SHARE + member
-        at_head = (b * HEADS + h).to(tl.int64) * all_rows + q_begin
+        lse2_source = (lse2, b * HEADS + h, q_begin, sums_stride)
+        delta_source = (delta, b * HEADS + h, q_begin, sums_stride)
         q_source = (q, b, h, q_begin, q_end, q_stride_b, q_stride_h, q_stride_t, q_stride_d)
         dout_source = (
             dout, b, h, q_begin, q_end, dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d
@@ -239,12 +248,17 @@ def gather_tiles(
             count_h, b, h, own_block, q_tokens, Q_BLOCK, ROWS, ALL_EDGE,
         )  # fmt: skip
         for PASS in tl.static_range(2 if CAREFUL else ALL_EDGE, 3 if CAREFUL else 2):
-            for i in range(lengths[0] + lengths[1] if CAREFUL else lengths[PASS]):
+            count = lengths[0] + lengths[1] if CAREFUL else lengths[PASS]
+            for i in tl.range(count, num_stages=1 if CAREFUL else None):
                 at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
                 row = at + tl.arange(0, ROWS)
                 q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
                 dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
-                row_lse2 = tl.load(lse2 + at_head + row, mask=row < row_stop, other=float("inf"))
+                # A full tile of a listed block may reach behind its sequence; edges are masked.
+                row_lse2 = load_numbers(
+                    lse2_source, at, row_stop, float("inf"), ROWS, PASS == 0 and Q_BLOCK > 0,
+                    DESCRIBED,
+                )  # fmt: skip
                 if CAREFUL:
                     q_tile, finite_q = finite_rows(q_tile)
                     dout_tile, finite_dout = finite_rows(dout_tile)
@@ -270,11 +284,11 @@ def gather_tiles(
                 dv_tile = tl.dot(
                     weights.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION
                 )
-                row_delta = tl.load(delta + at_head + row, mask=row < row_stop, other=0.0)
+                row_delta = load_numbers(delta_source, at, row_stop, 0.0, ROWS, False, DESCRIBED)
                 if not EARLY:
                     dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
                 dscores = weights * (dweights - row_delta[None, :])
-                if PASS > 0:
+                if CAREFUL:
                     dscores = tl.where(seen, dscores, 0.0)
                 dscores = dscores.to(q_tile.dtype)
                 dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision=PRECISION)
@@ -308,12 +322,13 @@ def flash_dkdv_kernel(
     block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     table, q_offsets, k_offsets, started, ended, slopes, slope_positions,
-    q_tokens, k_tokens, tiles, sequences, section, lead, window, sinks, scale,
+    q_tokens, k_tokens, sums_stride, tiles, sequences, section, lead, window, sinks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    ACCESS: tl.constexpr, DESCRIBED: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, summed over SHARE query heads: dv = p' dout, dk = scale ds' q.
 
@@ -321,7 +336,7 @@ def flash_dkdv_kernel(
     """
     grid = (tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens)
     operands = (
-        q, k, v, dout, lse2, delta,
+        q, k, v, dout, (lse2, delta, sums_stride),
         (q_stride_b, q_stride_h, q_stride_t, q_stride_d),
         (k_stride_b, k_stride_h, k_stride_t, k_stride_d),
         (v_stride_b, v_stride_h, v_stride_t, v_stride_d),
@@ -336,7 +351,7 @@ def flash_dkdv_kernel(
     dk_tile, dv_tile, place, _ = gather_tiles(
         tl.program_id(0), grid, operands, rules, lists, masks, scale,
         HEADS, GROUP, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL,
-        ACCESS, ALL_EDGE, PRECISION, EARLY, False,
+        ACCESS, DESCRIBED, ALL_EDGE, PRECISION, EARLY, False,
     )  # fmt: skip
     kept = real_keys(place, key_mask, key_mask_stride_b, key_mask_stride_k)
     _b, key, stop, at_key = place
@@ -350,7 +365,7 @@ def flash_dkdv_kernel(
         dk_tile, dv_tile, place, tainted = gather_tiles(
             tl.program_id(0) * again, grid, operands, rules, lists, masks, scale,
             HEADS, GROUP, SHARE, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL,
-            ACCESS, ALL_EDGE, PRECISION, EARLY, True,
+            ACCESS, DESCRIBED, ALL_EDGE, PRECISION, EARLY, True,
         )  # fmt: skip
         kept = real_keys(place, key_mask, key_mask_stride_b, key_mask_stride_k)
         _b, key, stop, at_key = place

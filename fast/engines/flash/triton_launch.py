@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.backend import count_launch, interpreting
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
@@ -101,6 +102,27 @@ def operand(name: str, x: Tensor, rows: int, how: int) -> dict[str, Any]:
     if how == 1:
         strides = [*(stride // unit for stride in strides[:3]), strides[3]]
     return {name: x, **{f"{name}_stride_{a}": s for a, s in zip("bhtd", strides, strict=True)}}
+
+
+def empty_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Room for float32 numbers (..., tokens), with lines apart by multiples of 16 bytes, as
+    descriptors want them."""
+    *lines, tokens = shape
+    room = torch.empty(*lines, -(-tokens // 4) * 4, dtype=torch.float32, device=device)
+    return room[..., :tokens]
+
+
+def number_operands(names: Sequence[str], x: Tensor, rows: int, how: int) -> dict[str, Any]:
+    """The kernel arguments of `empty_numbers`, all like `x`, that are read `rows` tokens at a time.
+
+    The interpreter knows no descriptor that is read from a token which is no multiple of 4.
+    """
+    described = how == 2 and not interpreting()
+    operand: Tensor | TensorDescriptor = x
+    if described:
+        lines, tokens = math.prod(x.shape[:-1]), x.shape[-1]
+        operand = TensorDescriptor(x, [lines, tokens], [x.stride(-2), 1], [1, rows])
+    return {**dict.fromkeys(names, operand), "DESCRIBED": described}
 
 
 class Tiles:

@@ -16,7 +16,8 @@ VARYING = [
     "dout_stride_b", "dout_stride_h",
     "key_mask_stride_b", "mask_stride_b", "mask_stride_h", "mask_stride_q",
     "index_stride_b", "index_stride_h", "index_stride_q", "count_stride_b", "count_stride_h",
-    "q_tokens", "k_tokens", "tiles", "sequences", "section", "lead", "window", "sinks", "scale",
+    "q_tokens", "k_tokens", "sums_stride", "tiles", "sequences", "section", "lead", "window",
+    "sinks", "scale",
 ]  # fmt: skip
 """Arguments of the kernels whose values never lead to another compilation."""
 
@@ -93,6 +94,27 @@ def load_rows(
         at += channel.to(tl.int64)[None, :] * stride_d
         inside = (row < stop)[:, None] & (channel < CHANNELS)[None, :]
         tile = tl.load(base + at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_numbers(
+    source, first, stop, other, ROWS: tl.constexpr, CUT: tl.constexpr, DESCRIBED: tl.constexpr
+):
+    """Float32 numbers of rows [first, first + ROWS) of a sequence: `other` from `stop` on, but
+    behind a descriptor only if CUT, else anything. `source` is (numbers, head, begin of the
+    sequence, stride of heads).
+    """
+    numbers, head, begin, stride = source
+    row = first + tl.arange(0, ROWS)
+    if DESCRIBED:
+        # One copy for the tile, where pointers cost each thread one for each of its numbers.
+        tile = numbers.load([head, begin + first]).reshape(ROWS)
+        if CUT:
+            tile = tl.where(row < stop, tile, other)
+    else:
+        at = head.to(tl.int64) * stride + begin + row
+        tile = tl.load(numbers + at, mask=row < stop, other=other)
     return tile
 
 

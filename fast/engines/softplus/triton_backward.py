@@ -9,12 +9,12 @@ from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as flash_host
 from attnspec.fast.engines.flash.configs import FlashConfig
-from attnspec.fast.engines.flash.triton_backward import row_sums
 from attnspec.fast.engines.softplus import triton_launch as host
 from attnspec.fast.engines.softplus.triton_gradients import (
     softplus_dkdv_kernel,
     softplus_rows_kernel,
 )
+from attnspec.fast.engines.softplus.triton_terms import row_terms
 
 
 def backward(
@@ -44,10 +44,11 @@ def backward(
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     if not flash_host.aligned(dout):
         dout = dout.contiguous()
-    taken = torch.zeros_like(rows[0])
-    _, delta = row_sums(dout, out, rows[1], taken)
     key_scales = host.inverse_norms(k) if normalise else None
     token_bytes = (d + v.shape[3]) * q.element_size()
+
+    stages = host.stage_arguments(q, eps, power, warm, second_eps, dead)
+    terms = row_terms(dout, out, rows, counts, stages)
 
     def prepared(kind: str) -> tuple[FlashConfig, dict[str, Any]]:
         chosen = host.choose_config(kind, q, v)
@@ -55,11 +56,9 @@ def backward(
             **host.operands(q, k, v, chosen, dout),
             **host.rule_arguments(causal, key_mask, mask),
             **host.shape_arguments(q, k, v, chosen),
-            **host.stage_arguments(q, eps, power, warm, second_eps, dead),
-            "delta": delta,
-            "taken": taken,
-            "rows": rows,
-            "counts": counts,
+            **{name: stages[name] for name in ("power", "PRECISE", "SHARP", "WHOLE")},
+            "terms": terms,
+            "terms_stride": terms.stride(-2),
             "key_scales": key_scales,
         }
 
@@ -80,7 +79,8 @@ def backward(
     dv = v.new_empty((batch, heads, *v.shape[2:]), dtype=buffer)
     chosen, arguments = prepared("dkdv")
     place = host.grid(k_tokens, chosen.keys, batch * heads, q_tokens * token_bytes)
-    arguments |= {**place, "dk": dk, "dv": dv}
+    described = flash_host.number_operands(("terms",), terms, chosen.rows, arguments["ACCESS"])
+    arguments |= {**place, **described, "dk": dk, "dv": dv}
     host.launch(softplus_dkdv_kernel, place["tiles"] * batch * heads, chosen, arguments)
     if heads != kv_heads:
         dk = dk.unflatten(1, (kv_heads, -1)).sum(2).to(k.dtype)

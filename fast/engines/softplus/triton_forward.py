@@ -45,12 +45,12 @@ def load_scales(scales, at, key, stop):
 @triton.jit
 def measure_tiles(
     count, sums, q_tile, row_scale, k_source, key_scales, walk, who,
-    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
     ACCESS: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """The first sweep over the key tiles of a pass: sums of softplus scores, largest scores."""
     total, peak = sums
-    row, b, h, stop, shift, at_scales, masks = who
+    row, high, b, h, at_scales, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
@@ -59,7 +59,6 @@ def measure_tiles(
         if key_scales is not None:
             scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
         if PASS > 0:
-            high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
             seen = visible(
                 row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
                 False,
@@ -74,13 +73,13 @@ def measure_tiles(
 def attend_tiles(
     count, sums, q_tile, row_scale, gain, cut, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     PASS: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of a pass, added to sums = (sums of weights, values)."""
     total, mixed = sums
-    row, b, h, stop, shift, at_scales, masks = who
+    row, high, b, h, at_scales, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
@@ -89,7 +88,6 @@ def attend_tiles(
         if key_scales is not None:
             scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
         if PASS > 0:
-            high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
             seen = visible(
                 row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
                 False,
@@ -154,7 +152,8 @@ def softplus_forward_kernel(
         wide = q_tile.to(tl.float32)
         row_scale /= tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), 1e-12)
     at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
-    who = (row, b, h, stop, shift, at_scales, masks)
+    high = end_key(row, 0, stop, shift, k_tokens, None, CAUSAL)
+    who = (row, high, b, h, at_scales, masks)
     zeros = tl.zeros([ROWS], tl.float32)
     sums = (zeros, tl.full([ROWS], -float("inf"), tl.float32))
     gain, cut = zeros, zeros
@@ -162,7 +161,7 @@ def softplus_forward_kernel(
         for PASS in tl.static_range(ALL_EDGE, 2):
             sums = measure_tiles(
                 lengths[PASS], sums, q_tile, row_scale, k_source, key_scales, walk, who,
-                D, WIDTH, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, PASS,
+                D, WIDTH, KEYS, ACCESS, PRECISION, PRECISE, PASS,
             )  # fmt: skip
     first_total, peak = sums
     most = zeros
@@ -173,7 +172,7 @@ def softplus_forward_kernel(
         weighed = attend_tiles(
             lengths[PASS], weighed, q_tile, row_scale, gain, cut, power, k_source, v_source,
             key_scales, walk, who,
-            D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, MASKED,
+            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, MASKED,
             PASS,
         )  # fmt: skip
     total, mixed = weighed

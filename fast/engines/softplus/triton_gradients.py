@@ -18,6 +18,7 @@ from attnspec.fast.engines.flash.triton_tiles import (
     load_rows,
     owned_tile,
     plan_rows,
+    row_tile,
     row_tiles,
     store_rows,
 )
@@ -27,64 +28,44 @@ from attnspec.fast.engines.flash.triton_visible import (
     visible,
     visible_to,
 )
-from attnspec.fast.engines.softplus.triton_forward import STAGES, load_scales
-from attnspec.fast.engines.softplus.triton_maps import (
-    first_terms,
-    raised,
-    second_terms,
-    slope,
-    soft,
+from attnspec.fast.engines.softplus.triton_forward import load_scales
+from attnspec.fast.engines.softplus.triton_maps import raised, soft_and_slope
+from attnspec.fast.engines.softplus.triton_terms import (
+    CUT,
+    DELTA,
+    FACTOR,
+    FIRST,
+    GAIN,
+    SCALE,
+    SCALED_FACTOR,
+    SCALED_TAKEN,
+    TAKEN,
+    WEIGHT,
+    load_term,
 )
 
 
 @triton.jit
-def load_terms(
-    rows, row_numbers, delta, counts, at_row, at_count, inside, eps, warm, dead, power,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr,
-):  # fmt: skip
-    """Of rows: factor of the scores, delta, gain, cut, and what weights and m are multiplied by."""
-    step = row_numbers.to(tl.int64)
-    row_scale = tl.load(rows + at_row, mask=inside, other=0.0)
-    total = tl.load(rows + step + at_row, mask=inside, other=0.0)
-    row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
-    weight_factor = first_terms(total, eps)
-    factor, gain, cut = weight_factor, total, total
-    if SHARP:
-        count = tl.load(counts + at_count, mask=inside, other=0.0)
-        peak = tl.load(rows + 2 * step + at_row, mask=inside, other=-float("inf"))
-        weight_factor = tl.load(rows + 3 * step + at_row, mask=inside, other=0.0)
-        gain, cut, _ = second_terms(total, peak, count, eps, warm, dead, PRECISE)
-        factor = weight_factor * gain * power
-    return row_scale, row_delta, gain, cut, weight_factor, factor
-
-
-@triton.jit
-def excess_powers(
-    scores, gain, cut, power, PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Softplus scores, and weights and their derivative before the factors of `load_terms`."""
-    softened = soft(scores, PRECISE)
-    weights, derivative = softened, softened * 0.0 + 1.0
-    if SHARP:
-        excess = tl.maximum(softened * gain - cut, 0.0)
-        LESS: tl.constexpr = WHOLE - 1 if WHOLE > 0 else -1
-        derivative = raised(excess, power - 1.0, LESS)
-        weights = derivative * excess
-    return softened, weights, derivative
+def sharpened(softened, gain, cut, power, WHOLE: tl.constexpr):
+    """Weights and their derivative, before their factors, of the second stage."""
+    excess = tl.maximum(softened * gain - cut, 0.0)
+    LESS: tl.constexpr = WHOLE - 1 if WHOLE > 0 else -1
+    derivative = raised(excess, power - 1.0, LESS)
+    return derivative * excess, derivative
 
 
 @triton.jit
 def pairs_of_tile(
     i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """The pairs of the i-th key tile: keys, their scales, who is seen, scores, g, and the three
-    results of `excess_powers`.
+    """The pairs of the i-th key tile: keys, their scales, who is seen, g less delta, softplus
+    scores, their slopes, and weights with their derivative in these scores, before factors.
     """
-    row, b, h, stop, shift, at_scales, masks = who
-    row_scale, gain, cut = terms[0], terms[2], terms[3]
+    row, high, b, h, at_scales, masks = who
+    row_scale, row_delta, _, gain, cut = terms
     at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
     key = at + tl.arange(0, KEYS)
     k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
@@ -93,24 +74,24 @@ def pairs_of_tile(
     scale = load_scales(key_scales, at_scales, key, key_stop)
     if key_scales is not None:
         scores *= scale[None, :]
-    dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
-    softened, weights, derivative = excess_powers(
-        scores, gain[:, None], cut[:, None], power, PRECISE, SHARP, WHOLE
-    )
+    gains = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION) - row_delta[:, None]
+    softened, slopes = soft_and_slope(scores, PRECISE)
+    weights, derivative = softened, 1.0
+    if SHARP:
+        weights, derivative = sharpened(softened, gain[:, None], cut[:, None], power, WHOLE)
     seen = 1
     if PASS > 0:
-        high = end_key(row, 0, stop, shift, key_stop, None, CAUSAL)
         seen = visible(
             row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False, False
         )
-    return k_tile, scale, seen, scores, dweights, softened, weights, derivative
+    return k_tile, scale, seen, gains, softened, slopes, weights, derivative
 
 
 @triton.jit
 def sum_tiles(
     count, sums, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of a pass, added to each row's sums of weights, and of softplus scores times
@@ -118,40 +99,41 @@ def sum_tiles(
     """
     mean, mass, steep, bare = sums
     for i in range(count):
-        _, _, seen, _, dweights, softened, weights, derivative = pairs_of_tile(
+        _, _, seen, gains, softened, _, weights, derivative = pairs_of_tile(
             i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
-            D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
         )  # fmt: skip
-        dweights -= terms[1][:, None]
         if PASS > 0:
-            dweights = tl.where(seen, dweights, 0.0)
+            gains = tl.where(seen, gains, 0.0)
             weights = tl.where(seen, weights, 0.0)
             softened = tl.where(seen, softened, 0.0)
         mass += tl.sum(weights, axis=1)
-        mean += tl.sum(weights * dweights, axis=1)
+        mean += tl.sum(weights * gains, axis=1)
         softened *= derivative
         bare += tl.sum(softened, axis=1)
-        steep += tl.sum(softened * dweights, axis=1)
+        steep += tl.sum(softened * gains, axis=1)
     return mean, mass, steep, bare
 
 
 @triton.jit
 def differentiate_tiles(
-    count, grad, taken, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
+    count, grad, q_tile, dout_tile, terms, taken, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     PASS: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles of a pass, added to dq over the rows' factors; `taken` is c."""
-    row_delta, factor = terms[1], terms[5]
+    """The key tiles of a pass, added to dq over the rows' scales; `taken` is c of sharp rows."""
+    factor = terms[2]
     for i in range(count):
-        k_tile, scale, seen, scores, dweights, _, _, derivative = pairs_of_tile(
+        k_tile, scale, seen, gains, _, slopes, _, derivative = pairs_of_tile(
             i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
-            D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
         )  # fmt: skip
-        slopes = derivative * (dweights - row_delta[:, None]) * factor[:, None]
-        slopes = (slopes - taken[:, None]) * slope(scores)
+        gains *= factor[:, None]
+        if SHARP:
+            gains = gains * derivative - taken[:, None]
+        slopes *= gains
         if key_scales is not None:
             slopes *= scale[None, :]
         if PASS > 0:
@@ -164,17 +146,16 @@ def differentiate_tiles(
     return grad
 
 
-@triton.jit(do_not_specialize=[*VARYING, *STAGES])
+@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "power"])
 def softplus_rows_kernel(
-    q, k, v, dout, delta, taken, dq, rows, counts, key_scales,
+    q, k, v, dout, dq, terms, key_scales,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    q_tokens, k_tokens, tiles, sequences, section,
-    eps, power, warm, second_eps, dead, row_numbers,
+    q_tokens, k_tokens, tiles, sequences, section, terms_stride, power,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,39 +186,51 @@ def softplus_rows_kernel(
     inside = row < stop
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     dout_tile = load_rows(dout_source, first, ROWS, WIDTH_V, DV, ACCESS)
-    at_row = (b * HEADS + h).to(tl.int64) * all_rows + row
-    terms = load_terms(
-        rows, row_numbers, delta, counts, at_row, b.to(tl.int64) * all_rows + row, inside, eps,
-        warm, dead, power, PRECISE, SHARP,
-    )  # fmt: skip
+    sequence = b * HEADS + h
+    at_row = sequence.to(tl.int64) * all_rows + row
+    planes = (terms, sequences, sequence, terms_stride)
+    scale = load_term(SCALE, planes, first, stop, ROWS, False)
+    rough = load_term(DELTA, planes, first, stop, ROWS, False)
+    weight = load_term(WEIGHT, planes, first, stop, ROWS, False)
+    factor, gain, cut, taken = weight, weight, weight, weight
+    if SHARP:
+        factor = load_term(FACTOR, planes, first, stop, ROWS, False)
+        gain = load_term(GAIN, planes, first, stop, ROWS, False)
+        cut = load_term(CUT, planes, first, stop, ROWS, False)
+    loaded = (scale, rough, factor, gain, cut)
     at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
-    who = (row, b, h, stop, shift, at_scales, masks)
+    high = end_key(row, 0, stop, shift, k_tokens, None, CAUSAL)
+    who = (row, high, b, h, at_scales, masks)
     if TERMS_ONLY:
         zeros = tl.zeros([ROWS], tl.float32)
         sums = (zeros, zeros, zeros, zeros)
         for PASS in tl.static_range(ALL_EDGE, 2):
             sums = sum_tiles(
-                lengths[PASS], sums, q_tile, dout_tile, terms, power, k_source, v_source,
+                lengths[PASS], sums, q_tile, dout_tile, loaded, power, k_source, v_source,
                 key_scales, walk, who,
-                D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+                D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
             )  # fmt: skip
         mean, mass, steep, bare = sums
-        total = tl.load(rows + row_numbers.to(tl.int64) + at_row, mask=inside, other=0.0)
-        row_delta = mean * terms[4] + terms[1] * (mass * terms[4] - 1.0)
-        row_taken = (steep - row_delta * bare) * terms[5] * first_terms(total, eps)
-        tl.store(delta + at_row, terms[1] + row_delta, mask=inside)
-        tl.store(taken + at_row, row_taken, mask=inside)
+        first_inverse = load_term(FIRST, planes, first, stop, ROWS, False)
+        more = mean * weight + rough * (mass * weight - 1.0)
+        taken = (steep - more * bare) * factor * first_inverse
+        at_terms = terms + sequence.to(tl.int64) * terms_stride + row
+        plane = sequences.to(tl.int64) * terms_stride
+        tl.store(at_terms + DELTA * plane, rough + more, mask=inside)
+        tl.store(at_terms + TAKEN * plane, taken, mask=inside)
+        tl.store(at_terms + SCALED_TAKEN * plane, taken * scale, mask=inside)
     else:
         grad = tl.zeros([ROWS, WIDTH], tl.float32)
-        row_taken = tl.load(taken + at_row, mask=inside, other=0.0)
+        if SHARP:
+            taken = load_term(TAKEN, planes, first, stop, ROWS, False)
         for PASS in tl.static_range(ALL_EDGE, 2):
             grad = differentiate_tiles(
-                lengths[PASS], grad, row_taken, q_tile, dout_tile, terms, power, k_source,
-                v_source, key_scales, walk, who,
-                D, DV, WIDTH, WIDTH_V, KEYS, CAUSAL, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
+                lengths[PASS], grad, q_tile, dout_tile, loaded, taken, power, k_source, v_source,
+                key_scales, walk, who,
+                D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
                 MASKED, PASS,
             )  # fmt: skip
-        grad *= terms[0][:, None]
+        grad *= scale[:, None]
         if key_scales is not None:
             # What points along q changes its length alone, and the scores do not depend on it.
             wide = q_tile.to(tl.float32)
@@ -248,21 +241,20 @@ def softplus_rows_kernel(
         store_rows(dq, grad, at_row, inside, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=[*VARYING, *STAGES])
+@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "power"])
 def softplus_dkdv_kernel(
-    q, k, v, dout, delta, taken, dk, dv, rows, counts, key_scales,
+    q, k, v, dout, dk, dv, terms, key_scales,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    q_tokens, k_tokens, tiles, sequences, section,
-    eps, power, warm, second_eps, dead, row_numbers,
+    q_tokens, k_tokens, tiles, sequences, section, terms_stride, power,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys from one query head; scores lie transposed, (keys, rows)."""
     MASKED: tl.constexpr = key_mask is not None or mask is not None
@@ -290,40 +282,48 @@ def softplus_dkdv_kernel(
     v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
     at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
     scale = load_scales(key_scales, at_scales, key, stop)
+    planes = (terms, sequences, sequence, terms_stride)
     dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
     dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
-    for i in range(count):
-        at = base + i * ROWS
-        row = at + tl.arange(0, ROWS)
-        inside = row < q_tokens
-        q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
-        dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
-        at_row = (b * HEADS + h).to(tl.int64) * q_tokens + row
-        row_scale, row_delta, gain, cut, weight_factor, factor = load_terms(
-            rows, row_numbers, delta, counts, at_row, b.to(tl.int64) * q_tokens + row, inside, eps,
-            warm, dead, power, PRECISE, SHARP,
-        )  # fmt: skip
-        row_taken = tl.load(taken + at_row, mask=inside, other=0.0)
-        scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * row_scale[None, :]
-        if key_scales is not None:
-            scores *= scale[:, None]
-        dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
-        _unused, weights, derivative = excess_powers(
-            scores, gain[None, :], cut[None, :], power, PRECISE, SHARP, WHOLE
-        )
-        slopes = derivative * (dweights - row_delta[None, :]) * factor[None, :]
-        slopes = (slopes - row_taken[None, :]) * slope(scores) * row_scale[None, :]
-        weights *= weight_factor[None, :]
-        if MASKED or (i < full_from) | (i >= full_to):
-            seen = visible_to(
-                row[None, :], key[:, None], low[:, None], high[:, None], b, h, q_tokens, stop,
-                masks, False,
-            )  # fmt: skip
-            weights = tl.where(seen, weights, 0.0)
-            slopes = tl.where(seen, slopes, 0.0)
-        weights = weights.to(dout_tile.dtype)
-        dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=PRECISION)
-        dk_tile = tl.dot(slopes.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    fulls = full_to - full_from
+    walk = (base, full_from, full_to, 0, count - fulls, fulls, 0, q_tokens)
+    lengths = (fulls, count - fulls, count)
+    for PASS in tl.static_range(2 if MASKED else ALL_EDGE, 3 if MASKED else 2):
+        for i in range(lengths[PASS]):
+            at, _stop = row_tile(i, PASS, walk, 0, ROWS)
+            row = at + tl.arange(0, ROWS)
+            q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
+            dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
+            row_scale = load_term(SCALE, planes, at, q_tokens, ROWS, DESCRIBED)
+            scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * row_scale[None, :]
+            if key_scales is not None:
+                scores *= scale[:, None]
+            weights, slopes = soft_and_slope(scores, PRECISE)
+            if SHARP:
+                gain = load_term(GAIN, planes, at, q_tokens, ROWS, DESCRIBED)
+                cut = load_term(CUT, planes, at, q_tokens, ROWS, DESCRIBED)
+                weights, derivative = sharpened(weights, gain[None, :], cut[None, :], power, WHOLE)
+            weights *= load_term(WEIGHT, planes, at, q_tokens, ROWS, DESCRIBED)[None, :]
+            if PASS > 0:
+                seen = visible_to(
+                    row[None, :], key[:, None], low[:, None], high[:, None], b, h, q_tokens, stop,
+                    masks, False,
+                )  # fmt: skip
+                weights = tl.where(seen, weights, 0.0)
+                slopes = tl.where(seen, slopes, 0.0)
+            weights = weights.to(dout_tile.dtype)
+            dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=PRECISION)
+            row_delta = load_term(DELTA, planes, at, q_tokens, ROWS, DESCRIBED)
+            gains = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION) - row_delta[None, :]
+            gains *= load_term(SCALED_FACTOR, planes, at, q_tokens, ROWS, DESCRIBED)[None, :]
+            if SHARP:
+                taken = load_term(SCALED_TAKEN, planes, at, q_tokens, ROWS, DESCRIBED)
+                gains = gains * derivative - taken[None, :]
+            slopes = slopes * gains
+            if MASKED:
+                # What no row sees may be NaN, and 0 * NaN is NaN.
+                slopes = tl.where(seen, slopes, 0.0)
+            dk_tile = tl.dot(slopes.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     if key_scales is not None:
         dk_tile *= scale[:, None]
         wide = k_tile.to(tl.float32)

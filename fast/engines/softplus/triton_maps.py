@@ -15,9 +15,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def soft(y, PRECISE: tl.constexpr):
-    """softplus(y ln 2) / ln 2, with a relative error of 1.4e-6, or 1.4e-7 if PRECISE."""
-    e = tl.exp2(-tl.abs(y))
+def soft_of(e, y, PRECISE: tl.constexpr):
+    """`soft` of y, given e = 2**-|y|."""
     if PRECISE:
         series = e * 0.00739540211 - 0.0419450088
         series = series * e + 0.111832074
@@ -38,9 +37,17 @@ def soft(y, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def slope(y):
-    """The derivative of `soft`: the logistic function of y ln 2. No y makes it NaN."""
-    return 1.0 / (1.0 + tl.exp2(-y))
+def soft(y, PRECISE: tl.constexpr):
+    """softplus(y ln 2) / ln 2, with a relative error of 1.4e-6, or 1.4e-7 if PRECISE."""
+    return soft_of(tl.exp2(-tl.abs(y)), y, PRECISE)
+
+
+@triton.jit
+def soft_and_slope(y, PRECISE: tl.constexpr):
+    """`soft` and its derivative, the logistic function of y ln 2. No y makes a slope NaN."""
+    e = tl.exp2(-tl.abs(y))
+    upper = 1.0 / (1.0 + e)
+    return soft_of(e, y, PRECISE), tl.where(y > 0.0, upper, e * upper)
 
 
 @triton.jit
