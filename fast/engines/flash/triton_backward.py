@@ -165,9 +165,12 @@ class Launches:
 
         chosen, arguments = operands("dkdv", dout, q, k, v, rules, self.owners)
         self.key_table = host.Tiles("dkdv", chosen, q, k, rules)
+        # Tiles of listed blocks begin where the blocks do.
+        listed_anywhere = rules.q_block % 4 > 0 or (rules.q_block and rules.q_offsets is not None)
+        described = arguments["ACCESS"] == 2 and not listed_anywhere
         arguments |= {
             **host.list_arguments(self.transposed_lists(k, rules)),
-            **host.number_operands(("lse2", "delta"), sums, chosen.rows, arguments["ACCESS"]),
+            **host.number_operands(("lse2", "delta"), sums, chosen.rows, described),
             "sums_stride": sums.stride(1),
             "dk": k,
             "dv": v,

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnspec.fast.backend import count_launch, interpreting
+from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
@@ -112,12 +112,10 @@ def empty_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
     return room[..., :tokens]
 
 
-def number_operands(names: Sequence[str], x: Tensor, rows: int, how: int) -> dict[str, Any]:
-    """The kernel arguments of `empty_numbers`, all like `x`, that are read `rows` tokens at a time.
-
-    The interpreter knows no descriptor that is read from a token which is no multiple of 4.
+def number_operands(names: Sequence[str], x: Tensor, rows: int, described: bool) -> dict[str, Any]:
+    """The kernel arguments of `empty_numbers`, all like `x`, that are read `rows` tokens at a time:
+    by descriptors if tiles begin at multiples of four tokens.
     """
-    described = how == 2 and not interpreting()
     operand: Tensor | TensorDescriptor = x
     if described:
         lines, tokens = math.prod(x.shape[:-1]), x.shape[-1]

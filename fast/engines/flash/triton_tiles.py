@@ -181,7 +181,8 @@ def row_tiles(
     first, stop, begin, rows_begin, shift, q_tokens, sinks, window, started, ended,
     TILE: tl.constexpr, CAUSAL: tl.constexpr, ALL_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The row tiles that see keys [first, stop), as `key_tiles` names them; they start at `base`.
+    """The row tiles that see keys [first, stop), as `key_tiles` names them; they start at `base`,
+    up to three rows early: descriptors read numbers of rows from multiples of four on.
 
     `started` and `ended` hold for each key the number of packed rows whose range starts at or
     before it, and ends there or before.
@@ -208,6 +209,7 @@ def row_tiles(
         end = tl.where(first < sinks, q_tokens, end)
         full_end = tl.where(stop <= sinks, q_tokens, full_end)
     end = tl.where(any_key, end, 0)
+    base -= (rows_begin + base) % 4
     count, full_from, full_to = split_tiles(base, end, full_base, full_end, TILE, ALL_EDGE)
     return base, full_base, count, full_from, full_to
 

@@ -37,13 +37,29 @@ CANDIDATES: Mapping[Key, tuple[FlashConfig, ...]] = {
     ),
     ("sharp", 256): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 32, 4, 2)),
     ("rows", 64): (FlashConfig(128, 64, 8, 3), FlashConfig(64, 64, 4, 3)),
-    ("rows", 128): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 4, 2)),
+    ("rows", 128): (
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 64, 8, 2),
+        FlashConfig(64, 64, 4, 3),
+    ),
     ("rows", 256): (FlashConfig(64, 32, 4, 2),),
     ("dq", 64): (FlashConfig(128, 64, 8, 3), FlashConfig(64, 64, 4, 3)),
-    ("dq", 128): (FlashConfig(128, 64, 8, 2), FlashConfig(64, 64, 4, 2)),
+    ("dq", 128): (
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(128, 64, 8, 3),
+        FlashConfig(128, 64, 8, 2),
+    ),
     ("dq", 256): (FlashConfig(64, 32, 4, 2),),
-    ("dkdv", 64): (FlashConfig(64, 64, 4, 3), FlashConfig(64, 128, 8, 2)),
-    ("dkdv", 128): (FlashConfig(64, 64, 4, 2), FlashConfig(64, 128, 8, 2)),
+    ("dkdv", 64): (
+        FlashConfig(64, 64, 4, 3),
+        FlashConfig(32, 64, 4, 4),
+        FlashConfig(64, 128, 8, 2),
+    ),
+    ("dkdv", 128): (
+        FlashConfig(32, 64, 4, 4),
+        FlashConfig(64, 64, 4, 2),
+        FlashConfig(32, 128, 8, 3),
+    ),
     ("dkdv", 256): (FlashConfig(32, 64, 8, 2),),
 }
 """By kernel ("forward" plain, "sharp" with two sweeps) and padded head size, for 16-bit inputs on

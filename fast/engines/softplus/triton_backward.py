@@ -79,7 +79,7 @@ def backward(
     dv = v.new_empty((batch, heads, *v.shape[2:]), dtype=buffer)
     chosen, arguments = prepared("dkdv")
     place = host.grid(k_tokens, chosen.keys, batch * heads, q_tokens * token_bytes)
-    described = flash_host.number_operands(("terms",), terms, chosen.rows, arguments["ACCESS"])
+    described = flash_host.number_operands(("terms",), terms, chosen.rows, arguments["ACCESS"] == 2)
     arguments |= {**place, **described, "dk": dk, "dv": dv}
     host.launch(softplus_dkdv_kernel, place["tiles"] * batch * heads, chosen, arguments)
     if heads != kv_heads:
