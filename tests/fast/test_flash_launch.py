@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast import kept
-from attnspec.fast.engines.flash import flash, plans
+from attnspec.fast.engines.flash import flash, plans, triton_launch
 from attnspec.fast.engines.flash.configs import FlashConfig, use_config
 
 pytest.importorskip("triton")
@@ -153,3 +153,18 @@ def test_kept_tensors_are_made_once() -> None:
     kept.kept(make, device, kept.LARGEST + 1)
     kept.kept(make, device, kept.LARGEST + 1)
     assert calls == [3, 4, kept.LARGEST + 1, kept.LARGEST + 1]
+
+
+def test_numbers_come_by_descriptors_where_these_may_write() -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    numbers = triton_launch.empty_numbers((2, 3, 70), torch.device("cpu"))
+    found = triton_launch.number_operands(("a", "b"), numbers, 32, described=True)
+    assert found["DESCRIBED"]
+    assert isinstance(found["a"], TensorDescriptor)
+    assert (found["a"].shape, found["a"].strides) == ([6, 70], [72, 1])
+    # Tiles of 64 bytes would lie in a pipeline where no descriptor writes.
+    for rows, described in ((16, True), (32, False)):
+        found = triton_launch.number_operands(("a", "b"), numbers, rows, described)
+        assert found["a"] is found["b"] is numbers
+        assert not found["DESCRIBED"]

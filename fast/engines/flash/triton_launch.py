@@ -19,6 +19,10 @@ from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
 
+SHORTEST_DESCRIBED = 32
+"""Numbers that fill 128 bytes, to whose multiples descriptors copy: a pipeline lays shorter tiles
+closer together."""
+
 
 def arch(x: Tensor) -> int:
     """The architecture of a tensor's device; the interpreter is treated as Hopper."""
@@ -114,8 +118,9 @@ def empty_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def number_operands(names: Sequence[str], x: Tensor, rows: int, described: bool) -> dict[str, Any]:
     """The kernel arguments of `empty_numbers`, all like `x`, that are read `rows` tokens at a time:
-    by descriptors if tiles begin at multiples of four tokens.
+    by descriptors if tiles begin at multiples of four tokens, unless they are too short.
     """
+    described = described and rows >= SHORTEST_DESCRIBED
     operand: Tensor | TensorDescriptor = x
     if described:
         lines, tokens = math.prod(x.shape[:-1]), x.shape[-1]

@@ -162,7 +162,9 @@ def key_tiles(
         kept_from = tl.load(key_bounds + 3 * b)
         kept_to = tl.load(key_bounds + 3 * b + 1)
         solid = tl.load(key_bounds + 3 * b + 2) != 0
-        base, full_base = tl.maximum(base, kept_from), tl.maximum(full_base, kept_from)
+        # Descriptors read numbers of keys from multiples of four on.
+        base = tl.maximum(base, kept_from // 4 * 4)
+        full_base = tl.maximum(full_base, kept_from)
         end, full_end = tl.minimum(end, kept_to), tl.minimum(full_end, kept_to)
         full_end = tl.where(solid, full_end, 0)
         solid &= kept_from == 0

@@ -59,7 +59,6 @@ def backward(
             **{name: stages[name] for name in ("power", "PRECISE", "SHARP", "WHOLE")},
             "terms": terms,
             "terms_stride": terms.stride(-2),
-            "key_scales": key_scales,
         }
 
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -70,6 +69,7 @@ def backward(
             **place,
             "dq": dq,
             "key_bounds": host.key_bounds(key_mask),
+            **host.scale_arguments(key_scales, chosen.keys, arguments["ACCESS"] == 2),
             "TERMS_ONLY": kind == "rows",
         }
         host.launch(softplus_rows_kernel, place["tiles"] * batch * heads, chosen, arguments)
@@ -80,7 +80,8 @@ def backward(
     chosen, arguments = prepared("dkdv")
     place = host.grid(k_tokens, chosen.keys, batch * heads, q_tokens * token_bytes)
     described = flash_host.number_operands(("terms",), terms, chosen.rows, arguments["ACCESS"] == 2)
-    arguments |= {**place, **described, "dk": dk, "dv": dv}
+    scales = host.scale_arguments(key_scales, chosen.keys, False)
+    arguments |= {**place, **scales, **described, "dk": dk, "dv": dv}
     host.launch(softplus_dkdv_kernel, place["tiles"] * batch * heads, chosen, arguments)
     if heads != kv_heads:
         dk = dk.unflatten(1, (kv_heads, -1)).sum(2).to(k.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
     key_tile,
+    load_numbers,
     load_rows,
     plan_rows,
     store_rows,
@@ -34,11 +35,11 @@ from attnspec.fast.engines.softplus.triton_maps import (
 
 
 @triton.jit
-def load_scales(scales, at, key, stop):
-    """The scale of each of `key`, 1 without any."""
-    scale = key.to(tl.float32) * 0.0 + 1.0
-    if scales is not None:
-        scale = tl.load(scales + at + key, mask=key < stop, other=0.0)
+def load_scales(source, first, stop, KEYS: tl.constexpr, DESCRIBED: tl.constexpr):
+    """The scales of keys [first, first + KEYS), 1 without any; `source` as for `load_numbers`."""
+    scale = tl.full([KEYS], 1.0, tl.float32)
+    if source[0] is not None:
+        scale = load_numbers(source, first, stop, 0.0, KEYS, False, DESCRIBED)
     return scale
 
 
@@ -46,18 +47,19 @@ def load_scales(scales, at, key, stop):
 def measure_tiles(
     count, sums, q_tile, row_scale, k_source, key_scales, walk, who,
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, PASS: tl.constexpr,
+    ACCESS: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr,
+    DESCRIBED: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """The first sweep over the key tiles of a pass: sums of softplus scores, largest scores."""
     total, peak = sums
-    row, high, b, h, at_scales, masks = who
+    row, high, b, h, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]
-        if key_scales is not None:
-            scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
+        if key_scales[0] is not None:
+            scores *= load_scales(key_scales, at, key_stop, KEYS, DESCRIBED)[None, :]
         if PASS > 0:
             seen = visible(
                 row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
@@ -75,18 +77,18 @@ def attend_tiles(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
-    PASS: tl.constexpr,
+    DESCRIBED: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of a pass, added to sums = (sums of weights, values)."""
     total, mixed = sums
-    row, high, b, h, at_scales, masks = who
+    row, high, b, h, masks = who
     for i in range(count):
         at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]
-        if key_scales is not None:
-            scores *= load_scales(key_scales, at_scales, key, key_stop)[None, :]
+        if key_scales[0] is not None:
+            scores *= load_scales(key_scales, at, key_stop, KEYS, DESCRIBED)[None, :]
         if PASS > 0:
             seen = visible(
                 row[:, None], key[None, :], 0, high[:, None], b, h, key_stop, None, masks, False,
@@ -109,8 +111,8 @@ def attend_tiles(
     return total, mixed
 
 
-STAGES = ["factor", "eps", "power", "warm", "second_eps", "dead", "row_numbers"]
-"""Numbers of the stages, whose values never lead to another compilation."""
+STAGES = ["scales_stride", "factor", "eps", "power", "warm", "second_eps", "dead", "row_numbers"]
+"""Numbers of the stages and of tensors, whose values never lead to another compilation."""
 
 
 @triton.jit(do_not_specialize=[*VARYING, *STAGES])
@@ -121,12 +123,12 @@ def softplus_forward_kernel(
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
     key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    q_tokens, k_tokens, tiles, sequences, section,
+    q_tokens, k_tokens, scales_stride, tiles, sequences, section,
     factor, eps, power, warm, second_eps, dead, row_numbers,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     MASKED: tl.constexpr = key_mask is not None or mask is not None
     all_rows = q_tokens
@@ -148,12 +150,12 @@ def softplus_forward_kernel(
     q_tile = load_rows(q_source, first, ROWS, WIDTH, D, ACCESS)
     count = tl.load(counts + b.to(tl.int64) * all_rows + row, mask=inside, other=0.0)
     row_scale = tl.log2(tl.maximum(count, 1.0)) * factor
-    if key_scales is not None:
+    key_scales = (key_scales, b * (HEADS // GROUP) + h // GROUP, 0, scales_stride)
+    if key_scales[0] is not None:
         wide = q_tile.to(tl.float32)
         row_scale /= tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), 1e-12)
-    at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
     high = end_key(row, 0, stop, shift, k_tokens, None, CAUSAL)
-    who = (row, high, b, h, at_scales, masks)
+    who = (row, high, b, h, masks)
     zeros = tl.zeros([ROWS], tl.float32)
     sums = (zeros, tl.full([ROWS], -float("inf"), tl.float32))
     gain, cut = zeros, zeros
@@ -161,7 +163,7 @@ def softplus_forward_kernel(
         for PASS in tl.static_range(ALL_EDGE, 2):
             sums = measure_tiles(
                 lengths[PASS], sums, q_tile, row_scale, k_source, key_scales, walk, who,
-                D, WIDTH, KEYS, ACCESS, PRECISION, PRECISE, PASS,
+                D, WIDTH, KEYS, ACCESS, PRECISION, PRECISE, DESCRIBED, PASS,
             )  # fmt: skip
     first_total, peak = sums
     most = zeros
@@ -173,7 +175,7 @@ def softplus_forward_kernel(
             lengths[PASS], weighed, q_tile, row_scale, gain, cut, power, k_source, v_source,
             key_scales, walk, who,
             D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, MASKED,
-            PASS,
+            DESCRIBED, PASS,
         )  # fmt: skip
     total, mixed = weighed
     at_row = (b * HEADS + h).to(tl.int64) * all_rows + row
@@ -215,8 +217,11 @@ def forward(
     masked = key_mask is not None or mask is not None
     chosen = host.choose_config("sharp" if power or masked else "forward", q, v)
     walked = k.shape[2] * (q.shape[3] + v.shape[3]) * q.element_size()
+    operands = host.operands(q, k, v, chosen)
+    scales = host.inverse_norms(k) if normalise else None
     arguments: dict[str, Any] = {
-        **host.operands(q, k, v, chosen),
+        **operands,
+        **host.scale_arguments(scales, chosen.keys, operands["ACCESS"] == 2),
         **host.rule_arguments(causal, key_mask, mask),
         **host.shape_arguments(q, k, v, chosen),
         **host.stage_arguments(q, eps, power, warm, second_eps, dead),
@@ -225,7 +230,6 @@ def forward(
         "out": out,
         "rows": rows,
         "counts": counts,
-        "key_scales": host.inverse_norms(k) if normalise else None,
         "key_bounds": host.key_bounds(key_mask),
     }
     host.launch(softplus_forward_kernel, arguments["tiles"] * batch * heads, chosen, arguments)

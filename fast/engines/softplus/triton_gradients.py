@@ -59,20 +59,21 @@ def pairs_of_tile(
     i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
     """The pairs of the i-th key tile: keys, their scales, who is seen, g less delta, softplus
     scores, their slopes, and weights with their derivative in these scores, before factors.
     """
-    row, high, b, h, at_scales, masks = who
+    row, high, b, h, masks = who
     row_scale, row_delta, _, gain, cut = terms
     at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
     key = at + tl.arange(0, KEYS)
     k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
     v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
     scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]
-    scale = load_scales(key_scales, at_scales, key, key_stop)
-    if key_scales is not None:
+    scale = load_scales(key_scales, at, key_stop, KEYS, DESCRIBED)
+    if key_scales[0] is not None:
         scores *= scale[None, :]
     gains = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION) - row_delta[:, None]
     softened, slopes = soft_and_slope(scores, PRECISE)
@@ -92,7 +93,8 @@ def sum_tiles(
     count, sums, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, PASS: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of a pass, added to each row's sums of weights, and of softplus scores times
     the weights' derivative, both times g less a rough delta and without.
@@ -101,7 +103,8 @@ def sum_tiles(
     for i in range(count):
         _, _, seen, gains, softened, _, weights, derivative = pairs_of_tile(
             i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
-            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
+            DESCRIBED, PASS,
         )  # fmt: skip
         if PASS > 0:
             gains = tl.where(seen, gains, 0.0)
@@ -121,20 +124,21 @@ def differentiate_tiles(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     KEYS: tl.constexpr, ACCESS: tl.constexpr, PRECISION: tl.constexpr,
     PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
-    PASS: tl.constexpr,
+    DESCRIBED: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of a pass, added to dq over the rows' scales; `taken` is c of sharp rows."""
     factor = terms[2]
     for i in range(count):
         k_tile, scale, seen, gains, _, slopes, _, derivative = pairs_of_tile(
             i, q_tile, dout_tile, terms, power, k_source, v_source, key_scales, walk, who,
-            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+            D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
+            DESCRIBED, PASS,
         )  # fmt: skip
         gains *= factor[:, None]
         if SHARP:
             gains = gains * derivative - taken[:, None]
         slopes *= gains
-        if key_scales is not None:
+        if key_scales[0] is not None:
             slopes *= scale[None, :]
         if PASS > 0:
             slopes = tl.where(seen, slopes, 0.0)
@@ -146,7 +150,7 @@ def differentiate_tiles(
     return grad
 
 
-@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "power"])
+@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "scales_stride", "power"])
 def softplus_rows_kernel(
     q, k, v, dout, dq, terms, key_scales,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
@@ -155,11 +159,12 @@ def softplus_rows_kernel(
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_bounds, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    q_tokens, k_tokens, tiles, sequences, section, terms_stride, power,
+    q_tokens, k_tokens, tiles, sequences, section, terms_stride, scales_stride, power,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
-    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, TERMS_ONLY: tl.constexpr,
+    PRECISE: tl.constexpr, SHARP: tl.constexpr, WHOLE: tl.constexpr, DESCRIBED: tl.constexpr,
+    TERMS_ONLY: tl.constexpr,
 ):  # fmt: skip
     """delta and c of one tile of rows (TERMS_ONLY), or their dq, given these.
 
@@ -198,9 +203,9 @@ def softplus_rows_kernel(
         gain = load_term(GAIN, planes, first, stop, ROWS, False)
         cut = load_term(CUT, planes, first, stop, ROWS, False)
     loaded = (scale, rough, factor, gain, cut)
-    at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
+    key_scales = (key_scales, b * (HEADS // GROUP) + h // GROUP, 0, scales_stride)
     high = end_key(row, 0, stop, shift, k_tokens, None, CAUSAL)
-    who = (row, high, b, h, at_scales, masks)
+    who = (row, high, b, h, masks)
     if TERMS_ONLY:
         zeros = tl.zeros([ROWS], tl.float32)
         sums = (zeros, zeros, zeros, zeros)
@@ -208,7 +213,8 @@ def softplus_rows_kernel(
             sums = sum_tiles(
                 lengths[PASS], sums, q_tile, dout_tile, loaded, power, k_source, v_source,
                 key_scales, walk, who,
-                D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE, PASS,
+                D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
+            DESCRIBED, PASS,
             )  # fmt: skip
         mean, mass, steep, bare = sums
         first_inverse = load_term(FIRST, planes, first, stop, ROWS, False)
@@ -228,10 +234,10 @@ def softplus_rows_kernel(
                 lengths[PASS], grad, q_tile, dout_tile, loaded, taken, power, k_source, v_source,
                 key_scales, walk, who,
                 D, DV, WIDTH, WIDTH_V, KEYS, ACCESS, PRECISION, PRECISE, SHARP, WHOLE,
-                MASKED, PASS,
+                MASKED, DESCRIBED, PASS,
             )  # fmt: skip
         grad *= scale[:, None]
-        if key_scales is not None:
+        if key_scales[0] is not None:
             # What points along q changes its length alone, and the scores do not depend on it.
             wide = q_tile.to(tl.float32)
             square = tl.sum(wide * wide, axis=1)
@@ -241,7 +247,7 @@ def softplus_rows_kernel(
         store_rows(dq, grad, at_row, inside, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "power"])
+@triton.jit(do_not_specialize=[*VARYING, "terms_stride", "scales_stride", "power"])
 def softplus_dkdv_kernel(
     q, k, v, dout, dk, dv, terms, key_scales,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
@@ -250,7 +256,7 @@ def softplus_dkdv_kernel(
     dout_stride_b, dout_stride_h, dout_stride_t, dout_stride_d,
     key_mask, key_mask_stride_b, key_mask_stride_k,
     mask, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    q_tokens, k_tokens, tiles, sequences, section, terms_stride, power,
+    q_tokens, k_tokens, tiles, sequences, section, terms_stride, scales_stride, power,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -280,8 +286,8 @@ def softplus_dkdv_kernel(
     low, high = seen_rows(key, stop, 0, 0, shift, q_tokens, None, None, None, None, CAUSAL)
     k_tile = load_rows(k_source, first, KEYS, WIDTH, D, ACCESS)
     v_tile = load_rows(v_source, first, KEYS, WIDTH_V, DV, ACCESS)
-    at_scales = (b * (HEADS // GROUP) + h // GROUP).to(tl.int64) * k_tokens
-    scale = load_scales(key_scales, at_scales, key, stop)
+    key_scales = (key_scales, b * (HEADS // GROUP) + h // GROUP, 0, scales_stride)
+    scale = load_scales(key_scales, first, stop, KEYS, False)
     planes = (terms, sequences, sequence, terms_stride)
     dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
     dv_tile = tl.zeros([KEYS, WIDTH_V], tl.float32)
@@ -296,7 +302,7 @@ def softplus_dkdv_kernel(
             dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
             row_scale = load_term(SCALE, planes, at, q_tokens, ROWS, DESCRIBED)
             scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * row_scale[None, :]
-            if key_scales is not None:
+            if key_scales[0] is not None:
                 scores *= scale[:, None]
             weights, slopes = soft_and_slope(scores, PRECISE)
             if SHARP:
@@ -324,7 +330,7 @@ def softplus_dkdv_kernel(
                 # What no row sees may be NaN, and 0 * NaN is NaN.
                 slopes = tl.where(seen, slopes, 0.0)
             dk_tile = tl.dot(slopes.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-    if key_scales is not None:
+    if key_scales[0] is not None:
         dk_tile *= scale[:, None]
         wide = k_tile.to(tl.float32)
         along = tl.sum(wide * dk_tile, axis=1) * scale * scale

@@ -26,8 +26,16 @@ def choose_config(kind: str, q: Tensor, v: Tensor) -> FlashConfig:
 
 def inverse_norms(k: Tensor) -> Tensor:
     """float32 (batch, kv_heads, k_tokens): what makes each key a unit vector."""
-    norms: Tensor = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
-    return 1.0 / norms.clamp(min=1e-12)
+    norms = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
+    return flash_host.empty_numbers(norms.shape, k.device).copy_(1.0 / norms.clamp(min=1e-12))
+
+
+def scale_arguments(scales: Tensor | None, keys: int, described: bool) -> dict[str, Any]:
+    """The arguments of the keys' scales, if there are any, that are read `keys` at a time."""
+    if scales is None:
+        return {"key_scales": None, "scales_stride": 0, "DESCRIBED": False}
+    operand = flash_host.number_operands(("key_scales",), scales, keys, described)
+    return {**operand, "scales_stride": scales.stride(-2)}
 
 
 def operands(
