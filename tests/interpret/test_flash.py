@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.flash import BlockLists, flash
 from attnspec.fast.engines.flash.configs import FlashConfig, use_config
+from attnspec.fast.engines.flash.triton_packing import TileTable
 
 TILE = FlashConfig(rows=16, keys=16, warps=1, stages=1)
 SMALL = {"forward": TILE, "dq": TILE, "dkdv": TILE}
@@ -237,3 +238,19 @@ def test_gradients_repeat_bit_for_bit() -> None:
     with use_config(**SMALL):
         first, second = run(given, CAUSAL, "triton"), run(given, CAUSAL, "triton")
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_tiles_of_a_sequence_stay_together_and_long_walks_come_first(rising: bool) -> None:
+    lengths, walked = [5, 0, 33, 16, 20], [40, 9, 7, 40, 0]
+    offsets, walks = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, walked))
+    table = TileTable(offsets, walks, 80, 100, 16, rising)(offsets, walks)
+    # 74 tokens of 80 are in a sequence, and 80 could make ten tiles: three lie behind the last one.
+    tiles = {0: [0], 2: [0, 1, 2], 3: [0], 4: [0, 1]}
+    expected = [
+        [sequence, tile]
+        for sequence in (0, 3, 2, 4)
+        for tile in (tiles[sequence] if rising else tiles[sequence][::-1])
+    ]
+    assert table[:7].tolist() == expected
+    assert table[7:].tolist() == [[4, 2], [4, 3], [4, 4]]
