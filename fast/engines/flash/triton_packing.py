@@ -47,8 +47,8 @@ def lay_tiles_kernel(
     for first in range(0, sequences, SEQUENCES):
         other = first + lane
         inside = other < sequences
-        _, other_length = sequence_bounds(offsets, other, inside, tokens)
-        _, other_far = sequence_bounds(walked, other, inside, walked_tokens)
+        _begin, other_length = sequence_bounds(offsets, other, inside, tokens)
+        _begin, other_far = sequence_bounds(walked, other, inside, walked_tokens)
         alike = (other_far[None, :] == far[:, None]) & (other[None, :] < sequence[:, None])
         ahead = (other_far[None, :] > far[:, None]) | alike
         count = tl.where(inside, (other_length + TILE - 1) // TILE, 0)
