@@ -11,7 +11,6 @@ from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as host
 from attnspec.fast.engines.flash.rules import Rules
-from attnspec.fast.engines.flash.triton_lists import key_entry
 from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
     key_tile,
@@ -78,10 +77,8 @@ def attend_tiles(
     CUT: tl.constexpr = K_BLOCK % KEYS > 0
     top, total, mixed = sums
     row, low, high, position, b, h, stop, sinks, slopes, masks = who
-    entry = key_entry(0, count, PASS, walk, K_BLOCK, KEYS)
     for i in range(count):
-        at, key_stop = key_tile(i, entry, PASS, walk, K_BLOCK, KEYS)
-        entry = key_entry(i + 1, count, PASS, walk, K_BLOCK, KEYS)
+        at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)

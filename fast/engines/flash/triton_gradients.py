@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.flash.triton_lists import key_entry, row_entry
 from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
     extent,
@@ -82,10 +81,8 @@ def differentiate_tiles(
     """
     CUT: tl.constexpr = K_BLOCK % KEYS > 0
     row, low, high, position, b, h, stop, sinks, slopes, masks = who
-    entry = key_entry(0, count, PASS, walk, K_BLOCK, KEYS)
     for i in range(count):
-        at, key_stop = key_tile(i, entry, PASS, walk, K_BLOCK, KEYS)
-        entry = key_entry(i + 1, count, PASS, walk, K_BLOCK, KEYS)
+        at, key_stop = key_tile(i, PASS, walk, K_BLOCK, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
@@ -252,10 +249,8 @@ def gather_tiles(
         )  # fmt: skip
         for PASS in tl.static_range(2 if CAREFUL else ALL_EDGE, 3 if CAREFUL else 2):
             count = lengths[0] + lengths[1] if CAREFUL else lengths[PASS]
-            entry = row_entry(0, count, PASS, walk, Q_BLOCK, ROWS)
             for i in tl.range(count, num_stages=1 if CAREFUL else None):
-                at, row_stop = row_tile(i, entry, PASS, walk, Q_BLOCK, ROWS)
-                entry = row_entry(i + 1, count, PASS, walk, Q_BLOCK, ROWS)
+                at, row_stop = row_tile(i, PASS, walk, Q_BLOCK, ROWS)
                 row = at + tl.arange(0, ROWS)
                 q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
                 dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)

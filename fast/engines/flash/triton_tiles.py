@@ -9,12 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.flash.triton_lists import (
-    entries_before,
-    listed_tile,
-    listed_tiles,
-    row_place,
-)
 from attnspec.fast.engines.flash.triton_visible import lowest_key
 
 VARYING = [
@@ -235,11 +229,46 @@ def split_tiles(base, end, full_base, full_end, TILE: tl.constexpr, ALL_EDGE: tl
 
 
 @triton.jit
-def key_tile(i, entry, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def entries_before(index, count, bound):
+    """How many of the `count` ascending entries at `index` are smaller than `bound`."""
+    smaller = 0
+    for at in range(0, count, 256):
+        slot = at + tl.arange(0, 256)
+        entry = tl.load(index + slot, mask=slot < count, other=2147483647)
+        smaller += tl.sum((entry < bound).to(tl.int32), axis=0)
+    return smaller
+
+
+@triton.jit
+def listed_tiles(
+    index, listed, end, full_end, BLOCK: tl.constexpr, TILE: tl.constexpr, ALL_EDGE: tl.constexpr
+):
+    """How many tiles of the `listed` key blocks are full, and how many edge tiles follow them."""
+    tiles_a_block: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    inside = entries_before(index, listed, (end + BLOCK - 1) // BLOCK)
+    full = 0
+    if not ALL_EDGE:
+        full = entries_before(index, listed, full_end // BLOCK)
+    return full * tiles_a_block, (inside - full) * tiles_a_block
+
+
+@triton.jit
+def listed_tile(i, index, tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """First token and end of the i-th tile of the listed blocks at `index`."""
+    tiles_a_block: tl.constexpr = (BLOCK + TILE - 1) // TILE
+    entry = tl.load(index + i // tiles_a_block)
+    first = entry * BLOCK + i % tiles_a_block * TILE
+    return first, tl.minimum((entry + 1) * BLOCK, tokens)
+
+
+@triton.jit
+def key_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """First key and end of the i-th key tile of a pass: 0 full, 1 edge, 2 both, in that order."""
-    base, full_from, full_to, sink_full, sink_count, fulls, _index, stop = walk
+    base, full_from, full_to, sink_full, sink_count, fulls, index, stop = walk
     if BLOCK:
-        at, stop = listed_tile(i, entry, stop, BLOCK, TILE)
+        if PASS == 1:
+            i += fulls
+        at, stop = listed_tile(i, index, stop, BLOCK, TILE)
     else:
         full_at = base + (i - sink_full + full_from) * TILE
         full_at = tl.where(i < sink_full, i * TILE, full_at)
@@ -257,21 +286,23 @@ def key_tile(i, entry, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def row_tile(i, entry, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def row_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """First row and end of the i-th row tile of a pass: 0 full, 1 edge, 2 both, in that order."""
-    base, full_from, full_to, _skipped, _edges, fulls, _index, stop = walk
+    base, full_from, full_to, skipped, edges, fulls, index, stop = walk
+    j = i - fulls if PASS == 2 else i
     if BLOCK:
-        at, stop = listed_tile(row_place(i, PASS, walk), entry, stop, BLOCK, TILE)
+        full_at, edge_at = skipped + edges + i, skipped + j
     else:
-        j = i - fulls if PASS == 2 else i
         full_at = base + (i + full_from) * TILE
         edge_at = base + tl.where(j < full_from, j, j - full_from + full_to) * TILE
-        if PASS == 0:
-            at = full_at
-        elif PASS == 1:
-            at = edge_at
-        else:
-            at = tl.where(i < fulls, full_at, edge_at)
+    if PASS == 0:
+        at = full_at
+    elif PASS == 1:
+        at = edge_at
+    else:
+        at = tl.where(i < fulls, full_at, edge_at)
+    if BLOCK:
+        at, stop = listed_tile(at, index, stop, BLOCK, TILE)
     return at, stop
 
 

@@ -54,7 +54,7 @@ def measure_tiles(
     total, peak = sums
     row, high, b, h, masks = who
     for i in range(count):
-        at, key_stop = key_tile(i, 0, PASS, walk, 0, KEYS)
+        at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]
@@ -83,7 +83,7 @@ def attend_tiles(
     total, mixed = sums
     row, high, b, h, masks = who
     for i in range(count):
-        at, key_stop = key_tile(i, 0, PASS, walk, 0, KEYS)
+        at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
         key = at + tl.arange(0, KEYS)
         k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * row_scale[:, None]

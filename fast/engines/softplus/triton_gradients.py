@@ -67,7 +67,7 @@ def pairs_of_tile(
     """
     row, high, b, h, masks = who
     row_scale, row_delta, _, gain, cut = terms
-    at, key_stop = key_tile(i, 0, PASS, walk, 0, KEYS)
+    at, key_stop = key_tile(i, PASS, walk, 0, KEYS)
     key = at + tl.arange(0, KEYS)
     k_tile = load_rows(k_source, at, KEYS, WIDTH, D, ACCESS)
     v_tile = load_rows(v_source, at, KEYS, WIDTH_V, DV, ACCESS)
@@ -296,7 +296,7 @@ def softplus_dkdv_kernel(
     lengths = (fulls, count - fulls, count)
     for PASS in tl.static_range(2 if MASKED else ALL_EDGE, 3 if MASKED else 2):
         for i in range(lengths[PASS]):
-            at, _stop = row_tile(i, 0, PASS, walk, 0, ROWS)
+            at, _stop = row_tile(i, PASS, walk, 0, ROWS)
             row = at + tl.arange(0, ROWS)
             q_tile = load_rows(q_source, at, ROWS, WIDTH, D, ACCESS)
             dout_tile = load_rows(dout_source, at, ROWS, WIDTH_V, DV, ACCESS)
