@@ -153,6 +153,15 @@ def test_speeds_are_on_one_page(site: Any) -> None:
             assert (shown in page) or "timing" not in result
 
 
+@pytest.mark.parametrize(
+    "tex", [r"\hat q_i", r"\tilde{x}_{ij} \cdot y", r"d\bar w ^2", r"\hat \mu_j"]
+)
+def test_an_index_stands_beside_an_accented_letter(site: Any, tex: str) -> None:
+    markup = site("pages.mathml").mathml(tex)
+    assert 'accent="true"' in markup
+    assert "munder" not in markup
+
+
 def test_mask_and_score_functions_are_listed(site: Any) -> None:
     flex, every = site("pages.flex"), mechanisms()
     assert flex.functions(every["streaming_llm"]) == ["mask_mod", "score_mod"]
