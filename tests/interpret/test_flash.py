@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.flash import BlockLists, flash
+from attnspec.fast.engines.flash import BlockLists, flash, triton_packing
 from attnspec.fast.engines.flash.configs import FlashConfig, use_config
-from attnspec.fast.engines.flash.triton_packing import TileTable
 
 TILE = FlashConfig(rows=16, keys=16, warps=1, stages=1)
 SMALL = {"forward": TILE, "dq": TILE, "dkdv": TILE}
@@ -241,10 +240,15 @@ def test_gradients_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_tiles_of_a_sequence_stay_together_and_long_walks_come_first(rising: bool) -> None:
+@pytest.mark.parametrize(("tiles_at_once", "sequences_at_once"), [(64, 256), (4, 2)])
+def test_tiles_of_a_sequence_stay_together_and_long_walks_come_first(
+    rising: bool, tiles_at_once: int, sequences_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_packing, "TILES", tiles_at_once)
+    monkeypatch.setattr(triton_packing, "SEQUENCES", sequences_at_once)
     lengths, walked = [5, 0, 33, 16, 20], [40, 9, 7, 40, 0]
     offsets, walks = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, walked))
-    table = TileTable(offsets, walks, 80, 100, 16, rising)(offsets, walks)
+    table = triton_packing.TileTable(offsets, walks, 80, 100, 16, rising)(offsets, walks)
     # 74 tokens of 80 are in a sequence, and 80 could make ten tiles: three lie behind the last one.
     tiles = {0: [0], 2: [0, 1, 2], 3: [0], 4: [0, 1]}
     expected = [
