@@ -128,16 +128,14 @@ def test_flex_attention_passes():
     assert report.passed, "\n".join(str(failure) for failure in report.failures)
 
 
-# The reference has no tiles that long cases would cross, and float64 changes budgets alone.
 @pytest.mark.parametrize("slug", list(mechanisms()))
 def test_the_reference_passes_its_own_suite(slug):
     kernels = [
         Kernel("reference", name, contract.spec.function, backward=contract.spec.gradient,
-               dtypes=("float32", "float64"), largest=33)
+               dtypes=("float32", "float64"))
         for name, contract in contracts().items()
         if name.startswith(f"{slug}.")
     ]  # fmt: skip
     assert kernels, f"{slug} has no contract"
-    for dtype, laws in (("float32", None), ("float64", ["agreement", "gradient"])):
-        report = certify(kernels, profile="smoke", dtypes=[dtype], laws=laws)
-        assert report.passed, "\n".join(str(failure) for failure in report.failures)
+    report = certify(kernels, profile="smoke")
+    assert report.passed, "\n".join(str(failure) for failure in report.failures)
