@@ -316,7 +316,6 @@ def softplus_dkdv_kernel(
                     masks, False,
                 )  # fmt: skip
                 weights = tl.where(seen, weights, 0.0)
-                slopes = tl.where(seen, slopes, 0.0)
             weights = weights.to(dout_tile.dtype)
             dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=PRECISION)
             row_delta = load_term(DELTA, planes, at, q_tokens, ROWS, DESCRIBED)
@@ -325,9 +324,8 @@ def softplus_dkdv_kernel(
             if SHARP:
                 taken = load_term(SCALED_TAKEN, planes, at, q_tokens, ROWS, DESCRIBED)
                 gains = gains * derivative - taken[None, :]
-            slopes = slopes * gains
-            if MASKED:
-                # What no row sees may be NaN, and 0 * NaN is NaN.
+            slopes *= gains
+            if PASS > 0:
                 slopes = tl.where(seen, slopes, 0.0)
             dk_tile = tl.dot(slopes.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     if key_scales[0] is not None:
