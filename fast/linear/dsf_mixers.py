@@ -36,10 +36,11 @@ def linear_attention(
     h0, z0 = check_pair(state, q, v)
     dtype = computed(q)
     phi, psi = feature_map(q).to(dtype), feature_map(k).to(dtype)
-    numerator, h = scan(phi, psi, v.to(dtype), state=h0, backend=backend)
     ones = psi.new_ones(*psi.shape[:3], 1)
     eta, z = scan(phi, psi, ones, state=z0, backend=backend)
-    y = torch.where(eta == 0, 0.0, numerator / torch.where(eta == 0, 1.0, eta))
+    nothing = eta[..., 0] == 0
+    reads = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1.0, wide(eta[..., 0])))
+    y, h = scan(phi, psi, v.to(dtype), reads=reads, state=h0, backend=backend)
     return y.to(v.dtype), (h.mT.contiguous(), z[..., 0].clone())
 
 
@@ -61,11 +62,10 @@ def normalised_attention(
     start = as_state("h0", h0, (*q.shape[:2], v.shape[3], q.shape[3]), q)
     dtype = computed(q)
     y, h = scan(
-        q.to(dtype), k.to(dtype), v.to(dtype), state=None if start is None else start.mT,
-        backend=backend,
+        q.to(dtype), k.to(dtype), v.to(dtype), reads=torch.exp(-wide(n)),
+        state=None if start is None else start.mT, backend=backend,
     )  # fmt: skip
-    scale = torch.exp(-n.to(h.dtype))[..., None]
-    return (scale * y).to(v.dtype), h.mT.contiguous()
+    return y.to(v.dtype), h.mT.contiguous()
 
 
 def computed(q: Tensor) -> torch.dtype:

@@ -56,13 +56,13 @@ def ssd_scan(
     start = as_state("h0", h0, (*Delta.shape[:2], u.shape[3], b.shape[3]), u)
     start = None if start is None else start.mT
     log_decay = -wide(a)[:, None] * wide(Delta)
-    v = wide(Delta)[..., None] * wide(u)
-    if u.dtype == torch.float16:
-        # Sums that nothing normalises may leave its range on their way.
-        y, h = scan(wide(c), wide(b), v, log_decay=log_decay, state=start, backend=backend)
-        return y.to(u.dtype), h.mT.contiguous()
-    y, h = scan(c, b, v.to(u.dtype), log_decay=log_decay, state=start, backend=backend)
-    return y, h.mT.contiguous()
+    # Sums that nothing normalises may leave float16's range on their way.
+    dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
+    y, h = scan(
+        c.to(dtype), b.to(dtype), u.to(dtype), log_decay=log_decay, writes=Delta, state=start,
+        backend=backend,
+    )  # fmt: skip
+    return y.to(u.dtype), h.mT.contiguous()
 
 
 def ssd_as_attention(

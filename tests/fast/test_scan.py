@@ -33,7 +33,7 @@ class Case(NamedTuple):
 def make(
     decay: str = "scalar", batch: int = 1, heads: int = 2, kv_heads: int = 1, tokens: int = 9,
     d: int = 5, dv: int = 3, sequences: int = 0, strength: float = 0.5, state: bool = True,
-    seed: int = 0,
+    weights: bool = False, seed: int = 0,
 ) -> Case:  # fmt: skip
     torch.manual_seed(seed)
     q = torch.randn(batch, heads, tokens, d, dtype=torch.float64)
@@ -46,6 +46,9 @@ def make(
         options["log_decay"] = -strength * torch.rand(batch, heads, tokens, dtype=torch.float64)
     elif decay == "vector":
         options["log_decay"] = -strength * torch.rand(batch, heads, tokens, d, dtype=torch.float64)
+    if weights:
+        options["reads"] = torch.randn(batch, heads, tokens, dtype=torch.float64)
+        options["writes"] = torch.randn(batch, kv_heads, tokens, dtype=torch.float64)
     if state:
         options["state"] = torch.randn(sequences or batch, heads, d, dv, dtype=torch.float64)
     return Case(q, k, v, options)
@@ -53,11 +56,13 @@ def make(
 
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None = None,
-    log_decay: Tensor | None = None, state: Tensor | None = None, scale: float = 1.0,
-    offsets: list[int] | None = None,
+    log_decay: Tensor | None = None, reads: Tensor | None = None, writes: Tensor | None = None,
+    state: Tensor | None = None, scale: float = 1.0, offsets: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, token by token."""
     batch, heads, tokens, d = q.shape
+    q = q if reads is None else reads[..., None] * q
+    k = k if writes is None else writes[..., None] * k
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     g = torch.zeros(batch, heads, tokens, 1, dtype=q.dtype)
     if slopes is not None:
@@ -121,6 +126,22 @@ def check(case: Case, dtype: torch.dtype = torch.float32, offsets: list[int] | N
 @pytest.mark.parametrize("tokens", [1, 2, 4, 63, 65])
 def test_matches_recurrence(decay: str, tokens: int) -> None:
     check(make(decay, tokens=tokens))
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights(decay: str, dtype: torch.dtype) -> None:
+    check(make(decay, batch=2, heads=4, kv_heads=2, tokens=13, weights=True), dtype)
+
+
+def test_weights_refused() -> None:
+    case = make("vector", weights=True)
+    with pytest.raises(ValueError, match="^reads: got weights beside a decay for every channel"):
+        scan(*case[:3], **case.options)
+    case = make("scalar", heads=2, kv_heads=1, weights=True)
+    wrong = {**case.options, "writes": case.options["reads"]}
+    with pytest.raises(ValueError, match=r"^writes: got shape \(1, 2, 9\), expected \(1, 1, 9\)"):
+        scan(*case[:3], **wrong)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -243,14 +264,16 @@ def test_strided_upstream() -> None:
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_opcheck(decay: str) -> None:
-    case = make(decay, tokens=5)
+    case = make(decay, tokens=5, weights=decay != "vector")
     q, k, v = (x.float().requires_grad_() for x in case[:3])
     options = {name: narrow(x, torch.float32) for name, x in case.options.items()}
     slopes, log_decay = options.get("slopes"), options.get("log_decay")
-    arguments = (q, k, v, slopes, log_decay, options["state"], None, 0.7, 0, "numba")
+    reads, writes = options.get("reads"), options.get("writes")
+    given = (q, k, v, slopes, log_decay, reads, writes, options["state"], None)
+    arguments = (*given, 0.7, 0, "numba")
     torch.library.opcheck(scan_op, arguments)
     o, last = scan_op(*arguments)
-    inputs = (o, last, q, k, v, slopes, log_decay, options["state"], None, last, 0.7, 0)
+    inputs = (o, last, *given, last, 0.7, 0)
     inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     torch.library.opcheck(scan_backward_op, (*inputs, decay != "none", "numba"))
 

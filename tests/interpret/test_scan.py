@@ -37,7 +37,7 @@ SMALL = ScanConfig(
 
 def make(
     decay: str, batch: int = 1, heads: int = 2, kv_heads: int = 1, tokens: int = 40, d: int = 16,
-    dv: int = 16, sequences: int = 0, strength: float = 0.5,
+    dv: int = 16, sequences: int = 0, strength: float = 0.5, weights: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     torch.manual_seed(tokens + d)
     inputs = {
@@ -51,6 +51,9 @@ def make(
     elif decay != "none":
         shape = (batch, heads, tokens, d)[: 3 if decay == "scalar" else 4]
         inputs["log_decay"] = -strength * torch.rand(shape)
+    if weights:
+        inputs["reads"] = torch.randn(batch, heads, tokens)
+        inputs["writes"] = torch.randn(batch, tokens, kv_heads).transpose(1, 2)
     return inputs
 
 
@@ -95,6 +98,14 @@ def test_widths(decay: str, d: int, dv: int) -> None:
 @pytest.mark.parametrize("decay", DECAYS)
 def test_batches_and_groups(decay: str) -> None:
     check(make(decay, batch=2, tokens=17), replace(SMALL, segment=16))
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "scalar"])
+def test_weights(decay: str) -> None:
+    """In several segments, with keys shared by heads; in float16 with padded heads too."""
+    check(make(decay, batch=2, tokens=40, weights=True), replace(SMALL, segment=16))
+    inputs = make(decay, heads=1, tokens=18, d=20, strength=0.1, weights=True)
+    check(inputs, dtype=torch.float16, bound=5e-3)
 
 
 @pytest.mark.parametrize("decay", DECAYS)

@@ -124,9 +124,10 @@ def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _scan_gradient(ctx: Any, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, S0, z0, S = ctx.saved_tensors
     kbar, log_decay, _ = gates_op(k, z0, "triton")
-    dq, dkbar, dv, dlog_decay, dS0 = scan_backward_op(
-        do.to(q.dtype), dS, q, kbar, v, None, log_decay, S0, None, S, ctx.scale, 0, True, "triton"
-    )
+    dq, dkbar, dv, dlog_decay, _, _, dS0 = scan_backward_op(
+        do.to(q.dtype), dS, q, kbar, v, None, log_decay, None, None, S0, None, S, ctx.scale, 0,
+        True, "triton",
+    )  # fmt: skip
     dk, dz0 = gates_backward_op(dkbar, dlog_decay, dz, kbar, log_decay, "triton")
     if z0 is not None:
         dz0 = torch.where(z0 == -torch.inf, 0.0, dz0).to(z0.dtype)

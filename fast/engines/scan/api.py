@@ -40,27 +40,30 @@ def scan(
     *,
     slopes: Tensor | None = None,
     log_decay: Tensor | None = None,
+    reads: Tensor | None = None,
+    writes: Tensor | None = None,
     state: Tensor | None = None,
     scale: float = 1.0,
     offsets: Tensor | None = None,
     block: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o_t = scale S_t^T q_t with S_t = exp(g_t) S_{t-1} + k_t v_t^T; returns o and the last state.
+    """o_t = scale r_t S_t^T q_t with S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T; o and the last state.
 
     q (batch, heads, tokens, d), k (batch, kv_heads, tokens, d), v (batch, kv_heads, tokens, dv);
     o (batch, heads, tokens, dv). g is 0, or -`slopes` (heads,) >= 0, or `log_decay` <= 0, either
     (batch, heads, tokens) or, with a decay for every channel of k, (batch, heads, tokens, d); -inf
-    forgets everything. `state` and the last state are float32 (batch, heads, d, dv). `offsets` int
+    forgets everything. r and w are 1, or `reads` (batch, heads, tokens) and `writes` (batch,
+    kv_heads, tokens), which no decay for every channel may stand beside. `state` and the last state are float32 (batch, heads, d, dv). `offsets` int
     (sequences + 1), increasing from 0 to tokens, packs sequences in a batch of one, and the states
     are then (sequences, heads, d, dv).
 
-    Differentiable in q, k, v, slopes, log_decay and state. The state is kept in float32 and rounded
-    to the dtype of q only where it enters a matrix product. `block` is a hint: the rows of a matrix
+    Differentiable in q, k, v, slopes, log_decay, reads, writes and state. The state is kept in
+    float32 and rounded to the dtype of q only where it enters a matrix product. `block` is a hint: the rows of a matrix
     product, rounded to a power of two from 16 to 128. Values that are not as stated above raise on
     the CPU; on CUDA they are not read.
     """
-    tensors = (q, k, v, slopes, log_decay, state, offsets)
+    tensors = (q, k, v, slopes, log_decay, reads, writes, state, offsets)
     direct = unobserved(*tensors)
     key: Hashable = None
     if direct and isinstance(q, Tensor) and (q.is_cuda or backend == "triton"):
@@ -72,6 +75,8 @@ def scan(
     backend = _check(q, k, v, backend)
     check_size("k", k.shape[2], q.shape[2], "tokens, as in q")
     _check_decay(q, q.shape[1], slopes, log_decay)
+    _check_weights("reads", reads, q, q.shape[1], log_decay)
+    _check_weights("writes", writes, q, k.shape[1], log_decay)
     sequences = q.shape[0]
     if offsets is not None:
         check_tensor("offsets", offsets, ("sequences + 1",), (torch.int64, torch.int32))
@@ -107,7 +112,8 @@ def scan_backward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, the gradient of the decay (empty if there is none) and of the state, from the
-    gradients `do` of o and `dfinal` of the last state of `scan`; not differentiable.
+    gradients `do` of o and `dfinal` of the last state of `scan` without weights; not
+    differentiable.
     """
     with torch.no_grad():
         options: dict[str, Any] = {"scale": scale, "offsets": offsets, "block": block}
@@ -119,10 +125,11 @@ def scan_backward(
             dfinal = torch.zeros_like(final)
         _check_state("dfinal", dfinal, tuple(final.shape), q)
         wanted = slopes is not None or log_decay is not None
-        return scan_backward_op(
-            do, dfinal, q, k, v, slopes, log_decay, state, offsets, final, float(scale), block or 0,
-            wanted, choose_backend(backend, q),
+        dq, dk, dv, ddecay, _, _, dstate = scan_backward_op(
+            do, dfinal, q, k, v, slopes, log_decay, None, None, state, offsets, final, float(scale),
+            block or 0, wanted, choose_backend(backend, q),
         )  # fmt: skip
+        return dq, dk, dv, ddecay, dstate
 
 
 def segment_states(
@@ -225,6 +232,16 @@ def _check_decay(q: Tensor, heads: int, slopes: Any, log_decay: Any) -> None:
         shape = (q.shape[0], heads, *q.shape[2:]) if wide else (q.shape[0], heads, q.shape[2])
         _check_shape("log_decay", log_decay, shape)
         check_device("log_decay", log_decay, "q", q)
+
+
+def _check_weights(name: str, weights: Any, q: Tensor, heads: int, log_decay: Any) -> None:
+    if weights is None:
+        return
+    check_tensor(name, weights, ("batch", "heads", "tokens"), FLOATS)
+    _check_shape(name, weights, (q.shape[0], heads, q.shape[2]))
+    check_device(name, weights, "q", q)
+    if log_decay is not None and log_decay.dim() == 4:
+        raise ValueError(f"{name}: got weights beside a decay for every channel, expected None")
 
 
 def _check_state(name: str, state: Any, shape: tuple[int, ...], q: Tensor) -> None:

@@ -108,6 +108,11 @@ def _scaled(o: Tensor, scale: float) -> Tensor:
     return o if scale == 1.0 else o.mul_(scale)
 
 
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows of x (batch, heads, tokens, width) times their weights (batch, heads, tokens)."""
+    return x if weights is None else x * weights.to(x.dtype)[..., None]
+
+
 def _first(state: Tensor | None, q: Tensor, v: Tensor, heads: int, sequences: int) -> Tensor:
     if state is None:
         return torch.zeros(sequences, heads, q.shape[3], v.shape[3], dtype=q.dtype)
@@ -116,16 +121,17 @@ def _first(state: Tensor | None, q: Tensor, v: Tensor, heads: int, sequences: in
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
-    state: Tensor | None, offsets: Tensor | None, scale: float, block: int,
+    reads: Tensor | None, writes: Tensor | None, state: Tensor | None, offsets: Tensor | None,
+    scale: float, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (batch, heads, tokens, dv) and the last states (sequences, heads, d, dv)."""
     _check_offsets(offsets, q.shape[2])
     dtype, heads = q.dtype, q.shape[1]
-    q, k, v = _wide(q), _wide(k), _wide(v)
+    q, k, v = _wide(q), _wide(k), _weighted(_wide(v), writes)
     spans = Spans.of(q.shape[0], q.shape[2], offsets)
     first = _first(state, q, v, heads, len(spans.starts))
     o, final = _walk(q, k, v, _decays(q, heads, slopes, log_decay), first, spans)
-    return _scaled(o, scale).to(dtype), final
+    return _weighted(_scaled(o, scale), reads).to(dtype), final
 
 
 def segment_states(
@@ -164,13 +170,16 @@ def segment_outputs(
 
 def backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
-    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
-    scale: float, block: int, decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
+    log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
+    offsets: Tensor | None, final: Tensor, scale: float, block: int, decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, the gradients of the decay (empty unless wanted), of reads and writes (empty
+    where there are none) and of the initial state.
+    """
     dtype, heads, given = q.dtype, q.shape[1], slopes if slopes is not None else log_decay
-    q, k, v, do = _wide(q), _wide(k), _wide(v), _wide(do)
+    q, k, do, values = _wide(q), _wide(k), _wide(do), _wide(v)
     do = do if scale == 1.0 else do * scale
+    unread, do, v = do, _weighted(do, reads), _weighted(values, writes)
     spans = Spans.of(q.shape[0], q.shape[2], offsets)
     decay = _decays(q, heads, slopes, log_decay)
     first = _first(state, q, v, heads, len(spans.starts))
@@ -184,6 +193,10 @@ def backward(
     dk, _ = _walk(v, do, q, later, R.mT.contiguous(), spans, backward=True, lanewise=lanewise)
     dv, dstate = _walk(k, q, do, later, R, spans, backward=True)
     dstate[full] *= decay[spans.batches[full], :, spans.starts[full]][..., None]
+    dreads, dwrites = q.new_empty(0), q.new_empty(0)
+    if reads is not None:
+        o, _ = _walk(q, k, v, decay, first, spans)
+        dreads = (unread * o).sum(-1).to(reads.dtype)
     ddecay = q.new_empty(0, dtype=dtype)
     if decay_gradient and given is not None:
         keys = k.repeat_interleave(heads // k.shape[1], 1)
@@ -195,11 +208,16 @@ def backward(
             dg[b, :, lo:hi] = dG[b, :, lo:hi].flip(1).cumsum(1).flip(1) + base[n][:, None]
         dg = dg if lanewise else dg[..., 0]
         ddecay = (-dg.sum((0, 2)) if slopes is not None else dg).to(given.dtype)
+    dv = _sum_groups(dv, v.shape[1])
+    if writes is not None:
+        dwrites = (dv * values).sum(-1).to(writes.dtype)
     return (
         dq.to(dtype),
         _sum_groups(dk, k.shape[1]).to(dtype),
-        _sum_groups(dv, v.shape[1]).to(dtype),
+        _weighted(dv, writes).to(dtype),
         ddecay,
+        dreads,
+        dwrites,
         dstate,
     )
 
@@ -214,4 +232,4 @@ def step(
     log_decay: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (batch, heads, 1, dv) of one token and the state with it."""
-    return forward(q, k, v, slopes, log_decay, state, None, scale, 0)
+    return forward(q, k, v, slopes, log_decay, None, None, state, None, scale, 0)

@@ -21,10 +21,13 @@ def _kernels(backend: str) -> ModuleType:
 
 def run_scan(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
-    state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
+    reads: Tensor | None, writes: Tensor | None, state: Tensor | None, offsets: Tensor | None,
+    scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
-        return _kernels(backend).forward(q, k, v, slopes, log_decay, state, offsets, scale, block)
+        return _kernels(backend).forward(
+            q, k, v, slopes, log_decay, reads, writes, state, offsets, scale, block
+        )
 
 
 scan_op = torch.library.custom_op("attnspec::scan", run_scan, mutates_args=())
@@ -33,7 +36,8 @@ scan_op = torch.library.custom_op("attnspec::scan", run_scan, mutates_args=())
 @scan_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
-    state: Tensor | None, offsets: Tensor | None, scale: float, block: int, backend: str,
+    reads: Tensor | None, writes: Tensor | None, state: Tensor | None, offsets: Tensor | None,
+    scale: float, block: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, tokens, d = q.shape
     sequences = batch if offsets is None else offsets.shape[0] - 1
@@ -43,42 +47,38 @@ def _(
     )
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("attnspec::scan_backward", mutates_args=())
 def scan_backward_op(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
-    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
-    scale: float, block: int, decay_gradient: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
+    offsets: Tensor | None, final: Tensor, scale: float, block: int, decay_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
-        return _kernels(backend).backward(
-            do,
-            dfinal,
-            q,
-            k,
-            v,
-            slopes,
-            log_decay,
-            state,
-            offsets,
-            final,
-            scale,
-            block,
-            decay_gradient,
-        )
+        gradients: Gradients = _kernels(backend).backward(
+            do, dfinal, q, k, v, slopes, log_decay, reads, writes, state, offsets, final, scale,
+            block, decay_gradient,
+        )  # fmt: skip
+    return gradients
 
 
 @scan_backward_op.register_fake
 def _(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
-    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
-    scale: float, block: int, decay_gradient: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
+    offsets: Tensor | None, final: Tensor, scale: float, block: int, decay_gradient: bool,
+    backend: str,
+) -> Gradients:  # fmt: skip
     given = slopes if slopes is not None else log_decay
     ddecay = q.new_empty(0)
     if decay_gradient and given is not None:
         ddecay = given.new_empty(given.shape)
+    dreads, dwrites = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (reads, writes))
     return (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ddecay,
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ddecay, dreads, dwrites,
         final.new_empty(final.shape),
     )  # fmt: skip
 
@@ -89,17 +89,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradient(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, slopes, log_decay, state, offsets, final = ctx.saved_tensors
-    decay_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    dq, dk, dv, ddecay, dstate = scan_backward_op(
-        do.to(q.dtype), dfinal, q, k, v, slopes, log_decay, state, offsets, final, ctx.scale,
-        ctx.block, decay_gradient, ctx.backend,
+    q, k, v, slopes, log_decay, reads, writes, state, offsets, final = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    dq, dk, dv, ddecay, dreads, dwrites, dstate = scan_backward_op(
+        do.to(q.dtype), dfinal, q, k, v, slopes, log_decay, reads, writes, state, offsets, final,
+        ctx.scale, ctx.block, wanted[3] or wanted[4], ctx.backend,
     )  # fmt: skip
     return (
         dq, dk, dv,
-        ddecay if ctx.needs_input_grad[3] else None,
-        ddecay if ctx.needs_input_grad[4] else None,
-        dstate if ctx.needs_input_grad[5] else None,
+        ddecay if wanted[3] else None,
+        ddecay if wanted[4] else None,
+        dreads if wanted[5] else None,
+        dwrites if wanted[6] else None,
+        dstate if wanted[7] else None,
         None, None, None, None,
     )  # fmt: skip
 

@@ -140,6 +140,14 @@ def load_decay(gates, stride_t, left, C: tl.constexpr):
 
 
 @triton.jit
+def load_weights(weights, stride_t, left, C: tl.constexpr):
+    """Weights (C,) of rows 0 .. left - 1, zeros beyond."""
+    rows = tl.arange(0, C)
+    at = weights + rows.to(tl.int64) * stride_t
+    return tl.load(at, mask=rows < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def block_decay(gates, stride_t, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
     """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total.
 

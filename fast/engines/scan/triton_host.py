@@ -48,10 +48,11 @@ from attnspec.fast.engines.scan.triton_widths import (
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
-    state: Tensor | None, offsets: Tensor | None, scale: float, block: int,
+    reads: Tensor | None, writes: Tensor | None, state: Tensor | None, offsets: Tensor | None,
+    scale: float, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (batch, heads, tokens, dv) and the last states (sequences, heads, d, dv)."""
-    tensors = (q, k, v, slopes, log_decay, state, offsets)
+    tensors = (q, k, v, slopes, log_decay, reads, writes, state, offsets)
     key = kind(tensors, (scale, block))
     replay = known(key)
     if replay is not None:
@@ -60,8 +61,8 @@ def forward(
     if narrow(q, v):
         start = None if state is None else padded_state(state)
         out, final = forward(
-            padded(q), padded(k), padded(v), slopes, padded_decay(log_decay), start, offsets, scale,
-            block,
+            padded(q), padded(k), padded(v), slopes, padded_decay(log_decay), reads, writes, start,
+            offsets, scale, block,
         )  # fmt: skip
         return _first(out, v.shape[3]), _first(final, q.shape[3], v.shape[3])
     q, k, v = tiled(q, k, v)
@@ -83,8 +84,11 @@ def forward(
     weighted = weigh(call, q, k) if call.decay == VECTOR else None
     totals = None if weighted is None else weighted.totals
     q, k = (q, k) if weighted is None else (weighted.q, weighted.k)
-    entering = enter(call, k, v, state, totals)
-    out, _ = walk(call, q, k, v, entering, call.dtype, final=final, weighted=weighted, pairs=True)
+    entering = enter(call, k, v, state, totals, writes)
+    out, _ = walk(
+        call, q, k, v, entering, call.dtype, final=final, weighted=weighted, pairs=True,
+        inner=writes, outer=reads,
+    )  # fmt: skip
     if call.recorder.follows:
         call.recorder.keep(key, tensors, (out, final), prepare)
     return out, final
@@ -140,21 +144,23 @@ def segment_outputs(
 
 def backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
-    log_decay: Tensor | None, state: Tensor | None, offsets: Tensor | None, final: Tensor,
-    scale: float, block: int, decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, the gradient of the decay (empty unless wanted) and of the initial state."""
+    log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
+    offsets: Tensor | None, final: Tensor, scale: float, block: int, decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, the gradients of the decay (empty unless wanted), of reads and writes (empty
+    where there are none) and of the initial state.
+    """
     if narrow(q, v):
         d, dv_width = q.shape[3], v.shape[3]
         start = None if state is None else padded_state(state)
-        dq, dk, dv, ddecay, dstate = backward(
+        dq, dk, dv, ddecay, dreads, dwrites, dstate = backward(
             padded(do), padded_state(dfinal), padded(q), padded(k), padded(v), slopes,
-            padded_decay(log_decay), start, offsets, padded_state(final), scale, block,
-            decay_gradient,
+            padded_decay(log_decay), reads, writes, start, offsets, padded_state(final), scale,
+            block, decay_gradient,
         )  # fmt: skip
         ddecay = _first(ddecay, d) if ddecay.dim() == 4 else ddecay
         return (
-            _first(dq, d), _first(dk, d), _first(dv, dv_width), ddecay,
+            _first(dq, d), _first(dk, d), _first(dv, dv_width), ddecay, dreads, dwrites,
             _first(dstate, d, dv_width),
         )  # fmt: skip
     do, q, k, v = tiled(do, q, k, v)
@@ -165,32 +171,36 @@ def backward(
     dstate = call.last_states(dfinal, offsets)
     given = slopes if slopes is not None else log_decay
     if call.nothing:
-        ddecay = q.new_empty(0) if given is None or not decay_gradient else torch.zeros_like(given)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ddecay, dstate
+        nothing = [
+            q.new_empty(0) if x is None else torch.zeros_like(x)
+            for x in (given if decay_gradient else None, reads, writes)
+        ]
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *nothing, dstate
     state = None if state is None else state.contiguous()
     weighted = weigh(call, q, k) if call.decay == VECTOR else None
     totals = None if weighted is None else weighted.totals
     Q, K = (q, k) if weighted is None else (weighted.q, weighted.k)
-    entering, leaving = enter(call, K, v, state, totals), dfinal
+    entering, leaving = enter(call, K, v, state, totals, writes), dfinal
     if call.segments.chained:
-        leaving, decays = sum_segments(call, Q, do, totals, backward=True)
+        leaving, decays = sum_segments(call, Q, do, totals, backward=True, inner=reads)
         chain(call, leaving, decays, dfinal, backward=True)
 
     inner = call.dtype if call.decay != VECTOR else torch.float32
     grouped = torch.float32 if k.shape[1] != call.heads else call.dtype
     dq, q_products = walk(
         call, do, v, K, entering, inner, weighted=weighted, transposed=True,
-        product=Q if decay_gradient else None,
+        product=Q if decay_gradient or reads is not None else None, inner=writes, outer=reads,
     )  # fmt: skip
     dk, k_products = walk(
         call, v, do, Q, leaving, grouped if call.decay != VECTOR else inner, weighted=weighted,
-        backward=True, transposed=True, product=K if decay_gradient else None,
+        backward=True, transposed=True,
+        product=K if decay_gradient or writes is not None else None, inner=reads, outer=writes,
     )  # fmt: skip
     dv, _ = walk(
         call, K, Q, do, leaving, grouped, final=dstate, weighted=weighted, pairs=True,
-        backward=True,
+        backward=True, inner=reads, outer=writes,
     )  # fmt: skip
-    ddecay = q.new_empty(0)
+    ddecay, dreads, dwrites = (q.new_empty(0) for _ in range(3))
     states = (final if entering is None else entering, final, leaving)
     if weighted is not None:
         carried = None
@@ -199,10 +209,17 @@ def backward(
         dq, dk, dg = _vector_gates(call, q, k, v, do, weighted, dq, dk, carried, grouped)
         if decay_gradient and given is not None:
             ddecay = dg.to(given.dtype)
-    elif decay_gradient and given is not None:
-        dg = _scalar_gates(call, q_products.sum(0) - k_products.sum(0), states)
-        ddecay = (-dg.sum((0, 2)) if call.decay == CONSTANT else dg).to(given.dtype)
-    return dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dstate
+    else:
+        # The products are those of rows without their own weight: where the output is linear in a
+        # weight, they are its gradient.
+        if reads is not None:
+            dreads, q_products = _weights_gradient(q_products, reads)
+        if writes is not None:
+            dwrites, k_products = _weights_gradient(k_products, writes)
+        if decay_gradient and given is not None:
+            dg = _scalar_gates(call, q_products.sum(0) - k_products.sum(0), states)
+            ddecay = (-dg.sum((0, 2)) if call.decay == CONSTANT else dg).to(given.dtype)
+    return dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dreads, dwrites, dstate
 
 
 def _first(x: Tensor, *sizes: int) -> Tensor:
@@ -217,6 +234,15 @@ def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[1] != like.shape[1]:
         x = x.unflatten(1, (like.shape[1], -1)).sum(2)
     return x.to(like.dtype)
+
+
+def _weights_gradient(products: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of weights from the products (tiles, batch, heads, tokens) of the rows that they
+    multiply, and the products of the weighted rows.
+    """
+    sums = products.sum(0).unflatten(1, (weights.shape[1], -1))
+    weighted = (sums * weights[:, :, None]).flatten(1, 2)
+    return sums.sum(2).to(weights.dtype), weighted[None]
 
 
 def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> Tensor:

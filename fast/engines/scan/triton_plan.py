@@ -162,6 +162,14 @@ class Call:
             return self.gates, 0, 0, 0
         return self.gates, *self.gates.stride()
 
+    def weight_arguments(self, weights: Tensor | None, like: Tensor) -> tuple[Any, ...]:
+        """Weights of rows (batch, heads, tokens) and their strides; `like` stands in for none."""
+        return (like, 0, 0, 0) if weights is None else (weights, *weights.stride())
+
+    def shared_by(self, weights: Tensor | None) -> int:
+        """How many heads share weights."""
+        return 1 if weights is None else self.heads // weights.shape[1]
+
     def layout(self, *tensors: Tensor) -> dict[str, bool]:
         """What the kernels need to know of strides: whether those of batches, heads and tokens are
         multiples of 16 elements, and whether the span of a tile exceeds 32 bits.
@@ -254,9 +262,10 @@ def _place(call: Call, q: Tensor, k: Tensor) -> tuple[Any, ...]:
 
 
 def sum_segments(
-    call: Call, a: Tensor, b: Tensor, totals: Tensor | None, *, backward: bool, every: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Every segment's own contribution to the state, and its log decay."""
+    call: Call, a: Tensor, b: Tensor, totals: Tensor | None, *, backward: bool, every: bool = False,
+    inner: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Every segment's own contribution to the state, and its log decay; `inner` weighs rows."""
     cfg = call.cfg
     states = call.empty(call.segments.total, call.heads, call.d, call.dv)
     width = call.d if call.decay == VECTOR else 1
@@ -264,12 +273,12 @@ def sum_segments(
     tile = call.tile(cfg.states_items, call.d, call.dv)
     call.recorder.launch(
         states_kernel, call.segments.total * call.heads * -(-call.dv // tile),
-        a, *a.stride(), b, *b.stride(), *call.gate_arguments(a), a if totals is None else totals,
-        states, decays, call.table(a), call.scale, *call.place(),
-        call.heads // a.shape[1], call.heads // b.shape[1],
+        a, *a.stride(), b, *b.stride(), *call.gate_arguments(a), *call.weight_arguments(inner, a),
+        a if totals is None else totals, states, decays, call.table(a), call.scale, *call.place(),
+        call.heads // a.shape[1], call.heads // b.shape[1], call.shared_by(inner),
         D=call.d, DV=call.dv, BD=power(call.d), BV=tile, C=call.block, DECAY=call.decay,
         PACKED=call.segments.table is not None, BACKWARD=backward, EVERY=every,
-        **call.describe(call.layout(a, b), a, b),
+        INNER=inner is not None, **call.describe(call.layout(a, b), a, b),
         num_warps=cfg.states_warps, num_stages=cfg.states_stages,
     )  # fmt: skip
     return states, decays
@@ -292,12 +301,13 @@ def chain(
 
 
 def enter(
-    call: Call, k: Tensor, v: Tensor, state: Tensor | None, totals: Tensor | None
-) -> Tensor | None:
+    call: Call, k: Tensor, v: Tensor, state: Tensor | None, totals: Tensor | None,
+    writes: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """The state entering each segment; None for zeros."""
     if not call.segments.chained:
         return state
-    states, decays = sum_segments(call, k, v, totals, backward=False)
+    states, decays = sum_segments(call, k, v, totals, backward=False, inner=writes)
     chain(call, states, decays, state, backward=False)
     return states
 
@@ -306,9 +316,11 @@ def walk(
     call: Call, q: Tensor, k: Tensor, v: Tensor, entering: Tensor | None, dtype: torch.dtype, *,
     final: Tensor | None = None, weighted: Weighted | None = None, pairs: bool = False,
     backward: bool = False, transposed: bool = False, product: Tensor | None = None,
+    inner: Tensor | None = None, outer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, and the products
-    of the result with `product`, if given: summed over the channels of a tile (tiles, batch, heads,
+    """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, its terms weighted
+    by `inner` and its rows by `outer`, and the products of the rows as they are before `outer` with
+    `product`, if given: summed over the channels of a tile (tiles, batch, heads,
     tokens), or under a decay per channel over the rows of a block (blocks, heads, width of v).
     """
     cfg = call.cfg
@@ -325,14 +337,17 @@ def walk(
     call.recorder.launch(
         walk_kernel, call.segments.total * call.heads * tiles,
         q, *q.stride(), k, *k.stride(), v, *v.stride(), w, *w.stride(), *call.gate_arguments(q),
+        *call.weight_arguments(inner, q), *call.weight_arguments(outer, q),
         q if weighted is None else weighted.pairs, q if weighted is None else weighted.totals,
         q if entering is None else entering, out, products, q if final is None else final,
         call.table(q), call.scale, *call.place(), call.batch,
         *(call.heads // x.shape[1] for x in (q, k, v, w)),
+        call.shared_by(inner), call.shared_by(outer),
         R=rows, V=columns, BR=power(rows), BV=tile, C=call.block, DECAY=call.decay,
         PACKED=call.segments.table is not None, BACKWARD=backward, TRANSPOSED=transposed,
         ENTERING=entering is not None, FINAL=final is not None, PAIRS=pairs,
-        PRODUCTS=product is not None, **call.describe(call.layout(q, k, v, w), q, k, v),
+        PRODUCTS=product is not None, INNER=inner is not None, OUTER=outer is not None,
+        **call.describe(call.layout(q, k, v, w), q, k, v),
         num_warps=cfg.walk_warps, num_stages=cfg.walk_stages,
     )  # fmt: skip
     return out, products

@@ -18,6 +18,7 @@ from attnspec.fast.engines.scan.triton_common import (
     VECTOR,
     block_decay,
     load_decay,
+    load_weights,
     locate,
     offset,
     open_rows,
@@ -50,21 +51,23 @@ def reach(gates, stride_t, slope, count, DECAY: tl.constexpr, BACKWARD: tl.const
 
 @triton.jit(
     do_not_specialize=[
-        "segments", "length", "tokens", "a_b", "a_h", "b_b", "b_h", "g_b", "g_h",
+        "segments", "length", "tokens", "a_b", "a_h", "b_b", "b_h", "g_b", "g_h", "inner_b",
+        "inner_h",
     ]
 )  # fmt: skip
 def states_kernel(
-    a, a_b, a_h, a_t, a_d, b, b_b, b_h, b_t, b_d, gates, g_b, g_h, g_t, totals, states, decays,
-    table, scale, segments, length, tokens, heads,
-    a_group, b_group,
+    a, a_b, a_h, a_t, a_d, b, b_b, b_h, b_t, b_d, gates, g_b, g_h, g_t,
+    inner, inner_b, inner_h, inner_t, totals, states, decays,
+    table, scale, segments, length, tokens, heads, a_group, b_group, inner_group,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, EVERY: tl.constexpr,
+    INNER: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """states[segment, head] = the segment's weighted sum of a^T b; decays = its log decay.
 
     a, b are k, v (forward) or q, do (BACKWARD). The last segment of a sequence (the first, if
-    BACKWARD) is needed by no other and left out unless EVERY.
+    BACKWARD) is needed by no other and left out unless EVERY. Rows are weighted by `inner` if INNER.
     """
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
@@ -89,6 +92,8 @@ def states_kernel(
         slope = tl.load(gates + head)
     if DECAY == SCALAR:
         gates += batch * g_b + head * g_h + start * g_t
+    if INNER:
+        inner += batch * inner_b + head // inner_group * inner_h + start * inner_t
     blocks_per_segment = tl.cdiv(length, C)
     where = segment.to(tl.int64) * heads + head
     within = reach(gates, g_t, slope, count, DECAY, BACKWARD)
@@ -115,12 +120,12 @@ def states_kernel(
             S *= tl.exp(total)[:, None]
         else:
             sums, total = block_decay(gates + at * g_t, g_t, slope, left, C, DECAY)
-            if DECAY == NONE:
-                if BACKWARD:
-                    B = (B * scale).to(B.dtype)
-            else:
-                weights = tl.exp(sums) * scale if BACKWARD else tl.exp(total - sums)
+            weights = tl.exp(sums) * scale if BACKWARD else tl.exp(total - sums)
+            if INNER:
+                weights *= load_weights(inner + at * inner_t, inner_t, left, C)
+            if BACKWARD or DECAY != NONE or INNER:
                 B = (B * weights[:, None]).to(B.dtype)
+            if DECAY != NONE:
                 S *= tl.exp(total)
         log_decay += total
         S = tl.dot(tl.trans(A), B, S, input_precision="ieee")

@@ -19,6 +19,7 @@ from attnspec.fast.engines.scan.triton_common import (
     VECTOR,
     block_decay,
     load_tile,
+    load_weights,
     locate,
     offset,
     open_rows,
@@ -45,23 +46,26 @@ def state_offsets(
 @triton.jit(
     do_not_specialize=[
         "segments", "length", "tokens", "batches", "q_b", "q_h", "k_b", "k_h", "v_b", "v_h",
-        "w_b", "w_h", "g_b", "g_h",
+        "w_b", "w_h", "g_b", "g_h", "inner_b", "inner_h", "outer_b", "outer_h",
     ]
 )  # fmt: skip
 def walk_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, w, w_b, w_h, w_t, w_d,
-    gates, g_b, g_h, g_t, pairs, totals, entering, out, products, final, table, scale, segments,
-    length, tokens, heads, batches, q_group, k_group, v_group, w_group,
+    gates, g_b, g_h, g_t, inner, inner_b, inner_h, inner_t, outer, outer_b, outer_h, outer_t,
+    pairs, totals, entering, out, products, final, table, scale, segments, length, tokens, heads,
+    batches, q_group, k_group, v_group, w_group, inner_group, outer_group,
     R: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
     ENTERING: tl.constexpr, FINAL: tl.constexpr, PAIRS: tl.constexpr, PRODUCTS: tl.constexpr,
+    INNER: tl.constexpr, OUTER: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """out (batches, heads, tokens, V) of one segment and BV channels, from the state `entering` it.
 
     q and k have R channels; a state is stored as (R, V), or as (V, R) if TRANSPOSED. FINAL keeps
     the state at the end of the sequence (at its start if BACKWARD), PRODUCTS the sums over the tile
-    of w * out by token. Under a decay per channel the rows come weighted, along R, or along V if
+    of w * out by token. Weights multiply the terms of the sum, `inner` by k's and v's token if
+    INNER, and the rows of out, but not PRODUCTS, `outer` by their token if OUTER. Under a decay per channel the rows come weighted, along R, or along V if
     TRANSPOSED, and the products inside a block are given as `pairs` if PAIRS, else left out.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -94,6 +98,10 @@ def walk_kernel(
         slope = tl.load(gates + head)
     if DECAY == SCALAR:
         gates += batch * g_b + head * g_h + start * g_t
+    if INNER:
+        inner += batch * inner_b + head // inner_group * inner_h + start * inner_t
+    if OUTER:
+        outer += batch * outer_b + head // outer_group * outer_h + start * outer_t
     state = segment.to(tl.int64) * heads + head
     places, inside = state_offsets(tile, R, V, BR, BV, TRANSPOSED)
     S = tl.zeros((BR, BV), tl.float32)
@@ -132,18 +140,26 @@ def walk_kernel(
                 reading, writing = writing, sums
             P = tl.dot(Q, tl.trans(K), input_precision="ieee")
             P *= pair_decay(sums, C, BACKWARD) * scale
+            kept = tl.exp(writing)
+            if BACKWARD:
+                kept *= scale
+            if INNER:
+                weights = load_weights(inner + at * inner_t, inner_t, left, C)
+                P *= weights[None, :]
+                kept *= weights
             if BACKWARD:
                 Y *= tl.exp(reading)[:, None]
             else:
                 Y *= (tl.exp(reading) * scale)[:, None]
             Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee")
-            if BACKWARD:
-                X = (X * (tl.exp(writing) * scale)[:, None]).to(X.dtype)
-            elif DECAY != NONE:
-                X = (X * tl.exp(writing)[:, None]).to(X.dtype)
+            if BACKWARD or DECAY != NONE or INNER:
+                X = (X * kept[:, None]).to(X.dtype)
             if DECAY != NONE:
                 S *= tl.exp(total)
-        store_tile(out + at * V, V, Y, left, width, C, BV, rag_v)
+        rows_out = Y
+        if OUTER:
+            rows_out = Y * load_weights(outer + at * outer_t, outer_t, left, C)[:, None]
+        store_tile(out + at * V, V, rows_out, left, width, C, BV, rag_v)
         if PRODUCTS:
             W = load_tile(w + at * w_t, w_t, w_d, left, width, C, BV, rag_v, WIDE)
             rows = tl.arange(0, C)
