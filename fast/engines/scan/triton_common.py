@@ -148,17 +148,27 @@ def load_weights(weights, stride_t, left, C: tl.constexpr):
 
 
 @triton.jit
-def block_decay(gates, stride_t, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
+def exchanged(x, C: tl.constexpr):
+    """x (C,), of which a thread holds few numbers until it gets the others from shared memory.
+
+    Along an axis of one a sum changes nothing, but the compiler does not look behind it: otherwise
+    it would have every thread load all numbers that the thread needs for a tile.
+    """
+    return tl.reshape(tl.cumsum(x[:, None], 1), (C,))
+
+
+@triton.jit
+def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
     """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total.
 
-    Zeros for a decay per channel, which is already in the rows, and for none.
+    `g` are those of its rows if there is one number a token. Zeros for a decay per channel, which
+    is already in the rows, and for none.
     """
     if DECAY == CONSTANT:
         rows = tl.minimum(left, C)
         sums = -slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
         total = -slope * rows.to(tl.float32)
     elif DECAY == SCALAR:
-        g = load_decay(gates, stride_t, left, C)
         sums = tl.cumsum(g, 0)
         total = tl.sum(g, 0)
     else:

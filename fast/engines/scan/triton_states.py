@@ -119,7 +119,10 @@ def states_kernel(
             total = tl.load(totals + block * D + channels, mask=channels < D, other=0.0)
             S *= tl.exp(total)[:, None]
         else:
-            sums, total = block_decay(gates + at * g_t, g_t, slope, left, C, DECAY)
+            g = tl.zeros((C,), tl.float32)
+            if DECAY == SCALAR:
+                g = load_decay(gates + at * g_t, g_t, left, C)
+            sums, total = block_decay(g, slope, left, C, DECAY)
             weights = tl.exp(sums) * scale if BACKWARD else tl.exp(total - sums)
             if INNER:
                 weights *= load_weights(inner + at * inner_t, inner_t, left, C)

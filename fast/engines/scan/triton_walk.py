@@ -18,6 +18,8 @@ from attnspec.fast.engines.scan.triton_common import (
     SCALAR,
     VECTOR,
     block_decay,
+    exchanged,
+    load_decay,
     load_tile,
     load_weights,
     locate,
@@ -41,6 +43,25 @@ def state_offsets(
     inside = (rows < R) & (columns < V)
     places = columns * R + rows if TRANSPOSED else rows * V + columns
     return places, inside
+
+
+@triton.jit
+def numbers(
+    gates, g_t, inner, inner_t, outer, outer_t, i, count,
+    C: tl.constexpr, DECAY: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """Log decays and weights (C,) of block `i`, as far as there are any; none before block 0."""
+    left = tl.where(i < 0, 0, count - i * C)
+    at = tl.cast(i, tl.int64) * C
+    g = tl.zeros((C,), tl.float32)
+    read, written = g, g
+    if DECAY == SCALAR:
+        g = load_decay(gates + at * g_t, g_t, left, C)
+    if INNER:
+        written = load_weights(inner + at * inner_t, inner_t, left, C)
+    if OUTER:
+        read = load_weights(outer + at * outer_t, outer_t, left, C)
+    return g, written, read
 
 
 @triton.jit(
@@ -108,10 +129,23 @@ def walk_kernel(
     if ENTERING:
         S = tl.load(entering + state * R * V + places, mask=inside, other=0.0)
     blocks = tl.cdiv(count, C)
+    i = blocks * 0
+    if BACKWARD:
+        i = blocks - 1
+    g_next, inner_next, outer_next = numbers(
+        gates, g_t, inner, inner_t, outer, outer_t, i, count, C, DECAY, INNER, OUTER
+    )
     for n in range(blocks):
+        g, inner_now, outer_now = g_next, inner_next, outer_next
         i = n
+        following = n + 1
         if BACKWARD:
             i = blocks - 1 - n
+            following = i - 1
+        # A block ahead: the first thing a block needs should not be the last to come.
+        g_next, inner_next, outer_next = numbers(
+            gates, g_t, inner, inner_t, outer, outer_t, following, count, C, DECAY, INNER, OUTER
+        )
         at = tl.cast(i, tl.int64) * C
         left = count - i * C
         Q = read_rows(Q_rows, i, q_t, q_d, left, R, C, BR, rag_r, WIDE, DESCRIPTORS)
@@ -134,7 +168,7 @@ def walk_kernel(
                 total = tl.load(totals + block * R + channels, mask=channels < R, other=0.0)
                 S *= tl.exp(total)[:, None]
         else:
-            sums, total = block_decay(gates + at * g_t, g_t, slope, left, C, DECAY)
+            sums, total = block_decay(g, slope, left, C, DECAY)
             reading, writing = sums, total - sums
             if BACKWARD:
                 reading, writing = writing, sums
@@ -144,7 +178,7 @@ def walk_kernel(
             if BACKWARD:
                 kept *= scale
             if INNER:
-                weights = load_weights(inner + at * inner_t, inner_t, left, C)
+                weights = exchanged(inner_now, C)
                 P *= weights[None, :]
                 kept *= weights
             if BACKWARD:
@@ -158,7 +192,7 @@ def walk_kernel(
                 S *= tl.exp(total)
         rows_out = Y
         if OUTER:
-            rows_out = Y * load_weights(outer + at * outer_t, outer_t, left, C)[:, None]
+            rows_out = Y * outer_now[:, None]
         store_tile(out + at * V, V, rows_out, left, width, C, BV, rag_v)
         if PRODUCTS:
             W = load_tile(w + at * w_t, w_t, w_d, left, width, C, BV, rag_v, WIDE)
