@@ -1,12 +1,14 @@
-"""A kernel launch worked out once: later launches of its kind fill in the tensors and go.
+"""Kernel launches worked out once: later launches of their kind fill in the tensors and go.
 
 Triton looks at every argument of every launch again, which takes the host longer than many kernels
-run. A prepared launch keeps what does not change, and hands the compiled kernel its arguments
-itself. It keeps no tensor alive.
+run. `launch` compares the arguments with earlier ones; a `Prepared` launch, which does not even do
+that, keeps what does not change. Both hand a compiled kernel its arguments themselves, and keep no
+tensor alive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,9 +18,46 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.recent import Recent
 
 HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 """Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
+
+
+_compiled: Recent[Hashable, Any] = Recent()
+
+
+def launch(kernel: Any, programs: int, /, *given: Any, **named: Any) -> Any:
+    """Start `programs` programs, unless there are none; the compiled kernel, if it was compiled.
+
+    The arguments are the kernel's, then Triton's options. What Triton would find out about those
+    that it has seen before is not found out again.
+    """
+    if programs == 0:
+        return None
+    count_launch()
+    values = [*given, *(named.pop(name) for name in kernel.arg_names[len(given) :])]
+    kinds: list[Any] = [id(kernel), *named.items(), *map(type, values)]
+    addresses = 0
+    for x in values:
+        if isinstance(x, Tensor):
+            addresses |= x.data_ptr()
+            kinds += x.dtype, x.device
+        elif isinstance(x, TensorDescriptor):
+            addresses |= x.base.data_ptr()
+            kinds += x.base.dtype, *x.shape, *x.strides, *x.block_shape
+        else:
+            kinds.append(x)
+    # Triton compiles for addresses at multiples of 16 apart from all others.
+    key = None if addresses & 15 else tuple(kinds)
+    known = None if key is None else _compiled.get(key)
+    if known is not None:
+        known[(programs, 1, 1)](*values)
+        return known
+    compiled = kernel[(programs,)](*values, **named)
+    if key is not None and HANDS_ON_CONSTANTS and getattr(compiled, "module", None) is not None:
+        _compiled[key] = compiled
+    return compiled
 
 
 class Prepared:

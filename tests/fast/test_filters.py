@@ -63,8 +63,8 @@ def test_views_of_any_strides_are_read_in_place() -> None:
 
 def test_op_is_well_formed_and_compiles() -> None:
     p, w, b, state = (x.requires_grad_() for x in tensors(4, 3))
-    torch.library.opcheck(_forward, (p, w, b, state, "numba"))
-    torch.library.opcheck(_backward, (p.detach(), p.detach(), w, b, state, "numba"),
+    torch.library.opcheck(_forward.op, (p, w, b, state, "numba"))
+    torch.library.opcheck(_backward.op, (p.detach(), p.detach(), w, b, state, "numba"),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
     compiled = torch.compile(causal_filter, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(p, w, b, state), causal_filter(p, w, b, state))

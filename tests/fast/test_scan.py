@@ -271,11 +271,11 @@ def test_opcheck(decay: str) -> None:
     reads, writes = options.get("reads"), options.get("writes")
     given = (q, k, v, slopes, log_decay, reads, writes, options["state"], None)
     arguments = (*given, 0.7, 0, "numba")
-    torch.library.opcheck(scan_op, arguments)
+    torch.library.opcheck(scan_op.op, arguments)
     o, last = scan_op(*arguments)
     inputs = (o, last, *given, last, 0.7, 0)
     inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-    torch.library.opcheck(scan_backward_op, (*inputs, decay != "none", "numba"))
+    torch.library.opcheck(scan_backward_op.op, (*inputs, decay != "none", "numba"))
 
 
 def test_compiles() -> None:

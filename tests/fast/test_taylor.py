@@ -102,10 +102,10 @@ def test_packed_features_and_states_are_the_unpacked_ones(d: int) -> None:
 def test_opcheck() -> None:
     q, k, v = (x.detach().float().requires_grad_() for x in make(6, 6))
     real, hi = torch.ones(2, 6), torch.arange(1, 7)
-    torch.library.opcheck(near_op, (q, k, v, real, torch.zeros_like(hi), hi, 0.5))
+    torch.library.opcheck(near_op.op, (q, k, v, real, torch.zeros_like(hi), hi, 0.5))
     S, zk = torch.randn(2, 2, 31, 6), torch.rand(2, 2, 31) + 1
     tokens = (x[:, :, :1].detach() for x in (q, k, v))
-    torch.library.opcheck(token_op, (S, zk, *tokens, 0.5, 1e-12))
+    torch.library.opcheck(token_op.op, (S, zk, *tokens, 0.5, 1e-12))
 
 
 def test_hidden_nan_stays_hidden() -> None:

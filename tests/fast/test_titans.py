@@ -137,10 +137,10 @@ def test_ops_are_well_registered() -> None:
         test_utils=checks,
     )  # fmt: skip
     flat = [x.flatten(0, 1) for x in rates]
-    torch.library.opcheck(scalars_op, (*flat, "numba"), test_utils=checks)
+    torch.library.opcheck(scalars_op.op, (*flat, "numba"), test_utils=checks)
     states = [torch.randn(2, 5) for _ in range(2)]
     path = (*states, torch.randn(2, 3, 5), torch.rand(2, 3), torch.rand(2, 3), "numba")
-    torch.library.opcheck(path_op, path, test_utils=checks)
+    torch.library.opcheck(path_op.op, path, test_utils=checks)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -22,6 +22,7 @@ from attnspec.fast.backend import (
     load,
     wide_dtype,
 )
+from attnspec.fast.engines.operation import operation
 
 
 def _kernels(backend: str) -> ModuleType:
@@ -34,7 +35,7 @@ def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError("this operation is differentiable once: its gradient has none")
 
 
-@torch.library.custom_op("attnspec::additive_scores", mutates_args=())
+@operation("attnspec::additive_scores")
 def _scores(k: Tensor, q: Tensor, v: Tensor, backend: str) -> Tensor:
     return _kernels(backend).scores(k, q, v)
 
@@ -44,7 +45,7 @@ def _(k: Tensor, q: Tensor, v: Tensor, backend: str) -> Tensor:
     return q.new_empty(*q.shape[:2], k.shape[1], dtype=wide_dtype(q))
 
 
-@torch.library.custom_op("attnspec::additive_scores_backward", mutates_args=())
+@operation("attnspec::additive_scores_backward")
 def _scores_backward(
     dout: Tensor, k: Tensor, q: Tensor, v: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _scores_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, No
 _scores.register_autograd(_scores_gradient, setup_context=_scores_setup)
 
 
-@torch.library.custom_op("attnspec::additive_lse", mutates_args=())
+@operation("attnspec::additive_lse")
 def _lse(
     k: Tensor, q: Tensor, v: Tensor, target: Tensor, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def _(
     )
 
 
-@torch.library.custom_op("attnspec::additive_lse_backward", mutates_args=())
+@operation("attnspec::additive_lse_backward")
 def _lse_backward(
     dlse: Tensor, dscore: Tensor, lse: Tensor, k: Tensor, q: Tensor, v: Tensor, target: Tensor,
     mask: Tensor | None, backend: str,

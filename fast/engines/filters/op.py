@@ -10,7 +10,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
@@ -21,6 +20,7 @@ from attnspec.fast.backend import (
     choose_by_dtype,
     load,
 )
+from attnspec.fast.engines.operation import operation
 
 
 def causal_filter(
@@ -56,7 +56,7 @@ def _kernels(backend: str) -> ModuleType:
     return load(f"attnspec.fast.engines.filters.{module}")
 
 
-@torch.library.custom_op("attnspec::filter_forward", mutates_args=())
+@operation("attnspec::filter_forward")
 def _forward(p: Tensor, w: Tensor, b: Tensor, state: Tensor | None, backend: str) -> Tensor:
     if not p.numel():
         return p.new_empty(p.shape)
@@ -68,7 +68,7 @@ def _(p: Tensor, w: Tensor, b: Tensor, state: Tensor | None, backend: str) -> Te
     return p.new_empty(p.shape)
 
 
-@torch.library.custom_op("attnspec::filter_backward", mutates_args=())
+@operation("attnspec::filter_backward")
 def _backward(
     dy: Tensor, p: Tensor, w: Tensor, b: Tensor, state: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

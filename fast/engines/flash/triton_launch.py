@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines import prepared
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
@@ -313,10 +313,7 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig) -> dic
 
 def launch(kernel: Any, programs: int, chosen: FlashConfig, arguments: dict[str, Any]) -> None:
     """Start `programs` programs, unless there are none."""
-    if programs == 0:
-        return
-    count_launch()
-    kernel[(programs,)](**arguments, num_warps=chosen.warps, num_stages=chosen.stages)
+    prepared.launch(kernel, programs, **arguments, num_warps=chosen.warps, num_stages=chosen.stages)
 
 
 def prepare(

@@ -12,6 +12,7 @@ from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.memory import dense, dense_gradients
 from attnspec.fast.engines.memory.configs import config
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
+from attnspec.fast.engines.operation import operation
 
 WIDEST = 256
 """Channels of keys and of values that the linear memory's kernels hold."""
@@ -42,7 +43,7 @@ def _deep(
     return dense.Deep(widths, _pieces(k, b, False), loss_scale, before, group, narrow)
 
 
-@torch.library.custom_op("attnspec::memory", mutates_args=())
+@operation("attnspec::memory")
 def memory_op(
     W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor,
     alpha: Tensor, stored: Tensor | None, widths: list[int], b: int, loss_scale: float,
@@ -94,7 +95,7 @@ def _(
     return y, *states, *_saved_shapes(W, k, q, widths, b, keep, backend)
 
 
-@torch.library.custom_op("attnspec::memory_backward", mutates_args=())
+@operation("attnspec::memory_backward")
 def memory_backward_op(
     dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, k: Tensor, v: Tensor,
     q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
@@ -149,7 +150,7 @@ def _gradient(ctx: Any, dy: Tensor, dW: Tensor, dS: Tensor, *unused: Any) -> tup
 memory_op.register_autograd(_gradient, setup_context=_setup)
 
 
-@torch.library.custom_op("attnspec::memory_scalars", mutates_args=())
+@operation("attnspec::memory_scalars")
 def scalars_op(
     theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +170,7 @@ def _(theta: Tensor, eta: Tensor, alpha: Tensor, backend: str) -> tuple[Tensor, 
     return theta.new_empty(heads, C, 3, dtype=dtype), square, torch.empty_like(square)
 
 
-@torch.library.custom_op("attnspec::memory_scalars_backward", mutates_args=())
+@operation("attnspec::memory_scalars_backward")
 def scalars_backward_op(
     drows: Tensor, dn: Tensor, dG: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, backend: str
 ) -> Tensor:
@@ -211,7 +212,7 @@ def _scalars_gradient(ctx: Any, drows: Tensor, dn: Tensor, dG: Tensor) -> tuple[
 scalars_op.register_autograd(_scalars_gradient, setup_context=_setup_scalars)
 
 
-@torch.library.custom_op("attnspec::memory_path", mutates_args=())
+@operation("attnspec::memory_path")
 def path_op(
     W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def _(
     return W.new_empty(heads, chunks + 1, width), S.new_empty(S.shape)
 
 
-@torch.library.custom_op("attnspec::memory_path_backward", mutates_args=())
+@operation("attnspec::memory_path_backward")
 def path_backward_op(
     dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, path: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ import math
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, wide_dtype
@@ -17,6 +16,7 @@ from attnspec.fast.engines.neighborhood.grid import (
     unflatten,
     window_size,
 )
+from attnspec.fast.engines.operation import operation
 
 DEVICE_MODULES = {"numba": "numba_cpu", "triton": "triton_gpu"}
 
@@ -63,7 +63,7 @@ def _device(backend: str) -> Any:
     return module
 
 
-@torch.library.custom_op("attnspec::neighborhood_forward", mutates_args=())
+@operation("attnspec::neighborhood_forward")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, grid: list[int], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
-@torch.library.custom_op("attnspec::neighborhood_backward", mutates_args=())
+@operation("attnspec::neighborhood_backward")
 def _backward(
     dout: Tensor,
     dlse: Tensor,
@@ -105,7 +105,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op("attnspec::window_scores", mutates_args=())
+@operation("attnspec::window_scores")
 def _scores(q: Tensor, k: Tensor, grid: list[int], scale: float, backend: str) -> Tensor:
     if q.numel() == 0:
         return q.new_zeros(*q.shape[:3], window_size(unflatten(grid)))
@@ -117,7 +117,7 @@ def _(q: Tensor, k: Tensor, grid: list[int], scale: float, backend: str) -> Tens
     return q.new_empty(*q.shape[:3], window_size(unflatten(grid)))
 
 
-@torch.library.custom_op("attnspec::window_values", mutates_args=())
+@operation("attnspec::window_values")
 def _values(p: Tensor, v: Tensor, grid: list[int], scale: float, backend: str) -> Tensor:
     """`window_values` times `scale`."""
     if p.numel() == 0 or v.numel() == 0:
@@ -130,7 +130,7 @@ def _(p: Tensor, v: Tensor, grid: list[int], scale: float, backend: str) -> Tens
     return p.new_empty(*p.shape[:3], v.shape[3])
 
 
-@torch.library.custom_op("attnspec::window_keys", mutates_args=())
+@operation("attnspec::window_keys")
 def _keys(
     p: Tensor, x: Tensor, grid: list[int], kv_heads: int, scale: float, backend: str
 ) -> Tensor:

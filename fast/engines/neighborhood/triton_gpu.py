@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines import prepared
 from attnspec.fast.engines.flash import triton_launch as host
 from attnspec.fast.engines.flash.triton_backward import row_sums
 from attnspec.fast.engines.neighborhood.configs import NeighborhoodConfig, config
@@ -251,6 +251,7 @@ def launch(
     kernel: Any, programs: int, chosen: NeighborhoodConfig, arguments: dict[str, Any]
 ) -> None:
     """Start `programs` programs."""
-    count_launch()
     limits = {"maxnreg": chosen.registers} if chosen.registers else {}
-    kernel[(programs,)](**arguments, num_warps=chosen.warps, num_stages=chosen.stages, **limits)
+    prepared.launch(
+        kernel, programs, **arguments, num_warps=chosen.warps, num_stages=chosen.stages, **limits
+    )

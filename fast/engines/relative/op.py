@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnspec.fast.backend import (
@@ -21,6 +20,7 @@ from attnspec.fast.backend import (
     wide_dtype,
 )
 from attnspec.fast.engines.flash import checks
+from attnspec.fast.engines.operation import operation
 
 
 def relative(
@@ -93,7 +93,7 @@ def _kernel(backend: str, part: str) -> Any:
     return getattr(module, part)
 
 
-@torch.library.custom_op("attnspec::relative_forward", mutates_args=())
+@operation("attnspec::relative_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -120,7 +120,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
-@torch.library.custom_op("attnspec::relative_backward", mutates_args=())
+@operation("attnspec::relative_backward")
 def _backward(
     dout: Tensor,
     dlse: Tensor,

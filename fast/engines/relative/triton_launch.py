@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines import prepared
 from attnspec.fast.engines.flash import triton_launch as flash_host
 from attnspec.fast.engines.flash.configs import L2_BYTES
 from attnspec.fast.engines.relative.configs import KEYS, RelativeConfig, config
@@ -68,6 +68,4 @@ def grid(tokens: int, tile: int, sequences: int, walked_bytes: int) -> dict[str,
 
 def launch(kernel: Any, programs: int, chosen: RelativeConfig, arguments: dict[str, Any]) -> None:
     """Start `programs` programs, unless there are none."""
-    if programs:
-        count_launch()
-        kernel[(programs,)](**arguments, num_warps=chosen.warps, num_stages=chosen.stages)
+    prepared.launch(kernel, programs, **arguments, num_warps=chosen.warps, num_stages=chosen.stages)

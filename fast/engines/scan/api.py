@@ -54,14 +54,14 @@ def scan(
     o (batch, heads, tokens, dv). g is 0, or -`slopes` (heads,) >= 0, or `log_decay` <= 0, either
     (batch, heads, tokens) or, with a decay for every channel of k, (batch, heads, tokens, d); -inf
     forgets everything. r and w are 1, or `reads` (batch, heads, tokens) and `writes` (batch,
-    kv_heads, tokens), which no decay for every channel may stand beside. `state` and the last state are float32 (batch, heads, d, dv). `offsets` int
-    (sequences + 1), increasing from 0 to tokens, packs sequences in a batch of one, and the states
-    are then (sequences, heads, d, dv).
+    kv_heads, tokens), not beside a decay for every channel. `state` and the last state are float32
+    (batch, heads, d, dv). `offsets` int (sequences + 1), increasing from 0 to tokens, packs
+    sequences in a batch of one, and the states are then (sequences, heads, d, dv).
 
     Differentiable in q, k, v, slopes, log_decay, reads, writes and state. The state is kept in
-    float32 and rounded to the dtype of q only where it enters a matrix product. `block` is a hint: the rows of a matrix
-    product, rounded to a power of two from 16 to 128. Values that are not as stated above raise on
-    the CPU; on CUDA they are not read.
+    float32 and rounded to the dtype of q only where it enters a matrix product. `block` is a hint:
+    the rows of a matrix product, rounded to a power of two from 16 to 128. Values that are not as
+    stated above raise on the CPU; on CUDA they are not read.
     """
     tensors = (q, k, v, slopes, log_decay, reads, writes, state, offsets)
     direct = unobserved(*tensors)

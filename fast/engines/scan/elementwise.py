@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide_dtype
+from attnspec.fast.backend import choose_by_dtype, load, wide_dtype
+from attnspec.fast.engines.operation import Operation, operation
 
 
 @cache
@@ -27,7 +28,7 @@ def run(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, 
         return _kernels(backend).forward(a, x, h0)
 
 
-elementwise_op = torch.library.custom_op("attnspec::elementwise", run, mutates_args=())
+elementwise_op = Operation("attnspec::elementwise", run)
 
 
 @elementwise_op.register_fake
@@ -36,7 +37,7 @@ def _(a: Tensor, x: Tensor, h0: Tensor | None, backend: str) -> tuple[Tensor, Te
     return x.new_empty(x.shape), x.new_empty(batch, channels, dtype=wide_dtype(x))
 
 
-@torch.library.custom_op("attnspec::elementwise_backward", mutates_args=())
+@operation("attnspec::elementwise_backward")
 def elementwise_backward_op(
     dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,5 +75,5 @@ def elementwise(
     a and x (batch, tokens, channels), each in its own float dtype, h0 (batch, channels) likewise.
     Differentiable in all three; the gradient of a sees h as it was rounded to the dtype of x.
     """
-    forward = run if unobserved(a, x, h0) else elementwise_op
-    return forward(a, x, h0, choose_by_dtype(backend, "x", x))
+    y, last = elementwise_op(a, x, h0, choose_by_dtype(backend, "x", x))
+    return y, last

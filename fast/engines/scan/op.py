@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import load, wide_dtype
+from attnspec.fast.engines.operation import Operation, operation
 
 
 @cache
@@ -30,7 +31,7 @@ def run_scan(
         )
 
 
-scan_op = torch.library.custom_op("attnspec::scan", run_scan, mutates_args=())
+scan_op = Operation("attnspec::scan", run_scan)
 
 
 @scan_op.register_fake
@@ -50,7 +51,7 @@ def _(
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("attnspec::scan_backward", mutates_args=())
+@operation("attnspec::scan_backward")
 def scan_backward_op(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
@@ -76,7 +77,8 @@ def _(
     ddecay = q.new_empty(0)
     if decay_gradient and given is not None:
         ddecay = given.new_empty(given.shape)
-    dreads, dwrites = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (reads, writes))
+    dreads = q.new_empty(0) if reads is None else reads.new_empty(reads.shape)
+    dwrites = q.new_empty(0) if writes is None else writes.new_empty(writes.shape)
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ddecay, dreads, dwrites,
         final.new_empty(final.shape),
@@ -109,7 +111,7 @@ def _gradient(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]
 scan_op.register_autograd(_gradient, setup_context=_setup)
 
 
-@torch.library.custom_op("attnspec::scan_states", mutates_args=())
+@operation("attnspec::scan_states")
 def states_op(
     k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None, state: Tensor | None,
     heads: int, segment: int, backend: str,
@@ -131,7 +133,7 @@ def _(
     )
 
 
-@torch.library.custom_op("attnspec::scan_outputs", mutates_args=())
+@operation("attnspec::scan_outputs")
 def outputs_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, log_decay: Tensor | None,
     entering: Tensor, scale: float, segment: int, backend: str,
@@ -158,7 +160,7 @@ def run_step(
         return _kernels(backend).step(state, q, k, v, slopes, log_decay, scale)
 
 
-step_op = torch.library.custom_op("attnspec::scan_step", run_step, mutates_args=())
+step_op = Operation("attnspec::scan_step", run_step)
 
 
 @step_op.register_fake

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import TABLE
 from attnspec.fast.recent import Recent
 
@@ -85,9 +86,8 @@ class Recorder:
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         """Launch a Triton kernel on `programs` programs."""
-        count_launch()
-        compiled = kernel[(programs,)](*arguments, **constants)
-        if not self.follows:
+        compiled = launch(kernel, programs, *arguments, **constants)
+        if not self.follows or not programs:
             return
         rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
         self.launches.append((compiled, programs, [*arguments, *rest]))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_by_dtype, load, unobserved, wide, wide_dtype
+from attnspec.fast.backend import choose_by_dtype, load, wide, wide_dtype
+from attnspec.fast.engines.operation import Operation, operation
 
 
 @cache
@@ -32,7 +33,7 @@ def run(
         return _kernels(backend).forward(Delta, A, b, c, u, D, h0)
 
 
-selective_op = torch.library.custom_op("attnspec::selective", run, mutates_args=())
+selective_op = Operation("attnspec::selective", run)
 
 
 @selective_op.register_fake
@@ -43,7 +44,7 @@ def _(
     return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=wide_dtype(u))
 
 
-@torch.library.custom_op("attnspec::selective_backward", mutates_args=())
+@operation("attnspec::selective_backward")
 def selective_backward_op(
     dy: Tensor, dlast: Tensor, Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor,
     D: Tensor | None, h0: Tensor | None, backend: str,
@@ -105,5 +106,5 @@ def selective(
     (channels,), h0 (batch, channels, n) may have dtypes of their own. Differentiable in all.
     """
     tensors = (Delta, A, b, c, u, D, h0)
-    forward = run if unobserved(*tensors) else selective_op
-    return forward(*tensors, choose_by_dtype(backend, "u", u))
+    y, last = selective_op(*tensors, choose_by_dtype(backend, "u", u))
+    return y, last

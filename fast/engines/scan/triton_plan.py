@@ -319,9 +319,9 @@ def walk(
     inner: Tensor | None = None, outer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The walk over all segments, (batch, heads, tokens, width of v) in `dtype`, its terms weighted
-    by `inner` and its rows by `outer`, and the products of the rows as they are before `outer` with
-    `product`, if given: summed over the channels of a tile (tiles, batch, heads,
-    tokens), or under a decay per channel over the rows of a block (blocks, heads, width of v).
+    by `inner` and its rows by `outer`, and the products of the rows before `outer` with `product`,
+    if given: summed over the channels of a tile (tiles, batch, heads, tokens), or under a decay per
+    channel over the rows of a block (blocks, heads, width of v).
     """
     cfg = call.cfg
     rows, columns = q.shape[3], v.shape[3]

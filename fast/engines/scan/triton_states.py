@@ -67,7 +67,7 @@ def states_kernel(
     """states[segment, head] = the segment's weighted sum of a^T b; decays = its log decay.
 
     a, b are k, v (forward) or q, do (BACKWARD). The last segment of a sequence (the first, if
-    BACKWARD) is needed by no other and left out unless EVERY. Rows are weighted by `inner` if INNER.
+    BACKWARD) is needed by no other and left out unless EVERY. `inner` weighs the rows if INNER.
     """
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)

@@ -85,9 +85,10 @@ def walk_kernel(
 
     q and k have R channels; a state is stored as (R, V), or as (V, R) if TRANSPOSED. FINAL keeps
     the state at the end of the sequence (at its start if BACKWARD), PRODUCTS the sums over the tile
-    of w * out by token. Weights multiply the terms of the sum, `inner` by k's and v's token if
-    INNER, and the rows of out, but not PRODUCTS, `outer` by their token if OUTER. Under a decay per channel the rows come weighted, along R, or along V if
-    TRANSPOSED, and the products inside a block are given as `pairs` if PAIRS, else left out.
+    of w * out by token. `inner` weighs the terms of the sum by the token of k and v if INNER, and
+    `outer` the rows of out, but not PRODUCTS, if OUTER. Under a decay per channel the rows come
+    weighted, along R, or along V if TRANSPOSED, and the products inside a block are given as
+    `pairs` if PAIRS, else left out.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     rag_r: tl.constexpr = R < BR

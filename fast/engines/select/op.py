@@ -23,6 +23,7 @@ from attnspec.fast.backend import (
     wide_dtype,
 )
 from attnspec.fast.engines.flash import BlockLists
+from attnspec.fast.engines.operation import operation
 
 KINDS = ("max", "min", "avg")
 
@@ -48,7 +49,7 @@ def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError("this operation is differentiable once: its gradient has none")
 
 
-@torch.library.custom_op("attnspec::pool_blocks", mutates_args=())
+@operation("attnspec::pool_blocks")
 def _pool(x: Tensor, block: int, kinds: list[int], backend: str) -> Tensor:
     return _kernels(backend, "pool").pool(x, block, kinds)
 
@@ -59,7 +60,7 @@ def _(x: Tensor, block: int, kinds: list[int], backend: str) -> Tensor:
     return x.new_empty(batch, heads, (tokens + block - 1) // block, len(kinds) * d)
 
 
-@torch.library.custom_op("attnspec::pool_blocks_backward", mutates_args=())
+@operation("attnspec::pool_blocks_backward")
 def _pool_backward(dout: Tensor, x: Tensor, block: int, kinds: list[int], backend: str) -> Tensor:
     return _kernels(backend, "pool").pool_backward(dout, x, block, kinds)
 
@@ -110,7 +111,7 @@ def pool_blocks(
     return pooled.reshape(*x.shape[:-2], *pooled.shape[-2:])
 
 
-@torch.library.custom_op("attnspec::block_scores", mutates_args=())
+@operation("attnspec::block_scores")
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float, backend: str) -> Tensor:
     return _kernels(backend, "scores").scores(q, k, scale, causal, fill)
 
@@ -121,7 +122,7 @@ def _(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float, backend: st
     return q.new_empty(*q.shape[:3], k.shape[2], dtype=wide_dtype(q))
 
 
-@torch.library.custom_op("attnspec::block_scores_backward", mutates_args=())
+@operation("attnspec::block_scores_backward")
 def _scores_backward(
     dout: Tensor, q: Tensor, k: Tensor, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,7 @@ def block_scores(
     return _scores(q, k, scale, causal, float(fill), backend)
 
 
-@torch.library.custom_op("attnspec::top_k", mutates_args=())
+@operation("attnspec::top_k")
 def _top_k(scores: Tensor, k: int, dtype: torch.dtype, backend: str) -> Tensor:
     return _kernels(backend, "top_k").top_k(scores, k, dtype)
 
@@ -192,7 +193,7 @@ def _(scores: Tensor, k: int, dtype: torch.dtype, backend: str) -> Tensor:
     return scores.new_empty(*scores.shape[:3], k, dtype=dtype)
 
 
-@torch.library.custom_op("attnspec::top_k_mask", mutates_args=())
+@operation("attnspec::top_k_mask")
 def _top_k_mask(scores: Tensor, k: int, backend: str) -> Tensor:
     return _kernels(backend, "top_k").top_k_mask(scores, k)
 
@@ -256,7 +257,7 @@ def top_k_lists(
     return BlockLists(index, count, q_block, k_block)
 
 
-@torch.library.custom_op("attnspec::mask_lists", mutates_args=())
+@operation("attnspec::mask_lists")
 def _mask_lists(mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _kernels(backend, "top_k").mask_lists(mask)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, wide_dtype
 from attnspec.fast.engines.flash import checks
+from attnspec.fast.engines.operation import operation
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _kernel(backend: str, part: str) -> Any:
     return getattr(module, part)
 
 
-@torch.library.custom_op("attnspec::softplus_forward", mutates_args=())
+@operation("attnspec::softplus_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -110,7 +110,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), _no_rows(q)
 
 
-@torch.library.custom_op("attnspec::softplus_backward", mutates_args=())
+@operation("attnspec::softplus_backward")
 def _backward(
     dout: Tensor,
     q: Tensor,

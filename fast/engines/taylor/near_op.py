@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch, load
+from attnspec.fast.engines.operation import operation
 
 
 def _kernels() -> ModuleType:
@@ -21,7 +22,7 @@ def _arrays(*tensors: Tensor) -> list[Any]:
     return [x.detach().contiguous().numpy() for x in tensors]
 
 
-@torch.library.custom_op("attnspec::taylor_near", mutates_args=())
+@operation("attnspec::taylor_near")
 def near_op(
     q: Tensor, k: Tensor, v: Tensor, real: Tensor, lo: Tensor, hi: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
 
 
-@torch.library.custom_op("attnspec::taylor_near_backward", mutates_args=())
+@operation("attnspec::taylor_near_backward")
 def near_backward_op(
     dnum: Tensor, dden: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor, lo: Tensor,
     hi: Tensor, scale: float,
@@ -81,7 +82,7 @@ def _gradient(ctx: Any, dnum: Tensor, dden: Tensor) -> tuple[Tensor | None, ...]
 near_op.register_autograd(_gradient, setup_context=_setup)
 
 
-@torch.library.custom_op("attnspec::taylor_token", mutates_args=())
+@operation("attnspec::taylor_token")
 def token_op(
     S: Tensor, zk: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

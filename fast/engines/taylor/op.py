@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import load
+from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.taylor.layout import packed_count
 
 
@@ -17,7 +18,7 @@ def _host() -> ModuleType:
     return load("attnspec.fast.engines.taylor.triton_host")
 
 
-@torch.library.custom_op("attnspec::taylor", mutates_args=())
+@operation("attnspec::taylor")
 def taylor_op(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, state: Tensor | None,
     offsets: Tensor | None, causal: bool, scale: float, eps: float, use_norm: bool, want: bool,
@@ -45,7 +46,7 @@ def _(
     )
 
 
-@torch.library.custom_op("attnspec::taylor_backward", mutates_args=())
+@operation("attnspec::taylor_backward")
 def taylor_backward_op(
     do: Tensor, dtotal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None,
     state: Tensor | None, offsets: Tensor | None, out: Tensor, z: Tensor, causal: bool,
@@ -97,7 +98,7 @@ def run_step(
     return o, new_S, new_zk
 
 
-taylor_step_op = torch.library.custom_op("attnspec::taylor_step", run_step, mutates_args=())
+taylor_step_op = Operation("attnspec::taylor_step", run_step)
 
 
 @taylor_step_op.register_fake

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_states import chain_kernel
 from attnspec.fast.engines.taylor.configs import TaylorConfig, config
@@ -130,18 +130,17 @@ class Call:
         tile = min(cfg.sum_columns, _power(dv))
         tiles = -(-dv // tile) * -(-self.features // cfg.sum_features)
         programs = segments.total * self.kv_heads * tiles
-        if programs:
-            count_launch()
-            sums_kernel[(programs,)](
-                x, *x.stride(), y, *y.stride(), *(rows if back else (x, x)),
-                *((x, 0, 0) if back else self.mask()), states, self.table(), self.scale,
-                segments.each, segments.length, tokens, shift, x.shape[2], self.kv_heads,
-                BV=tile, BF=cfg.sum_features, C=cfg.sum_rows,
-                GROUP=self.heads // self.kv_heads if back else 1, WEIGHTED=back,
-                MASKED=self.key_mask is not None and not back,
-                PACKED=segments.table is not None, **self.sizes(x, y), **self.arithmetic(),
-                num_warps=cfg.sum_warps, num_stages=cfg.sum_stages,
-            )  # fmt: skip
+        launch(
+            sums_kernel, programs,
+            x, *x.stride(), y, *y.stride(), *(rows if back else (x, x)),
+            *((x, 0, 0) if back else self.mask()), states, self.table(), self.scale,
+            segments.each, segments.length, tokens, shift, x.shape[2], self.kv_heads,
+            BV=tile, BF=cfg.sum_features, C=cfg.sum_rows,
+            GROUP=self.heads // self.kv_heads if back else 1, WEIGHTED=back,
+            MASKED=self.key_mask is not None and not back,
+            PACKED=segments.table is not None, **self.sizes(x, y), **self.arithmetic(),
+            num_warps=cfg.sum_warps, num_stages=cfg.sum_stages,
+        )  # fmt: skip
         return states
 
     def chain(self, states: Tensor, initial: Tensor | None, backward: bool) -> Tensor:
@@ -153,14 +152,13 @@ class Call:
         items = min(1024, triton.next_power_of_2(self.items))
         decays = torch.zeros(max(1, states.shape[0]), device=states.device)
         programs = per_head * -(-self.items // items)
-        if programs:
-            count_launch()
-            chain_kernel[(programs,)](
-                states, decays, states if initial is None else initial, total,
-                decays if segments.bounds is None else segments.bounds, each, self.kv_heads,
-                D=1, DV=self.items, ITEMS=items, PACKED=segments.table is not None, DECAY=0,
-                INITIAL=initial is not None, BACKWARD=backward, FINAL=True, num_warps=4,
-            )  # fmt: skip
+        launch(
+            chain_kernel, programs,
+            states, decays, states if initial is None else initial, total,
+            decays if segments.bounds is None else segments.bounds, each, self.kv_heads,
+            D=1, DV=self.items, ITEMS=items, PACKED=segments.table is not None, DECAY=0,
+            INITIAL=initial is not None, BACKWARD=backward, FINAL=True, num_warps=4,
+        )  # fmt: skip
         return total
 
     def enter(self, state: Tensor | None, want: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -203,8 +201,8 @@ def forward(
     segments, tiles = call.launched(cfg.rows, q.shape[2])
     programs = segments * call.heads * tiles * -(-dv // tile)
     if q.shape[2] and programs:
-        count_launch()
-        outputs_kernel[(programs,)](
+        launch(
+            outputs_kernel, programs,
             q, *q.stride(), k, *k.stride(), v, *v.stride(), *call.mask(),
             z if entering is None else entering, out, z, call.table(), scale, eps, *call.place(),
             tiles, call.heads, call.heads // call.kv_heads,
@@ -243,16 +241,16 @@ def backward(
     }  # fmt: skip
     segments, tiles = call.launched(cfg.back_rows, q.shape[2])
     if q.shape[2] and segments * call.heads * tiles:
-        count_launch()
-        dq_kernel[(segments * call.heads * tiles,)](
+        launch(
+            dq_kernel, segments * call.heads * tiles,
             *tensors, inverse, delta, z if entering is None else entering, dq, call.table(), scale,
             *call.place(), tiles, call.heads, call.heads // call.kv_heads,
             LOCAL=call.local, REMOTE=entering is not None, **options,
         )  # fmt: skip
     segments, tiles = call.launched(cfg.back_keys, k.shape[2])
     if k.shape[2] and segments * call.kv_heads * tiles:
-        count_launch()
-        dkv_kernel[(segments * call.kv_heads * tiles,)](
+        launch(
+            dkv_kernel, segments * call.kv_heads * tiles,
             *tensors, inverse, delta, z if leaving is None else leaving, dk, dvalues, call.table(),
             scale, *call.place(), tiles, call.kv_heads, GROUP=call.heads // call.kv_heads,
             LOCAL=call.local and q.shape[2] > 0, REMOTE=leaving is not None, **options,
@@ -273,8 +271,8 @@ def step(
     tile = min(64, _power(dv))
     programs = batch * kv_heads * -(-dv // tile)
     if programs:
-        count_launch()
-        step_kernel[(programs,)](
+        launch(
+            step_kernel, programs,
             S, *S.stride(), zk, *zk.stride(), *_token(q), *_token(k), *_token(v), new_S, new_zk,
             out, scale, eps, kv_heads,
             D=d, DV=dv, F=many, BV=tile, BF=max(2, 32 // members), GROUP=group, BG=members,
