@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, wide
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.rows import positive
 from attnspec.fast.engines.scan import scan
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
@@ -35,7 +36,7 @@ def linear_attention(
     check_tokens(q, k, v)
     h0, z0 = check_pair(state, q, v)
     dtype = computed(q)
-    phi, psi = feature_map(q).to(dtype), feature_map(k).to(dtype)
+    phi, psi = (positive(x, dtype, backend=backend) for x in (q, k))
     ones = psi.new_ones(*psi.shape[:3], 1)
     eta, z = scan(phi, psi, ones, state=z0, backend=backend)
     nothing = eta[..., 0] == 0
@@ -71,12 +72,6 @@ def normalised_attention(
 def computed(q: Tensor) -> torch.dtype:
     """The dtype in which unnormalised sums are computed."""
     return torch.float32 if q.dtype == torch.float16 else q.dtype
-
-
-def feature_map(x: Tensor) -> Tensor:
-    """elu(x) + 1 in float32 at least; below 0 it is e^x, to full relative precision."""
-    x = wide(x)
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
 def check_tokens(q: Any, k: Any, v: Any) -> None:

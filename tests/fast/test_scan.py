@@ -136,7 +136,7 @@ def test_weights(decay: str, dtype: torch.dtype) -> None:
 
 def test_weights_refused() -> None:
     case = make("vector", weights=True)
-    with pytest.raises(ValueError, match="^reads: got weights beside a decay for every channel"):
+    with pytest.raises(ValueError, match=r"^reads: got weights beside a decay for every channel"):
         scan(*case[:3], **case.options)
     case = make("scalar", heads=2, kv_heads=1, weights=True)
     wrong = {**case.options, "writes": case.options["reads"]}

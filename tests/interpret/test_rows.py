@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, turn, use_config
+from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, positive, turn, use_config
 from attnspec.fast.linear.lightning_attention_1 import (
     layer_slopes,
     lrpe_frequencies,
@@ -143,3 +143,17 @@ def test_a_block_and_packed_sequences() -> None:
         strict=True,
     ):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positive_features(dtype: torch.dtype) -> None:
+    """Of strided rows, to another dtype, with a gradient; NaN stays NaN."""
+    x = (3 * torch.randn(2, 5, 3, 7)).to(dtype).transpose(1, 2).requires_grad_()
+    y = positive(x, torch.float32, backend="triton")
+    expected = positive(x.double(), torch.float32, backend="numba")
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+    up = torch.randn_like(y)
+    got, right = (torch.autograd.grad(z, x, up)[0] for z in (y, expected))
+    torch.testing.assert_close(got, right)
+    assert positive(torch.full((1, 1, 1, 1), torch.nan), dtype, backend="triton").isnan().all()
+    assert positive(x[:, :, :0], dtype, backend="triton").shape == (2, 3, 0, 7)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch, interpreting
 from attnspec.fast.engines.additive.configs import config
+from attnspec.fast.engines.prepared import launch
 
 LENGTHS = ["steps", "slots", "step_tiles", "slot_tiles"]
 
@@ -200,8 +201,8 @@ def scores(k: Tensor, q: Tensor, v: Tensor) -> Tensor:
         return out
     M, N = _tile(steps, config().rows), _tile(slots, config().columns)
     tiles = triton.cdiv(steps, M), triton.cdiv(slots, N)
-    count_launch()
-    _scores[(batch * tiles[0] * tiles[1],)](
+    launch(
+        _scores, batch * tiles[0] * tiles[1],
         k, q, v, out, *k.stride(), *q.stride(), v.stride(0), steps, slots, *tiles, width,
         M=M, N=N, APPROXIMATE=_approximate(q), num_warps=config().num_warps,
     )  # fmt: skip
@@ -220,8 +221,8 @@ def lse(
     partial = torch.empty(2, batch, steps, splits, dtype=torch.float32, device=q.device)
     bytes_, *mask_strides = _mask_arguments(mask, q)
     if batch * steps:
-        count_launch()
-        _lse[(batch * tiles * splits,)](
+        launch(
+            _lse, batch * tiles * splits,
             k, q, v, target, bytes_, partial[0], partial[1], *k.stride(), *q.stride(),
             v.stride(0), *target.stride(), *mask_strides, steps, slots, tiles, splits, chunk,
             width, MASKED=mask is not None, M=M, N=N, APPROXIMATE=_approximate(q),
@@ -241,8 +242,8 @@ def score_gradients(
     M, N = _tile(steps, config().rows), _tile(slots, config().columns)
     tiles = triton.cdiv(steps, M), triton.cdiv(slots, N)
     bytes_, *mask_strides = _mask_arguments(mask, q)
-    count_launch()
-    _score_gradients[(batch * tiles[0] * tiles[1],)](
+    launch(
+        _score_gradients, batch * tiles[0] * tiles[1],
         dlse, dscore, lse.contiguous(), k, q, v, target, bytes_, out, *dlse.stride(),
         *dscore.stride(), *k.stride(), *q.stride(), v.stride(0), *target.stride(), *mask_strides,
         steps, slots, *tiles, width, MASKED=mask is not None, M=M, N=N,

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import config
 from attnspec.fast.engines.columns.triton_gpu import (
     LOG2E,
@@ -19,6 +18,7 @@ from attnspec.fast.engines.columns.triton_gpu import (
     partial_norms,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import best_of, ordered
 
 GATHERED_ROWS = 32
@@ -122,8 +122,8 @@ def received(q: Tensor, k: Tensor, a: Tensor, scale: float) -> Tensor:
     M, N = _tile(rows, 16), _tile(columns, plan.block_k // 2)
     tiles = triton.cdiv(columns, N)
     out = torch.empty(kv_heads, columns, dtype=torch.float32, device=q.device)
-    count_launch()
-    _received[(kv_heads * tiles,)](
+    launch(
+        _received, kv_heads * tiles,
         q, k, top, total, a, out, *q.stride()[1:], *k.stride()[1:], *a.stride(),
         heads // kv_heads, rows, columns, a.shape[1], tiles, top.shape[-1], d, scale * LOG2E.value,
         M=M, N=N, D=_width(d), SPLITS=triton.next_power_of_2(top.shape[-1]), **_options(plan),
@@ -142,14 +142,14 @@ def evict(
     if not kept:
         return kept_k, kept_v, kept_a, kept_pos
     size = max(32, triton.next_power_of_2(n - rec))
-    count_launch()
-    _choose[(kv_heads,)](
+    launch(
+        _choose, kv_heads,
         a, pos, *pos.stride(), index, kept_a, kept_pos, n, pos.shape[1], seen, hh, rec,
         N=size, num_warps=min(16, max(1, size // 512)),
     )  # fmt: skip
     tiles = triton.cdiv(kept, GATHERED_ROWS)
-    count_launch()
-    _gather[(kv_heads * tiles,)](
+    launch(
+        _gather, kv_heads * tiles,
         k, v, index, kept_k, kept_v, *k.stride()[1:], *v.stride()[1:], kept, tiles, d, dv,
         ROWS=GATHERED_ROWS, D=_width(d), DV=_width(dv), num_warps=4,
     )  # fmt: skip

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import ColumnsConfig, config
 from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.prepared import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["rows", "columns", "tiles", "scale"]
@@ -295,8 +295,8 @@ def partial_norms(
     chunk = triton.cdiv(triton.cdiv(columns, splits), N) * N
     real, *real_strides = _mask_arguments(key_mask, q)
     top, total = torch.empty(2, *q.shape[:3], splits, dtype=torch.float32, device=q.device)
-    count_launch()
-    _row_norms[(batch * kv_heads * tiles * splits,)](
+    launch(
+        _row_norms, batch * kv_heads * tiles * splits,
         q, k, real, top, total, *q.stride(), *k.stride(), *real_strides, kv_heads, group, rows,
         columns, tiles, splits, chunk, d, scale * LOG2E.value, CAUSAL=causal,
         MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
@@ -332,8 +332,8 @@ def column_sums(
     real, *real_strides = _mask_arguments(key_mask, q)
     raw, norm = total is not None, norm.contiguous()
     total = norm if total is None else total.contiguous()
-    count_launch()
-    _column_sums[(batch * kv_heads * tiles,)](
+    launch(
+        _column_sums, batch * kv_heads * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, kv_heads,
         heads // kv_heads, rows, k.shape[2], columns, tiles, d, scale * LOG2E.value,
         RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
@@ -357,8 +357,8 @@ def weight_rows(
     real, *real_strides = _mask_arguments(key_mask, q)
     raw, norm = total is not None, norm.contiguous()
     total = norm if total is None else total.contiguous()
-    count_launch()
-    _weight_rows[(batch * heads * row_tiles * tiles,)](
+    launch(
+        _weight_rows, batch * heads * row_tiles * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, heads,
         heads // k.shape[1], rows, columns, row_tiles, tiles, d, scale * LOG2E.value,
         RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
@@ -376,8 +376,8 @@ def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> T
     out = torch.empty(batch, heads, row_blocks, parts, tiles, dtype=torch.float32, device=q.device)
     if out.numel():
         q, k = readable(q, k)
-        count_launch()
-        _block_max[(batch * heads * row_blocks * parts,)](
+        launch(
+            _block_max, batch * heads * row_blocks * parts,
             q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns,
             row_blocks, tiles, block, parts, d, scale * LOG2E.value, CAUSAL=causal, M=M, N=N,
             D=_width(d), **_options(plan),
@@ -392,8 +392,8 @@ def smooth(s: Tensor, width: int, kind: str, heads: int, reduce: str) -> Tensor:
         return out
     size = min(1024, max(32, triton.next_power_of_2(n)))
     tiles = triton.cdiv(n, size)
-    count_launch()
-    _smooth[(batch * heads * tiles,)](
+    launch(
+        _smooth, batch * heads * tiles,
         s, out, *s.stride(), heads, s_heads // heads, n, tiles, width,
         AVERAGE=kind == "avg", MEAN=reduce == "mean", N=size, num_warps=4,
     )  # fmt: skip

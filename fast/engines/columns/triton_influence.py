@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import config
 from attnspec.fast.engines.columns.triton_gpu import (
     LOG2E,
@@ -18,6 +17,7 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _width,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.prepared import launch
 
 LENGTHS = ["tokens", "blocks", "block", "parts", "scale", "eps"]
 
@@ -107,8 +107,8 @@ def block_influence(
     out = torch.zeros(batch, heads, blocks, parts, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
         q, k, v, g = readable(q, k, v, g)
-        count_launch()
-        influence_kernel[(batch * heads * blocks * parts,)](
+        launch(
+            influence_kernel, batch * heads * blocks * parts,
             q, k, v, g, out, *q.stride(), *k.stride(), *v.stride(), *g.stride(), heads,
             heads // k.shape[1], tokens, blocks, block, parts, d, dv, scale * LOG2E.value, eps,
             M=M, N=N, D=_width(d), DV=_width(dv), **_options(plan),

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.columns.configs import config
 from attnspec.fast.engines.columns.triton_gpu import (
     LOG2E,
@@ -20,6 +19,7 @@ from attnspec.fast.engines.columns.triton_gpu import (
     partial_norms,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import top_k
 
 PARTS = 32
@@ -121,16 +121,16 @@ def selected(
     row_tiles, tiles = triton.cdiv(group * rows, M), triton.cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
     weights = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
-    count_launch()
-    _packed_weights[(batch * kv_heads * row_tiles * tiles,)](
+    launch(
+        _packed_weights, batch * kv_heads * row_tiles * tiles,
         q, k, top, total, real, weights, *q.stride(), *k.stride(), *real_strides, kv_heads, group,
         rows, columns, row_tiles, tiles, top.shape[3], d, scale * LOG2E.value, CAUSAL=causal,
         MASKED=key_mask is not None, M=M, N=N, D=_width(d), PARTS=PARTS, **_options(plan),
     )  # fmt: skip
     index = top_k(weights, c, torch.int32)
     out = torch.empty(batch, heads, rows, dv, dtype=v.dtype, device=v.device)
-    count_launch()
-    _selected[(lines,)](
+    launch(
+        _selected, lines,
         weights, index, v, out, *v.stride(), heads, heads // v.shape[1], rows, columns, c, dv,
         RENORMALISE=renormalise, N=VALUES, DV=_width(dv), num_warps=4,
     )  # fmt: skip

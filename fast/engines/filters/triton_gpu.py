@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.filters.configs import config
 from attnspec.fast.engines.flash.triton_launch import padded
+from attnspec.fast.engines.prepared import launch
 
 VARYING = [
     "p_b", "p_h", "s_b", "s_h", "g_b", "g_h", "HEADS", "tokens", "parts",
@@ -150,8 +150,7 @@ def forward(p: Tensor, w: Tensor, b: Tensor, state: Tensor | None) -> Tensor:
     """y, contiguous, in p's dtype."""
     y = torch.empty_like(p, memory_format=torch.contiguous_format)
     programs, warps, arguments = shared_arguments(p, w, present(state))
-    count_launch()
-    filter_forward_kernel[(programs,)](**arguments, bias=b.contiguous(), y=y, num_warps=warps)
+    launch(filter_forward_kernel, programs, **arguments, bias=b.contiguous(), y=y, num_warps=warps)
     return y
 
 
@@ -164,8 +163,8 @@ def backward(
     K, d = w.shape[1], p.shape[3]
     programs, warps, arguments = shared_arguments(p, w, present(state))
     sums = torch.empty(programs, K + 1, d, dtype=torch.float32, device=p.device)
-    count_launch()
-    filter_backward_kernel[(programs,)](
+    launch(
+        filter_backward_kernel, programs,
         **arguments, dy=dy, **strides("g", dy), dp=dp, dstate=dstate, sums=sums,
         STATE_ROWS=padded(max(K - 1, 1)), num_warps=warps,
     )  # fmt: skip

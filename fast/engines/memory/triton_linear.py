@@ -12,12 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.memory.configs import MemoryConfig, config
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.memory.triton_gradients import keys_kernel, queries_kernel
 from attnspec.fast.engines.memory.triton_scalars import scalars, scalars_backward
 from attnspec.fast.engines.memory.triton_walk import scores_kernel, walk_back_kernel, walk_kernel
+from attnspec.fast.engines.prepared import launch
 
 
 def _power(n: int) -> int:
@@ -91,8 +91,8 @@ class Linear:
         """q k^T times the coefficients, (query heads, pieces, size, size)."""
         p, heads = self.pieces, self.memories * self.group
         out = self.empty(heads, p.count, p.size, p.size, dtype=self.k.dtype)
-        count_launch()
-        scores_kernel[(heads * p.count,)](
+        launch(
+            scores_kernel, heads * p.count,
             self.k, *self.k.stride(), self.q, *self.q.stride(), self.of.G, out, *self.place(),
             D=self.d, C=p.size, TD=min(self.cfg.tile, _power(self.d)),
             num_warps=self.cfg.tile_warps, num_stages=self.cfg.tile_stages,
@@ -115,8 +115,8 @@ def forward(
         states = call.empty(call.memories, pieces.count, 2, call.d, call.dv, dtype=k.dtype)
         errors = call.empty(call.memories, pieces.count, pieces.size, call.dv, dtype=k.dtype)
     scores = call.scores()
-    count_launch()
-    walk_kernel[(call.walkers(),)](
+    launch(
+        walk_kernel, call.walkers(),
         k, *k.stride(), v, *v.stride(), q, *q.stride(), W, S, of.rows, of.end, of.end_n, of.end_G,
         scores, y, last_W, last_S, states, errors, *call.place(), loss_scale, KEEP=keep,
         **call.walk_options(),
@@ -136,8 +136,8 @@ def backward(
     p, of, dy = pieces, call.of, dy.contiguous()
     first_dW, first_dS = torch.empty_like(dW), torch.empty_like(dS)
     dstates = torch.empty_like(states)
-    count_launch()
-    walk_back_kernel[(call.walkers(),)](
+    launch(
+        walk_back_kernel, call.walkers(),
         k, *k.stride(), q, *q.stride(), dy, of.rows, of.end, of.end_n, of.end_G, call.scores(), dW,
         dS, first_dW, first_dS, dstates, dv, *call.place(), loss_scale, **call.walk_options(),
     )  # fmt: skip
@@ -151,15 +151,15 @@ def backward(
     dpairs = call.empty(heads, p.count, p.size, p.size, dtype=k.dtype)
     dG = call.empty(heads, p.count, p.size, p.size)
     drows = call.empty(heads, p.count, tiles, p.size, 2)
-    count_launch()
-    queries_kernel[(heads * p.count * tiles,)](
+    launch(
+        queries_kernel, heads * p.count * tiles,
         k, *k.stride(), q, *q.stride(), dy, states, errors, of.rows, of.G, dq, dpairs, drows, dG,
         *call.place(), **options,
     )  # fmt: skip
     dend = call.empty(call.memories, p.count, tiles, 3)
     dend_n, dend_G = (call.empty(call.memories, p.count, tiles, p.size) for _ in range(2))
-    count_launch()
-    keys_kernel[(call.memories * p.count * tiles,)](
+    launch(
+        keys_kernel, call.memories * p.count * tiles,
         k, *k.stride(), q, *q.stride(), dv, states, dstates, errors, of.end_n, of.end_G, dpairs, dk,
         dend, dend_n, dend_G, *call.place(), **options,
     )  # fmt: skip

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
+from attnspec.fast.engines.prepared import launch
 
 PLACE = ("tokens", "b", "per", "count", "size")
 
@@ -153,8 +153,8 @@ def scalars_backward_kernel(
 
 def _launch(kernel: Any, rates: Rates, pieces: Pieces, tensors: Any, **options: Any) -> None:
     stored = rates.theta if rates.stored is None else rates.stored
-    count_launch()
-    kernel[(rates.theta.shape[0] * pieces.count,)](
+    launch(
+        kernel, rates.theta.shape[0] * pieces.count,
         rates.theta, rates.eta, rates.alpha, stored, *tensors, pieces.tokens, pieces.b, pieces.per,
         pieces.count, pieces.size, BC=triton.next_power_of_2(pieces.size),
         STORED=rates.stored is not None, num_warps=1 if pieces.size <= 128 else 4, **options,
@@ -255,10 +255,10 @@ def path(W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor) ->
     heads, chunks, width = gradients.shape
     out, last = W.new_empty(heads, chunks + 1, width), torch.empty_like(S)
     if heads:
-        count_launch()
-        path_kernel[(heads * triton.cdiv(width, BLOCK),)](
-            W, S, gradients, eta, alpha, out, last, chunks, width, BLOCK=BLOCK, num_warps=4
-        )
+        launch(
+            path_kernel, heads * triton.cdiv(width, BLOCK),
+            W, S, gradients, eta, alpha, out, last, chunks, width, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return out, last
 
 
@@ -272,8 +272,8 @@ def path_backward(
     dgradients = out.new_empty(heads, many - 1, width)
     deta, dalpha = (out.new_empty(heads, blocks, many - 1) for _ in range(2))
     if heads:
-        count_launch()
-        path_backward_kernel[(heads * blocks,)](
+        launch(
+            path_backward_kernel, heads * blocks,
             dpath, dS, S, eta, alpha, out, dW, dS0, dgradients, deta, dalpha, many - 1, width,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import LaneConfig, lanes
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 
@@ -151,21 +151,21 @@ def _run(
         products, sums, entering = torch.empty(
             3, batch, segments, channels, dtype=torch.float32, device=x.device
         ).unbind()
-        count_launch()
-        totals_kernel[(batch * segments * parts,)](
+        launch(
+            totals_kernel, batch * segments * parts,
             a, *a.stride(), x, *x.stride(), products, sums, tokens, length, segments, channels,
             BACK=back, **options,
         )  # fmt: skip
         start = last if h0 is None else h0
-        count_launch()
-        walk_kernel[(batch * parts,)](
+        launch(
+            walk_kernel, batch * parts,
             products, *products.stride(), sums, *sums.stride(), start, last, entering, last,
             sums, *sums.stride(), last, last, segments, segments, 1, channels,
             BACK=False, STARTED=h0 is not None, GRADIENT=False, PREVIOUS=False, **options,
         )  # fmt: skip
     states = x if h is None else h
-    count_launch()
-    walk_kernel[(batch * segments * parts,)](
+    launch(
+        walk_kernel, batch * segments * parts,
         a, *a.stride(), x, *x.stride(), last if h0 is None else h0, entering, out, last,
         states, *states.stride(), last if before is None else before, out if da is None else da,
         tokens, length, segments, channels,

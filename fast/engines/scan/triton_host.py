@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
-from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
+from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS, launch
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_gates import (
@@ -328,8 +327,8 @@ def step(
     tile = min(32, power(dv))
     programs = batch * heads * -(-dv // tile)
     if programs:
-        count_launch()
-        step_kernel[(programs,)](
+        launch(
+            step_kernel, programs,
             state, *state.stride(), *_token(q), *_token(k), *_token(v), gates, *strides, out, new,
             scale, heads, heads // k.shape[1],
             D=d, DV=dv, BD=power(d), BV=tile, DECAY=decay, num_warps=4,

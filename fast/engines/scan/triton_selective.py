@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.triton_elementwise import join, place_of, segment_length
 
@@ -255,8 +255,8 @@ class _Plan:
         """One launch of `forward_kernel`; inputs are Delta, A, b, c, u, D."""
         Delta, A, b, c, u, D = inputs
         unused = self.state
-        count_launch()
-        forward_kernel[(self.batch * self.segments * self.parts,)](
+        launch(
+            forward_kernel, self.batch * self.segments * self.parts,
             Delta, *Delta.stride(), A, b, *b.stride(), c, *c.stride(), u, *u.stride(),
             *(unused if x is None else x for x in (D, h0, states, totals, marks, y)), self.state,
             self.tokens, self.length, self.segments, self.tiles, self.channels,
@@ -269,8 +269,8 @@ class _Plan:
     ) -> Tensor:
         """What is left at the end of the chain."""
         last = self.empty(self.batch, self.channels, self.n)
-        count_launch()
-        chain_kernel[(self.batch * self.parts,)](
+        launch(
+            chain_kernel, self.batch * self.parts,
             A, states, totals, last if first is None else first, last, self.segments,
             self.channels, **self.shape, BACK=back, STARTED=first is not None, num_warps=1,
         )  # fmt: skip
@@ -319,8 +319,8 @@ def backward(
     plan.forward(inputs, 2, first, plan.entering(inputs, first), None, before, None)
     states, totals = plan.own()
     for mark in (False, True):
-        count_launch()
-        reverse_kernel[(batch * plan.segments * plan.parts,)](
+        launch(
+            reverse_kernel, batch * plan.segments * plan.parts,
             Delta, *Delta.stride(), rates, c, *c.stride(), dy, *dy.stride(), states, totals, behind,
             tokens, plan.length, plan.segments, plan.tiles, channels,
             **plan.shape, ROWS=plan.rows, MARK=mark, num_warps=1,
@@ -328,8 +328,8 @@ def backward(
         if not mark:
             zeroth = plan.chain(rates, states, totals, dlast.contiguous(), back=True)
     db, dc = plan.empty(2, plan.parts, batch, tokens, plan.n).unbind()
-    count_launch()
-    gradient_kernel[(batch * plan.tiles * plan.parts,)](
+    launch(
+        gradient_kernel, batch * plan.tiles * plan.parts,
         Delta, *Delta.stride(), rates, b, *b.stride(), c, *c.stride(), u, *u.stride(),
         plan.state if D is None else inputs[5], dy, *dy.stride(), before, behind, dDelta, db, dc,
         du, tokens, plan.tiles, batch * tokens, channels,

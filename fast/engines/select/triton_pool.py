@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
 
 LENGTHS = ["tokens", "blocks"]
@@ -115,8 +115,8 @@ def pool(x: Tensor, block: int, kinds: list[int]) -> Tensor:
     out = torch.empty(batch, heads, blocks, len(kinds) * d, dtype=x.dtype, device=x.device)
     grid, constants = _plan(x, block, kinds)
     if grid:
-        count_launch()
-        _pool[(grid,)](
+        launch(
+            _pool, grid,
             x, out, *x.stride(), heads, tokens, blocks, block, d,
             **constants, num_warps=config().pool_warps,
         )  # fmt: skip
@@ -127,8 +127,8 @@ def pool_backward(dout: Tensor, x: Tensor, block: int, kinds: list[int]) -> Tens
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, constants = _plan(x, block, kinds)
     if grid:
-        count_launch()
-        _pool_backward[(grid,)](
+        launch(
+            _pool_backward, grid,
             dout, x, dx, *dout.stride(), *x.stride(), *x.shape[1:3], dout.shape[2], block,
             x.shape[3], **constants, num_warps=config().pool_warps,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
 
 LENGTHS = ["rows", "columns", "row_tiles", "scale"]
@@ -96,8 +97,8 @@ def scores(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float) -> Ten
     q, k = readable(q, k)
     plan = config()
     tiles = triton.cdiv(rows, plan.score_q), triton.cdiv(columns, plan.score_k)
-    count_launch()
-    _scores[(batch * heads * tiles[0] * tiles[1],)](
+    launch(
+        _scores, batch * heads * tiles[0] * tiles[1],
         q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns, *tiles,
         width, scale, fill, CAUSAL=causal, M=plan.score_q, N=plan.score_k, E=_chunk(width),
         num_warps=plan.score_warps, num_stages=plan.score_stages,

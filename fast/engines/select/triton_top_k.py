@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
 
 LENGTHS = ["heads", "rows", "n", "k", "length"]
@@ -179,8 +179,8 @@ def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
         return
     size = max(32, triton.next_power_of_2(n)) if fits else plan.chunk_items
     warps = min(8, max(1, size // 1024)) if fits else plan.chunk_warps
-    count_launch()
-    (_short if fits else _long)[(lines,)](
+    launch(
+        (_short if fits else _long), lines,
         scores, out, *scores.stride(), heads, rows, n, k, out.shape[3],
         MASK=mask, N=size, num_warps=warps,
     )  # fmt: skip
@@ -191,15 +191,23 @@ def _select_twice(scores: Tensor, k: int, out: Tensor, chunks: int, chunk: int) 
     _, heads, rows, n = scores.shape
     lines, many = out.numel() // out.shape[3], chunks * k
     best, places = torch.empty(2, lines, many, dtype=torch.int32, device=scores.device)
-    count_launch()
-    _candidates[(lines * chunks,)](
+    launch(
+        _candidates, lines * chunks,
         scores, best, places, *scores.stride(), heads, rows, n, k, chunks,
         N=chunk, num_warps=min(8, max(1, chunk // 512)),
     )  # fmt: skip
     size = max(32, triton.next_power_of_2(many))
-    count_launch()
-    _merge[(lines,)](
-        best, places, out, many, k, out.shape[3], N=size, num_warps=min(8, max(1, size // 512))
+    launch(
+        _merge,
+        lines,
+        best,
+        places,
+        out,
+        many,
+        k,
+        out.shape[3],
+        N=size,
+        num_warps=min(8, max(1, size // 512)),
     )
 
 
@@ -220,8 +228,8 @@ def mask_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     count = torch.zeros(mask.shape[:3], dtype=torch.int32, device=mask.device)
     if mask.numel():
-        count_launch()
-        _mask_lists[(batch * heads * rows,)](
+        launch(
+            _mask_lists, batch * heads * rows,
             mask.view(torch.uint8), index, count, *mask.stride(), heads, rows, n,
             N=min(1024, max(32, triton.next_power_of_2(n))), num_warps=2,
         )  # fmt: skip
