@@ -138,6 +138,7 @@ BENCHMARKS = (
     prefill("cuda", 32, 2048, 16, 128, False, (fla("parallel"), sdpa("flash", causal=True))),
     prefill("cuda", 32, 16384, 16, 128, False, (fla("parallel"), fla("fused_chunk"), quadratic())),
     prefill("cuda", 32, 131072, 16, 128, False, (fla("fused_chunk"),)),
+    prefill("cuda", 32, 1048576, 16, 128, False, ()),
     prefill("cuda", 32, 16384, 16, 128, True, (fla("parallel", True),)),
     prefill("cuda", 32, 131072, 16, 128, True, (fla("fused_chunk", True),)),
     decode("cuda", 128, 16, 16, 64, 8192),

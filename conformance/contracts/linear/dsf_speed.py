@@ -13,6 +13,10 @@ LONGEST_LOOP = 8192
 """Tokens a rival's loop is given the time for."""
 
 
+LONGEST_SOFTMAX = 131072
+"""Tokens that exact attention is given the time for."""
+
+
 def drawn(shapes: Mapping[str, tuple[int, ...]], positive: str = "") -> Any:
     """Normal numbers by name; those named in `positive` are small and above 0, and A and a float32,
     as models keep them.
@@ -137,12 +141,35 @@ def mamba(backward: bool = False) -> Rival:
     return Rival("mamba-ssm", prepare)
 
 
+def simple_gla(backward: bool = False) -> Rival:
+    """flash-linear-attention's simple_gla, which takes log decays and values already multiplied."""
+
+    def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+        try:
+            from fla.ops.simple_gla import chunk_simple_gla
+        except ImportError:
+            raise Unavailable("flash-linear-attention is not installed") from None
+        delta = arguments["Delta"].float()
+        values = (delta[..., None] * arguments["u"]).to(arguments["u"].dtype)
+        gates = (-arguments["a"][:, None] * delta).transpose(1, 2).contiguous()
+        c, b, v = (x.transpose(1, 2).contiguous() for x in (arguments["c"], arguments["b"], values))
+
+        def forward() -> Any:
+            return chunk_simple_gla(c, b, v, g=gates, scale=1.0)[0]
+
+        return with_backward(forward, (c, b, v, gates)) if backward else forward
+
+    return Rival("flash-linear-attention", prepare)
+
+
 def softmax(q: str, k: str, v: str, backward: bool = False) -> tuple[Rival, ...]:
     """Exact attention over arguments of other names: FlashAttention-2, and what torch chooses."""
     rivals = (sdpa("flash", backward, causal=True), torch_sdpa(causal=True))
 
     def renamed(rival: Rival) -> Rival:
         def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+            if arguments[q].shape[2] > LONGEST_SOFTMAX:
+                raise Unavailable(f"softmax over more than {LONGEST_SOFTMAX} tokens takes too long")
             return rival.prepare({"q": arguments[q], "k": arguments[k], "v": arguments[v]})
 
         return Rival(rival.name, prepare)
@@ -218,7 +245,8 @@ def rnn(device: str, batch: int, tokens: int, N: int, backward: bool) -> Benchma
 def ssd(device: str, heads: int, tokens: int, n: int, dv: int, backward: bool) -> Benchmark:
     rows = (1, heads, tokens)
     shapes = {"Delta": rows, "a": (heads,), "b": (*rows, n), "c": (*rows, n), "u": (*rows, dv)}
-    rivals = (*softmax("c", "b", "u", backward), *(() if backward else (all_pairs(_ssd_pairs),)))
+    pairs = () if backward else (all_pairs(_ssd_pairs),)
+    rivals = (simple_gla(backward), *softmax("c", "b", "u", backward), *pairs)
     return case(
         "ssd_scan", f"{tokens} tokens, {heads} heads, n={n} dv={dv}", device,
         drawn(shapes, "Delta a"), lambda f: scan_cost("u", matrix_flops("b", "u"), f), rivals,
@@ -247,14 +275,18 @@ BENCHMARKS = (
     s6("cuda", 1, 8192, 2048, 16, False),
     s6("cuda", 8, 2048, 2048, 16, True),
     s6("cuda", 1, 131072, 2048, 16, False),
+    s6("cuda", 1, 1048576, 2048, 16, False),
     rnn("cuda", 8, 8192, 1024, False),
     rnn("cuda", 8, 2048, 1024, True),
     rnn("cuda", 1, 131072, 1024, False),
+    rnn("cuda", 1, 1048576, 1024, False),
     ssd("cuda", 32, 16384, 128, 64, False),
     ssd("cuda", 32, 16384, 128, 64, True),
     ssd("cuda", 32, 131072, 128, 128, False),
+    ssd("cuda", 32, 1048576, 128, 128, False),
     attention("normalised_attention", "cuda", 32, 16384, 128, False),
     attention("normalised_attention", "cuda", 32, 131072, 128, False),
+    attention("normalised_attention", "cuda", 32, 1048576, 128, False),
     attention("normalised_attention", "cuda", 32, 16384, 128, True),
     attention("linear_attention", "cuda", 32, 16384, 128, False),
     attention("linear_attention", "cuda", 32, 131072, 128, False),

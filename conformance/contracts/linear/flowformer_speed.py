@@ -91,6 +91,7 @@ BENCHMARKS = (
     flow("cuda", 16, 64, 4096, True, False, (authors(True), sdpa("flash", causal=True))),
     flow("cuda", 16, 64, 16384, True, False, (authors(True), sdpa("flash", causal=True))),
     flow("cuda", 16, 64, 131072, True, False, (authors(True),)),
+    flow("cuda", 16, 64, 1048576, True, False, ()),
     flow("cuda", 16, 64, 16384, True, True, (sdpa("flash", True, causal=True),)),
     flow("cpu", 8, 64, 4096, False, False, (authors(False), torch_sdpa(causal=False))),
     flow("cpu", 8, 32, 2048, True, False, (authors(True), torch_sdpa(causal=True))),

@@ -87,7 +87,9 @@ def lightnet(
     causal = operation == "lightnet_causal"
     return Benchmark(
         f"lightnet.{operation}",
-        f"{tokens // 1024}k tokens d={d}" + (" forward+backward" if backward else ""),
+        f"{tokens // 1024}k tokens d={d}"
+        + ("" if heads == (32 if device == "cuda" else 8) else f" heads={heads}")
+        + (" forward+backward" if backward else ""),
         device,
         qkv(1, heads, heads, tokens, tokens, d),
         scan_cost(causal, 3.0 if backward else 1.0),
@@ -103,6 +105,8 @@ BENCHMARKS = (
     lightnet("lightnet_noncausal", "cuda", 32, 128, 16384, True, (plain_torch(True),)),
     lightnet("lightnet_causal", "cuda", 32, 128, 16384, False, (lightning(), fla())),
     lightnet("lightnet_causal", "cuda", 32, 128, 131072, False, (fla(),)),
+    lightnet("lightnet_causal", "cuda", 8, 128, 131072, False, (fla(),)),
+    lightnet("lightnet_causal", "cuda", 8, 128, 1048576, False, ()),
     lightnet("lightnet_causal", "cuda", 32, 128, 16384, True, (fla(True),)),
     lightnet("lightnet_noncausal", "cpu", 8, 64, 4096, False, (plain_torch(),)),
     lightnet("lightnet_causal", "cpu", 8, 64, 4096, False, (torch_sdpa(causal=True),)),

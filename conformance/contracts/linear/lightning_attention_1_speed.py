@@ -236,6 +236,7 @@ BENCHMARKS = (
     layer("cuda", 8192, 2048, 16, (torch_layer(), softmax_layer())),
     layer("cuda", 32768, 2048, 16, (softmax_layer(),)),
     layer("cuda", 131072, 2048, 16, (softmax_layer(),)),
+    layer("cuda", 1048576, 2048, 16, ()),
     layer("cuda", 8192, 2048, 16, (torch_layer(), softmax_layer()), lrpe=True),
     layer("cuda", 8192, 2048, 16, (torch_layer(True), softmax_layer(True)), backward=True),
     layer("cuda", 32768, 2048, 16, (softmax_layer(True),), backward=True),

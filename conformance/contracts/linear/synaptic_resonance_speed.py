@@ -143,6 +143,7 @@ BENCHMARKS = (
     whole("cuda", 32, 8, 16384, 128, 1024, True, (without_memory(flex(_windowed, True)),)),
     part("relevance", "cuda", 131072, 128, gates_cost),
     part("memory_chunked", "cuda", 131072, 128, memory_cost),
+    part("memory_chunked", "cuda", 1048576, 128, memory_cost),
     whole("cpu", 8, 2, 1024, 64, None, False, (
         without_memory(torch_sdpa(causal=True)), plain(False))),
     whole("cpu", 8, 2, 8192, 64, 256, False, ()),

@@ -197,6 +197,7 @@ BENCHMARKS = (
     titans("cuda", 16, 8192, (128, 128), rivals=(sequential(), compiled_chunks())),
     titans("cuda", 16, 8192, (64, 64), rivals=(sequential(), compiled_chunks())),
     titans("cuda", 16, 131072, (128, 128)),
+    titans("cuda", 16, 1048576, (128, 128)),
     titans("cuda", 16, 8192, (128, 128), trained=True),
     titans("cuda", 16, 8192, (64, 256, 64), rivals=(compiled_chunks(),)),
     titans("cuda", 16, 8192, (64, 256, 64), trained=True),
