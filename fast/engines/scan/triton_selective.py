@@ -34,6 +34,28 @@ def rates_of(A, lanes, inside, N: tl.constexpr, BN: tl.constexpr):
     return tl.load(A + at, mask=known, other=0.0) * -1.4426950408889634, at, known
 
 
+@triton.jit
+def among(t, start, stop, mask):
+    """`mask` if token `t` is one of start..stop-1, else nothing."""
+    t = t + tl.zeros_like(mask).to(tl.int64)
+    return mask & (t >= start) & (t < stop)
+
+
+@triton.jit
+def numbers_of(
+    Delta, d_t, u, u_t, b, b_t, c, c_t, t, start, stop, inside, real, READ: tl.constexpr
+):
+    """Delta, u, b and, if READ, c of token `t`; zeros if it is not one of start..stop-1."""
+    channels, numbers = among(t, start, stop, inside), among(t, start, stop, real)
+    d = tl.load(Delta + t * d_t, mask=channels, other=0.0)
+    value = tl.load(u + t * u_t, mask=channels, other=0.0)
+    B = tl.load(b + t * b_t, mask=numbers, other=0.0)
+    C = B
+    if READ:
+        C = tl.load(c + t * c_t, mask=numbers, other=0.0)
+    return d, value, B, C
+
+
 @triton.jit(do_not_specialize=FREE)
 def forward_kernel(
     Delta, d_b, d_t, d_c, A, b, b_b, b_t, b_n, c, c_b, c_t, c_n, u, u_b, u_t, u_c, D, h0, states,
@@ -67,18 +89,23 @@ def forward_kernel(
         skip = tl.load(D + lanes, mask=inside, other=0.0)
     start = segment.to(tl.int64) * length
     stop = tl.minimum(start + length, tokens)
+    # A token ahead: nothing else hides how long a load takes.
+    d_next, u_next, B_next, C_next = numbers_of(
+        Delta, d_t, u, u_t, b, b_t, c, c_t, start, start, stop, inside, real, MODE == 1
+    )
     for first in range(start, stop, ROWS):
         if MODE == 2:
             tl.store(marks + (row * tiles + first // ROWS) * size + at, h, mask=known)
         for t in range(first, tl.minimum(first + ROWS, stop)):
-            d = tl.load(Delta + t * d_t, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(u + t * u_t, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(b + t * b_t, mask=real, other=0.0).to(tl.float32)
+            d, value, B = d_next.to(tl.float32), u_next.to(tl.float32), B_next.to(tl.float32)
+            C = C_next.to(tl.float32)
+            d_next, u_next, B_next, C_next = numbers_of(
+                Delta, d_t, u, u_t, b, b_t, c, c_t, t + 1, start, stop, inside, real, MODE == 1
+            )
             h = tl.exp2(d[None, :] * rates) * h + (d * value)[None, :] * B[:, None]
             if MODE == 0:
                 total += d
             if MODE == 1:
-                C = tl.load(c + t * c_t, mask=real, other=0.0).to(tl.float32)
                 out = tl.sum(h * C[:, None], 0)
                 if SKIP:
                     out += skip * value
@@ -117,6 +144,11 @@ def reverse_kernel(
     start = segment.to(tl.int64) * length
     stop = tl.minimum(start + length, tokens)
     many = tl.cdiv(stop - start, ROWS)
+    # A token ahead, as forward; Delta is that of the token behind.
+    d_next = tl.load(Delta + stop * d_t, mask=among(stop, start, tokens, inside), other=0.0)
+    _, up_next, C_next, _ = numbers_of(
+        Delta, d_t, dy, y_t, c, c_t, c, c_t, stop - 1, start, stop, inside, real, False
+    )
     for n in range(many):
         first = start + (many - 1 - n) * ROWS
         end = tl.minimum(first + ROWS, stop)
@@ -124,10 +156,11 @@ def reverse_kernel(
             tl.store(marks + (row * tiles + first // ROWS) * size + at, g, mask=known)
         for i in range(end - first):
             t = end - 1 - i
-            later = inside & (t + 1 + tl.zeros_like(wide) < tokens)
-            d = tl.load(Delta + (t + 1) * d_t, mask=later, other=0.0).to(tl.float32)
-            up = tl.load(dy + t * y_t, mask=inside, other=0.0).to(tl.float32)
-            C = tl.load(c + t * c_t, mask=real, other=0.0).to(tl.float32)
+            d, up, C = d_next.to(tl.float32), up_next.to(tl.float32), C_next.to(tl.float32)
+            d_next = tl.load(Delta + t * d_t, mask=inside, other=0.0)
+            _, up_next, C_next, _ = numbers_of(
+                Delta, d_t, dy, y_t, c, c_t, c, c_t, t - 1, start, stop, inside, real, False
+            )
             g = tl.exp2(d[None, :] * rates) * g + up[None, :] * C[:, None]
             total += d
     if not MARK:
