@@ -22,7 +22,8 @@ def narrow(q: Tensor, v: Tensor) -> bool:
 
 def padded(x: Tensor) -> Tensor:
     """x with zeros behind its channels, a multiple of 16 of them."""
-    return pad(x, (0, -x.shape[-1] % UNIT))
+    missing = -x.shape[-1] % UNIT
+    return pad(x, (0, missing)) if missing else x
 
 
 def padded_decay(log_decay: Tensor | None) -> Tensor | None:
