@@ -148,6 +148,13 @@ def load_weights(weights, stride_t, left, C: tl.constexpr):
 
 
 @triton.jit
+def among(t, start, stop, mask):
+    """`mask` if token `t` is one of start..stop-1, else nothing."""
+    t = t + tl.zeros_like(mask).to(tl.int64)
+    return mask & (t >= start) & (t < stop)
+
+
+@triton.jit
 def exchanged(x, C: tl.constexpr):
     """x (C,), of which a thread holds few numbers until it gets the others from shared memory.
 

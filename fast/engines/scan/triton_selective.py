@@ -16,7 +16,9 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
-from attnspec.fast.engines.scan.triton_elementwise import join, place_of, segment_length
+from attnspec.fast.engines.scan.triton_common import among
+from attnspec.fast.engines.scan.triton_elementwise import place_of, segment_length
+from attnspec.fast.engines.scan.triton_selective_gradient import gradient_kernel
 
 FREE = [
     "d_b", "d_t", "b_b", "b_t", "c_b", "c_t", "u_b", "u_t", "y_b", "y_t", "tokens", "length",
@@ -32,13 +34,6 @@ def rates_of(A, lanes, inside, N: tl.constexpr, BN: tl.constexpr):
     at = lanes[None, :] * N + numbers[:, None]
     known = (numbers < N)[:, None] & inside[None, :]
     return tl.load(A + at, mask=known, other=0.0) * -1.4426950408889634, at, known
-
-
-@triton.jit
-def among(t, start, stop, mask):
-    """`mask` if token `t` is one of start..stop-1, else nothing."""
-    t = t + tl.zeros_like(mask).to(tl.int64)
-    return mask & (t >= start) & (t < stop)
 
 
 @triton.jit
@@ -187,74 +182,6 @@ def chain_kernel(
         tl.store(states + segment * size + at, h, mask=known)
         h = tl.exp2(total[None, :] * rates) * h + own
     tl.store(last + row * size + at, h, mask=known)
-
-
-@triton.jit(do_not_specialize=FREE)
-def gradient_kernel(
-    Delta, d_b, d_t, d_c, A, b, b_b, b_t, b_n, c, c_b, c_t, c_n, u, u_b, u_t, u_c, D,
-    dy, y_b, y_t, y_c, before, behind, dDelta, db, dc, du, tokens, tiles, rows_all, channels,
-    N: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr,
-):  # fmt: skip
-    """The gradients of a tile from the state `before` it, which becomes its part of dA, and from g
-    `behind` it; db and dc (parts, all rows, N) are those of this program's channels.
-    """
-    lanes, inside, tile, row = place_of(channels, tiles, BC)
-    part = tl.program_id(0) % tl.cdiv(channels, BC)
-    rows = tl.arange(0, ROWS)
-    t = tile.to(tl.int64) * ROWS + rows
-    valid = t < tokens
-    mask = valid[:, None] & inside[None, :]
-    past = mask & (rows > 0)[:, None]
-    wide = lanes.to(tl.int64)
-    Delta += row * d_b + wide[None, :] * d_c + t[:, None] * d_t
-    u += row * u_b + wide[None, :] * u_c + t[:, None] * u_t
-    dy += row * y_b + wide[None, :] * y_c + t[:, None] * y_t
-    b += row * b_b + t * b_t
-    c += row * c_b + t * c_t
-    d = tl.load(Delta, mask=mask, other=0.0).to(tl.float32)
-    d_past = tl.load(Delta - d_t, mask=past, other=0.0).to(tl.float32)
-    d_next = tl.load(
-        Delta + d_t, mask=(t + 1 < tokens)[:, None] & inside[None, :], other=0.0
-    ).to(tl.float32)  # fmt: skip
-    value = tl.load(u, mask=mask, other=0.0).to(tl.float32)
-    into_past = d_past * tl.load(u - u_t, mask=past, other=0.0).to(tl.float32)
-    up = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
-    rate = tl.zeros((ROWS, BC), tl.float32)
-    strength = tl.zeros((ROWS, BC), tl.float32)
-    into = d * value
-    size = tl.cast(channels, tl.int64) * N
-    here = (row * tiles + tile) * size + lanes * N
-    line = (tl.cast(part, tl.int64) * rows_all + row * tokens + t) * N
-    for s in range(N):
-        wide_s = tl.cast(s, tl.int64)
-        A_s = tl.load(A + lanes * N + s, mask=inside, other=0.0)
-        power = A_s * -1.4426950408889634
-        B = tl.load(b + wide_s * b_n, mask=valid, other=0.0).to(tl.float32)
-        B_past = tl.load(b - b_t + wide_s * b_n, mask=valid & (rows > 0), other=0.0).to(tl.float32)
-        C = tl.load(c + wide_s * c_n, mask=valid, other=0.0).to(tl.float32)
-        h_in = tl.load(before + here + s, mask=inside, other=0.0)
-        g_in = tl.load(behind + here + s, mask=inside, other=0.0)
-        F, H = tl.associative_scan(
-            (tl.exp2(d_past * power[None, :]), into_past * B_past[:, None]), 0, join
-        )
-        kept = tl.exp2(d * power[None, :]) * (H + F * h_in[None, :])
-        F, G = tl.associative_scan(
-            (tl.exp2(d_next * power[None, :]), up * C[:, None]), 0, join, reverse=True
-        )
-        G += F * g_in[None, :]
-        strength += G * B[:, None]
-        tl.store(dc + line + s, tl.sum((kept + into * B[:, None]) * up, 1), mask=valid)
-        tl.store(db + line + s, tl.sum(G * into, 1), mask=valid)
-        kept *= G
-        rate += kept * A_s[None, :]
-        tl.store(before + here + s, -tl.sum(kept * d, 0), mask=inside)
-    place = (row * tokens + t[:, None]) * channels + lanes[None, :]
-    made = strength * value - rate
-    tl.store(dDelta + place, made.to(dDelta.dtype.element_ty), mask=mask)
-    through = strength * d
-    if SKIP:
-        through += tl.load(D + lanes, mask=inside, other=0.0)[None, :] * up
-    tl.store(du + place, through.to(du.dtype.element_ty), mask=mask)
 
 
 class _Plan:
