@@ -67,9 +67,12 @@ def totals_kernel(
     tl.store(sums + here, total, mask=inside)
 
 
+# Without the alignment of the channels a thread holds all rows of its own: no scan leaves it.
 @triton.jit(
-    do_not_specialize=["a_b", "a_t", "x_b", "x_t", "h_b", "h_t", "tokens", "length", "segments"]
-)
+    do_not_specialize=[
+        "a_b", "a_t", "x_b", "x_t", "h_b", "h_t", "tokens", "length", "segments", "channels",
+    ]
+)  # fmt: skip
 def walk_kernel(
     a, a_b, a_t, a_c, x, x_b, x_t, x_c, h0, entering, out, last, h, h_b, h_t, h_c, before, da,
     tokens, length, segments, channels,
