@@ -31,7 +31,6 @@ from attnspec.fast.linear.synaptic_resonance_memory import (
     relevance,
     remember,
     resonate,
-    unit,
 )
 
 __all__ = [
@@ -81,11 +80,10 @@ def synaptic_resonance(
     S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
     c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
     q, k, v = (blank(x, valid) for x in (q, k, v))
-    kh = unit(k)
-    rho, c = resonate(kh, mu, valid, c0, backend)
-    m, S = remember(unit(q), kh, v, rho, eta, lam, S0, valid, None, backend)
+    rho, c = resonate(k, mu, valid, c0, backend)
     o = _softmax(q, k, v, window, valid, backend)
-    return blank(torch.add(o, m, alpha=beta), valid), (S, c)
+    y, S = remember(q, k, v, rho, eta, lam, S0, valid, backend, onto=o, share=beta)
+    return y, (S, c)
 
 
 def _softmax(

@@ -109,7 +109,7 @@ def totals_kernel(
 @triton.jit
 def entering(
     first, totals, counts, line, many, last, segments, d, bits, channels, inside,
-    STARTED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    STARTED: tl.constexpr, BACK: tl.constexpr, MANY: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What `many` segments leave behind them, from the first one on, or from `last` down if BACK,
     behind what the first row left.
@@ -117,9 +117,8 @@ def entering(
     total = tl.zeros((BD,), tl.float32)
     if STARTED:
         total = tl.load(first + line * d + channels, mask=inside, other=0.0)
-    rows = tl.arange(0, ROWS)
-    for tile in range(0, many, ROWS):
-        at = tile + rows
+    for tile in range(0, many, MANY):
+        at = tile + tl.arange(0, MANY)
         mask = at < many
         here = line * segments + (last - at if BACK else at)
         count = tl.load(counts + here, mask=mask, other=0.0)
@@ -162,7 +161,7 @@ def walk_kernel(
     rows = tl.arange(0, ROWS)
     c = entering(
         c0, totals, counts, line, segment, 0, segments, d, bits, channels, inside, STARTED, False,
-        ROWS, BD,
+        4 * ROWS, BD,
     )  # fmt: skip
     back = tl.zeros((BD,), tl.float32)
     seen = tl.full((), 0.0, tl.float32)
@@ -230,7 +229,7 @@ def gradient_kernel(
     rows = tl.arange(0, ROWS)
     dc = entering(
         dlast, back_totals, back_counts, line, segments - 1 - segment, segments - 1, segments, d,
-        bits, channels, inside, False, True, ROWS, BD,
+        bits, channels, inside, False, True, 4 * ROWS, BD,
     )  # fmt: skip
     final = tl.load(dlast + line * d + channels, mask=inside, other=0.0)
     start = segment.to(tl.int64) * length
@@ -315,9 +314,7 @@ class Pass:
             kernel[(self.lines * self.segments,)](*arguments, **self.options, **options)
 
 
-def forward(
-    k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float
-) -> tuple[Tensor, Tensor]:
+def forward(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Tensor, Tensor]:
     """rho (batch, heads, tokens) and the last trace (batch, heads, d)."""
     made = Pass(k, valid, mu)
     rho, last = made.empty(k.shape[2]), made.empty(made.d)
