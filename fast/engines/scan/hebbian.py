@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load, unobserved, wants_gradient
 from attnspec.fast.engines.scan.api import WIDEST
 
 FORGETS = 1e4
@@ -47,11 +47,16 @@ def _kernels() -> ModuleType:
 
 def run_hebbian(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What is returned, and for the gradient qh and the gated kh."""
+    """What is returned and, if it is to be `trained`, qh and the gated kh, else nothing."""
     with torch.cuda.device_of(q):
-        return _kernels().forward(q, k, v, rho, S0, valid, onto, eta, lam, scale, block)
+        out, last, qh, gated = _kernels().forward(
+            q, k, v, rho, S0, valid, onto, eta, lam, scale, block, trained
+        )
+    if not trained:
+        qh, gated = q.new_empty(0), q.new_empty(0)
+    return out, last, qh, gated
 
 
 hebbian_op = torch.library.custom_op("attnspec::hebbian", run_hebbian, mutates_args=())
@@ -60,12 +65,12 @@ hebbian_op = torch.library.custom_op("attnspec::hebbian", run_hebbian, mutates_a
 @hebbian_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d, dv = q.shape[3], v.shape[3]
     return (
         q.new_empty(*q.shape[:3], dv), q.new_empty(*k.shape[:2], d, dv, dtype=torch.float32),
-        q.new_empty(q.shape), k.new_empty(k.shape),
+        q.new_empty(q.shape if trained else (0,)), k.new_empty(k.shape if trained else (0,)),
     )  # fmt: skip
 
 
@@ -95,7 +100,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, rho, S0, valid, onto, *ctx.numbers = inputs
+    q, k, v, rho, S0, valid, onto, *ctx.numbers, _ = inputs
     ctx.added = onto is not None
     ctx.save_for_backward(q, k, v, rho, S0, valid, *output[2:])
     # The last two results have no gradient, and zeros of their size would be large.
@@ -117,7 +122,7 @@ def _gradient(
     )
     return (
         dq, dk, dv, drho, None if S0 is None else dS0, None, dy if ctx.added else None,
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -158,6 +163,7 @@ def hebbian(
     if not q.is_cuda and q.dtype == torch.bfloat16:
         raise TypeError("q: got dtype torch.bfloat16, expected another in Triton's interpreter")
     run = run_hebbian if unobserved(q, k, v, rho, state, onto) else hebbian_op
+    trained = wants_gradient(q, k, v, rho, state, onto)
     numbers = (float(eta), float(lam), float(scale), block or 0)
-    out, last, _, _ = run(q, k, v, rho, state, valid, onto, *numbers)
+    out, last, _, _ = run(q, k, v, rho, state, valid, onto, *numbers, trained)
     return out, last

@@ -2,7 +2,9 @@
 
 So token t reads what the scan leaves at t - 1: queries go in one token on, as a view, and come out
 one token late. The first token asks the state that came in, and the last one's write is added
-behind: `ends_kernel`. `combine_kernel` puts rows back in their places while it adds them.
+behind: `ends_kernel`. `combine_kernel` puts rows back in their places while it adds them. What a
+query reads is linear in it: unless a gradient or a narrow range of numbers asks for unit queries,
+they go in as they are, and what comes out is divided.
 """
 
 from __future__ import annotations
@@ -164,14 +166,16 @@ def ends_gradient_kernel(
         tl.store(dinitial + line * D * DV + places, dS, mask=inside)
 
 
-@triton.jit(do_not_specialize=["onto_b", "onto_h", "valid_b", "valid_t", "tokens", "heads"])
+@triton.jit(
+    do_not_specialize=["q_b", "q_h", "onto_b", "onto_h", "valid_b", "valid_t", "tokens", "heads"]
+)
 def combine_kernel(
-    rest, first, onto, onto_b, onto_h, onto_t, onto_d, valid, valid_b, valid_t, out, tokens, heads,
-    d, R: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, STARTED: tl.constexpr,
-    ADDED: tl.constexpr,
+    rest, first, q, q_b, q_h, q_t, q_d, onto, onto_b, onto_h, onto_t, onto_d, valid, valid_b,
+    valid_t, out, tokens, heads, d_q, d, R: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    VALID: tl.constexpr, STARTED: tl.constexpr, DIVIDED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """out (lines, tokens, d): `first` (lines, d) and, behind it, `rest` (lines, tokens - 1, d), and
-    what they are added to; 0 at padding.
+    """out (lines, tokens, d): `first` (lines, d) and, behind it, `rest` (lines, tokens - 1, d), if
+    DIVIDED by the norms of q, and what they are added to; 0 at padding.
     """
     line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
     real = real_rows(valid, valid_t, t, tokens, VALID)
@@ -180,6 +184,9 @@ def combine_kernel(
     known = real & (t > 0)
     at = rest + (line * (tokens - 1) + t[:, None] - 1) * d + channels[None, :]
     Y = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if DIVIDED:
+        Q = load_rows(q, q_b, q_h, q_t, q_d, batch, line % heads, t, real, d_q, BQ)
+        Y *= (1.0 / floored(tl.sqrt(tl.sum(Q * Q, 1))))[:, None]
     if STARTED:
         F = tl.load(first + line * d + channels, mask=inside, other=0.0)
         Y = tl.where((real & (t == 0))[:, None], F[None, :], Y)
@@ -192,9 +199,9 @@ def combine_kernel(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """m, added to `onto`, the last state, unit queries and gated unit keys."""
+    """m, added to `onto`, the last state, unit queries, if `trained`, and gated unit keys."""
     batch, heads, tokens, d = q.shape
     kv_heads, dv = k.shape[1], v.shape[3]
     out = torch.empty(batch, heads, tokens, dv, dtype=q.dtype, device=q.device)
@@ -204,8 +211,10 @@ def forward(
     if not batch * tokens:
         last = torch.zeros(shape, device=q.device) if S0 is None else S0.clone()
         return out, last, q.new_empty(q.shape), k.new_empty(k.shape)
+    divided = tokens > 1 and not trained and q.dtype != torch.float16
     if tokens > 1:
-        qh, gated = units(q, valid, None, 1.0), units(k, valid, rho, eta)
+        qh = q if divided else units(q, valid, None, 1.0)
+        gated = units(k, valid, rho, eta)
         state = None if S0 is None else S0.repeat_interleave(heads // kv_heads, 1)
         slopes, log_decay = _decay(lam, rho, heads, valid)
         rest, behind = triton_host.forward(
@@ -228,10 +237,10 @@ def forward(
     )  # fmt: skip
     added = out if onto is None else onto
     count_launch()
-    combine_kernel[(programs(batch * heads, tokens, dv),)](
-        rest, first, added, *added.stride(), *rows_of(valid, q), out, tokens, heads, dv,
-        VALID=valid is not None, STARTED=S0 is not None, ADDED=onto is not None, num_warps=4,
-        **tile(dv),
+    combine_kernel[(programs(batch * heads, tokens, max(d, dv)),)](
+        rest, first, q, *q.stride(), added, *added.stride(), *rows_of(valid, q), out, tokens, heads,
+        d, dv, R=tile(max(d, dv))["R"], BQ=power(d), BD=power(dv), VALID=valid is not None,
+        STARTED=S0 is not None, DIVIDED=divided, ADDED=onto is not None, num_warps=4,
     )  # fmt: skip
     return out, last, qh, gated
 
