@@ -18,7 +18,7 @@ from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan import triton_host
 from attnspec.fast.engines.scan.hebbian import constant_decay
 from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import floored, real_rows
+from attnspec.fast.engines.scan.triton_trace import aligned, floored, real_rows
 from attnspec.fast.engines.scan.triton_units import (
     load_rows,
     programs,
@@ -173,6 +173,7 @@ def combine_kernel(
     rest, first, q, q_b, q_h, q_t, q_d, onto, onto_b, onto_h, onto_t, onto_d, valid, valid_b,
     valid_t, out, tokens, heads, d_q, d, R: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
     VALID: tl.constexpr, STARTED: tl.constexpr, DIVIDED: tl.constexpr, ADDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out (lines, tokens, d): `first` (lines, d) and, behind it, `rest` (lines, tokens - 1, d), if
     DIVIDED by the norms of q, and what they are added to; 0 at padding.
@@ -185,13 +186,15 @@ def combine_kernel(
     at = rest + (line * (tokens - 1) + t[:, None] - 1) * d + channels[None, :]
     Y = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if DIVIDED:
-        Q = load_rows(q, q_b, q_h, q_t, q_d, batch, line % heads, t, real, d_q, BQ)
+        Q = load_rows(q, q_b, q_h, q_t, q_d, batch, line % heads, t, real, d_q, BQ, ALIGNED)
         Y *= (1.0 / floored(tl.sqrt(tl.sum(Q * Q, 1))))[:, None]
     if STARTED:
         F = tl.load(first + line * d + channels, mask=inside, other=0.0)
         Y = tl.where((real & (t == 0))[:, None], F[None, :], Y)
     if ADDED:
-        Y += load_rows(onto, onto_b, onto_h, onto_t, onto_d, batch, line % heads, t, real, d, BD)
+        Y += load_rows(
+            onto, onto_b, onto_h, onto_t, onto_d, batch, line % heads, t, real, d, BD, ALIGNED
+        )
     at = out + (line * tokens + t[:, None]) * d + channels[None, :]
     mask = (t < tokens)[:, None] & inside[None, :]
     tl.store(at, Y.to(out.dtype.element_ty), mask=mask)
@@ -240,7 +243,8 @@ def forward(
     combine_kernel[(programs(batch * heads, tokens, max(d, dv)),)](
         rest, first, q, *q.stride(), added, *added.stride(), *rows_of(valid, q), out, tokens, heads,
         d, dv, R=tile(max(d, dv))["R"], BQ=power(d), BD=power(dv), VALID=valid is not None,
-        STARTED=S0 is not None, DIVIDED=divided, ADDED=onto is not None, num_warps=4,
+        STARTED=S0 is not None, DIVIDED=divided, ADDED=onto is not None,
+        ALIGNED=aligned(q) and aligned(added), num_warps=4,
     )  # fmt: skip
     return out, last, qh, gated
 

@@ -47,12 +47,24 @@ def real_rows(valid, valid_t, t, tokens, VALID: tl.constexpr):
 
 
 @triton.jit
-def place_of(k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD: tl.constexpr):
+def head_offset(batch, stride_b, head, stride_h, ALIGNED: tl.constexpr):
+    """Elements before a head; a multiple of 16 if ALIGNED, as the host found out."""
+    elements = batch * stride_b + head * stride_h
+    if ALIGNED:
+        elements = tl.multiple_of(elements, 16)
+    return elements
+
+
+@triton.jit
+def place_of(
+    k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD: tl.constexpr, ALIGNED: tl.constexpr
+):
     """A program's head, segment and channels, and where its keys and valid tokens begin."""
     line = (tl.program_id(0) // segments).to(tl.int64)
     segment = tl.program_id(0) % segments
     channels = tl.arange(0, BD)
-    k += line // heads * k_b + line % heads * k_h + channels.to(tl.int64) * k_d
+    k += head_offset(line // heads, k_b, line % heads, k_h, ALIGNED)
+    k += channels.to(tl.int64) * k_d
     return line, segment, channels, channels < d, k, valid + line // heads * valid_b
 
 
@@ -71,20 +83,20 @@ def load_numbers(numbers, line, t, real, tokens):
 
 @triton.jit(
     do_not_specialize=[
-        "k_b", "k_h", "k_t", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "rest",
+        "k_b", "k_h", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "rest",
         "bits",
     ]
 )  # fmt: skip
 def totals_kernel(
     k, k_b, k_h, k_t, k_d, valid, valid_b, valid_t, inverses, totals, counts, tokens, heads, length,
     segments, d, rest, bits,
-    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the trace behind it (lines, segments, d), how many keys it has, and
     the inverse norm of each.
     """
     line, segment, channels, inside, k, valid = place_of(
-        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD
+        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD, ALIGNED
     )
     rows = tl.arange(0, ROWS)
     total = tl.zeros((BD,), tl.float32)
@@ -140,7 +152,7 @@ def traces(P, inverse, real, c, mu, rest):
 
 @triton.jit(
     do_not_specialize=[
-        "k_b", "k_h", "k_t", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "mu",
+        "k_b", "k_h", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "mu",
         "rest", "bits",
     ]
 )  # fmt: skip
@@ -148,15 +160,15 @@ def walk_kernel(
     k, k_b, k_h, k_t, k_d, valid, valid_b, valid_t, inverses, totals, counts, c0, rho, last, dlast,
     toward, along, starts, back_totals, back_counts, tokens, heads, length, segments, d, mu, rest,
     bits,
-    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, STARTED: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, ALIGNED: tl.constexpr,
+    STARTED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """rho of a segment's rows, and the last trace. With GRADIENT `rho` holds its gradient and the
     kernel writes, of the gradient u of the trace before a row = toward kh - along c, both factors
     and what is left of all u of a segment before it; and the trace before each tile.
     """
     line, segment, channels, inside, k, valid = place_of(
-        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD
+        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD, ALIGNED
     )
     rows = tl.arange(0, ROWS)
     c = entering(
@@ -211,20 +223,20 @@ def walk_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "k_b", "k_h", "k_t", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "mu",
+        "k_b", "k_h", "valid_b", "valid_t", "tokens", "heads", "length", "segments", "mu",
         "rest", "bits",
     ]
 )  # fmt: skip
 def gradient_kernel(
     k, k_b, k_h, k_t, k_d, valid, valid_b, valid_t, inverses, toward, along, starts, back_totals,
     back_counts, dlast, dk, dc0, tokens, heads, length, segments, d, mu, rest, bits,
-    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dk (lines, tokens, d) of a segment's rows, from the end, and the gradient of the first
     trace.
     """
     line, segment, channels, inside, k, valid = place_of(
-        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD
+        k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD, ALIGNED
     )
     rows = tl.arange(0, ROWS)
     dc = entering(
@@ -273,6 +285,11 @@ def gradient_kernel(
         tl.store(dc0 + line * d + channels, dc, mask=inside)
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether all rows lie at multiples of 16 numbers behind the first."""
+    return all(stride % 16 == 0 for stride in x.stride()[:3])
+
+
 class Pass:
     """How keys (batch, heads, tokens, d) are cut, and the sums of their segments."""
 
@@ -294,7 +311,8 @@ class Pass:
         self.sizes = (tokens, heads, length, self.segments, d)
         self.decay = (mu, 1.0 - mu, -bits)
         self.options: dict[str, Any] = {
-            "ROWS": rows, "BD": width, "VALID": valid is not None, "num_warps": 1,
+            "ROWS": rows, "BD": width, "VALID": valid is not None, "ALIGNED": aligned(k),
+            "num_warps": 1,
         }  # fmt: skip
         self.inverses = self.empty(tokens)
         self.totals, self.counts = self.empty(self.segments, d), self.empty(self.segments)

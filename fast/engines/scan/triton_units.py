@@ -15,7 +15,14 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import FLOOR, floored, load_numbers, real_rows
+from attnspec.fast.engines.scan.triton_trace import (
+    FLOOR,
+    aligned,
+    floored,
+    head_offset,
+    load_numbers,
+    real_rows,
+)
 
 ITEMS = 2048
 """Numbers of a tile."""
@@ -31,10 +38,12 @@ def tile_of(tokens, heads, valid, valid_b, R: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, x_b, x_h, x_t, x_d, batch, head, t, real, d, BD: tl.constexpr):
+def load_rows(
+    x, x_b, x_h, x_t, x_d, batch, head, t, real, d, BD: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Rows t of a head in float32, zeros where they are not real."""
     channels = tl.arange(0, BD)
-    x += batch * x_b + head * x_h
+    x += head_offset(batch, x_b, head, x_h, ALIGNED)
     at = t[:, None] * x_t + channels.to(tl.int64)[None, :] * x_d
     mask = real[:, None] & (channels < d)[None, :]
     return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -44,11 +53,12 @@ def load_rows(x, x_b, x_h, x_t, x_d, batch, head, t, real, d, BD: tl.constexpr):
 def units_kernel(
     x, x_b, x_h, x_t, x_d, valid, valid_b, valid_t, weights, out, tokens, heads, d, factor,
     R: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, WEIGHTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out (lines, tokens, d) = factor * weights * unit rows of x, 0 at padding."""
     line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
     real = real_rows(valid, valid_t, t, tokens, VALID)
-    X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD)
+    X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD, ALIGNED)
     weight = factor / floored(tl.sqrt(tl.sum(X * X, 1)))
     if WEIGHTED:
         weight *= load_numbers(weights, line, t, real, tokens)
@@ -65,14 +75,14 @@ def units_gradient_kernel(
     x, x_b, x_h, x_t, x_d, valid, valid_b, valid_t, weights, inner, edge, dx, dweights, tokens,
     heads, d, factor, shift,
     R: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, WEIGHTED: tl.constexpr,
-    EDGE: tl.constexpr,
+    EDGE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dx (lines, tokens, d) and the gradient of the weights, from that of the output: row t of it
     is row t - shift of `inner` (lines, tokens - 1, d) or, if there is none, `edge` (lines, d).
     """
     line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
     real = real_rows(valid, valid_t, t, tokens, VALID)
-    X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD)
+    X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD, ALIGNED)
     channels = tl.arange(0, BD)
     inside = channels < d
     row = t - shift
@@ -122,7 +132,8 @@ def units(x: Tensor, valid: Tensor | None, weights: Tensor | None, factor: float
     count_launch()
     units_kernel[(programs(batch * heads, tokens, d),)](
         x, *x.stride(), *rows_of(valid, x), x if weights is None else weights, out, tokens, heads,
-        d, factor, VALID=valid is not None, WEIGHTED=weights is not None, num_warps=4, **tile(d),
+        d, factor, VALID=valid is not None, WEIGHTED=weights is not None,
+        ALIGNED=aligned(x), num_warps=4, **tile(d),
     )  # fmt: skip
     return out
 
@@ -142,7 +153,7 @@ def units_backward(
         x, *x.stride(), *rows_of(valid, x), x if weights is None else weights,
         x if inner is None else inner, x if edge is None else edge, dx, dweights, tokens, heads, d,
         factor, shift,
-        VALID=valid is not None, WEIGHTED=weights is not None, EDGE=edge is not None, num_warps=4,
-        **tile(d),
+        VALID=valid is not None, WEIGHTED=weights is not None, EDGE=edge is not None,
+        ALIGNED=aligned(x), num_warps=4, **tile(d),
     )  # fmt: skip
     return dx, dweights
