@@ -1,9 +1,9 @@
 """Synaptic Resonance (reconstruction) on the scan and flash engines.
 
-The memory is a scan with a constant decay, its trace another one over the keys, and the softmax is
-plain flash attention, with a window if wished. Nothing here is the paper's: see the chapter. S and
-c come back in float32. With padding and a window together, tokens are gathered so that the window
-counts real ones only; nothing waits for the GPU.
+The memory is a scan with a constant decay, its trace another one over the keys, and the softmax, to
+which it is added, is plain flash attention, with a window if wished. Nothing here is the paper's:
+see the chapter. S and c come back in float32. With padding and a window together, tokens are
+gathered so that the window counts real ones only; nothing waits for the GPU.
 """
 
 from __future__ import annotations

@@ -54,8 +54,10 @@ def resonate(
     kh = unit(blank(k, valid))
     one = kh.new_ones(()).expand(*kh.shape[:3], 1)
     state = None if c0 is None else c0[:, :, None]
-    options = constant_decay(mu, kh, kh.shape[1], valid)
-    traces, c = scan(one, one * (1 - mu), kh, state=state, backend=backend, **options)
+    slopes, steps = constant_decay(mu, kh, kh.shape[1], valid)
+    traces, c = scan(
+        one, one * (1 - mu), kh, slopes=slopes, log_decay=steps, state=state, backend=backend
+    )
     first = kh[:, :, :1]
     begun = first.new_ones(first.shape[:3]) if state is None else _cosine(first, state)
     rho = torch.cat([begun, _cosine(kh[:, :, 1:], traces[:, :, :-1])], 2)
@@ -121,16 +123,16 @@ def _remember(
     group = heads // kh.shape[1]
     gates = eta * rho[..., None] * kh
     state = None if S0 is None else S0.repeat_interleave(group, 1)
-    options: dict[str, Any] = {"state": state, "block": chunk, "backend": backend}
-    options |= constant_decay(lam, kh, heads, valid)
+    slopes, steps = constant_decay(lam, kh, heads, valid)
+    options: dict[str, Any] = {"slopes": slopes, "state": state}
+    options |= {"block": chunk, "backend": backend}
     if T < 2:
         asked = qh.new_zeros(*qh.shape[:2], qh.shape[3], v.shape[3]) if state is None else state
-        _, S = scan(qh, gates, wide(v), **options)
+        _, S = scan(qh, gates, wide(v), log_decay=steps, **options)
         return product(qh, asked).to(v.dtype), S[:, ::group]
-    if options["log_decay"] is not None:
-        options["log_decay"] = options["log_decay"][:, :, :-1]
+    steps = None if steps is None else steps[:, :, :-1]
     queries, written = qh.to(v.dtype), gates[:, :, :-1].to(v.dtype)
-    rest, S = scan(queries[:, :, 1:], written, v[:, :, :-1], **options)
+    rest, S = scan(queries[:, :, 1:], written, v[:, :, :-1], log_decay=steps, **options)
     first = torch.zeros_like(rest[:, :, :1])
     if state is not None:
         first = product(queries[:, :, :1].to(state.dtype), state).to(v.dtype)

@@ -24,19 +24,18 @@ FORGETS = 1e4
 
 def constant_decay(
     kept: float, like: Tensor, heads: int, valid: Tensor | None
-) -> dict[str, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """How `scan` is told to keep a share `kept` of its state at every real token: `slopes` (heads,)
     or, with `valid` bool (batch, tokens), `log_decay` (batch, heads, tokens); in the dtype of
     `like`.
     """
-    told: dict[str, Tensor | None] = {"slopes": None, "log_decay": None}
     slope = min(-math.log(kept), FORGETS) if kept > 0 else FORGETS
     if slope == 0:
-        return told
+        return None, None
     if valid is None:
-        return told | {"slopes": like.new_full((heads,), slope)}
+        return like.new_full((heads,), slope), None
     steps = torch.where(valid, like.new_full((), -slope), 0.0)
-    return told | {"log_decay": steps[:, None].expand(-1, heads, -1)}
+    return None, steps[:, None].expand(-1, heads, -1)
 
 
 @cache

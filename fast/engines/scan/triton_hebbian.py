@@ -214,6 +214,7 @@ def forward(
     if not batch * tokens:
         last = torch.zeros(shape, device=q.device) if S0 is None else S0.clone()
         return out, last, q.new_empty(q.shape), k.new_empty(k.shape)
+    behind: Tensor | None
     divided = tokens > 1 and not trained and q.dtype != torch.float16
     if tokens > 1:
         qh = q if divided else units(q, valid, None, 1.0)
@@ -304,6 +305,5 @@ def _decay(
     lam: float, like: Tensor, heads: int, valid: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slopes and log decays of all tokens but the last."""
-    told = constant_decay(lam, like, heads, valid)
-    steps = told["log_decay"]
-    return told["slopes"], None if steps is None else steps[:, :, :-1]
+    slopes, steps = constant_decay(lam, like, heads, valid)
+    return slopes, None if steps is None else steps[:, :, :-1]
