@@ -131,6 +131,21 @@ def test_relevance(T: int, d: int, mu: float, started: bool, padded: bool) -> No
     agree(got, results(lambda k, c: relevant(k, mu, valid, c), leaves, torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relevance_of_16_bits(dtype: torch.dtype) -> None:
+    """Keys are widened before anything is summed; rho and c are float32."""
+    k = inputs(20, 16, 1)["k"].to(dtype)
+    k[:, :, 2] = 1
+    rho, c = trace(k, 0.9)
+    assert rho.dtype == c.dtype == torch.float32
+    agree([rho, c], list(relevant(k.double(), 0.9, None, None)))
+    (dk,) = torch.autograd.grad(trace(k.requires_grad_(), 0.9)[0].sum(), k)
+    wide = k.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(relevant(wide, 0.9, None, None)[0].sum(), wide)
+    assert dk.dtype == dtype
+    agree([dk], [expected], torch.finfo(dtype).eps)
+
+
 def test_an_average_without_decay() -> None:
     """mu = 0: a trace is the key before; zeros and padding between keys make relevant or wait."""
     k = inputs(40, 5, 1)["k"].clone()
