@@ -1,9 +1,9 @@
 """Synaptic Resonance (reconstruction) on the scan and flash engines.
 
-The memory is a scan with a constant decay, its trace another one over the keys, and the softmax is
-plain flash attention, with a window if wished. Nothing here is the paper's: see the chapter. S and
-c come back in float32. With padding and a window together, tokens are gathered so that the window
-counts real ones only; nothing waits for the GPU.
+The memory is a scan with a constant decay, its trace another one over the keys, and the softmax, to
+which it is added, is plain flash attention, with a window if wished. Nothing here is the paper's:
+see the chapter. S and c come back in float32. With padding and a window together, tokens are
+gathered so that the window counts real ones only; nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from attnspec.fast.linear.synaptic_resonance_memory import (
     relevance,
     remember,
     resonate,
-    unit,
 )
 
 __all__ = [
@@ -81,11 +80,10 @@ def synaptic_resonance(
     S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
     c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
     q, k, v = (blank(x, valid) for x in (q, k, v))
-    kh = unit(k)
-    rho, c = resonate(kh, mu, valid, c0, backend)
-    m, S = remember(unit(q), kh, v, rho, eta, lam, S0, valid, None, backend)
+    rho, c = resonate(k, mu, valid, c0, backend)
     o = _softmax(q, k, v, window, valid, backend)
-    return blank(torch.add(o, m, alpha=beta), valid), (S, c)
+    y, S = remember(q, k, v, rho, eta, lam, S0, valid, backend, onto=o, share=beta)
+    return y, (S, c)
 
 
 def _softmax(

@@ -19,7 +19,6 @@ from attnspec.fast.linear.synaptic_resonance_memory import (
     check_number,
     remember,
     resonate,
-    unit,
 )
 
 
@@ -72,9 +71,7 @@ def step(
     q, k, v = q.detach(), k.detach(), v.detach()
     room = getattr(state, "room", None)
     (keys, values), room = append(room, (state.k, state.v), (k, v))
-    kh = unit(k)
-    rho, c = resonate(kh, mu, None, c, backend)
-    m, S = remember(unit(q), kh, v, rho, eta, lam, S, None, None, backend)
+    rho, c = resonate(k, mu, None, c, backend)
     tokens = q.shape[2]
     first = 0 if window is None else max(keys.shape[2] - window - tokens + 1, 0)
     seen = (keys[:, :, first:], values[:, :, first:])
@@ -83,7 +80,8 @@ def step(
         o, _ = decode(q, *seen, causal=True, backend=backend)
     else:
         o, _ = flash(q, *seen, causal=True, window=window, backend=backend)
-    return torch.add(o, m, alpha=beta), State(keys, values, S, c, room)
+    y, S = remember(q, k, v, rho, eta, lam, S, None, backend, onto=o, share=beta)
+    return y, State(keys, values, S, c, room)
 
 
 def check_softmax(beta: Any, window: Any) -> None:

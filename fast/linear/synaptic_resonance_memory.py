@@ -1,8 +1,9 @@
 """Synaptic Resonance, the memory on the scan engine: two recurrences with a constant decay.
 
-The trace is a scan whose queries and keys are one number: its output is the moving average itself.
-The memory reads before it writes, the engine writes before it reads: so queries are moved one token
-on, as a view, the first of them asks the state that came in, and the last write is added behind.
+On Triton both are operations of the engine: keys and queries go in as they are. On the CPU the
+trace is a scan whose queries and keys are one number: its output is the moving average itself. The
+memory reads before it writes, the scan writes before it reads: so queries are moved one token on,
+as a view, the first of them asks the state that came in, and the last write is added behind.
 """
 
 from __future__ import annotations
@@ -20,15 +21,12 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    choose_by_dtype,
     product,
     wide,
 )
-from attnspec.fast.engines.scan import scan
+from attnspec.fast.engines.scan import FLOOR, constant_decay, hebbian, scan, trace
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
-
-FLOOR = 1e-6
-FORGETS = 1e4
-"""The slope of a decay of 0: its exponential is 0 in every dtype, and 0 times it is 0."""
 
 
 def relevance(
@@ -44,20 +42,25 @@ def relevance(
     check_number("mu", mu, 0.0, 1.0, below=True)
     check_valid(valid, k)
     c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
-    return resonate(unit(blank(k, valid)), mu, valid, c0, backend)
+    return resonate(k, mu, valid, c0, backend)
 
 
 def resonate(
-    kh: Tensor, mu: float, valid: Tensor | None, c0: Tensor | None, backend: str | None
+    k: Tensor, mu: float, valid: Tensor | None, c0: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """rho and c of unit keys kh (batch, kv_heads, T, d), float32 or wider, 0 at padding."""
+    """`relevance` of checked arguments; c0 is float32 or wider."""
+    if choose_by_dtype(backend, "k", k) == "triton":
+        return trace(k, mu, valid, c0)
+    kh = unit(blank(k, valid))
     one = kh.new_ones(()).expand(*kh.shape[:3], 1)
     state = None if c0 is None else c0[:, :, None]
-    options = decay(mu, kh, kh.shape[1], valid)
-    trace, c = scan(one, one * (1 - mu), kh, state=state, backend=backend, **options)
+    slopes, steps = constant_decay(mu, kh, kh.shape[1], valid)
+    traces, c = scan(
+        one, one * (1 - mu), kh, slopes=slopes, log_decay=steps, state=state, backend=backend
+    )
     first = kh[:, :, :1]
     begun = first.new_ones(first.shape[:3]) if state is None else _cosine(first, state)
-    rho = torch.cat([begun, _cosine(kh[:, :, 1:], trace[:, :, :-1])], 2)
+    rho = torch.cat([begun, _cosine(kh[:, :, 1:], traces[:, :, :-1])], 2)
     return rho if valid is None else torch.where(valid[:, None], rho, 0.0), c[:, :, 0]
 
 
@@ -87,33 +90,49 @@ def memory_chunked(
     if wide_rho is None:
         raise TypeError("rho: got NoneType, expected torch.Tensor")
     S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
-    q, k, v = (blank(x, valid) for x in (q, k, v))
-    if valid is not None:
-        wide_rho = torch.where(valid[:, None], wide_rho, 0.0)
-    return remember(unit(q), unit(k), v, wide_rho, eta, lam, S0, valid, chunk, backend)
+    v = blank(v, valid)
+    return remember(q, k, v, wide_rho, eta, lam, S0, valid, backend, chunk=chunk)
 
 
 def remember(
-    qh: Tensor, kh: Tensor, v: Tensor, rho: Tensor, eta: float, lam: float, S0: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, eta: float, lam: float, S0: Tensor | None,
+    valid: Tensor | None, backend: str | None, *, chunk: int | None = None,
+    onto: Tensor | None = None, share: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m, of which a `share` is added to `onto` if that is given, and S, of checked arguments; rho
+    and S0 are float32 or wider, v is 0 at padding.
+    """
+    if choose_by_dtype(backend, "q", q) == "triton":
+        return hebbian(
+            q, k, v, rho, eta=eta, lam=lam, scale=share, state=S0, valid=valid, onto=onto,
+            block=chunk,
+        )  # fmt: skip
+    m, S = _remember(q, k, v, rho, eta, lam, S0, valid, chunk, backend)
+    return m if onto is None else blank(torch.add(onto, m, alpha=share), valid), S
+
+
+def _remember(
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, eta: float, lam: float, S0: Tensor | None,
     valid: Tensor | None, chunk: int | None, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """m and S of unit queries and keys, float32 or wider; what is at padding is 0."""
+    """m and S by a scan and rows of torch."""
+    qh, kh = unit(blank(q, valid)), unit(blank(k, valid))
+    if valid is not None:
+        rho = torch.where(valid[:, None], rho, 0.0)
     heads, T = qh.shape[1], kh.shape[2]
     group = heads // kh.shape[1]
     gates = eta * rho[..., None] * kh
     state = None if S0 is None else S0.repeat_interleave(group, 1)
-    options = decay(lam, kh, heads, valid)
+    slopes, steps = constant_decay(lam, kh, heads, valid)
+    options: dict[str, Any] = {"slopes": slopes, "state": state}
+    options |= {"block": chunk, "backend": backend}
     if T < 2:
         asked = qh.new_zeros(*qh.shape[:2], qh.shape[3], v.shape[3]) if state is None else state
-        _, S = scan(qh, gates, wide(v), state=state, block=chunk, backend=backend, **options)
+        _, S = scan(qh, gates, wide(v), log_decay=steps, **options)
         return product(qh, asked).to(v.dtype), S[:, ::group]
-    if "log_decay" in options:
-        options["log_decay"] = options["log_decay"][:, :, :-1]
+    steps = None if steps is None else steps[:, :, :-1]
     queries, written = qh.to(v.dtype), gates[:, :, :-1].to(v.dtype)
-    rest, S = scan(
-        queries[:, :, 1:], written, v[:, :, :-1], state=state, block=chunk, backend=backend,
-        **options,
-    )  # fmt: skip
+    rest, S = scan(queries[:, :, 1:], written, v[:, :, :-1], log_decay=steps, **options)
     first = torch.zeros_like(rest[:, :, :1])
     if state is not None:
         first = product(queries[:, :, :1].to(state.dtype), state).to(v.dtype)
@@ -122,17 +141,6 @@ def remember(
     if valid is not None:
         last = torch.where(valid[:, -1, None, None, None], last, S)
     return blank(torch.cat([first, rest], 2), valid), last
-
-
-def decay(kept: float, like: Tensor, heads: int, valid: Tensor | None) -> dict[str, Any]:
-    """How the scan engine is told to keep a share `kept` of its state at every real token."""
-    slope = min(-math.log(kept), FORGETS) if kept > 0 else FORGETS
-    if slope == 0:
-        return {}
-    if valid is None:
-        return {"slopes": like.new_full((heads,), slope)}
-    steps = torch.where(valid, like.new_full((), -slope), 0.0)
-    return {"log_decay": steps[:, None].expand(-1, heads, -1)}
 
 
 def unit(x: Tensor) -> Tensor:

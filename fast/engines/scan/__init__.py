@@ -1,7 +1,8 @@
 """The scan engine: chunked linear recurrences with no decay, a constant one or one that depends on
 the data, for a head or for every channel; initial and last states, packing, gradients. Also the
-gates of an additive recurrence, whose decay is a ratio of running sums, and scans without matrix
-products: number by number, and with a state of its own for every channel.
+gates of an additive recurrence, whose decay is a ratio of running sums; a memory of unit keys that
+is read before it is written; and scans without matrix products: number by number, with a state of
+its own for every channel, and a moving average with what agrees with it.
 """
 
 from attnspec.fast.engines.scan.additive import additive_gates, additive_scan
@@ -22,20 +23,25 @@ from attnspec.fast.engines.scan.configs import (
 )
 from attnspec.fast.engines.scan.elementwise import elementwise
 from attnspec.fast.engines.scan.flows import DirectFlows
+from attnspec.fast.engines.scan.hebbian import constant_decay, hebbian
 from attnspec.fast.engines.scan.running import running_dots
 from attnspec.fast.engines.scan.selective import selective
 from attnspec.fast.engines.scan.summary import read_summary, time_summary
+from attnspec.fast.engines.scan.trace import FLOOR, trace
 
 __all__ = [
     "CANDIDATES",
     "ELEMENTWISE",
+    "FLOOR",
     "SELECTIVE",
     "DirectFlows",
     "LaneConfig",
     "ScanConfig",
     "additive_gates",
     "additive_scan",
+    "constant_decay",
     "elementwise",
+    "hebbian",
     "read_summary",
     "running_dots",
     "scan",
@@ -45,5 +51,6 @@ __all__ = [
     "selective",
     "step",
     "time_summary",
+    "trace",
     "use_config",
 ]

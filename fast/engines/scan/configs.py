@@ -75,6 +75,7 @@ SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
 RUNNING = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 24), LaneConfig(32, 64, 128, 8))
 FLOWS = (LaneConfig(64, 64, 128, 5), LaneConfig(32, 64, 128, 10), LaneConfig(64, 64, 128, 10))
 ORDERED = (LaneConfig(8, 64, 64, 16), LaneConfig(16, 64, 64, 8), LaneConfig(8, 64, 64, 32))
+TRACE = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 10), LaneConfig(16, 64, 64, 20))
 """Candidates, of which the first is in force. A program of `RUNNING` and those below it has all
 channels, and as many rows as keep the size of its tile."""
 
@@ -164,6 +165,7 @@ TABLE: Table[Any] = Table(
         ("running",): RUNNING,
         ("flows",): FLOWS,
         ("ordered",): ORDERED,
+        ("trace",): TRACE,
     },
 )
 """Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
@@ -183,7 +185,7 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
 
 def lanes(kernel: str) -> LaneConfig:
     """The configuration in force for a scan without matrix products: elementwise, selective,
-    running, or flows or ordered flows.
+    running, flows or ordered flows, or the trace.
     """
     forced = TABLE.forced()
     return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)

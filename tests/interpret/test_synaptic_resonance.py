@@ -1,0 +1,299 @@
+"""Synaptic Resonance's Triton kernels in the interpreter: against its definition, token by token in
+float64, with autograd's gradients, and by the suite.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnspec.conformance import Kernel, certify
+from attnspec.fast.backend import launch_count
+from attnspec.fast.engines.scan import LaneConfig, hebbian, trace, triton_trace, use_config
+from attnspec.fast.linear import synaptic_resonance as fast
+
+FLOOR = 1e-6
+NARROW = LaneConfig(4, 16, 8, 1)
+"""Tiles of few rows, segments of few tiles."""
+
+
+@pytest.fixture(autouse=True)
+def _many_segments_of_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a large device, and with NaN in buffers that nobody has written."""
+    empty = triton_trace.Pass.empty
+    monkeypatch.setattr(
+        triton_trace.Pass, "empty", lambda made, *shape: empty(made, *shape).fill_(torch.nan)
+    )
+    monkeypatch.setattr(triton_trace, "device_of", lambda x: (64, True))
+    with use_config(NARROW):
+        yield
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=FLOOR)
+
+
+def relevant(k: Tensor, mu: float, valid: Any, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """rho and the last trace, token by token; `valid` is a list of rows of bools or None."""
+    c = k.new_zeros(*k.shape[:2], k.shape[3]) if c is None else c
+    rows = []
+    for t, kh in enumerate(unit(k).unbind(2)):
+        norm = torch.linalg.vector_norm(c, dim=-1)
+        rho = torch.relu((kh * c).sum(-1) / norm.clamp(min=FLOOR))
+        rho = torch.where((c == 0).all(-1), 1.0, rho)
+        real = torch.ones(len(k), 1, dtype=torch.bool) if valid is None else valid[:, t, None]
+        rows.append(torch.where(real, rho, 0.0))
+        c = torch.where(real[..., None], mu * c + (1 - mu) * kh, c)
+    return torch.stack(rows, 2) if rows else k[..., 0], c
+
+
+def remembered(
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S: Tensor | None, valid: Any, eta: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m and the last state, token by token."""
+    group = q.shape[1] // k.shape[1]
+    S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if S is None else S
+    qh, kh, rows = unit(q), unit(k), []
+    for t in range(k.shape[2]):
+        real = torch.ones(len(k), 1, dtype=torch.bool) if valid is None else valid[:, t, None]
+        real = real[..., None]
+        read = (qh[:, :, t, None] @ S.repeat_interleave(group, 1))[:, :, 0]
+        rows.append(torch.where(real, read, 0.0))
+        written = (eta * rho[:, :, t, None] * kh[:, :, t])[..., None] * v[:, :, t, None]
+        S = torch.where(real[..., None], lam * S + written, S)
+    return torch.stack(rows, 2) if rows else q.new_zeros(*q.shape[:3], v.shape[3]), S
+
+
+def inputs(T: int, d: int, dv: int, group: int = 2) -> dict[str, Tensor]:
+    """Strided tokens, rows of zeros, a trace of zeros in one head."""
+    torch.manual_seed(31 * T + d)
+    made = {
+        "q": torch.randn(2, T, 2 * group, d).transpose(1, 2),
+        "k": torch.randn(2, 2, T, 2 * d)[..., ::2],
+        "v": torch.randn(2, 2, dv, T).mT,
+        "rho": torch.rand(2, 2, T),
+        "S0": torch.randn(2, 2, d, dv),
+        "c0": torch.randn(2, 2, d),
+    }
+    made["c0"][0, 1] = 0
+    if T > 2:
+        made["q"][:, :, 1] = 0
+        made["k"][:, :, 2] = 0
+    return made
+
+
+def padding(T: int) -> Tensor:
+    return torch.rand(2, T, generator=torch.Generator().manual_seed(T)) < 0.7
+
+
+def results(function: Any, leaves: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and the gradients of all leaves, in `dtype`."""
+    given = [None if x is None else x.to(dtype).detach().requires_grad_() for x in leaves]
+    out = function(*given)
+    torch.manual_seed(1)
+    upstream = [torch.randn(x.shape).to(x.dtype) for x in out]
+    wanted = [x for x in given if x is not None]
+    # Without a token the definition's outputs may depend on nothing.
+    pairs = [(x, up) for x, up in zip(out, upstream, strict=True) if x.requires_grad]
+    if not pairs:
+        return [*out, *map(torch.zeros_like, wanted)]
+    reached, upstream = map(list, zip(*pairs, strict=True))
+    return [*out, *torch.autograd.grad(reached, wanted, upstream, materialize_grads=True)]
+
+
+def agree(got: list[Tensor], expected: list[Tensor], bound: float = 1e-5) -> None:
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        most = float(b.detach().abs().max()) if b.numel() else 0.0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=bound * max(1.0, most))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    ("T", "d", "mu"), [(0, 5, 0.5), (1, 5, 0.9), (2, 16, 0.0), (5, 5, 0.7), (70, 16, 0.9)]
+)
+def test_relevance(T: int, d: int, mu: float, started: bool, padded: bool) -> None:
+    made, valid = inputs(T, d, 1), padding(T) if padded else None
+    leaves = [made["k"], made["c0"] if started else None]
+    before = launch_count()
+    got = results(lambda k, c: trace(k, mu, valid, c), leaves, torch.float32)
+    assert launch_count() == before + 5
+    agree(got, results(lambda k, c: relevant(k, mu, valid, c), leaves, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relevance_of_16_bits(dtype: torch.dtype) -> None:
+    """Keys are widened before anything is summed; rho and c are float32."""
+    k = inputs(20, 16, 1)["k"].to(dtype)
+    k[:, :, 2] = 1
+    rho, c = trace(k, 0.9)
+    assert rho.dtype == c.dtype == torch.float32
+    agree([rho, c], list(relevant(k.double(), 0.9, None, None)))
+    (dk,) = torch.autograd.grad(trace(k.requires_grad_(), 0.9)[0].sum(), k)
+    wide = k.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(relevant(wide, 0.9, None, None)[0].sum(), wide)
+    assert dk.dtype == dtype
+    agree([dk], [expected], torch.finfo(dtype).eps)
+
+
+def test_an_average_without_decay() -> None:
+    """mu = 0: a trace is the key before; zeros and padding between keys make relevant or wait."""
+    k = inputs(40, 5, 1)["k"].clone()
+    k[:, :, 7:13], k[:, :, 20] = 0, 1e-9
+    valid = padding(40)
+    got = results(lambda k: trace(k, 0.0, valid), [k], torch.float32)
+    agree(got, results(lambda k: relevant(k, 0.0, valid, None), [k], torch.float64))
+
+
+def test_later_keys_stay_out_of_relevance() -> None:
+    k = inputs(70, 5, 1)["k"].clone()
+    before, _ = trace(k, 0.9)
+    k[:, :, 41:] = torch.nan
+    after, last = trace(k, 0.9)
+    assert torch.equal(before[:, :, :41], after[:, :, :41])
+    assert after[:, :, 41:].isnan().all()
+    assert last.isnan().all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    ("T", "d", "dv", "lam"),
+    [(0, 5, 3, 0.5), (1, 5, 16, 0.9), (2, 16, 3, 0.0), (5, 5, 5, 0.9), (70, 16, 16, 1.0)],
+)
+def test_memory(T: int, d: int, dv: int, lam: float, started: bool, padded: bool) -> None:
+    """Added to something, a share of it, with all gradients; and alone, without a gradient."""
+    made, valid = inputs(T, d, dv), padding(T) if padded else None
+    if valid is not None:
+        made["v"] = torch.where(valid[:, None, :, None], made["v"], 0.0)
+    leaves: list[Tensor | None] = [made[name] for name in ("q", "k", "v", "rho")]
+    leaves += [made["S0"] if started else None, torch.randn(2, dv, 4, T).permute(0, 2, 3, 1)]
+
+    def onto(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S: Any, o: Tensor) -> Any:
+        numbers: dict[str, Any] = {"eta": 0.3, "lam": lam, "scale": -2.0, "state": S}
+        return hebbian(q, k, v, rho, **numbers, valid=valid, onto=o)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S: Any, o: Tensor) -> Any:
+        m, S = remembered(q, k, v, rho, S, valid, 0.3, lam)
+        y = o - 2.0 * m
+        return (y if valid is None else torch.where(valid[:, None, :, None], y, 0.0)), S
+
+    agree(results(onto, leaves, torch.float32), results(plain, leaves, torch.float64))
+    given = {"q": leaves[0], "k": leaves[1], "v": leaves[2], "rho": leaves[3], "S0": leaves[4]}
+    alone: Any = fast.memory_chunked
+    got = alone(**given, eta=0.3, lam=lam, valid=valid, chunk=16, backend="triton")
+    wide = [None if x is None else x.double() for x in leaves[:5]]
+    agree(list(got), list(remembered(*wide, valid, 0.3, lam)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_padding_is_not_read(T: int) -> None:
+    """NaN in padded rows reaches no output and no gradient."""
+    made, valid = inputs(T, 5, 3), padding(T)
+    valid[0], valid[1, -1] = False, False
+    made["v"] = torch.where(valid[:, None, :, None], made["v"], 0.0)
+    names = ("q", "k", "v", "rho", "S0", "c0")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S: Tensor, c: Tensor) -> Any:
+        numbers: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "state": S, "valid": valid}
+        return *hebbian(q, k, v, rho, **numbers), *trace(k, 0.9, valid, c)
+
+    clean = results(run, [made[name] for name in names], torch.float32)
+    padded = ~valid[:, None]
+    for name in ("q", "k"):
+        made[name] = made[name].masked_fill(padded[..., None], torch.nan)
+    made["rho"] = made["rho"].masked_fill(padded, torch.nan)
+    spoilt = results(run, [made[name] for name in names], torch.float32)
+    for a, b in zip(clean, spoilt, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("T", "window", "padded", "started"),
+    [(1, None, True, True), (6, 2, False, False), (20, 5, True, True), (20, None, False, True)],
+)
+def test_the_whole(T: int, window: int | None, padded: bool, started: bool) -> None:
+    made = inputs(T, 5, 3)
+    options: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "mu": 0.8, "beta": 0.7, "window": window}
+    options["valid"] = padding(T) if padded else None
+    leaves: list[Tensor | None] = [made[name] for name in ("q", "k", "v")]
+    leaves += [made["S0"], made["c0"]] if started else [None, None]
+
+    def run(*given: Any, backend: str) -> list[Tensor]:
+        y, state = fast.synaptic_resonance(*given, **options, backend=backend)
+        return [y, *state]
+
+    got = results(lambda *given: run(*given, backend="triton"), leaves, torch.float32)
+    expected = results(lambda *given: run(*given, backend="numba"), leaves, torch.float64)
+    agree(got, expected)
+    agree(run(*leaves, backend="triton"), expected[:3])
+
+
+def test_float16() -> None:
+    """Queries of any length are brought to length 1 before they are rounded."""
+    made = inputs(20, 16, 16)
+    made["q"][:, :, 1:9] *= 1e3
+    made["q"][:, :, 9:] *= 1e-3
+    halves = [made[name].half() for name in ("q", "k", "v")]
+    got = fast.memory_chunked(*halves, made["rho"], 1.0, S0=made["S0"], backend="triton")
+    wide = [x.double() for x in (*halves, made["rho"], made["S0"])]
+    agree(list(got), list(remembered(*wide, None, 1.0, 0.99)), 2e-3)  # type: ignore[arg-type]
+
+
+def test_a_state_goes_on() -> None:
+    """In parts, one of them a single token by the step for decoding."""
+    made = inputs(30, 5, 3)
+    tokens = [made[name] for name in ("q", "k", "v")]
+    expected, _ = fast.synaptic_resonance(*(x.double() for x in tokens))
+    state, parts = fast.init_state(*tokens[1:], backend="triton"), []
+    for some in (slice(0, 1), slice(1, 25), slice(25, 26), slice(26, 30)):
+        y, state = fast.step(state, *(x[:, :, some] for x in tokens), backend="triton")
+        parts.append(y)
+    agree([torch.cat(parts, 2)], [expected])
+
+
+def test_gradients_of_compiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, valid = inputs(9, 5, 3), padding(9)
+    leaves: list[Tensor | None] = [made[name] for name in ("q", "k", "v", "S0", "c0")]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, S: Tensor, c: Tensor) -> Any:
+        rho, last = trace(k, 0.9, valid, c)
+        numbers: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "state": S, "valid": valid}
+        return *hebbian(q, k, v, rho, **numbers), last
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+    for a, b in zip(
+        results(compiled, leaves, torch.float32), results(run, leaves, torch.float32), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_too_wide_or_in_a_type_it_has_not() -> None:
+    wide = torch.randn(1, 1, 2, 257)
+    with pytest.raises(ValueError, match=r"^k: got 257 channels"):
+        fast.relevance(wide, backend="triton")
+    with pytest.raises(ValueError, match=r"^q: got 257 channels"):
+        fast.memory_chunked(wide, wide, wide, wide[..., 0], backend="triton")
+    with pytest.raises(TypeError, match=r"^k: got dtype torch.float64"):
+        fast.relevance(wide.double(), backend="triton")
+
+
+@pytest.mark.parametrize("operation", ["relevance", "memory_recurrent", "synaptic_resonance"])
+def test_the_suites_gradient(operation: str) -> None:
+    kernel = Kernel(
+        "interpreted", f"synaptic_resonance.{operation}", getattr(fast, operation), array="torch",
+        backend="triton", gradient=True, launches=launch_count, reads_values=False,
+        draws={"d": (5, 16), "dv": (3, 16), "group": (1, 3)},
+    )  # fmt: skip
+    report = certify(kernel, profile="smoke", dtypes=["float32"], laws=["gradient"])
+    assert report.passed, report.failures[0]
