@@ -166,10 +166,10 @@ def test_ops_are_well_registered() -> None:
     x = torch.randn(1, 2, 5, 4, requires_grad=True)
     u, theta = torch.randn(1, 5, 8), torch.rand(2, 4, requires_grad=True)
     for gate in (None, u):
-        torch.library.opcheck(norm_op, (x, gate, 1e-6, "numba"), test_utils=checks)
+        torch.library.opcheck(norm_op.op, (x, gate, 1e-6, "numba"), test_utils=checks)
     for lifted in (None, theta):
         arguments = (x, lifted, None, 3, True, "numba")
-        torch.library.opcheck(lift_op, arguments, test_utils=checks)
+        torch.library.opcheck(lift_op.op, arguments, test_utils=checks)
     (first,) = torch.autograd.grad(gated_norm(x, eps=1e-6).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         first.sum().backward()

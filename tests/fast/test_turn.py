@@ -19,7 +19,7 @@ def test_opcheck(paired: bool) -> None:
     q = torch.randn(1, 4, 3, 6, requires_grad=True)
     k = torch.randn(1, 2, 5, 6, requires_grad=True) if paired else None
     plain = (2, 2, False, False, math.log(1e4), 0.1, 3, math.log(7.0), 1.0, torch.float32)
-    torch.library.opcheck(turn_op, (q, k, None, None, None, *plain, "numba"))
+    torch.library.opcheck(turn_op.op, (q, k, None, None, None, *plain, "numba"))
 
 
 def test_second_gradients() -> None:

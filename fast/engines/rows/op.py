@@ -20,8 +20,8 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_by_dtype,
     load,
-    unobserved,
 )
+from attnspec.fast.engines.operation import Operation, operation
 
 
 @cache
@@ -39,7 +39,7 @@ def run_norm(o: Tensor, u: Tensor | None, eps: float, backend: str) -> Tensor:
     return y
 
 
-norm_op = torch.library.custom_op("attnspec::gated_norm", run_norm, mutates_args=())
+norm_op = Operation("attnspec::gated_norm", run_norm)
 
 
 def _merged(o: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _(o: Tensor, u: Tensor | None, eps: float, backend: str) -> Tensor:
     return _merged(o)
 
 
-@torch.library.custom_op("attnspec::gated_norm_backward", mutates_args=())
+@operation("attnspec::gated_norm_backward")
 def norm_backward_op(
     dy: Tensor, o: Tensor, u: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -106,8 +106,7 @@ def gated_norm(
         expected = (batch, tokens, heads * d)
         for size, wanted, axis in zip(u.shape, expected, ("batch", "tokens", "width"), strict=True):
             check_size("u", size, wanted, f"{axis}, as in o")
-    run = run_norm if unobserved(o, u) else norm_op
-    return run(o, u, float(eps), choose_by_dtype(backend, "x", o))
+    return norm_op(o, u, float(eps), choose_by_dtype(backend, "x", o))
 
 
 def run_lift(
@@ -125,7 +124,7 @@ def run_lift(
     return y
 
 
-lift_op = torch.library.custom_op("attnspec::lift", run_lift, mutates_args=())
+lift_op = Operation("attnspec::lift", run_lift)
 
 
 def _lifted(x: Tensor, theta: Tensor | None) -> Tensor:
@@ -144,7 +143,7 @@ def _(
     return _lifted(x, theta)
 
 
-@torch.library.custom_op("attnspec::lift_backward", mutates_args=())
+@operation("attnspec::lift_backward")
 def lift_backward_op(
     dy: Tensor,
     x: Tensor,
@@ -215,5 +214,4 @@ def lift(
         check_tensor("positions", positions, ("tokens",), (torch.int64,))
         check_size("positions", positions.shape[0], x.shape[2], "tokens, as in x")
         check_device("positions", positions, "x", x)
-    run = run_lift if unobserved(x, theta) else lift_op
-    return run(x, theta, positions, offset, activate, choose_by_dtype(backend, "x", x))
+    return lift_op(x, theta, positions, offset, activate, choose_by_dtype(backend, "x", x))

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, unobserved
+from attnspec.fast.backend import choose_backend, load
+from attnspec.fast.engines.operation import Operation
 
 
 class Turn(NamedTuple):
@@ -68,7 +69,7 @@ def run_turn(
     return turned
 
 
-turn_op = torch.library.custom_op("attnspec::turn", run_turn, mutates_args=())
+turn_op = Operation("attnspec::turn", run_turn)
 
 
 def _made(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,8 +140,7 @@ def turn(
     first = 0 if k is None else k.shape[2] - q.shape[2]
     centre, b = (0, math.inf) if decay is None else (decay[0] // 2, decay[1])
     c, floor = (1.0, 0.0) if warmth is None else warmth
-    run = run_turn if unobserved(q, k) else turn_op
-    return run(
+    return turn_op(
         q, k, pq, pk, f, first, half, neighbours, False, math.log(base), 1 / b, centre,
         math.log(c), float(floor), q.dtype if dtype is None else dtype, choose_backend(backend, q),
     )  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved, wants_gradient
+from attnspec.fast.backend import load, wants_gradient
+from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.scan.api import WIDEST
 
 FORGETS = 1e4
@@ -58,7 +59,7 @@ def run_hebbian(
     return out, last, qh, gated
 
 
-hebbian_op = torch.library.custom_op("attnspec::hebbian", run_hebbian, mutates_args=())
+hebbian_op = Operation("attnspec::hebbian", run_hebbian)
 
 
 @hebbian_op.register_fake
@@ -73,7 +74,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op("attnspec::hebbian_backward", mutates_args=())
+@operation("attnspec::hebbian_backward")
 def hebbian_backward_op(
     dy: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
     valid: Tensor | None, qh: Tensor, gated: Tensor, eta: float, lam: float, scale: float,
@@ -161,8 +162,7 @@ def hebbian(
             raise ValueError(f"{name}: got {width} channels, expected 1 to {WIDEST}")
     if not q.is_cuda and q.dtype == torch.bfloat16:
         raise TypeError("q: got dtype torch.bfloat16, expected another in Triton's interpreter")
-    run = run_hebbian if unobserved(q, k, v, rho, state, onto) else hebbian_op
     trained = wants_gradient(q, k, v, rho, state, onto)
     numbers = (float(eta), float(lam), float(scale), block or 0)
-    out, last, _, _ = run(q, k, v, rho, state, valid, onto, *numbers, trained)
+    out, last, _, _ = hebbian_op(q, k, v, rho, state, valid, onto, *numbers, trained)
     return out, last

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load
+from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.scan.api import WIDEST
 
 FLOOR = 1e-6
@@ -33,7 +34,7 @@ def run_trace(
         return _kernels().forward(k, valid, c0, mu)
 
 
-trace_op = torch.library.custom_op("attnspec::trace", run_trace, mutates_args=())
+trace_op = Operation("attnspec::trace", run_trace)
 
 
 @trace_op.register_fake
@@ -42,7 +43,7 @@ def _(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Te
     return rho, k.new_empty((*k.shape[:2], k.shape[3]), dtype=torch.float32)
 
 
-@torch.library.custom_op("attnspec::trace_backward", mutates_args=())
+@operation("attnspec::trace_backward")
 def trace_backward_op(
     drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float
 ) -> tuple[Tensor, Tensor]:
@@ -88,5 +89,4 @@ def trace(
     """
     if not 1 <= k.shape[3] <= WIDEST:
         raise ValueError(f"k: got {k.shape[3]} channels, expected 1 to {WIDEST}")
-    run = run_trace if unobserved(k, c0) else trace_op
-    return run(k, valid, c0, float(mu))
+    return trace_op(k, valid, c0, float(mu))

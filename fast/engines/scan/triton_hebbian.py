@@ -222,8 +222,8 @@ def forward(
         state = None if S0 is None else S0.repeat_interleave(heads // kv_heads, 1)
         slopes, log_decay = _decay(lam, rho, heads, valid)
         rest, behind = triton_host.forward(
-            qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay, state, None, scale,
-            block,
+            qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay, None, None, state,
+            None, scale, block,
         )  # fmt: skip
     else:
         qh, gated = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -283,9 +283,9 @@ def backward(
     if longer:
         state = None if S0 is None else S0.repeat_interleave(group, 1)
         slopes, log_decay = _decay(lam, rho, heads, valid)
-        dqh, dgated, dv_inner, _, behind = triton_host.backward(
+        dqh, dgated, dv_inner, _, _, _, behind = triton_host.backward(
             dy[:, :, 1:], behind, qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay,
-            state, None, behind, scale, block, False,
+            None, None, state, None, behind, scale, block, False,
         )  # fmt: skip
         end_v = torch.cat([dv_inner, end_v], 2)
     if S0 is not None:
