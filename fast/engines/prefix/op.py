@@ -37,9 +37,9 @@ def add_prefix(
 
 def _run(
     q: Tensor, soft: Tensor, lse: Tensor, Z: Tensor, k: Tensor, softplus: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    out, shares = _host().forward(q, soft, lse, Z, k, softplus, keep)
-    return out, shares
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, share, part = _host().forward(q, soft, lse, Z, k, softplus, keep)
+    return out, share, part
 
 
 _forward = torch.library.custom_op("attnspec::prefix_forward", _run, mutates_args=())
@@ -48,15 +48,16 @@ _forward = torch.library.custom_op("attnspec::prefix_forward", _run, mutates_arg
 @_forward.register_fake
 def _(
     q: Tensor, soft: Tensor, lse: Tensor, Z: Tensor, k: Tensor, softplus: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    return soft.new_empty(soft.shape), lse.new_empty((2, *lse.shape) if keep else (2, 0))
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = lse.shape if keep else (0,)
+    return soft.new_empty(soft.shape), lse.new_empty(kept), lse.new_empty(kept)
 
 
 def _run_backward(
-    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, shares: Tensor, softplus: bool,
-    wanted: bool,
+    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, share: Tensor, part: Tensor,
+    softplus: bool, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dsoft, dlse, dZ, dk = _host().backward(dout, q, soft, Z, k, shares, softplus, wanted)
+    dq, dsoft, dlse, dZ, dk = _host().backward(dout, q, soft, Z, k, share, part, softplus, wanted)
     return dq, dsoft, dlse, dZ, dk
 
 
@@ -65,22 +66,22 @@ _backward = torch.library.custom_op("attnspec::prefix_backward", _run_backward, 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, shares: Tensor, softplus: bool,
-    wanted: bool,
+    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, share: Tensor, part: Tensor,
+    softplus: bool, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_state = (Z.shape, k.shape) if wanted else ((0,), (0,))
     return (
-        q.new_empty(q.shape), soft.new_empty(soft.shape), shares.new_empty(shares.shape[1:]),
+        q.new_empty(q.shape), soft.new_empty(soft.shape), share.new_empty(share.shape),
         Z.new_empty(of_state[0]), k.new_empty(of_state[1]),
     )  # fmt: skip
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, soft, _, Z, k, ctx.softplus, _ = inputs
-    ctx.save_for_backward(q, soft, Z, k, output[1])
+    ctx.save_for_backward(q, soft, Z, k, *output[1:])
 
 
-def _gradient(ctx: Any, dout: Tensor, dshares: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = (dout, *ctx.saved_tensors)
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     run = _run_backward if unobserved(*tensors) else _backward
@@ -100,12 +101,12 @@ class _Prefix(torch.autograd.Function):
     """The gradient where nobody looks on; all others find it behind the custom op."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         found = _run(*arguments)
         _setup(ctx, arguments, found)
-        ctx.mark_non_differentiable(found[1])
+        ctx.mark_non_differentiable(*found[1:])
         return found
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dshares: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, dout, dshares)
+    def backward(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, dout)

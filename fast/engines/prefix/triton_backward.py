@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnspec.fast.engines.prefix.triton_forward import PLACE
 from attnspec.fast.engines.prefix.triton_parts import (
     add_product,
     features,
@@ -18,9 +19,10 @@ from attnspec.fast.engines.prefix.triton_parts import (
     positive_slope,
     split,
     store_rows,
+    transposed,
 )
 
-VARYING = ["q_b", "q_h", "q_t", "g_b", "g_h", "g_t", "batch", "tokens", "span", "tiles", "each"]
+VARYING = ["q_b", "q_h", "q_t", "g_b", "g_h", "g_t", *PLACE]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -42,7 +44,7 @@ def prefix_rows_kernel(
     channel = tl.arange(0, BD)
     kappa = tl.load(k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
     kappa = tl.where(channel < D, positive(kappa, SOFTPLUS), 0.0)
-    z = load_matrix(Z, 0, CHUNK, BD, DV, D, 1, DV, MATH, Z_EXACT)
+    z = load_matrix(Z, 0, HEADS * D * DV, CHUNK, BD, DV, D, 1, DV, MATH, Z_EXACT)
     for tile in range(first_tile, tl.minimum(first_tile + each, tiles)):
         b, t, exists = locate_rows(tile, span, batch, tokens, ROWS)
         at = (b * HEADS + head) * tokens + t
@@ -60,12 +62,14 @@ def prefix_rows_kernel(
             wide = g.to(tl.float32)
             with_soft += tl.sum(wide * mixed.to(tl.float32), axis=1)
             store_rows(dsoft, at, exists, first, of_soft[:, None] * wide, CHUNK, DV)
-            g_parts = split(g, MATH, G_EXACT)
+            g_parts = transposed(split(g, MATH, G_EXACT))
             if CHUNK < BDV:
-                z_chunk = load_matrix(Z, first, CHUNK, BD, DV, D, 1, DV, MATH, Z_EXACT)
-                W = add_product(W, z_chunk, g_parts, MATH, Z_EXACT, G_EXACT, PRECISION)
+                z_chunk = load_matrix(
+                    Z, first, HEADS * D * DV, CHUNK, BD, DV, D, 1, DV, MATH, Z_EXACT
+                )
+                W = add_product(W, z_chunk, g_parts, Z_EXACT, G_EXACT, PRECISION)
             else:
-                W = add_product(W, z, g_parts, MATH, Z_EXACT, G_EXACT, PRECISION)
+                W = add_product(W, z, g_parts, Z_EXACT, G_EXACT, PRECISION)
         dfeatures = tl.trans(W)
         phi, slope = features(x, INVERSE)
         with_num = tl.sum(phi * dfeatures, axis=1)
@@ -96,7 +100,7 @@ def prefix_sums_kernel(
     feature = program // column_tiles % feature_tiles * FEATURES
     head = program // (column_tiles * feature_tiles) % HEADS
     group = program // (column_tiles * feature_tiles * HEADS)
-    dZ = tl.zeros([FEATURES, COLUMNS], tl.float32)
+    dZ = tl.zeros([COLUMNS, FEATURES], tl.float32)
     dkappa = tl.zeros([FEATURES], tl.float32)
     for tile in range(group * each, tl.minimum(group * each + each, tiles)):
         b, t, exists = locate_rows(tile, span, batch, tokens, ROWS)
@@ -110,14 +114,12 @@ def prefix_sums_kernel(
         of_den = tl.load(dden + at, mask=exists, other=0.0)
         dkappa += tl.sum(phi * of_den[:, None], axis=0)
         phi_parts = split(phi * of_num[:, None], MATH, PHI_EXACT)
-        g_high, g_low = split(g, MATH, G_EXACT)
-        dZ = add_product(
-            dZ, phi_parts, (tl.trans(g_high), tl.trans(g_low)), MATH, PHI_EXACT, G_EXACT, PRECISION
-        )
+        g_parts = split(g, MATH, G_EXACT)
+        dZ = add_product(dZ, g_parts, phi_parts, G_EXACT, PHI_EXACT, PRECISION)
     row, lane = feature + tl.arange(0, FEATURES), column + tl.arange(0, COLUMNS)
     sums += (group.to(tl.int64) * HEADS + head) * (D * DV + D)
     keep = (row < D)[:, None] & (lane < DV)[None, :]
-    tl.store(sums + row[:, None] * DV + lane[None, :], dZ, mask=keep)
+    tl.store(sums + row[:, None] * DV + lane[None, :], tl.trans(dZ), mask=keep)
     if column == 0:
         tl.store(sums + D * DV + row, dkappa, mask=row < D)
 

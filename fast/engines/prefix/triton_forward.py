@@ -14,8 +14,10 @@ from attnspec.fast.engines.prefix.triton_parts import (
     positive,
     split,
     store_rows,
+    transposed,
 )
 
+PLACE = ["batch", "tokens", "span", "tiles", "each"]
 LARGEST = tl.constexpr(87.72283905206835)
 """log of the largest float32, less 1."""
 
@@ -35,7 +37,7 @@ def shares(lse, den, some):
     return mass / total, tl.where(empty, 0.0, unit) / total
 
 
-@triton.jit(do_not_specialize=["q_b", "q_h", "q_t", "batch", "tokens", "span", "tiles", "each"])
+@triton.jit(do_not_specialize=["q_b", "q_h", "q_t", *PLACE])
 def prefix_forward_kernel(
     q, soft, lse, Z, k, out, share, part, q_b, q_h, q_t, batch, tokens, span, tiles, each,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -45,15 +47,15 @@ def prefix_forward_kernel(
 ):  # fmt: skip
     """Each program: `each` tiles of ROWS rows of a head.
 
-    soft (batch, HEADS, tokens, DV), lse and out likewise, contiguous; Z (HEADS, D, DV), k (HEADS,
-    D). KEEP: `share` and `part`, float32 like lse, are what the gradient needs.
+    soft (batch, HEADS, tokens, DV), lse and out likewise, contiguous; Z (HEADS, D, DV), with
+    what it lacks behind it unless it is exact; k (HEADS, D). KEEP: `share` and `part`, float32 like lse, are what the gradient needs.
     """
     head = tl.program_id(0) % HEADS
     first_tile = tl.program_id(0) // HEADS * each
     Z += head.to(tl.int64) * D * DV
     k += head * D
     # One chunk of Z is all of it, and stays.
-    z = load_matrix(Z, 0, CHUNK, BDV, D, DV, DV, 1, MATH, Z_EXACT)
+    z = load_matrix(Z, 0, HEADS * D * DV, CHUNK, BDV, D, DV, DV, 1, MATH, Z_EXACT)
     for tile in range(first_tile, tl.minimum(first_tile + each, tiles)):
         b, t, exists = locate_rows(tile, span, batch, tokens, ROWS)
         at = (b * HEADS + head) * tokens + t
@@ -70,12 +72,14 @@ def prefix_forward_kernel(
             kappa = tl.where(channel < D, kappa, 0.0)
             phi, _ = features(load_rows(q, q_at, exists, first, CHUNK, D, UNIT), INVERSE)
             den += tl.sum(phi * kappa[None, :], axis=1)
-            phi_parts = split(phi, MATH, PHI_EXACT)
+            phi_parts = transposed(split(phi, MATH, PHI_EXACT))
             if CHUNK < BD:
-                z_chunk = load_matrix(Z, first, CHUNK, BDV, D, DV, DV, 1, MATH, Z_EXACT)
-                num = add_product(num, z_chunk, phi_parts, MATH, Z_EXACT, PHI_EXACT, PRECISION)
+                z_chunk = load_matrix(
+                    Z, first, HEADS * D * DV, CHUNK, BDV, D, DV, DV, 1, MATH, Z_EXACT
+                )
+                num = add_product(num, z_chunk, phi_parts, Z_EXACT, PHI_EXACT, PRECISION)
             else:
-                num = add_product(num, z, phi_parts, MATH, Z_EXACT, PHI_EXACT, PRECISION)
+                num = add_product(num, z, phi_parts, Z_EXACT, PHI_EXACT, PRECISION)
         some = tl.max((num != 0.0).to(tl.int32), axis=0) > 0
         of_soft, of_num = shares(log_mass, den, some)
         merged = of_soft[:, None] * mixed.to(tl.float32) + of_num[:, None] * tl.trans(num)

@@ -20,11 +20,15 @@ from attnspec.fast.engines.prefix.triton_backward import (
     prefix_sums_kernel,
 )
 from attnspec.fast.engines.prefix.triton_forward import prefix_forward_kernel
+from attnspec.fast.engines.prefix.triton_parts import prefix_split_kernel
 from attnspec.fast.engines.prepared import Prepared
 from attnspec.fast.recent import Recent
 
 ITEMS = 1024
-"""Numbers of Z and k whose sums a program adds."""
+"""Numbers of Z and k that a program splits, or whose sums it adds."""
+FEW = PrefixConfig(0, 0, 4, 1)
+SYNCHRONOUS = 32
+"""Products with no more rows are not asynchronous, and may have computed first operands."""
 
 _kinds: Recent[Hashable, Any] = Recent()
 
@@ -93,9 +97,29 @@ def prepare(
     kernel: Any, programs: int, chosen: PrefixConfig, arguments: dict[str, Any], device: Any
 ) -> Prepared:
     """`programs` programs, for launches of one kind."""
-    return Prepared(
-        kernel, programs, arguments, device, num_warps=chosen.warps, num_stages=chosen.stages
-    )
+    how = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    # Rows that are not aligned take an address a number, and would be spilled.
+    if chosen.registers and arguments.get("UNIT") != 1:
+        how["maxnreg"] = chosen.registers
+    return Prepared(kernel, programs, arguments, device, **how)
+
+
+class Split:
+    """The launch that splits Z in two parts of what products are taken in, unless it is exact."""
+
+    def __init__(self, Z: Tensor, math: Any) -> None:
+        self.exact, self.shape = exact(Z, math), (2, *Z.shape)
+        arguments = {"Z": Z, "parts": Z, "count": Z.numel(), "ITEMS": ITEMS}
+        programs = -(-Z.numel() // ITEMS)
+        self.launch = prepare(prefix_split_kernel, programs, FEW, arguments, Z.device)
+
+    def __call__(self, Z: Tensor) -> Tensor:
+        """Z (heads, d, dv), or its parts (2, heads, d, dv)."""
+        if self.exact:
+            return Z
+        parts = Z.new_empty(self.shape, dtype=torch.bfloat16)
+        self.launch(Z=Z, parts=parts)
+        return parts
 
 
 class Forward:
@@ -105,27 +129,28 @@ class Forward:
         d, dv, math = q.shape[3], soft.shape[3], math_type(q)
         chosen = choose_config("forward", q, dv)
         tiles = Tiles("forward", chosen, q)
+        self.split = Split(Z, math)
         numbers = torch.empty(0, dtype=torch.float32, device=q.device)
         arguments = {
             "q": q, "soft": soft, "lse": numbers, "Z": Z, "k": Z, "out": soft,
             "share": numbers, "part": numbers, **rows_apart(q=q), **tiles.arguments,
             **sizes(q, dv, chosen, math), "BD": padded(d), "BDV": padded(dv),
             "CHUNK": min(chosen.chunk, padded(d)), "SOFTPLUS": softplus, "KEEP": keep,
-            "Z_EXACT": exact(Z, math), "PHI_EXACT": bool(math == tl.float32),
+            "Z_EXACT": self.split.exact, "PHI_EXACT": bool(math == tl.float32),
         }  # fmt: skip
         self.keep = keep
         self.launch = prepare(prefix_forward_kernel, tiles.programs, chosen, arguments, q.device)
 
     def __call__(
         self, q: Tensor, soft: Tensor, lse: Tensor, Z: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """out (batch, heads, tokens, dv), and what soft and num are multiplied by in each row,
-        float32 (2, batch, heads, tokens), or nothing."""
+        float32 (batch, heads, tokens), without numbers unless they are kept.
+        """
         out = torch.empty_like(soft)
-        shares = lse.new_empty((2, *lse.shape) if self.keep else (2, 0))
-        share, part = shares.unbind()
-        self.launch(q=q, soft=soft, lse=lse, Z=Z, k=k, out=out, share=share, part=part)
-        return out, shares
+        share, part = (lse.new_empty(lse.shape if self.keep else 0) for _ in range(2))
+        self.launch(q=q, soft=soft, lse=lse, Z=self.split(Z), k=k, out=out, share=share, part=part)
+        return out, share, part
 
 
 class Backward:
@@ -135,7 +160,7 @@ class Backward:
         self, dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, softplus: bool, wanted: bool
     ) -> None:
         heads, d, dv, math = q.shape[1], q.shape[3], soft.shape[3], math_type(q)
-        self.wanted = wanted
+        self.wanted, self.split = wanted, Split(Z, math)
         numbers = torch.empty(0, dtype=torch.float32, device=q.device)
         shared = {
             "dout": dout, "q": q, "part": numbers, "dden": numbers, **rows_apart(q=q, g=dout),
@@ -148,12 +173,14 @@ class Backward:
             **shared, "soft": soft, "Z": Z, "k": Z, "share": numbers, "dq": q, "dsoft": soft,
             "dlse": numbers, **tiles.arguments, **sizes(q, dv, chosen, math), "BD": padded(d),
             "BDV": padded(dv), "CHUNK": min(chosen.chunk, padded(dv)), "SOFTPLUS": softplus,
-            "Z_EXACT": exact(Z, math),
+            "Z_EXACT": self.split.exact,
         }  # fmt: skip
         self.rows = prepare(prefix_rows_kernel, tiles.programs, chosen, arguments, q.device)
 
         chosen = choose_config("sums", q, dv)
         features, columns = min(chosen.chunk, padded(d)), min(chosen.columns, padded(dv))
+        if not shared["G_EXACT"]:
+            columns = min(columns, SYNCHRONOUS)
         tiles = Tiles("sums", chosen, q, -(-d // features) * -(-dv // columns))
         self.sums_shape = tiles.groups, heads, d * dv + d
         arguments = {
@@ -166,24 +193,29 @@ class Backward:
             "D": d, "DV": dv, "SOFTPLUS": softplus, "ITEMS": ITEMS,
         }  # fmt: skip
         blocks = heads * -(-(d * dv + d) // ITEMS)
-        few = PrefixConfig(0, 0, 4, 1)
-        self.reduce = prepare(prefix_reduce_kernel, blocks, few, arguments, q.device)
+        self.reduce = prepare(prefix_reduce_kernel, blocks, FEW, arguments, q.device)
 
     def __call__(
-        self, dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, shares: Tensor
+        self,
+        dout: Tensor,
+        q: Tensor,
+        soft: Tensor,
+        Z: Tensor,
+        k: Tensor,
+        share: Tensor,
+        part: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of q, soft, lse, Z and k; without numbers where they are not wanted."""
-        share, part = shares.unbind()
         dq, dsoft = q.new_empty(q.shape), torch.empty_like(soft)
-        dlse, dden = torch.empty_like(shares).unbind()
+        dlse, dden = torch.empty_like(share), torch.empty_like(share)
         self.rows(
-            dout=dout, q=q, soft=soft, Z=Z, k=k, share=share, part=part, dq=dq, dsoft=dsoft,
-            dlse=dlse, dden=dden,
+            dout=dout, q=q, soft=soft, Z=self.split(Z), k=k, share=share, part=part, dq=dq,
+            dsoft=dsoft, dlse=dlse, dden=dden,
         )  # fmt: skip
         if not self.wanted:
             return dq, dsoft, dlse, Z.new_empty(0), k.new_empty(0)
         dZ, dk = Z.new_empty(Z.shape), k.new_empty(k.shape)
-        sums = shares.new_empty(self.sums_shape)
+        sums = share.new_empty(self.sums_shape)
         self.sums(dout=dout, q=q, part=part, dden=dden, sums=sums)
         self.reduce(sums=sums, k=k, dZ=dZ, dk=dk)
         return dq, dsoft, dlse, dZ, dk
@@ -191,7 +223,7 @@ class Backward:
 
 def forward(
     q: Tensor, soft: Tensor, lse: Tensor, Z: Tensor, k: Tensor, softplus: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Forward`."""
     q, soft, lse, Z, k = readable(q), *(x.contiguous() for x in (soft, lse, Z, k))
     kind = (
@@ -201,13 +233,13 @@ def forward(
     run = _kinds.get(kind)
     if run is None:
         run = _kinds[kind] = Forward(q, soft, Z, softplus, keep)
-    out, shares = run(q, soft, lse, Z, k)
-    return out, shares
+    out, share, part = run(q, soft, lse, Z, k)
+    return out, share, part
 
 
 def backward(
-    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, shares: Tensor, softplus: bool,
-    wanted: bool,
+    dout: Tensor, q: Tensor, soft: Tensor, Z: Tensor, k: Tensor, share: Tensor, part: Tensor,
+    softplus: bool, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `Backward`."""
     dout, q, soft, Z, k = readable(dout), readable(q), *(x.contiguous() for x in (soft, Z, k))
@@ -218,5 +250,5 @@ def backward(
     run = _kinds.get(kind)
     if run is None:
         run = _kinds[kind] = Backward(dout, q, soft, Z, softplus, wanted)
-    dq, dsoft, dlse, dZ, dk = run(dout, q, soft, Z, k, shares)
+    dq, dsoft, dlse, dZ, dk = run(dout, q, soft, Z, k, share, part)
     return dq, dsoft, dlse, dZ, dk

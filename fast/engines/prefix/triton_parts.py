@@ -6,8 +6,9 @@ two small parts is left out. Rounding to one part would be within what the suite
 passes are bound by memory either way. float32 is multiplied in IEEE float32.
 
 With Triton 3.6 on Hopper an asynchronous product whose first operand is in registers may be wrong:
-the assembler gives the registers away while they are read. Where the first operand is computed, it
-is therefore transposed, which takes it through shared memory.
+the assembler gives the registers away while they are read. First operands are therefore tiles as
+they are loaded, which go through shared memory: Z is split by a kernel of its own, and what is
+computed comes second.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    x, at, exists, first, rows, COUNT: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Store rows of a contiguous array, of which row `at` is the first one's number likewise."""
+def store_rows(x, at, exists, first, rows, COUNT: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store channels `first` to `first` + COUNT of rows, of which `at` are the numbers, of a
+    contiguous array with CHANNELS channels.
+    """
     channel = first + tl.arange(0, COUNT)
     keep = exists[:, None] & (channel < CHANNELS)[None, :]
     place = (at * CHANNELS)[:, None] + channel[None, :]
@@ -102,30 +103,49 @@ def split(x, MATH: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def load_matrix(
-    x, first, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    Z, first, LOW: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, MATH: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` to `first` + COUNT of a matrix (ROWS, COLUMNS), WIDTH columns wide, split; its
-    rows are STRIDE apart, its columns ACROSS, and there are zeros beyond it.
+    """Rows `first` to `first` + COUNT of Z (ROWS, COLUMNS) or its transpose, WIDTH columns wide, as
+    MATH, and what is missing, which begins LOW numbers behind Z unless Z is EXACT. Rows are
+    STRIDE apart, columns ACROSS, and there are zeros beyond.
     """
     row, column = first + tl.arange(0, COUNT), tl.arange(0, WIDTH)
     keep = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     place = row[:, None] * STRIDE + column[None, :] * ACROSS
-    return split(tl.load(x + place, mask=keep, other=0.0), MATH, EXACT)
+    high = tl.load(Z + place, mask=keep, other=0.0).to(MATH)
+    missing = high
+    if not EXACT:
+        missing = tl.load(Z + LOW + place, mask=keep, other=0.0).to(MATH)
+    return high, missing
 
 
 @triton.jit
-def add_product(
-    total, x, y, MATH: tl.constexpr, X_EXACT: tl.constexpr, Y_EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + x^T y^T of the split matrices x (n, rows) and y (columns, n)."""
+def add_product(total, x, y, X_EXACT: tl.constexpr, Y_EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x^T y of the split matrices x (n, rows) and y (n, columns)."""
     x_high, x_low = x
     y_high, y_low = y
-    total = tl.dot(tl.trans(x_high), tl.trans(y_high), total, input_precision=PRECISION)
+    total = tl.dot(tl.trans(x_high), y_high, total, input_precision=PRECISION)
     if not X_EXACT:
-        total = tl.dot(tl.trans(x_low), tl.trans(y_high), total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x_low), y_high, total, input_precision=PRECISION)
     if not Y_EXACT:
-        total = tl.dot(tl.trans(x_high), tl.trans(y_low), total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x_high), y_low, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def transposed(parts):
+    """Both parts of a split matrix, transposed."""
+    high, low = parts
+    return tl.trans(high), tl.trans(low)
+
+
+@triton.jit(do_not_specialize=["count"])
+def prefix_split_kernel(Z, parts, count, ITEMS: tl.constexpr):
+    """parts (2, count) from the numbers of Z."""
+    item = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
+    x = tl.load(Z + item, mask=item < count, other=0.0)
+    high, low = split(x, parts.dtype.element_ty, False)
+    tl.store(parts + item, high, mask=item < count)
+    tl.store(parts + count + item, low, mask=item < count)
