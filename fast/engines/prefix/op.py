@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved, untraced, wants_gradient
+from attnspec.fast.backend import load, unobserved, untraced
 
 
 def _host() -> ModuleType:

@@ -47,8 +47,9 @@ def prefix_forward_kernel(
 ):  # fmt: skip
     """Each program: `each` tiles of ROWS rows of a head.
 
-    soft (batch, HEADS, tokens, DV), lse and out likewise, contiguous; Z (HEADS, D, DV), with
-    what it lacks behind it unless it is exact; k (HEADS, D). KEEP: `share` and `part`, float32 like lse, are what the gradient needs.
+    soft (batch, HEADS, tokens, DV), lse and out likewise, contiguous; Z (HEADS, D, DV), with what
+    it lacks behind it unless it is exact; k (HEADS, D). KEEP: `share` and `part`, float32 like lse,
+    are what the gradient needs.
     """
     head = tl.program_id(0) % HEADS
     first_tile = tl.program_id(0) // HEADS * each

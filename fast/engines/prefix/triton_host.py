@@ -27,6 +27,8 @@ from attnspec.fast.recent import Recent
 ITEMS = 1024
 """Numbers of Z and k that a program splits, or whose sums it adds."""
 FEW = PrefixConfig(0, 0, 4, 1)
+PARTS = torch.bfloat16
+"""What products of 16-bit calls are taken in."""
 SYNCHRONOUS = 32
 """Products with no more rows are not asynchronous, and may have computed first operands."""
 
@@ -117,7 +119,7 @@ class Split:
         """Z (heads, d, dv), or its parts (2, heads, d, dv)."""
         if self.exact:
             return Z
-        parts = Z.new_empty(self.shape, dtype=torch.bfloat16)
+        parts = Z.new_empty(self.shape, dtype=PARTS)
         self.launch(Z=Z, parts=parts)
         return parts
 
