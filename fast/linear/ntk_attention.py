@@ -7,6 +7,7 @@ engine merges it in; the steps of which that consists are torch here, as on the 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -28,12 +29,18 @@ from attnspec.fast.backend import (
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.prefix import add_prefix
+from attnspec.fast.engines.prefix import add_prefix, use_config
+from attnspec.fast.engines.prefix.configs import CANDIDATES
 from attnspec.fast.growing import append
 
 POSITIVITY = ("abs", "softplus")
+CONFIGS = {str(c): functools.partial(use_config, forward=c) for c in CANDIDATES["forward", 128]}
 CLAIMS = {
-    "ntk_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},
+    "ntk_attend": {
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"graph": True, "configs": CONFIGS},
+    },
     **{
         name: {"launches": None} for name in ("phi", "prefix_state", "prefix_terms", "merge_prefix")
     },

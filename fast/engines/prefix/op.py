@@ -84,7 +84,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = (dout, *ctx.saved_tensors)
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    run = _run_backward if unobserved(*tensors) else _backward
+    run: Any = _run_backward if unobserved(*tensors) else _backward
     *of_rows, dZ, dk = run(*tensors, ctx.softplus, wanted)
     return *of_rows, *((dZ, dk) if wanted else (None, None)), None, None
 
