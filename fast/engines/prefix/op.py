@@ -79,9 +79,12 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, soft, _, Z, k, ctx.softplus, _ = inputs
     ctx.save_for_backward(q, soft, Z, k, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
     tensors = (dout, *ctx.saved_tensors)
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     run: Any = _run_backward if unobserved(*tensors) else _backward
@@ -108,5 +111,7 @@ class _Prefix(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, *unused: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, dout)
