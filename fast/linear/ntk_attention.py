@@ -1,11 +1,13 @@
 """NTK-Attention on the flash and decode engines: the prefix is merged in by the lse.
 
 The softmax part is any attention that returns its lse; the prefix costs one small product a query,
-whatever its length, and is never seen by the attention kernel.
+whatever its length, and is never seen by the attention kernel. On CUDA a kernel of the prefix
+engine merges it in; the steps of which that consists are torch here, as on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,17 +22,25 @@ from attnspec.fast.backend import (
     check_same,
     check_size,
     check_tensor,
+    choose_backend,
     product,
     wide,
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.prefix import add_prefix, use_config
+from attnspec.fast.engines.prefix.configs import CANDIDATES
 from attnspec.fast.growing import append
 
 POSITIVITY = ("abs", "softplus")
+CONFIGS = {str(c): functools.partial(use_config, forward=c) for c in CANDIDATES["forward", 128]}
 CLAIMS = {
-    "ntk_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},
+    "ntk_attend": {
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"graph": True, "configs": CONFIGS},
+    },
     **{
         name: {"launches": None} for name in ("phi", "prefix_state", "prefix_terms", "merge_prefix")
     },
@@ -98,7 +108,7 @@ def ntk_attend(
     _check_inputs(q, K, V, Z, scale)
     _check_prefix(q, Z, k, positivity)
     soft, lse = flash(q, K, V, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
-    return merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
+    return _add_prefix(q, soft, lse, Z, k, positivity, backend)
 
 
 def merge_prefix(
@@ -170,8 +180,19 @@ def step(
     q, Z, k = q.detach(), Z.detach(), k.detach()
     attention = decode if q.shape[2] <= MOST_DECODED else flash
     soft, lse = attention(q, keys, values, causal=True, scale=scale, backend=backend)
-    out = merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
+    out = _add_prefix(q, soft, lse, Z, k, positivity, backend)
     return out, State(keys, values, room)
+
+
+def _add_prefix(
+    q: Tensor, soft: Tensor, lse: Tensor, Z: Tensor, k: Tensor, positivity: str, backend: str | None
+) -> Tensor:
+    """`merge_prefix` of `prefix_terms`; with Triton in one kernel, which passes over the rows once
+    and stores no terms.
+    """
+    if choose_backend(backend, q) == "triton":
+        return add_prefix(q, soft, lse, Z, k, positivity=positivity)
+    return merge_prefix(soft, lse, *prefix_terms(q, Z, k, positivity=positivity))
 
 
 def _features(x: Tensor) -> Tensor:
