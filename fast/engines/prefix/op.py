@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved, untraced
+from attnspec.fast.backend import load, unobserved
+from attnspec.fast.engines.operation import Operation
 
 
 def _host() -> ModuleType:
@@ -28,10 +28,7 @@ def add_prefix(
     """
     softplus = positivity == "softplus"
     tensors = q, soft, lse, Z, k
-    if unobserved(*tensors):
-        return _run(*tensors, softplus, False)[0]
-    call: Any = _Prefix.apply if untraced(*tensors) else _forward
-    out: Tensor = call(*tensors, softplus, True)[0]
+    out: Tensor = _forward(*tensors, softplus, not unobserved(*tensors))[0]
     return out
 
 
@@ -42,7 +39,7 @@ def _run(
     return out, share, part
 
 
-_forward = torch.library.custom_op("attnspec::prefix_forward", _run, mutates_args=())
+_forward = Operation("attnspec::prefix_forward", _run)
 
 
 @_forward.register_fake
@@ -61,7 +58,7 @@ def _run_backward(
     return dq, dsoft, dlse, dZ, dk
 
 
-_backward = torch.library.custom_op("attnspec::prefix_backward", _run_backward, mutates_args=())
+_backward = Operation("attnspec::prefix_backward", _run_backward)
 
 
 @_backward.register_fake
@@ -87,8 +84,7 @@ def _gradient(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> tuple[Te
         return (None,) * 7
     tensors = (dout, *ctx.saved_tensors)
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    run: Any = _run_backward if unobserved(*tensors) else _backward
-    *of_rows, dZ, dk = run(*tensors, ctx.softplus, wanted)
+    *of_rows, dZ, dk = _backward(*tensors, ctx.softplus, wanted)
     return *of_rows, *((dZ, dk) if wanted else (None, None)), None, None
 
 
@@ -98,20 +94,3 @@ def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
 
 _forward.register_autograd(_gradient, setup_context=_setup)
 _backward.register_autograd(_refuse_gradient)
-
-
-class _Prefix(torch.autograd.Function):
-    """The gradient where nobody looks on; all others find it behind the custom op."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found = _run(*arguments)
-        _setup(ctx, arguments, found)
-        ctx.mark_non_differentiable(*found[1:])
-        return found
-
-    @staticmethod
-    def backward(
-        ctx: Any, dout: Tensor | None, *unused: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, dout)
