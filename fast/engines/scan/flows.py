@@ -98,10 +98,8 @@ class DirectFlows:
         self, name: str, tensors: Sequence[Tensor | None], backend: str | None, *options: Any
     ) -> None:
         self.tensors = tensors
-        compiling = torch.compiler.is_compiling()
-        gradient = wants_gradient(*tensors)
-        self.compiling = compiling and not gradient
-        self.learning = gradient and (compiling or untraced(*tensors))
+        self.compiling = torch.compiler.is_compiling() and not wants_gradient(*tensors)
+        self.learning = False
         self.key: Hashable = None
         self.known: tuple[Tensor, ...] | None = None
         q = tensors[0]
@@ -115,8 +113,9 @@ class DirectFlows:
         `gradient` is wanted too where there is one.
         """
         q, k, v = self.tensors[:3]
-        seen = self.compiling or self.key or (gradient and self.learning)
-        if not seen or q is None or k is None or v is None:
+        if gradient and wants_gradient(*self.tensors):
+            self.learning = torch.compiler.is_compiling() or untraced(*self.tensors)
+        if not (self.compiling or self.key or self.learning) or q is None or k is None or v is None:
             return False
         # Triton's interpreter has no bfloat16.
         whole = q.dtype in (torch.float32, torch.float16)

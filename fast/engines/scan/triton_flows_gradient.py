@@ -46,13 +46,13 @@ def turned_read_kernel(
     row = line * tokens
     dots += (program % tiles).to(tl.int64) * lines * tokens + row
     channels, columns = first + tl.arange(0, BT), tl.arange(0, BV)
-    held = (channels < D)[:, None] & (columns < DV)[None, :]
-    places = where.to(tl.int64) * DV * D + columns[None, :] * D + channels[:, None]
+    held = (columns < DV)[:, None] & (channels < D)[None, :]
+    places = where.to(tl.int64) * DV * D + columns[:, None] * D + channels[None, :]
     S = tl.load(entering + places, mask=held, other=0.0)
     rows = tl.arange(0, ROWS)
-    seen = rows[:, None] <= rows[None, :]
+    seen = rows[:, None] >= rows[None, :]
     if BACKWARD:
-        seen = rows[:, None] >= rows[None, :]
+        seen = rows[:, None] <= rows[None, :]
     count = tl.minimum(tokens - start, length)
     for tile in range(0, count, ROWS):
         t = start + (last_tile(count, ROWS) - tile if BACKWARD else tile) + rows
@@ -63,12 +63,11 @@ def turned_read_kernel(
         Z = phi(load_rows(z, z_t, z_d, t, real, first, D, BT, UNIT).to(tl.float32), KIND)
         weight = tl.load(weights + row + t, mask=real, other=0.0)
         Z = tl.where(inside, Z * weight[:, None], 0.0).to(PRODUCT)
-        G = tl.dot(S.to(PRODUCT), tl.trans(X), input_precision="ieee")
-        P = tl.dot(Y, tl.trans(X), input_precision="ieee")
+        G = tl.dot(X, S.to(PRODUCT), input_precision="ieee")
+        P = tl.dot(X, tl.trans(Y), input_precision="ieee")
         P = tl.where(seen, P, 0.0).to(PRODUCT)
-        G = tl.dot(tl.trans(Z), P, G, input_precision="ieee")
-        S = tl.dot(tl.trans(Z), Y, S, input_precision="ieee")
-        G = tl.trans(G)
+        G = tl.dot(P, Z, G, input_precision="ieee")
+        S = tl.dot(tl.trans(Y), Z, S, input_precision="ieee")
         W = phi(load_rows(w, w_t, w_d, t, real, first, D, BT, UNIT).to(tl.float32), KIND)
         tl.store(dots + t, tl.sum(tl.where(inside, G * W, 0.0), 1), mask=real)
         scale = tl.load(scales + row + t, mask=real, other=0.0)

@@ -83,18 +83,18 @@ def backward(
     after, behind = (plan.empty(2 * lines, segments, plan.d) for _ in range(2))
     slopes = plan.empty(2, lines, tokens)
     first = [plan.empty(*q.shape[:2], plan.d) for _ in range(4)]
-    cut = (*cut, *plan.heads)
+    where = (*cut, *plan.heads)
     launch(receive_kernel, lines * segments, *sides, N, shares, rates, before, between, states,
-           parts, *cut, eps, **walks)  # fmt: skip
+           parts, *where, eps, **walks)  # fmt: skip
     launch(prefix_kernel, pieces, parts, dsbO, dsaI, after, first[2], first[3], lines, segments,
            *plan.heads, **prefixes)  # fmt: skip
     launch(return_kernel, lines * segments, *sides, N, shares, rates, after, slopes, parts, counts,
-           *cut, eps, **walks)  # fmt: skip
+           *where, eps, **walks)  # fmt: skip
     launch(prefix_kernel, pieces, parts, dsb, dsa, behind, first[0], first[1], lines, segments,
            *plan.heads, **prefixes)  # fmt: skip
     dq, dk = (plan.empty(*q.shape, dtype=dtype) for dtype in (q.dtype, _of_line(plan)))
     launch(features_gradient_kernel, lines * segments, *sides, N, shares, rates, slopes, states,
-           after, behind, part_q, part_k, dq, dk, *cut, plan.d // unit, eps, **walks)  # fmt: skip
+           after, behind, part_q, part_k, dq, dk, *where, plan.d // unit, eps, **walks)  # fmt: skip
     made = (dq, dk, dv, *first, dKV, masses, counts)
     plan.keep(key, (q, k, v, do, *kept, *start, *last), made)
     return made
