@@ -167,7 +167,7 @@ def flow_attend_causal(
     check_choice("kind", kind, KINDS)
     bounds = check_clamp(clamp)
     given = None if state is None else checked_state(state, q, v)
-    if choose_backend(backend, q) == "triton" and direct.serves():
+    if choose_backend(backend, q) == "triton" and direct.serves(gradient=True):
         out, *last = direct.attend_in_order(given, eps, kind, bounds)
         return out, FlowState(*last)
     first = no_tokens(q, v) if given is None else given

@@ -15,7 +15,7 @@ from attnspec.fast.backend import (
     check_tensor,
     wide_dtype,
 )
-from attnspec.fast.engines.scan.flows import state_shapes
+from attnspec.fast.engines.scan.flows_gradient import state_shapes
 from attnspec.fast.linear.flowformer_flows import check_eps
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from attnspec.fast.backend import choose_backend, load, unobserved, wide_dtype
 from attnspec.fast.engines.scan.api import WIDEST, scan
-from attnspec.fast.engines.scan.op import scan_backward_op
 
 
 @cache
@@ -116,6 +115,31 @@ def _(
     )
 
 
+@torch.library.custom_op("attnspec::additive_scan_backward", mutates_args=())
+def additive_scan_backward_op(
+    do: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None,
+    z0: Tensor | None, S: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, and the gradients of S0 and, if it was finite, of z0."""
+    with torch.cuda.device_of(q):
+        kernels = load("attnspec.fast.engines.scan.triton_additive_gradient")
+        made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.backward(
+            do, dS, dz, q, k, v, S0, z0, S, scale
+        )
+        return made
+
+
+@additive_scan_backward_op.register_fake
+def _(
+    do: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None,
+    z0: Tensor | None, S: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dS.new_empty(dS.shape),
+        dz.new_empty(dz.shape),
+    )  # fmt: skip
+
+
 def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, output[1])
@@ -123,12 +147,9 @@ def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _scan_gradient(ctx: Any, do: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, S0, z0, S = ctx.saved_tensors
-    kbar, log_decay, _ = gates_op(k, z0, "triton")
-    dq, dkbar, dv, dlog_decay, _, _, dS0 = scan_backward_op(
-        do.to(q.dtype), dS, q, kbar, v, None, log_decay, None, None, S0, None, S, ctx.scale, 0,
-        True, "triton",
-    )  # fmt: skip
-    dk, dz0 = gates_backward_op(dkbar, dlog_decay, dz, kbar, log_decay, "triton")
+    dq, dk, dv, dS0, dz0 = additive_scan_backward_op(
+        do.to(q.dtype), dS, dz, q, k, v, S0, z0, S, ctx.scale
+    )
     if z0 is not None:
         dz0 = torch.where(z0 == -torch.inf, 0.0, dz0).to(z0.dtype)
     return dq, dk, dv, None if S0 is None else dS0, None if z0 is None else dz0, None

@@ -76,8 +76,10 @@ RUNNING = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 24), LaneConfig(32,
 FLOWS = (LaneConfig(64, 64, 128, 5), LaneConfig(32, 64, 128, 10), LaneConfig(64, 64, 128, 10))
 ORDERED = (LaneConfig(8, 64, 64, 16), LaneConfig(16, 64, 64, 8), LaneConfig(8, 64, 64, 32))
 TRACE = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 10), LaneConfig(16, 64, 64, 20))
+FLOWS_GRADIENT = (LaneConfig(8, 64, 64, 0), LaneConfig(16, 64, 64, 0), LaneConfig(4, 64, 64, 0))
 """Candidates, of which the first is in force. A program of `RUNNING` and those below it has all
-channels, and as many rows as keep the size of its tile."""
+channels, and as many rows as keep the size of its tile. The segments of `FLOWS_GRADIENT` are those
+of the forward it belongs to."""
 
 CANDIDATES = (
     ScanConfig(),
@@ -166,6 +168,7 @@ TABLE: Table[Any] = Table(
         ("flows",): FLOWS,
         ("ordered",): ORDERED,
         ("trace",): TRACE,
+        ("flows gradient",): FLOWS_GRADIENT,
     },
 )
 """Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
@@ -185,7 +188,7 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
 
 def lanes(kernel: str) -> LaneConfig:
     """The configuration in force for a scan without matrix products: elementwise, selective,
-    running, flows or ordered flows, or the trace.
+    running, flows, ordered flows, the gradient of these, or the trace.
     """
     forced = TABLE.forced()
     return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)

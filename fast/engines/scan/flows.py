@@ -1,7 +1,8 @@
-"""Flowformer's outputs without a gradient, on Triton: a few launches, known calls replayed.
+"""Flowformer's outputs on Triton: a few launches, known calls replayed.
 
 Each token is read as often as the chain of sums demands, and nothing of the tokens' size is written
-but the output: features, flows and weights are formed from the tiles. Custom ops for compiled code.
+but the output: features, flows and weights are formed from the tiles. Custom ops for compiled code,
+and in order for a gradient.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved, wants_gradient
+from attnspec.fast.backend import load, unobserved, untraced, wants_gradient
 from attnspec.fast.engines.scan.api import WIDEST
+from attnspec.fast.engines.scan.flows_gradient import OUTPUTS, kept_flows_op, state_shapes
 from attnspec.fast.engines.scan.replay import alias, known
 from attnspec.fast.engines.scan.replay import kind as kind_of
 from attnspec.fast.engines.scan.running import KINDS
@@ -27,12 +29,6 @@ Clamp = tuple[float, float] | None
 def _kernels() -> ModuleType:
     """The implementation, imported on first use."""
     return load("attnspec.fast.engines.scan.triton_flows_host")
-
-
-def state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
-    """Those of the parts of a state behind tokens like q and v."""
-    heads, d = tuple(q.shape[:2]), q.shape[3]
-    return [(*heads, d)] * 4 + [heads, (*heads, d, v.shape[3]), heads]
 
 
 def run_flows(
@@ -92,7 +88,7 @@ def _key(name: str, tensors: Sequence[Tensor | None], *options: Any) -> Hashable
 
 
 class DirectFlows:
-    """One call, by its tensors (q, k and v first) and options, of which no gradient is wanted.
+    """One call, by its tensors (q, k and v first) and options.
 
     `known` are the outputs of a call of a kind that has passed all checks before, computed before
     any check; it is None for a new kind.
@@ -103,6 +99,7 @@ class DirectFlows:
     ) -> None:
         self.tensors = tensors
         self.compiling = torch.compiler.is_compiling() and not wants_gradient(*tensors)
+        self.learning = False
         self.key: Hashable = None
         self.known: tuple[Tensor, ...] | None = None
         q = tensors[0]
@@ -111,10 +108,14 @@ class DirectFlows:
             replay = known(self.key)
             self.known = None if replay is None else replay(tensors)
 
-    def serves(self) -> bool:
-        """Whether the kernels take the tensors, all checks of which have been passed."""
+    def serves(self, gradient: bool = False) -> bool:
+        """Whether the kernels take the tensors, all checks of which have been passed, and if a
+        `gradient` is wanted too where there is one.
+        """
         q, k, v = self.tensors[:3]
-        if not (self.compiling or self.key) or q is None or k is None or v is None:
+        if gradient and wants_gradient(*self.tensors):
+            self.learning = torch.compiler.is_compiling() or untraced(*self.tensors)
+        if not (self.compiling or self.key or self.learning) or q is None or k is None or v is None:
             return False
         # Triton's interpreter has no bfloat16.
         whole = q.dtype in (torch.float32, torch.float16)
@@ -141,6 +142,9 @@ class DirectFlows:
         options = _options(eps, kind, clamp)
         parts = [] if first is None else list(first)
         given: tuple[Any, ...] = (*self.tensors[:3], parts, *options)
+        if self.learning:
+            learnt: tuple[Tensor, ...] = kept_flows_op(*given)
+            return learnt[:OUTPUTS]
         if self.compiling:
             made: tuple[Tensor, ...] = ordered_flows_op(*given)
             return made

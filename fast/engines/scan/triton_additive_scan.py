@@ -8,6 +8,8 @@ blocks that are steep: these go the way of any decay per channel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -159,6 +161,35 @@ def additive_pairs_kernel(
     store_tile(pairs + row * C, C, P, left, C, C, C, False)
 
 
+@dataclass
+class Logits:
+    """One call from logits: its plan, the weighted rows, what weighs the rows of its blocks, and
+    where gates of steep blocks are written.
+    """
+
+    call: Call
+    entered: Totals
+    weighted: Weighted
+    weights: list[Tensor]
+    kbar: Tensor
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, z0: Tensor | None, scale: float, *,
+        gradient: bool = False,
+    ) -> Logits:  # fmt: skip
+        """Of aligned q, k and v, and whether a `gradient` is computed."""
+        log_decay = torch.empty(k.shape, dtype=torch.float32, device=k.device)
+        call = Call.plan(
+            q, v, q.shape[1], None, log_decay, None, scale, 0, gradient=gradient,
+            follows=HANDS_ON_CONSTANTS,
+        )  # fmt: skip
+        call.recorder.buffer(log_decay)
+        entered = Totals.of(k, z0, call.block, call.recorder)
+        weighted, weights, kbar = _weigh(call, q, k, entered, log_decay)
+        return cls(call, entered, weighted, weights, kbar)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, z0: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,14 +205,9 @@ def forward(
         out, final, z = replay(tensors)
         return out, final, z
     q, k, v = tiled(q, k, v)
-    log_decay = torch.empty(k.shape, dtype=torch.float32, device=k.device)
-    call = Call.plan(
-        q, v, q.shape[1], None, log_decay, None, scale, 0, follows=HANDS_ON_CONSTANTS
-    )  # fmt: skip
-    call.recorder.buffer(log_decay)
+    logits = Logits.of(q, k, v, z0, scale)
+    call, weighted, entered = logits.call, logits.weighted, logits.entered
     final = call.last_states(None, None)
-    entered = Totals.of(k, z0, call.block, call.recorder)
-    weighted = _weigh(call, q, k, entered, log_decay)
     state = None if state is None else state.contiguous()
     entering = enter(call, weighted.k, v, state, weighted.totals)
     out, _ = walk(
@@ -193,8 +219,12 @@ def forward(
     return out, final, entered.z
 
 
-def _weigh(call: Call, q: Tensor, k: Tensor, entered: Totals, log_decay: Tensor) -> Weighted:
-    """As `weigh`, from logits; gates are written where a block is steep."""
+def _weigh(
+    call: Call, q: Tensor, k: Tensor, entered: Totals, log_decay: Tensor
+) -> tuple[Weighted, list[Tensor], Tensor]:
+    """As `weigh`, from logits, what weighs the rows, and kbar; gates are written where a block is
+    steep.
+    """
     made = weighted_rows(call)
     kbar = call.rows(call.d, call.dtype)
     many, blocks = made.steep.numel(), made.totals.shape[0] // call.batch
@@ -218,4 +248,4 @@ def _weigh(call: Call, q: Tensor, k: Tensor, entered: Totals, log_decay: Tensor)
     )  # fmt: skip
     entered.write_some(kbar, log_decay, made.steep, blocks, call.span(many))
     weigh_steep(call, q, kbar, made)
-    return made
+    return made, weights, kbar

@@ -25,8 +25,11 @@ from attnspec.fast.engines.scan.triton_flows import (
 def prefix(
     totals, first, before, last, items, inside, segments, width: tl.constexpr,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, STARTED: tl.constexpr, ACROSS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of all totals (segments, width) before each, and behind the last."""
+    """Sums of all totals (segments, width) before each, and behind the last; if REVERSE, of those
+    behind each, and before the first.
+    """
     kept = items
     if ACROSS > 0:
         kept = items % ACROSS * (width // ACROSS) + items // ACROSS
@@ -36,12 +39,14 @@ def prefix(
     rows = tl.arange(0, ROWS)
     for tile in range(0, segments + 1, ROWS):
         at = tile + rows
+        source, target = at - 1, at
+        if REVERSE:
+            source, target = segments - at, segments - 1 - at
         mask = ((at > 0) & (at <= segments))[:, None] & inside[None, :]
-        places = (at[:, None] - 1) * width + items[None, :]
-        X = tl.load(totals + places, mask=mask, other=0.0)
+        X = tl.load(totals + source[:, None] * width + items[None, :], mask=mask, other=0.0)
         U = total[None, :] + tl.cumsum(X, 0)
         mask = (at < segments)[:, None] & inside[None, :]
-        tl.store(before + places + width, U, mask=mask)
+        tl.store(before + target[:, None] * width + items[None, :], U, mask=mask)
         total += tl.sum(X, 0)
     tl.store(last + kept, total, mask=inside)
 
@@ -50,11 +55,12 @@ def prefix(
 def prefix_kernel(
     totals, first_x, first_y, before, last_x, last_y, lines, segments, heads, kv_heads,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr, STARTED: tl.constexpr,
-    SHARED: tl.constexpr, ACROSS: tl.constexpr,
+    SHARED: tl.constexpr, ACROSS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """before (sides, lines, segments, WIDTH) and what is `last`, from the `first` on. Totals are
     likewise, except that of the second side there is one for every kv line if SHARED. ACROSS is the
-    number of columns of matrices whose `first` and `last` are stored transposed.
+    number of columns of matrices whose `first` and `last` are stored transposed. REVERSE sums from
+    the end.
     """
     pieces: tl.constexpr = (WIDTH + ITEMS - 1) // ITEMS
     program = tl.program_id(0)
@@ -66,7 +72,7 @@ def prefix_kernel(
         prefix(
             totals + line * segments * WIDTH, first_x + line * WIDTH,
             before + line * segments * WIDTH, last_x + line * WIDTH, items, inside, segments, WIDTH,
-            ROWS, ITEMS, STARTED, ACROSS,
+            ROWS, ITEMS, STARTED, ACROSS, REVERSE,
         )  # fmt: skip
     else:
         source = row
@@ -77,7 +83,7 @@ def prefix_kernel(
         prefix(
             totals + source.to(tl.int64) * segments * WIDTH, first_y + line * WIDTH,
             before + row.to(tl.int64) * segments * WIDTH, last_y + line * WIDTH, items, inside,
-            segments, WIDTH, ROWS, ITEMS, STARTED, ACROSS,
+            segments, WIDTH, ROWS, ITEMS, STARTED, ACROSS, REVERSE,
         )  # fmt: skip
 
 
@@ -149,11 +155,13 @@ def flows_kernel(
 )  # fmt: skip
 def conserved_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, before, first_N, shares, gates, weights, masses,
-    tokens, length, segments, lines, heads, kv_heads, eps, low, high,
+    conserved, tokens, length, segments, lines, heads, kv_heads, eps, low, high,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr, CLAMPED: tl.constexpr,
+    STARTED: tl.constexpr, CLAMPED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Of each token, gates sigmoid(Ih) / I and weights e^Oh; masses, the sums of these."""
+    """Of each token, gates sigmoid(Ih) / I and weights e^Oh; masses, the sums of these. KEEP stores
+    Ih and Oh as `conserved` (2, lines, tokens).
+    """
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
     q += (batch * q_b + head * q_h) * UNIT
@@ -181,6 +189,9 @@ def conserved_kernel(
         e = tl.where(real, tl.exp(clipped(Oh, low, high, CLAMPED)), 0.0)
         tl.store(gates + row + t, into / (1.0 + tl.exp(-Ih)), mask=real)
         tl.store(weights + row + t, e, mask=real)
+        if KEEP:
+            tl.store(conserved + row + t, Ih, mask=real)
+            tl.store(conserved + other * tokens + row + t, Oh, mask=real)
         mass += e
         SX += tl.sum(PX, 0)
         SY += tl.sum(PY, 0)
@@ -189,10 +200,12 @@ def conserved_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "length", "segments"])
 def weights_kernel(
-    masses, first_se, first_N, weights, last_se, last_N, tokens, length, segments,
-    TILE: tl.constexpr, STARTED: tl.constexpr,
+    masses, first_se, first_N, weights, kept, last_se, last_N, tokens, length, segments,
+    TILE: tl.constexpr, STARTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Weights e become c = N e / (the sum of e up to the token); the last such sum, and N."""
+    """Weights e become c = N e / (the sum of e up to the token); the last such sum, and N. KEEP
+    stores all sums as `kept`.
+    """
     where = tl.program_id(0)
     line = (where // segments).to(tl.int64)
     segment = where % segments
@@ -212,6 +225,8 @@ def weights_kernel(
         sums = total + tl.cumsum(e, 0)
         N = counted_from(first_N, line, t, STARTED)
         tl.store(weights + line * tokens + t, N * e / sums, mask=real)
+        if KEEP:
+            tl.store(kept + line * tokens + t, sums, mask=real)
         total += tl.sum(e, 0)
     if segment == segments - 1:
         tl.store(last_se + line, total)
@@ -260,19 +275,26 @@ def source_states_kernel(
     tl.store(states + places, S, mask=(rows < DV) & (columns < D))
 
 
+@triton.jit
+def last_tile(count, ROWS: tl.constexpr):
+    """The first of a segment's rows in the last of its tiles."""
+    return (count - 1) // ROWS * ROWS
+
+
 @triton.jit(
     do_not_specialize=[
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "tokens", "length",
-        "segments", "heads", "kv_heads",
+        "segments", "heads", "q_group", "kv_group",
     ]
 )  # fmt: skip
 def ordered_read_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, gates, weights, entering,
-    out, tokens, length, segments, heads, kv_heads,
+    out, tokens, length, segments, heads, q_group, kv_group,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
-    UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr,
+    UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """out (lines, tokens, DV): gates times the features times the state of the sources so far.
+    """out (lines, tokens, DV): gates times the features times the state of the sources so far, or
+    of those from the token on if BACKWARD.
 
     States are kept as (DV, D), and a block's outputs as (DV, ROWS), so that what is computed last
     is the second operand of a product.
@@ -280,8 +302,8 @@ def ordered_read_kernel(
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
     first, where = program % tiles * BV, program // tiles
-    line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
-    q += (batch * q_b + head * q_h) * UNIT
+    line, batch, head, kv_head, start = place(where, segments, length, heads, kv_group)
+    q += (batch * q_b + head // q_group * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     v += (batch * v_b + kv_head * v_h) * UNIT
     row = line * tokens
@@ -291,8 +313,11 @@ def ordered_read_kernel(
     S = tl.load(entering + places, mask=held, other=0.0)
     rows = tl.arange(0, ROWS)
     seen = rows[:, None] <= rows[None, :]
-    for tile in range(0, tl.minimum(tokens - start, length), ROWS):
-        t = start + tile + rows
+    if BACKWARD:
+        seen = rows[:, None] >= rows[None, :]
+    count = tl.minimum(tokens - start, length)
+    for tile in range(0, count, ROWS):
+        t = start + (last_tile(count, ROWS) - tile if BACKWARD else tile) + rows
         real = t < tokens
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND).to(PRODUCT)
         B = weighed(k, k_t, k_d, weights + row, t, real, D, BD, UNIT, KIND, PRODUCT)

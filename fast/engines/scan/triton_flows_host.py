@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import LaneConfig, ScanConfig, config, lanes
+from attnspec.fast.engines.scan.flows_gradient import kept_lengths
 from attnspec.fast.engines.scan.replay import Recorder
 from attnspec.fast.engines.scan.triton_flows import (
     compete_kernel,
@@ -54,13 +55,13 @@ class Plan:
     recorder: Recorder
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Plan:
         """Rows of 16-bit tensors are loaded as vectors if they lie at multiples of 16 numbers, and
         multiplied in bfloat16 if their widths are such multiples too.
         """
         regular = all(
             x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3])
-            for x in (q, k, v)
+            for x in (q, k, v, *others)
         )
         whole = q.shape[3] % 16 == 0 and v.shape[3] % 16 == 0
         half = q.dtype == torch.bfloat16 and regular and whole
@@ -102,10 +103,13 @@ class Plan:
         """The dtype of operands, as torch and as Triton name it."""
         return (torch.bfloat16, tl.bfloat16) if self.half else (torch.float32, tl.float32)
 
-    def place(self, x: Tensor) -> tuple[Tensor, int, int, int, int]:
-        """A tensor and its strides, as the kernels read it."""
+    def place(self, x: Tensor, unit: int = 0) -> tuple[Tensor, int, int, int, int]:
+        """A tensor and its strides, as the kernels read it, in the call's unit or one that divides
+        it.
+        """
         batch, head, row, channel = x.stride()
-        return x, batch // self.unit, head // self.unit, row // self.unit, channel
+        unit = unit or self.unit
+        return x, batch // unit, head // unit, row // unit, channel
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised buffer."""
@@ -191,11 +195,12 @@ def attend(
 
 def attend_in_order(
     tensors: Sequence[Tensor], eps: float, kind: int, clamp: tuple[float, float] | None,
-    key: Hashable,
+    key: Hashable, keep: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """out (batch, heads, tokens, dv), and the sums of b, a, b N / O, a N / I and e^Oh, the state
     and the number of tokens behind the last of at least one. `tensors` are q, k, v and, if any
-    tokens precede them, the first of these in float32.
+    tokens precede them, the first of these in float32. To `keep` adds what the gradient needs, see
+    `flows_gradient.py`.
     """
     q, k, v, *first = tensors
     plan = Plan.of(q, k, v)
@@ -205,13 +210,18 @@ def attend_in_order(
     begun = {"STARTED": bool(first)}
     rows, tokens, width = plan.rows(chosen), q.shape[2], power(plan.d)
     length = plan.length(tokens, chosen.programs, MOST_PREFIXES, chosen.least_segment, rows)
+    states_length = plan.length(tokens, plan.cfg.programs, MOST_SEGMENTS, SHORTEST, plan.cfg.block)
+    if keep:
+        length, states_length = kept_lengths(plan.lines, tokens)
     segments = -(-tokens // length)
     cut = (tokens, length, segments, plan.lines, *plan.heads)
     sides = (*plan.place(q), *plan.place(k))
     shape: dict[str, Any] = {"D": plan.d, "BD": width, "UNIT": plan.unit, "KIND": kind}
     walks: dict[str, Any] = {"ROWS": rows, **shape, **begun, "num_warps": 1}
     items = min(16, width)
-    prefixes: dict[str, Any] = {"ROWS": 32, "ITEMS": items, **begun, "num_warps": 1}
+    prefixes: dict[str, Any] = {
+        "ROWS": 32, "ITEMS": items, **begun, "REVERSE": False, "num_warps": 1,
+    }  # fmt: skip
     pieces = 2 * plan.lines * -(-plan.d // items)
     last = [plan.empty(*q.shape[:2], plan.d) for _ in range(4)]
 
@@ -227,31 +237,39 @@ def attend_in_order(
     shares = plan.empty(2, plan.lines, tokens)
     launch(flows_kernel, plan.lines * segments, *sides, before, N, shares, totals, *cut, eps,
            **walks)  # fmt: skip
-    launch(prefix_kernel, pieces, totals, saI, sbO, before, last[3], last[2], plan.lines, segments,
+    between = plan.empty(2 * plan.lines, segments, plan.d) if keep else before
+    launch(prefix_kernel, pieces, totals, saI, sbO, between, last[3], last[2], plan.lines, segments,
            *plan.heads, WIDTH=plan.d, SHARED=False, ACROSS=0, **prefixes)  # fmt: skip
     gates, weights = plan.empty(plan.lines, tokens), plan.empty(plan.lines, tokens)
     masses = plan.empty(plan.lines, segments)
     low, high = clamp or (0.0, 0.0)
-    launch(conserved_kernel, plan.lines * segments, *sides, before, N, shares, gates, weights,
-           masses, *cut, eps, low, high, CLAMPED=clamp is not None, **walks)  # fmt: skip
+    conserved, sums = gates, weights
+    if keep:
+        conserved, sums = plan.empty(2, plan.lines, tokens), plan.empty(plan.lines, tokens)
+    launch(conserved_kernel, plan.lines * segments, *sides, between, N, shares, gates, weights,
+           masses, conserved, *cut, eps, low, high, CLAMPED=clamp is not None, KEEP=keep,
+           **walks)  # fmt: skip
     numbers = [plan.empty(*q.shape[:2]) for _ in range(2)]
-    launch(weights_kernel, plan.lines * segments, masses, se, N, weights, *numbers, *cut[:3],
-           TILE=64, **begun, num_warps=1)  # fmt: skip
-    out, state = _read_in_order(plan, gates, weights, KV, prefixes, shape)
-    made = (out, *last, numbers[0], state, numbers[1])
+    launch(weights_kernel, plan.lines * segments, masses, se, N, weights, sums, *numbers, *cut[:3],
+           TILE=64, **begun, KEEP=keep, num_warps=1)  # fmt: skip
+    out, state, entering = _read_in_order(plan, gates, weights, KV, prefixes, shape, states_length)
+    made: tuple[Tensor, ...] = (out, *last, numbers[0], state, numbers[1])
+    if keep:
+        made = (*made, shares, conserved, gates, weights, sums, before, between, entering)
     plan.keep(key, tensors, made)
     return made
 
 
 def _read_in_order(
     plan: Plan, gates: Tensor, weights: Tensor, KV: Tensor, prefixes: dict[str, Any],
-    shape: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and the last state, linear attention with sources of these weights."""
+    shape: dict[str, Any], length: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, the last state and those before every `length` tokens, linear attention with sources of
+    these weights.
+    """
     q, k, v, cfg, launch = plan.q, plan.k, plan.v, plan.cfg, plan.recorder.launch
     tokens = q.shape[2]
     tile = Call.tile(cfg.states_items, plan.d, plan.dv)
-    length = plan.length(tokens, cfg.programs, MOST_SEGMENTS, SHORTEST, cfg.block)
     segments = -(-tokens // length)
     where = plan.lines * segments
     shape = {**shape, "DV": plan.dv, "ROWS": cfg.block, "PRODUCT": plan.product[1]}
@@ -274,10 +292,11 @@ def _read_in_order(
     out = plan.empty(*q.shape[:3], plan.dv, dtype=q.dtype)
     launch(
         ordered_read_kernel, where * -(-plan.dv // tile), *plan.place(q), *plan.place(k),
-        *plan.place(v), gates, weights, entering, out, tokens, length, segments, *plan.heads,
-        BV=tile, **shape, num_warps=plan.warps(tile, cfg.walk_warps),
+        *plan.place(v), gates, weights, entering, out, tokens, length, segments, q.shape[1], 1,
+        q.shape[1] // k.shape[1], BV=tile, **shape, BACKWARD=False,
+        num_warps=plan.warps(tile, cfg.walk_warps),
     )  # fmt: skip
-    return out, state
+    return out, state, entering
 
 
 def nothing() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.scan.configs import lanes
+from attnspec.fast.engines.scan.triton_levels import LOG2E
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 
 MOST_SEGMENTS = 256
@@ -25,9 +26,9 @@ MOST_SEGMENTS = 256
 
 @triton.jit
 def phi(x, KIND: tl.constexpr):
-    """The features of x; NaN stays NaN."""
+    """The features of x; NaN stays NaN. A power of 2 takes fewer instructions than one of e."""
     if KIND == 1:
-        x = 1.0 / (1.0 + tl.exp(-x))
+        x = 1.0 / (1.0 + tl.exp2(-x * LOG2E))
     elif KIND == 2:
         x = tl.where(x <= 0.0, 0.0, x) + 1e-6
     return x
