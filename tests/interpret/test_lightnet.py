@@ -135,6 +135,42 @@ def test_blocks_that_nothing_precedes_are_gentle(
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize(("started", "steep"), [(False, False), (True, False), (True, True)])
+def test_a_gradient_without_gates(
+    started: bool, steep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gentle blocks, more than the chain takes at a time, it is right if no gate is written. A
+    state may be given to channels that no key precedes, whose first one is anywhere in a block.
+    """
+    torch.manual_seed(4)
+    inputs = [torch.randn(1, 2, 90, 16).half() for _ in range(3)]
+    inputs[1][0, 0, :, 3] = -torch.inf
+    inputs[1][0, 1, :16, 4] = -torch.inf
+    if started:
+        inputs += [torch.randn(1, 2, 16, 16), torch.full((1, 2, 16), -torch.inf)]
+        inputs[4][:, 0] = 0.5
+    shapes = ((1, 2, 90, 16), (1, 2, 16, 16), (1, 2, 16))
+    upstream = [torch.randn(shape) for shape in shapes]
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, backend: str) -> tuple[Any, ...]:
+        o, (S, z) = lightnet_causal(q, k, v, state or None, backend=backend)  # type: ignore[arg-type]
+        return o, S, torch.where(z == -torch.inf, 0.0, z)
+
+    def spoil(totals: Any, kbar: Tensor, log_decay: Tensor, *_: Any) -> None:
+        kbar.fill_(torch.nan), log_decay.fill_(torch.nan)
+
+    if steep:
+        inputs[1][0, 1, :21, 5] = -torch.inf
+    else:
+        monkeypatch.setattr(kernels.Totals, "write_some", spoil)
+    with use_config(ScanConfig(block=16, segment=32, logits_tile=16)):
+        got = gradients(causal, inputs, upstream, "triton")
+    expected = gradients(causal, [x.double() for x in inputs], upstream, "numba")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 def test_steep_blocks_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every steep block is met once, however many a program looks after."""
     monkeypatch.setattr(Call, "span", lambda call, blocks: 5)

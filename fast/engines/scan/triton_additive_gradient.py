@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,9 +58,10 @@ def follow(later_decay, later, decay, own):
 def logits_gradient_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, do, o_b, o_h, o_t, o_d,
     kbar, gates, dq_weighted, dk_weighted, middles, before, first, last, steep, dq, dk, sums,
-    scale, segments, length, tokens, heads,
+    begins, scale, segments, length, tokens, heads,
     D: tl.constexpr, DV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr,
+    STARTED: tl.constexpr,
 ):  # fmt: skip
     """Of one block dq, its part of dk, and H as `sums` (blocks, heads, D), from the gradients of
     the weighted q and k and what `blocks_kernel` tells. Of a steep block these are the gradients of
@@ -93,8 +95,8 @@ def logits_gradient_kernel(
         channels = tl.arange(0, BC)
         inside = channels < width
         Q = load_tile(q + wide * q_d, q_t, q_d, left, width, C, BC, ragged, WIDE)
-        dQ = load_tile(dq_weighted + here, D, 1, left, width, C, BC, ragged)
-        dK = load_tile(dk_weighted + here, D, 1, left, width, C, BC, ragged)
+        dQ = load_tile(dq_weighted + here, D, 1, left, width, C, BC, ragged).to(tl.float32)
+        dK = load_tile(dk_weighted + here, D, 1, left, width, C, BC, ragged).to(tl.float32)
         if gentle:
             K = load_tile(
                 k + wide * k_d, k_t, k_d, left, width, C, BC, ragged, WIDE, OTHER=float("-inf")
@@ -105,7 +107,8 @@ def logits_gradient_kernel(
             ended = tl.load(last + at, mask=inside, other=0.0)
             E = tl.exp2(K * LOG2E - middle[None, :])
             high = E.to(dtype)
-            running = tl.load(before + at, mask=inside, other=1.0)[None, :] + tl.zeros_like(E)
+            entered = tl.load(before + at, mask=inside, other=1.0)
+            running = entered[None, :] + tl.zeros_like(E)
             running = tl.dot(triangle, high, running)
             running = tl.dot(triangle, (E - high.to(tl.float32)).to(dtype), running)
             share = reciprocal(running, NATIVE)
@@ -113,20 +116,31 @@ def logits_gradient_kernel(
             dQ = share * tl.dot(part, high, dQ * (begun * scale)[None, :])
             dK = tl.dot(tl.trans(part), Q_risen.to(dtype), dK * ended[None, :])
             W = Q_risen * dQ
-            dK = E * (dK - tl.cumsum(W, 0, reverse=True))
+            H = tl.cumsum(W, 0, reverse=True)
             own = begun * tl.sum(W, 0)
+            if STARTED:
+                fresh = (down == 0) & (entered == 0.0)[None, :]
+                H = tl.where(fresh, 0.0, H)
+            dK = E * (dK - H)
         else:
             kept = load_tile(kbar + here, D, 1, left, width, C, BC, ragged)
             # From a row to the one before it, a sum decays by the row's own gate.
             g = load_gates(gates + here + D, D, 1, left - 1, width, C, BC, ragged, False)
-            enters = load_gates(gates + here, D, 1, 1, width, C, BC, ragged, False)
+            enters = load_gates(gates + here, D, 1, left, width, C, BC, ragged, False)
             W = Q * dQ
             _decays, H = tl.associative_scan((tl.exp(g), W), 0, follow, reverse=True)
-            dK = kept * (dK - H)
             own = tl.sum(tl.where(down == 0, tl.exp(enters) * H, 0.0), 0)
+            if STARTED:
+                fresh = (enters == 0.0) & (kept > 0.5)
+                H = tl.where(fresh, 0.0, H)
+            dK = kept * (dK - H)
         store_tile(dq + here, D, dQ, left, width, C, BC, ragged)
         store_tile(dk + here, D, dK, left, width, C, BC, ragged)
-        tl.store(sums + program.to(tl.int64) * D + channel + channels, own, mask=inside)
+        here = program.to(tl.int64) * D + channel + channels
+        tl.store(sums + here, own, mask=inside)
+        if STARTED:
+            # A first key hands nothing on: what it is handed, z0 would have been.
+            tl.store(begins + here, tl.min(tl.where(fresh, down, C), 0), mask=inside)
 
 
 @triton.jit
@@ -181,10 +195,12 @@ def chain_logits_kernel(
 
 @triton.jit(do_not_specialize=["segments", "length", "tokens"])
 def carry_logits_kernel(
-    dk, k_weighted, carried, segments, length, tokens, heads,
-    D: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
+    dk, k_weighted, carried, begins, dz0, segments, length, tokens, heads,
+    D: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
-    """dk of one block, in place: its keys weigh e^k / T_n for the rows behind it."""
+    """dk of one block, in place: its keys weigh e^k / T_n for the rows behind it. A channel's first
+    key stands in for z0 if STARTED without a sum.
+    """
     ragged: tl.constexpr = D % BC != 0
     program = tl.program_id(0)
     head, _, batch, start, left = locate_block(
@@ -199,7 +215,13 @@ def carry_logits_kernel(
         behind = tl.load(carried + program.to(tl.int64) * D + channels, mask=channels < D, other=0)
         own = load_tile(dk + here, D, 1, left, D - channel, C, BC, ragged)
         weighted = load_tile(k_weighted + here, D, 1, left, D - channel, C, BC, ragged)
-        x = own.to(tl.float32) - weighted.to(tl.float32) * behind[None, :]
+        x = -weighted.to(tl.float32) * behind[None, :]
+        if STARTED:
+            at = program.to(tl.int64) * D + channels
+            begin = tl.load(begins + at, mask=channels < D, other=C)
+            more = tl.load(dz0 + (batch * heads + head) * D + channels, mask=channels < D, other=0)
+            x = tl.where(tl.arange(0, C)[:, None] == begin[None, :], more[None, :], x)
+        x += own
         store_tile(dk + here, D, x, left, D - channel, C, BC, ragged)
 
 
@@ -224,11 +246,10 @@ def backward(
         leaving, decays = sum_segments(call, weighted.q, do, weighted.totals, backward=True)
         chain(call, leaving, decays, dS, backward=True)
     back: dict[str, Any] = {"weighted": weighted, "backward": True}
-    wide = dz.dtype
     dq_weighted, _ = walk(
-        call, do, v, weighted.k, entering, wide, weighted=weighted, transposed=True
+        call, do, v, weighted.k, entering, call.dtype, weighted=weighted, transposed=True
     )
-    dk_weighted, _ = walk(call, v, do, weighted.q, leaving, wide, transposed=True, **back)
+    dk_weighted, _ = walk(call, v, do, weighted.q, leaving, call.dtype, transposed=True, **back)
     dv, _ = walk(
         call, weighted.k, weighted.q, do, leaving, call.dtype, final=dS0, pairs=True, **back
     )
@@ -264,12 +285,14 @@ def _logits(
     )  # fmt: skip
     dq, dk = call.rows(call.d, call.dtype), call.rows(call.d, call.dtype)
     sums, carried = (call.empty(*weighted.totals.shape) for _ in range(2))
+    begins = sums if S0 is None else call.empty(*sums.shape, dtype=torch.int32)
     launch(
         logits_gradient_kernel, many,
         q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), kbar, gates,
-        dq_weighted, dk_weighted, *logits.weights, weighted.steep, dq, dk, sums, call.scale,
-        *call.place(),
+        dq_weighted, dk_weighted, *logits.weights, weighted.steep,
+        dq, dk, sums, begins, call.scale, *call.place(),
         BC=min(cfg.gates_tile, power(call.d)), **tiles, **layout, NATIVE=not interpreting(),
+        STARTED=S0 is not None,
         num_warps=cfg.gates_warps, num_stages=1,
     )  # fmt: skip
     channels = min(16, power(call.d))
@@ -282,7 +305,7 @@ def _logits(
         num_warps=4,
     )  # fmt: skip
     launch(
-        carry_logits_kernel, many, dk, weighted.k, carried, *call.place(),
-        D=call.d, BC=min(128, power(call.d)), C=call.block, num_warps=4,
+        carry_logits_kernel, many, dk, weighted.k, carried, begins, dz0, *call.place(),
+        D=call.d, BC=min(128, power(call.d)), C=call.block, STARTED=S0 is not None, num_warps=4,
     )  # fmt: skip
     return dq, dk, dz0

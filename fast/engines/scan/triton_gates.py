@@ -145,8 +145,8 @@ def steep_gates_kernel(
                 K = load_tile(K_rows + wide * k_d, k_t, k_d, left, width, C, BC, ragged, WIDE)
                 g = load_gates(g_rows + wide * g_d, g_t, g_d, left, width, C, BC, ragged, WIDE)
                 here = row * D + channel
-                dQ = load_tile(dq + here, D, 1, left, width, C, BC, ragged) * scale
-                dK = load_tile(dk + here, D, 1, left, width, C, BC, ragged)
+                dQ = load_tile(dq + here, D, 1, left, width, C, BC, ragged).to(tl.float32) * scale
+                dK = load_tile(dk + here, D, 1, left, width, C, BC, ragged).to(tl.float32)
                 Q, g, level, near, until, behind = weigh_rows(Q, g, Q.dtype, C, REACH)
                 dQ *= tl.exp2(until)
                 dK *= tl.exp2(behind)
