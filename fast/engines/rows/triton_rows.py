@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
 
 WIDEST = 1024
@@ -197,8 +197,8 @@ def norm(o: Tensor, u: Tensor | None, eps: float) -> Tensor:
     batch, heads, tokens, d = o.shape
     y = o.new_empty(batch, tokens, heads * d)
     tile = _tile(d)
-    count_launch()
-    norm_kernel[(triton.cdiv(batch * tokens, tile["R"]),)](
+    launch(
+        norm_kernel, triton.cdiv(batch * tokens, tile["R"]),
         o, *o.stride(), u, *_strides(u, 3), y, tokens, batch * tokens, heads, d, eps,
         GATED=u is not None, **tile,
     )  # fmt: skip
@@ -210,8 +210,8 @@ def norm_backward(dy: Tensor, o: Tensor, u: Tensor | None, eps: float) -> tuple[
     do = o.new_empty(o.shape)
     du = dy.new_empty(dy.shape if u is not None else (0,))
     tile = _tile(d)
-    count_launch()
-    norm_gradient_kernel[(triton.cdiv(batch * tokens, tile["R"]),)](
+    launch(
+        norm_gradient_kernel, triton.cdiv(batch * tokens, tile["R"]),
         dy, *dy.stride(), o, *o.stride(), u, *_strides(u, 3), do, du, tokens, batch * tokens,
         heads, d, eps, GATED=u is not None, **tile,
     )  # fmt: skip
@@ -224,8 +224,8 @@ def lift(
     batch, heads, tokens, d = x.shape
     y = x.new_empty(batch, heads, tokens, d * (1 if theta is None else 2))
     tile, programs = _tile(d), _programs(x)
-    count_launch()
-    lift_kernel[(programs,)](
+    launch(
+        lift_kernel, programs,
         x, *x.stride(), _frequencies(theta), positions, y, tokens, heads, d, offset,
         **_flags(theta, positions, activate), **tile,
     )  # fmt: skip
@@ -245,8 +245,8 @@ def lift_backward(
     tiles = triton.cdiv(tokens, tile["R"])
     wanted = 0 if theta is None else tiles
     partial = torch.empty(batch, heads, wanted, d, dtype=torch.float32, device=x.device)
-    count_launch()
-    lift_gradient_kernel[(programs,)](
+    launch(
+        lift_gradient_kernel, programs,
         dy, *dy.stride(), x, *x.stride(), _frequencies(theta), positions, dx, partial, tokens,
         heads, d, offset, **_flags(theta, positions, activate), **tile,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
 from attnspec.fast.engines.rows.turning import Turn
 
@@ -173,8 +173,8 @@ def turn(
     k_out = q.new_empty(0, dtype=how.dtype) if k is None else k.new_empty(k.shape, dtype=how.dtype)
     q_chunk, q_programs = _share(q, tile)
     k_chunk, k_programs = (1, 0) if k is None else _share(k, tile)
-    count_launch()
-    turn_kernel[(q_programs + k_programs,)](
+    launch(
+        turn_kernel, q_programs + k_programs,
         *_operand(q), q_out, *_places(pq), *((None, 0, 0, 0, 0) if k is None else _operand(k)),
         k_out, *_places(pk), None if f is None else f.detach().contiguous(), *q.shape[1:3],
         q_chunk, q_programs, *((1, 0) if k is None else k.shape[1:3]), k_chunk, how.first,

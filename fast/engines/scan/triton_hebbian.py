@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan import triton_host
 from attnspec.fast.engines.scan.hebbian import constant_decay
 from attnspec.fast.engines.scan.triton_plan import power
@@ -231,8 +231,8 @@ def forward(
     last = torch.empty(shape, device=q.device)
     first = torch.empty(batch, heads if S0 is not None else 0, dv, device=q.device)
     BV = min(PART, power(dv))
-    count_launch()
-    ends_kernel[(batch * kv_heads * -(-dv // BV),)](
+    launch(
+        ends_kernel, batch * kv_heads * -(-dv // BV),
         q, *_row(q), k, *k.stride(), v, *v.stride(), *rows_of(valid, q), rho,
         last if behind is None else behind, last if S0 is None else S0, first, last, tokens, heads,
         kv_heads, heads // kv_heads if tokens > 1 else 1, eta, lam, scale,
@@ -240,8 +240,8 @@ def forward(
         STARTED=S0 is not None, num_warps=4,
     )  # fmt: skip
     added = out if onto is None else onto
-    count_launch()
-    combine_kernel[(programs(batch * heads, tokens, max(d, dv)),)](
+    launch(
+        combine_kernel, programs(batch * heads, tokens, max(d, dv)),
         rest, first, q, *q.stride(), added, *added.stride(), *rows_of(valid, q), out, tokens, heads,
         d, dv, R=tile(max(d, dv))["R"], BQ=power(d), BD=power(dv), VALID=valid is not None,
         STARTED=S0 is not None, DIVIDED=divided, ADDED=onto is not None,
@@ -271,8 +271,8 @@ def backward(
     end_v = torch.empty(batch, kv_heads, 1, dv, dtype=v.dtype, device=q.device)
     dS0 = torch.empty_like(dlast)
     BD = min(PART, power(d), ITEMS // power(dv))
-    count_launch()
-    ends_gradient_kernel[(batch * kv_heads * -(-d // BD),)](
+    launch(
+        ends_gradient_kernel, batch * kv_heads * -(-d // BD),
         q, *_row(q), k, *k.stride(), v, *v.stride(), dy, *_row(dy), *rows_of(valid, q), rho,
         dlast if S0 is None else S0, dlast, behind, first, end_k, end_v, dS0, tokens, heads,
         kv_heads, group if longer else 1, eta, lam, scale,

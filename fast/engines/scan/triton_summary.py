@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.triton_additive import spread
 from attnspec.fast.engines.scan.triton_common import load_tile, offset, store_tile
 from attnspec.fast.engines.scan.triton_levels import LOG2E
@@ -186,8 +186,8 @@ def summary_backward(
     block, columns = (16, 16) if k.dtype == torch.float32 else (64, 64)
     blocks = -(-tokens // block)
     layout = _layout(block, k, v)
-    count_launch()
-    summary_gradient_kernel[(batch * heads * blocks,)](
+    launch(
+        summary_gradient_kernel, batch * heads * blocks,
         k, *k.stride(), v, *v.stride(), small, z, means, dk, dv_out, tokens, blocks, heads,
         D=d, DV=dv, BD=power(d), BV=min(columns, power(dv)), C=block, **layout,
         num_warps=4 if d <= 128 else 8, num_stages=1,
@@ -225,16 +225,16 @@ def _summed(k: Tensor, v: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
     tops, totals = torch.empty(2, batch, heads, segments, d, device=k.device).unbind()
     KV = torch.empty(batch, heads, d, dv, device=k.device)
     z = torch.empty(batch, heads, d, device=k.device)
-    count_launch()
-    summary_kernel[(batch * heads * segments * tiles,)](
+    launch(
+        summary_kernel, batch * heads * segments * tiles,
         k, *k.stride(), v, *v.stride(), sums, tops, totals, tokens, length, segments, heads,
         D=d, DV=dv, BD=rows, BV=tile, C=block, WAYS=WAYS, SOFT=soft, MARGIN=MARGIN[k.dtype],
         **_layout(block, k, v), num_warps=8,
         num_stages=1 if exact else 3 if hopper else 2,
     )  # fmt: skip
     channels = min(16, rows)
-    count_launch()
-    join_summaries_kernel[(batch * heads * -(-d // channels),)](
+    launch(
+        join_summaries_kernel, batch * heads * -(-d // channels),
         sums, tops, totals, KV, z, segments,
         D=d, DV=dv, BD=channels, BV=power(dv), SOFT=soft, num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.trace import FLOOR as NORM_FLOOR
 from attnspec.fast.engines.scan.triton_elementwise import join
@@ -327,9 +327,7 @@ class Pass:
 
     def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
         """A program for each segment of each head."""
-        if self.lines:
-            count_launch()
-            kernel[(self.lines * self.segments,)](*arguments, **self.options, **options)
+        launch(kernel, self.lines * self.segments, *arguments, **self.options, **options)
 
 
 def forward(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.triton_plan import power
 from attnspec.fast.engines.scan.triton_trace import (
     FLOOR,
@@ -129,8 +129,8 @@ def units(x: Tensor, valid: Tensor | None, weights: Tensor | None, factor: float
     """The rows (batch, heads, tokens, d); weights (batch, heads, tokens), contiguous."""
     batch, heads, tokens, d = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    count_launch()
-    units_kernel[(programs(batch * heads, tokens, d),)](
+    launch(
+        units_kernel, programs(batch * heads, tokens, d),
         x, *x.stride(), *rows_of(valid, x), x if weights is None else weights, out, tokens, heads,
         d, factor, VALID=valid is not None, WEIGHTED=weights is not None,
         ALIGNED=aligned(x), num_warps=4, **tile(d),
@@ -148,8 +148,8 @@ def units_backward(
     dweights = torch.empty(
         x.shape[:3] if weights is not None else 0, dtype=torch.float32, device=x.device
     )
-    count_launch()
-    units_gradient_kernel[(programs(batch * heads, tokens, d),)](
+    launch(
+        units_gradient_kernel, programs(batch * heads, tokens, d),
         x, *x.stride(), *rows_of(valid, x), x if weights is None else weights,
         x if inner is None else inner, x if edge is None else edge, dx, dweights, tokens, heads, d,
         factor, shift,
