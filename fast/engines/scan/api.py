@@ -60,8 +60,8 @@ def scan(
 
     Differentiable in q, k, v, slopes, log_decay, reads, writes and state. The state is kept in
     float32 and rounded to the dtype of q only where it enters a matrix product. `block` is a hint:
-    the rows of a matrix product, rounded to a power of two from 16 to 128. Values that are not as
-    stated above raise on the CPU; on CUDA they are not read.
+    the rows of a matrix product, rounded to a power of two from 16 to 128; 16 for float32 on
+    Triton. Values that are not as stated above raise on the CPU; on CUDA they are not read.
     """
     tensors = (q, k, v, slopes, log_decay, reads, writes, state, offsets)
     direct = unobserved(*tensors)

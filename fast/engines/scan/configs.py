@@ -14,7 +14,8 @@ from attnspec.fast.tuning import Table
 class ScanConfig:
     """Tiles and splits of the three kernel families.
 
-    `block`: rows of a matrix product, a power of two >= 16. `states` sums the state of a segment,
+    `block`: rows of a matrix product, a power of two >= 16, and no more than `most` if a caller
+    asks for others. `states` sums the state of a segment,
     `walk` goes through a segment for o, dq, dk or dv, `pairs` are the products inside a block under
     a decay per channel, `logits` the same straight from an additive recurrence's, `steep` where the
     decay is far, `gates` its gradient, `mend` that where it is far; on Hopper the last two want two
@@ -29,6 +30,7 @@ class ScanConfig:
     """
 
     block: int = 64
+    most: int = 128
     states_items: int = 16384
     states_warps: int = 8
     states_stages: int = 3
@@ -108,6 +110,7 @@ CANDIDATES = (
 
 FLOAT32 = ScanConfig(
     block=16,
+    most=16,
     states_items=2048,
     states_stages=1,
     walk_items=2048,
@@ -118,7 +121,8 @@ FLOAT32 = ScanConfig(
     mend_tile=32,
     mend_warps=8,
 )
-"""IEEE float32 products run on no matrix unit, and larger tiles spill registers."""
+"""IEEE float32 products run on no matrix unit. Of larger tiles the assembler makes code with 32
+registers and kilobytes of stack for each thread, which fill a device's memory."""
 OLDER = ScanConfig(
     block=32,
     states_items=4096,
@@ -155,7 +159,6 @@ TABLE: Table[Any] = Table(
         ),
         ("32-bit",): (
             FLOAT32,
-            replace(FLOAT32, block=32),
             replace(FLOAT32, states_items=4096, walk_items=4096),
             replace(FLOAT32, walk_warps=4),
             replace(FLOAT32, programs=4.0),

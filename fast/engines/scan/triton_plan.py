@@ -96,7 +96,7 @@ class Call:
             decay, gates = (SCALAR if log_decay.dim() == 3 else VECTOR), log_decay
         processors, hopper = device_of(q)
         cfg = config(q.element_size(), d, hopper)
-        rows = min(128, power(block)) if block else cfg.block
+        rows = min(cfg.most, power(block)) if block else cfg.block
         call = cls(
             batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg,
             processors, rows, Segments(batch, batch, 1, max(tokens, 1)), Recorder(follows),
