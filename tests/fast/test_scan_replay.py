@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnspec.fast.backend import unobserved
 from attnspec.fast.engines.scan import CANDIDATES, replay, scan, use_config
-from attnspec.fast.engines.scan.replay import Recorder, alias, kind, known
+from attnspec.fast.engines.scan.recorder import Recorder
+from attnspec.fast.engines.scan.replay import alias, kind, known
 from attnspec.fast.recent import Recent
 
 
@@ -33,7 +34,7 @@ class Kernel:
 
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_replays", Recent())
+    monkeypatch.setattr(replay, "replays", Recent())
 
 
 def record(x: Tensor, key: Any, stray: bool = False, compiles: bool = True) -> Tensor:
@@ -100,7 +101,7 @@ def test_one_tensor_in_two_places_is_not_kept() -> None:
 
 
 def test_alias_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_replays", Recent(2))
+    monkeypatch.setattr(replay, "replays", Recent(2))
     x = torch.arange(4.0)
     alias("other", "key")
     record(x, "key")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch, interpreting
-from attnspec.fast.engines.scan.replay import Recorder
+from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.triton_common import load_tile, offset
 from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
 from attnspec.fast.engines.scan.triton_plan import odd_programs, power

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import LaneConfig, ScanConfig, config, lanes
 from attnspec.fast.engines.scan.flows_gradient import kept_lengths
-from attnspec.fast.engines.scan.replay import Recorder
+from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.triton_flows import (
     compete_kernel,
     merge_kernel,

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from attnspec.fast.engines.scan.configs import REACH, ScanConfig, config
-from attnspec.fast.engines.scan.replay import Recorder
+from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_pairs import pairs_kernel, steep_pairs_kernel
 from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
