@@ -170,11 +170,12 @@ def backward(
     dstate = call.last_states(dfinal, offsets)
     given = slopes if slopes is not None else log_decay
     if call.nothing:
-        nothing = [
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        ddecay, dreads, dwrites = (
             q.new_empty(0) if x is None else torch.zeros_like(x)
             for x in (given if decay_gradient else None, reads, writes)
-        ]
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *nothing, dstate
+        )
+        return dq, dk, dv, ddecay, dreads, dwrites, dstate
     state = None if state is None else state.contiguous()
     weighted = weigh(call, q, k) if call.decay == VECTOR else None
     totals = None if weighted is None else weighted.totals
