@@ -27,13 +27,14 @@ HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3
 _compiled: Recent[Hashable, Any] = Recent()
 
 
-def launch(kernel: Any, programs: int, /, *given: Any, **named: Any) -> Any:
+def launch(kernel: Any, programs: int | tuple[int, int], /, *given: Any, **named: Any) -> Any:
     """Start `programs` programs, unless there are none; the compiled kernel, if it was compiled.
 
     The arguments are the kernel's, then Triton's options. What Triton would find out about those
     that it has seen before is not found out again.
     """
-    if programs == 0:
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if 0 in grid:
         return None
     count_launch()
     values = [*given, *(named.pop(name) for name in kernel.arg_names[len(given) :])]
@@ -52,9 +53,9 @@ def launch(kernel: Any, programs: int, /, *given: Any, **named: Any) -> Any:
     key = None if addresses & 15 else tuple(kinds)
     known = None if key is None else _compiled.get(key)
     if known is not None:
-        known[(programs, 1, 1)](*values)
+        known[(*grid, 1, 1)[:3]](*values)
         return known
-    compiled = kernel[(programs,)](*values, **named)
+    compiled = kernel[grid](*values, **named)
     if key is not None and HANDS_ON_CONSTANTS and getattr(compiled, "module", None) is not None:
         _compiled[key] = compiled
     return compiled

@@ -90,7 +90,7 @@ def test_the_operation_is_a_good_citizen() -> None:
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     delta, c = layer(2)
     options: tuple[Any, ...] = (1e-8, True, False, True, True, "numba")
-    torch.library.opcheck(_density, (x, None, delta, c, *options))
+    torch.library.opcheck(_density.op, (x, None, delta, c, *options))
     params = layer(2, torch.float32)
     compiled = torch.compile(multi_head, fullgraph=True, backend="aot_eager")
     y = torch.randn(2, 8, 3, requires_grad=True)

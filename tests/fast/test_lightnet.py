@@ -102,8 +102,8 @@ def test_an_unknown_logit_spoils_nothing_before_it() -> None:
 def test_custom_ops() -> None:
     _, k, v = tensors(4, torch.float32)
     k, v = k.requires_grad_(), v.requires_grad_()
-    torch.library.opcheck(gates_op, (k, None, "numba"))
-    torch.library.opcheck(gates_op, (k, torch.zeros(1, 2, 5), "numba"))
-    torch.library.opcheck(summary_op, (k, v, "numba"))
+    torch.library.opcheck(gates_op.op, (k, None, "numba"))
+    torch.library.opcheck(gates_op.op, (k, torch.zeros(1, 2, 5), "numba"))
+    torch.library.opcheck(summary_op.op, (k, v, "numba"))
     small = torch.randn(*k.shape[:2], k.shape[3], 7).to(k.dtype).requires_grad_()
-    torch.library.opcheck(read_op, (k, small, "numba"))
+    torch.library.opcheck(read_op.op, (k, small, "numba"))

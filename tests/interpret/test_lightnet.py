@@ -188,9 +188,9 @@ def test_steep_blocks_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 def test_op_from_logits() -> None:
     q, k, v = (torch.randn(1, 1, 5, 16).half().requires_grad_() for _ in range(3))
-    torch.library.opcheck(additive_scan_op, (q, k, v, None, None, 1.0))
+    torch.library.opcheck(additive_scan_op.op, (q, k, v, None, None, 1.0))
     state = (torch.randn(1, 1, 16, 16).requires_grad_(), torch.randn(1, 1, 16).requires_grad_())
-    torch.library.opcheck(additive_scan_op, (q, k, v, *state, 1.0))
+    torch.library.opcheck(additive_scan_op.op, (q, k, v, *state, 1.0))
 
 
 def test_no_tokens() -> None:

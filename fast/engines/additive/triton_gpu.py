@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch, interpreting
+from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.additive.configs import config
 from attnspec.fast.engines.prepared import launch
 
@@ -261,8 +261,8 @@ def _run_gradients(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dv = torch.empty(batch, tiles, width if of_v else 0, dtype=torch.float32, device=x.device)
     if dx.numel():
-        count_launch()
-        _gradients[(batch * tiles, triton.cdiv(width, plan.channels))](
+        launch(
+            _gradients, (batch * tiles, triton.cdiv(width, plan.channels)),
             dout, y, x, v, dx, dv, *dout.stride(), *y.stride(), *x.stride(), v.stride(0), steps,
             slots, tiles, width, OF_V=of_v, M=M, N=N, C=plan.channels,
             APPROXIMATE=_approximate(x), num_warps=plan.num_warps,

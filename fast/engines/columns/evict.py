@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load
 from attnspec.fast.engines.columns.op import positive
+from attnspec.fast.engines.operation import Operation
 from attnspec.fast.engines.select.configs import config
 
 
@@ -24,7 +25,7 @@ def run_received(q: Tensor, k: Tensor, a: Tensor, scale: float) -> Tensor:
         return _kernels().received(q, k, a, scale)
 
 
-received_op = torch.library.custom_op("attnspec::received", run_received, mutates_args=())
+received_op = Operation("attnspec::received", run_received)
 
 
 @received_op.register_fake
@@ -39,8 +40,7 @@ def received(q: Tensor, k: Tensor, a: Tensor, *, scale: float | None = None) -> 
     q (1, H, w, d), k (1, kv_heads, n, d), n >= w >= 1. No gradient.
     """
     q, scale = positive(q, scale)
-    run = run_received if unobserved(q, k, a) else received_op
-    return run(q, k, a, scale)
+    return received_op(q, k, a, scale)
 
 
 def run_evict(
@@ -50,7 +50,7 @@ def run_evict(
         return _kernels().evict(k, v, a, pos, seen, hh, rec)
 
 
-evict_op = torch.library.custom_op("attnspec::evict", run_evict, mutates_args=())
+evict_op = Operation("attnspec::evict", run_evict)
 
 
 @evict_op.register_fake
@@ -76,5 +76,4 @@ def evict(
     int64 (kv_heads, n - w) are those of the old rows, and new rows count on from `seen`. Ties go to
     the lower index; ascending. No gradient.
     """
-    run = run_evict if unobserved(k, v, a, pos) else evict_op
-    return run(k, v, a, pos, seen, hh, rec)
+    return evict_op(k, v, a, pos, seen, hh, rec)

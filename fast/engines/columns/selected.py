@@ -8,8 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load
 from attnspec.fast.engines.columns.op import positive
+from attnspec.fast.engines.operation import Operation
 
 
 @cache
@@ -26,7 +27,7 @@ def run(
         return _kernels().selected(q, k, v, key_mask, c, scale, causal, renormalise)
 
 
-selected_op = torch.library.custom_op("attnspec::selected_attention", run, mutates_args=())
+selected_op = Operation("attnspec::selected_attention", run)
 
 
 @selected_op.register_fake
@@ -55,5 +56,4 @@ def selected_attention(
     dv), float32 or 16 bits; the counts of k and v heads may differ. No gradient.
     """
     q, scale = positive(q, scale)
-    forward = run if unobserved(q, k, v, key_mask) else selected_op
-    return forward(q, k, v, key_mask, min(c, k.shape[2]), scale, causal, renormalise)
+    return selected_op(q, k, v, key_mask, min(c, k.shape[2]), scale, causal, renormalise)

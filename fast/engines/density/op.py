@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved, untraced, wants_gradient, wide_dtype
+from attnspec.fast.backend import load, wide_dtype
+from attnspec.fast.engines.operation import Operation
 
 
 class Options(NamedTuple):
@@ -52,7 +53,7 @@ def _run(
     return out, w, saved
 
 
-_density = torch.library.custom_op("attnspec::density", _run, mutates_args=())
+_density = Operation("attnspec::density", _run)
 
 
 def saved_shape(x: Tensor, delta: Tensor) -> tuple[int, int]:
@@ -76,9 +77,7 @@ def _run_backward(
     return dx, ddelta, dc
 
 
-_density_backward = torch.library.custom_op(
-    "attnspec::density_backward", _run_backward, mutates_args=()
-)
+_density_backward = Operation("attnspec::density_backward", _run_backward)
 
 
 @_density_backward.register_fake
@@ -103,9 +102,7 @@ def _gradient(
     if dout is None and dw is None:
         return None, None, None, None, *none
     dout = torch.zeros_like(x) if dout is None else dout
-    tensors = dout, dw, x, mask, delta, c, saved
-    run = _run_backward if unobserved(*tensors) else _density_backward
-    dx, ddelta, dc = run(*tensors, *ctx.options)
+    dx, ddelta, dc = _density_backward(dout, dw, x, mask, delta, c, saved, *ctx.options)
     return dx, None, ddelta, dc, *none
 
 
@@ -117,21 +114,6 @@ def _refuse_gradient(ctx: Any, *gradients: Tensor) -> None:
 
 
 _density_backward.register_autograd(_refuse_gradient)
-
-
-class _Density(torch.autograd.Function):
-    """The gradient where nobody looks on; all others find it behind the custom op."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found = _run(*arguments)
-        _setup(ctx, arguments, found)
-        ctx.mark_non_differentiable(found[2])
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, *upstream)
 
 
 def density(
@@ -152,10 +134,5 @@ def density(
     shape = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]))
     if mask is not None:
         mask = mask.expand(x.shape).reshape(shape)
-    arguments = (x.reshape(shape), mask, delta, c, *options, backend)
-    tensors = x, mask, delta, c
-    call: Any = _density
-    if untraced(*tensors):
-        call = _Density.apply if wants_gradient(*tensors) else _run
-    out, w, _ = call(*arguments)
+    out, w, _ = _density(x.reshape(shape), mask, delta, c, *options, backend)
     return out.view(x.shape), w.view(x.shape)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import choose_backend, load, unobserved, wide_dtype
+from attnspec.fast.backend import choose_backend, load, wide_dtype
+from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.scan.api import WIDEST, scan
 
 
@@ -29,7 +30,7 @@ def run_gates(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tenso
         return _kernels(backend).gates(k, z0)
 
 
-gates_op = torch.library.custom_op("attnspec::additive_gates", run_gates, mutates_args=())
+gates_op = Operation("attnspec::additive_gates", run_gates)
 
 
 @gates_op.register_fake
@@ -42,7 +43,7 @@ def _(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-@torch.library.custom_op("attnspec::additive_gates_backward", mutates_args=())
+@operation("attnspec::additive_gates_backward")
 def gates_backward_op(
     dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +86,7 @@ def additive_gates(
     The log decay of a first token, which nothing precedes, is 0, and so is that of a k of -inf. A
     NaN in k makes kbar NaN from its row on, which is told there alone: log decays stay numbers.
     """
-    run = run_gates if unobserved(k, z0) else gates_op
-    return run(k, z0, choose_backend(backend, k))
+    return gates_op(k, z0, choose_backend(backend, k))
 
 
 def run_additive_scan(
@@ -98,9 +98,7 @@ def run_additive_scan(
         return made
 
 
-additive_scan_op = torch.library.custom_op(
-    "attnspec::additive_scan", run_additive_scan, mutates_args=()
-)
+additive_scan_op = Operation("attnspec::additive_scan", run_additive_scan)
 
 
 @additive_scan_op.register_fake
@@ -115,7 +113,7 @@ def _(
     )
 
 
-@torch.library.custom_op("attnspec::additive_scan_backward", mutates_args=())
+@operation("attnspec::additive_scan_backward")
 def additive_scan_backward_op(
     do: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None,
     z0: Tensor | None, S: Tensor, scale: float,
@@ -174,8 +172,7 @@ def additive_scan(
     In 16 bit on CUDA gates are neither written nor read, and formed again for a gradient.
     """
     if choose_backend(backend, q) == "triton" and _direct(q, v):
-        run = run_additive_scan if unobserved(q, k, v, S0, z0) else additive_scan_op
-        return run(q, k, v, S0, z0, float(scale))
+        return additive_scan_op(q, k, v, S0, z0, float(scale))
     kbar, log_decay, z = additive_gates(k, z0, backend=backend)
     o, S = scan(q, kbar, v, log_decay=log_decay, state=S0, scale=scale, backend=backend)
     return o, S, z

@@ -22,7 +22,6 @@ from attnspec.fast.backend import (
 from attnspec.fast.engines.scan.op import (
     outputs_op,
     run_scan,
-    run_step,
     scan_backward_op,
     scan_op,
     states_op,
@@ -202,8 +201,7 @@ def step(
     _check_decay(q, q.shape[1], slopes, log_decay)
     _check_state("state", state, (*q.shape[:2], q.shape[3], v.shape[3]), q)
     tensors = (state, q, k, v, slopes, log_decay)
-    run = run_step if unobserved(*tensors) else step_op
-    return run(*tensors, float(scale), backend)
+    return step_op(*tensors, float(scale), backend)
 
 
 def _check(q: Any, k: Any, v: Any, backend: str | None) -> str:

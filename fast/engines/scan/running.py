@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load
+from attnspec.fast.engines.operation import Operation, operation
 
 KINDS = {"none": 0, "sigmoid": 1, "relu": 2}
 
@@ -33,7 +34,7 @@ def run(
         return _kernels().forward(x, y, wx, wy, sx, sy, eps, kind, causal)
 
 
-running_op = torch.library.custom_op("attnspec::running_dots", run, mutates_args=())
+running_op = Operation("attnspec::running_dots", run)
 
 
 @running_op.register_fake
@@ -46,7 +47,7 @@ def _(
     return *dots, *sums  # type: ignore[return-value]
 
 
-@torch.library.custom_op("attnspec::running_dots_backward", mutates_args=())
+@operation("attnspec::running_dots_backward")
 def running_backward_op(
     dx: Tensor, dy: Tensor, dsx: Tensor, dsy: Tensor, x: Tensor, y: Tensor, wx: Tensor | None,
     wy: Tensor | None, sx: Tensor | None, sy: Tensor | None, eps: float, kind: int, causal: bool,
@@ -99,5 +100,4 @@ def running_dots(
     `kind` names phi, applied in float32. Differentiable in all of them. Triton alone.
     """
     (wx, wy), (sx, sy) = weights or (None, None), first or (None, None)
-    forward = run if unobserved(x, y, wx, wy, sx, sy) else running_op
-    return forward(x, y, wx, wy, sx, sy, float(eps), KINDS[kind], causal)
+    return running_op(x, y, wx, wy, sx, sy, float(eps), KINDS[kind], causal)

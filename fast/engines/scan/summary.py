@@ -16,9 +16,9 @@ from attnspec.fast.backend import (
     choose_by_dtype,
     load,
     product,
-    unobserved,
     wide_dtype,
 )
+from attnspec.fast.engines.operation import Operation, operation
 
 
 @cache
@@ -33,7 +33,7 @@ def run_summary(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         return _kernels(backend).summary(k, v)
 
 
-summary_op = torch.library.custom_op("attnspec::time_summary", run_summary, mutates_args=())
+summary_op = Operation("attnspec::time_summary", run_summary)
 
 
 @summary_op.register_fake
@@ -45,7 +45,7 @@ def _(k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("attnspec::time_summary_backward", mutates_args=())
+@operation("attnspec::time_summary_backward")
 def summary_backward_op(
     dKV: Tensor, KV: Tensor, z: Tensor, k: Tensor, v: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -79,15 +79,14 @@ def time_summary(k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[T
     """P^T v (batch, heads, d, dv) with P the softmax of k over time, channel by channel, and its
     logsumexp (batch, heads, d); float32. Zeros where a channel has no key. One read of k and v.
     """
-    run = run_summary if unobserved(k, v) else summary_op
-    return run(k, v, choose_by_dtype(backend, "k", k))
+    return summary_op(k, v, choose_by_dtype(backend, "k", k))
 
 
 def run_read(q: Tensor, small: Tensor, backend: str) -> Tensor:
     return product(q, small)
 
 
-read_op = torch.library.custom_op("attnspec::read_summary", run_read, mutates_args=())
+read_op = Operation("attnspec::read_summary", run_read)
 
 
 @read_op.register_fake
@@ -95,7 +94,7 @@ def _(q: Tensor, small: Tensor, backend: str) -> Tensor:
     return q.new_empty(*q.shape[:3], small.shape[3])
 
 
-@torch.library.custom_op("attnspec::read_summary_backward", mutates_args=())
+@operation("attnspec::read_summary_backward")
 def read_backward_op(do: Tensor, q: Tensor, small: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """dq, and the gradient of the small matrices: a sum over all tokens, which a product of
     libraries would give to few processors.
@@ -124,5 +123,4 @@ read_op.register_autograd(_read_gradient, setup_context=_setup_read)
 
 def read_summary(q: Tensor, small: Tensor, *, backend: str | None = None) -> Tensor:
     """q (batch, heads, tokens, d) @ small (batch, heads, d, dv), of one dtype. Differentiable."""
-    run = run_read if unobserved(q, small) else read_op
-    return run(q, small, choose_backend(backend, q))
+    return read_op(q, small, choose_backend(backend, q))

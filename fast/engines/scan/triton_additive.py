@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch, interpreting
+from attnspec.fast.backend import interpreting
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.triton_common import load_tile, offset
 from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
@@ -356,12 +357,10 @@ def gates_backward(
         segments, d, channels, ROWS,
     )  # fmt: skip
     programs = batch * heads * parts
-    count_launch()
-    gates_gradient_kernel[(programs * segments,)](*arguments, WRITE=False, num_warps=1)
-    count_launch()
-    chain_gradient_kernel[(programs,)](
-        carries, factors, dz.contiguous(), dz0, segments, d, channels, num_warps=1
-    )
-    count_launch()
-    gates_gradient_kernel[(programs * segments,)](*arguments, WRITE=True, num_warps=1)
+    launch(gates_gradient_kernel, programs * segments, *arguments, WRITE=False, num_warps=1)
+    launch(
+        chain_gradient_kernel, programs,
+        carries, factors, dz.contiguous(), dz0, segments, d, channels, num_warps=1,
+    )  # fmt: skip
+    launch(gates_gradient_kernel, programs * segments, *arguments, WRITE=True, num_warps=1)
     return dk, dz0

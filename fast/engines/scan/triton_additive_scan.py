@@ -20,7 +20,7 @@ from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_additive import Totals
-from attnspec.fast.engines.scan.triton_common import load_tile, locate, offset, store_tile
+from attnspec.fast.engines.scan.triton_common import load_tile, locate_block, offset, store_tile
 from attnspec.fast.engines.scan.triton_levels import LOG2E, group_pairs
 from attnspec.fast.engines.scan.triton_plan import (
     Call,
@@ -118,16 +118,11 @@ def additive_pairs_kernel(
     ragged: tl.constexpr = D % BC != 0
     dtype: tl.constexpr = q.dtype.element_ty
     program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    block = program // heads
-    blocks_per_segment = tl.cdiv(length, C)
-    segment = block // blocks_per_segment
-    _, batch, start, count, _, _ = locate(q, segment, segments, length, tokens, False)
-    skipped = (block % blocks_per_segment) * C
-    left = count - skipped
+    head, _, batch, start, left = locate_block(
+        program, q, segments, length, tokens, heads, C, False
+    )
     if left <= 0:
         return
-    start += skipped
     q += offset(batch, q_b, head, q_h, start, q_t, ALIGNED)
     k += offset(batch, k_b, head, k_h, start, k_t, ALIGNED)
     row = (batch * heads + head) * tokens + start

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.triton_levels import LOG2E
 from attnspec.fast.engines.scan.triton_plan import device_of, power
@@ -226,20 +226,18 @@ class Walks:
         """Fills `dots` and `vectors`; returns the last sums (batch * heads, d) of both sides."""
         tokens = (self.x, *self.x.stride(), self.y, *self.y.stride())
         last = self.sums(self.sizes[-1])
-        grid = (self.lines * self.segments,)
-        if not self.lines:
-            return last
+        programs = self.lines * self.segments
         totals = last
         weighed = weights or last
         if self.segments > 1 or not self.causal:
             totals = self.sums(self.segments, self.sizes[-1])
-            count_launch()
-            totals_kernel[grid](
+            launch(
+                totals_kernel, programs,
                 *tokens, *weighed, *totals, *self.sizes, shift_in, WEIGHTED=weights is not None,
                 **self.options,
             )  # fmt: skip
-        count_launch()
-        walk_kernel[grid](
+        launch(
+            walk_kernel, programs,
             *tokens, *weighed, *(first or last), *totals, *last, *(dots or last),
             *(factors or last), *(parts or last), *(vectors or last), *self.sizes,
             shift_in, shift_out, WEIGHTED=weights is not None, CAUSAL=self.causal, BACK=back,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, unobserved
+from attnspec.fast.backend import load
+from attnspec.fast.engines.operation import Operation
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -18,7 +19,7 @@ def run(
         return module.packed_rows(active, kv_heads, keys, causal, token_first)
 
 
-packed_op = torch.library.custom_op("attnspec::packed_rows", run, mutates_args=())
+packed_op = Operation("attnspec::packed_rows", run)
 
 
 @packed_op.register_fake
@@ -46,5 +47,4 @@ def packed_rows(
     row is not active. Then the offsets, int64 (sequences + 2), of rows and of keys; the last
     sequence has the rows that are not active, and no keys.
     """
-    forward = run if unobserved(active) else packed_op
-    return forward(active, kv_heads, keys, causal, token_first)
+    return packed_op(active, kv_heads, keys, causal, token_first)

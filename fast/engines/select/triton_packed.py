@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.prepared import launch
 
 CHUNK = 1024
 COUNTS = 1024
@@ -93,12 +93,12 @@ def packed_rows(
     chunks = triton.cdiv(tokens * (heads // kv_heads), CHUNK)
     counts = torch.empty(sequences * chunks, dtype=torch.int32, device=active.device)
     flags = active.view(torch.uint8)
-    count_launch()
-    _count[(sequences * chunks,)](
-        flags, counts, *flags.stride(), chunks, tokens, heads, kv_heads, N=CHUNK, num_warps=4
-    )
-    count_launch()
-    _list[(sequences * chunks,)](
+    launch(
+        _count, sequences * chunks,
+        flags, counts, *flags.stride(), chunks, tokens, heads, kv_heads, N=CHUNK, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _list, sequences * chunks,
         flags, counts, *lists, *offsets, *flags.stride(), sequences, chunks, tokens, keys, heads,
         kv_heads, CAUSAL=causal, TOKEN_FIRST=token_first, N=CHUNK, COUNTS=COUNTS, num_warps=4,
     )  # fmt: skip

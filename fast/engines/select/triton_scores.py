@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
@@ -124,8 +123,8 @@ def _run_product(
     if not out.numel():
         return out
     chunk, tiles = min(32, _chunk(width)), triton.cdiv(rows, 64)
-    count_launch()
-    _product[(batch * heads * tiles, triton.cdiv(width, chunk))](
+    launch(
+        _product, (batch * heads * tiles, triton.cdiv(width, chunk)),
         a, y, out, *a.stride(), *y.stride(), heads, a_group, y_group, rows, y.shape[2], shift,
         tiles, width, scale, CAUSAL=causal, TRANSPOSED=transposed, M=64, N=32, E=chunk,
         num_warps=4, num_stages=2,

@@ -16,12 +16,11 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
     choose_backend,
-    unobserved,
     wide_dtype,
 )
 from attnspec.fast.engines.taylor import numba_plan
 from attnspec.fast.engines.taylor.layout import pack, packed_count, unpack, unpacked_count
-from attnspec.fast.engines.taylor.op import run_step, taylor_op, taylor_step_op
+from attnspec.fast.engines.taylor.op import taylor_op, taylor_step_op
 
 WIDEST = 256
 
@@ -130,8 +129,7 @@ def step(
         _check_state(name, x, shape, q)
     if backend == "numba":
         return numba_plan.step(S, zk, q, k, v, scale, eps)
-    run = run_step if unobserved(S, zk, q, k, v) else taylor_step_op
-    return run(S, zk, q, k, v, scale, eps)
+    return taylor_step_op(S, zk, q, k, v, scale, eps)
 
 
 def _state_shapes(k: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
