@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,6 +67,19 @@ def _sdpa_call(
     return lambda: torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=ordered, enable_gqa=grouped and mask is None
     )
+
+
+def installed(package: str, module: str, name: str) -> Any:
+    """`name` of a module that `package` brings; without it a rival is unavailable."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise Unavailable(f"{package} is not installed") from None
+
+
+def flash_linear(module: str, name: str) -> Any:
+    """`name` of a module of flash-linear-attention."""
+    return installed("flash-linear-attention", f"fla.ops.{module}", name)
 
 
 def with_backward(forward: Callable[[], Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of, forward_and_backward, qkv
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
-from attnspec.conformance.bench.rivals import sdpa, torch_sdpa, with_backward
+from attnspec.conformance.bench.rivals import flash_linear, sdpa, torch_sdpa, with_backward
 
 
 def packed(d: int) -> int:
@@ -39,11 +39,7 @@ def fla(form: str, backward: bool = False) -> Rival:
     """flash-linear-attention's Based, "parallel" or "fused_chunk", if it is installed."""
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        try:
-            from fla.ops.based import fused_chunk_based, parallel_based
-        except ImportError:
-            raise Unavailable("flash-linear-attention is not installed") from None
-        chosen = parallel_based if form == "parallel" else fused_chunk_based
+        chosen = flash_linear("based", f"{form}_based")
         q, k, v = (arguments[name].transpose(1, 2).contiguous() for name in ("q", "k", "v"))
 
         def forward() -> Any:

@@ -7,12 +7,16 @@ from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
-from attnspec.conformance.bench.rivals import sdpa, torch_sdpa, with_backward
+from attnspec.conformance.bench.rivals import (
+    flash_linear,
+    installed,
+    sdpa,
+    torch_sdpa,
+    with_backward,
+)
 
 LONGEST_LOOP = 8192
 """Tokens a rival's loop is given the time for."""
-
-
 LONGEST_SOFTMAX = 131072
 """Tokens that exact attention is given the time for."""
 
@@ -125,16 +129,11 @@ def mamba(backward: bool = False) -> Rival:
     """The selective scan of mamba-ssm, if it is installed."""
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        import importlib
-
-        try:
-            module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        except ImportError:
-            raise Unavailable("mamba-ssm is not installed") from None
+        scan = installed("mamba-ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
         u, delta, b, c = (arguments[name].mT.contiguous() for name in ("u", "Delta", "b", "c"))
 
         def forward() -> Any:
-            return module.selective_scan_fn(u, delta, -arguments["A"], b, c, arguments["D"])
+            return scan(u, delta, -arguments["A"], b, c, arguments["D"])
 
         return with_backward(forward, (u, delta, b, c)) if backward else forward
 
@@ -145,10 +144,7 @@ def simple_gla(backward: bool = False) -> Rival:
     """flash-linear-attention's simple_gla, which takes log decays and values already multiplied."""
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        try:
-            from fla.ops.simple_gla import chunk_simple_gla
-        except ImportError:
-            raise Unavailable("flash-linear-attention is not installed") from None
+        chunk_simple_gla = flash_linear("simple_gla", "chunk_simple_gla")
         delta = arguments["Delta"].float()
         values = (delta[..., None] * arguments["u"]).to(arguments["u"].dtype)
         gates = (-arguments["a"][:, None] * delta).transpose(1, 2).contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of, forward_and_backward, qkv
 from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
-from attnspec.conformance.bench.rivals import torch_sdpa, with_backward
+from attnspec.conformance.bench.rivals import flash_linear, torch_sdpa, with_backward
 
 
 def scan_cost(causal: bool, factor: float = 1.0) -> Any:
@@ -30,10 +30,7 @@ def fla(backward: bool = False) -> Rival:
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         import torch
 
-        try:
-            from fla.ops.gla import chunk_gla
-        except ImportError:
-            raise Unavailable("flash-linear-attention is not installed") from None
+        chunk_gla = flash_linear("gla", "chunk_gla")
         q, k, v = (arguments[name].transpose(1, 2).contiguous() for name in ("q", "k", "v"))
 
         def forward() -> Any:
@@ -81,6 +78,10 @@ def lightning() -> Rival:
     return Rival("lightning_attention_2", prepare)
 
 
+HEADS = {"cuda": 32, "cpu": 8}
+"""What a name does not tell."""
+
+
 def lightnet(
     operation: str, device: str, heads: int, d: int, tokens: int, backward: bool, rivals: Any
 ) -> Benchmark:
@@ -88,7 +89,7 @@ def lightnet(
     return Benchmark(
         f"lightnet.{operation}",
         f"{tokens // 1024}k tokens d={d}"
-        + ("" if heads == (32 if device == "cuda" else 8) else f" heads={heads}")
+        + ("" if heads == HEADS[device] else f" heads={heads}")
         + (" forward+backward" if backward else ""),
         device,
         qkv(1, heads, heads, tokens, tokens, d),

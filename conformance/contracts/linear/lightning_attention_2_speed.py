@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of, forward_and_backward, qkv
-from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
-from attnspec.conformance.bench.rivals import sdpa, torch_sdpa, with_backward
+from attnspec.conformance.bench.model import Benchmark, Cost, Rival
+from attnspec.conformance.bench.rivals import flash_linear, sdpa, torch_sdpa, with_backward
 
 
 def linear_cost(factor: float = 1.0) -> Any:
@@ -29,10 +29,7 @@ def fla(backward: bool = False) -> Rival:
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         import torch
 
-        try:
-            from fla.ops.simple_gla import chunk_simple_gla
-        except ImportError:
-            raise Unavailable("flash-linear-attention is not installed") from None
+        chunk_simple_gla = flash_linear("simple_gla", "chunk_simple_gla")
         q, k, v = (arguments[name].transpose(1, 2).contiguous() for name in ("q", "k", "v"))
         gates = -arguments["s"].to(torch.float32)
 
