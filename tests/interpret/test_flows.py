@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import launch_count
 from attnspec.fast.engines.scan import triton_flows_host
 from attnspec.fast.linear import flowformer
+from tests.flow_plans import halve, spoil
 
 CLAMPS = [(-1.0, 1.0), (-200.0, 200.0), None]
 
@@ -23,14 +23,9 @@ CLAMPS = [(-1.0, 1.0), (-200.0, 200.0), None]
 @pytest.fixture(autouse=True)
 def _many_segments_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a large device, and with NaN in buffers that nobody has written."""
-    empty = triton_flows_host.Plan.empty
-
-    def spoilt(plan: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(plan, *shape, dtype=dtype).fill_(torch.nan)
-
     monkeypatch.setattr(triton_flows_host, "device_of", lambda x: (64, True))
     monkeypatch.setattr(triton_flows_host, "SHORTEST", 32)
-    monkeypatch.setattr(triton_flows_host.Plan, "empty", spoilt)
+    spoil(monkeypatch)
 
 
 def tokens(n: int, m: int, d: int, dv: int, group: int = 2, dtype: Any = torch.float32) -> Any:
@@ -174,15 +169,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with bfloat16 on a device: operands rounded, sums not."""
-    of = triton_flows_host.Plan.of
-
-    def halved(*given: Tensor) -> Any:
-        plan = of(*given)
-        plan.half, plan.cfg = True, triton_flows_host.config(2, given[0].shape[3], True)
-        return plan
-
-    monkeypatch.setattr(triton_flows_host.Plan, "of", halved)
-    monkeypatch.setattr(triton_flows_host.Plan, "product", (torch.float16, tl.float16))
+    halve(monkeypatch)
     q, k, v = tokens(150, 150, 32, 16, 1, torch.float16)
     agree(
         flowformer.flow_attend(q, k, v, backend="triton"),

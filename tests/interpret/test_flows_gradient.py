@@ -10,25 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import launch_count
-from attnspec.fast.engines.scan import flows_gradient, triton_flows_host
+from attnspec.fast.engines.scan import flows_gradient
 from attnspec.fast.engines.scan.configs import FLOWS_GRADIENT, use_config
 from attnspec.fast.linear import flowformer
 from attnspec.fast.linear.flowformer_state import FlowState
+from tests.flow_plans import halve, spoil
 
 
 @pytest.fixture(autouse=True)
 def _nothing_in_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in buffers that nobody has written."""
-    empty = triton_flows_host.Plan.empty
-
-    def spoilt(plan: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(plan, *shape, dtype=dtype).fill_(torch.nan)
-
-    monkeypatch.setattr(triton_flows_host.Plan, "empty", spoilt)
+    spoil(monkeypatch)
 
 
 def tokens(n: int, d: int, dv: int, group: int = 2, dtype: Any = torch.float32) -> list[Tensor]:
@@ -158,15 +153,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with bfloat16 on a device: operands rounded, sums not."""
-    of = triton_flows_host.Plan.of
-
-    def halved(*given: Tensor) -> Any:
-        plan = of(*given)
-        plan.half, plan.cfg = True, triton_flows_host.config(2, given[0].shape[3], True)
-        return plan
-
-    monkeypatch.setattr(triton_flows_host.Plan, "of", halved)
-    monkeypatch.setattr(triton_flows_host.Plan, "product", (torch.float16, tl.float16))
+    halve(monkeypatch)
     given = tokens(150, 32, 16, 1, torch.float16)
     got = gradients(given, None, "triton", torch.float16, "out")
     agree(got, gradients(given, None, "numba", torch.float64, "out"), 2e-3)
