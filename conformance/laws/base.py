@@ -137,4 +137,10 @@ def near_blocks(kernel: Kernel, least: int = 1) -> st.SearchStrategy[int]:
     return st.sampled_from(sorted(n for n in lengths if max(1, least) <= n <= kernel.largest))
 
 
+def around_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrategy[int]]:
+    """Lengths around the kernel's tiles in one batch entry, and one query head of a group."""
+    axes = {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
+    return axes | {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
+
+
 ALL_LAYOUTS = LAYOUTS

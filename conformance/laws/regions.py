@@ -10,8 +10,8 @@ from attnspec.conformance.laws.base import (
     ALL_LAYOUTS,
     Law,
     Strategy,
+    around_tiles,
     draw_case,
-    near_blocks,
     token_axes,
     usual_widths,
 )
@@ -28,9 +28,7 @@ def comfortable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def ragged(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    axes = {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
-    axes |= {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
-    return draw_case(contract, kernel, dtype, axes=axes)
+    return draw_case(contract, kernel, dtype, axes=around_tiles(contract, kernel))
 
 
 def tiny(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -67,8 +65,9 @@ def magnitude(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def wide(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    widths = usual_widths(contract)
-    return draw_case(contract, kernel, dtype, widths=widths, values=("normal", "real"))
+    """Tiles that are full in both directions: a kernel may have smaller ones for anything less."""
+    axes, widths = around_tiles(contract, kernel), usual_widths(contract)
+    return draw_case(contract, kernel, dtype, axes, values=("normal", "real"), widths=widths)
 
 
 def _has_heads(contract: Contract, kernel: Kernel) -> bool:
@@ -138,7 +137,7 @@ LAWS = (
     ),
     Law(
         "precision",
-        "Heads of 64 and 128 channels too: float32 is IEEE float32, everything accumulates in it.",
+        "Full tiles of 64 and 128 channels too: float32 is IEEE, everything accumulates in it.",
         ("K10",),
         wide,
         check_agreement,

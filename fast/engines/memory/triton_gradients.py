@@ -10,12 +10,18 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.memory.triton_scalars import PLACE, locate
-from attnspec.fast.engines.memory.triton_walk import product, rows_tile, state_at, store_rows
+from attnspec.fast.engines.memory.triton_walk import (
+    offset,
+    product,
+    rows_tile,
+    state_at,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def queries_kernel(
-    k, k_b, k_h, k_t, k_d, q, q_b, q_h, q_t, q_d, dy, states, errors, rows, G, dq, dpairs, drows,
+    k, k_b, k_h, k_t, q, q_b, q_h, q_t, dy, states, errors, rows, G, dq, dpairs, drows,
     dG, tokens, b, per, count, size, heads, group,
     D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, TD: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
@@ -29,15 +35,15 @@ def queries_kernel(
     own, piece, start, length = locate(tl.program_id(0) // tiles, tokens, b, per, count, size)
     memory = own // group
     batch, head = own // (heads * group), own % (heads * group)
-    k += batch * k_b + head // group * k_h
-    q += batch * q_b + head * q_h
+    k += offset(batch, k_b, head // group, k_h)
+    q += offset(batch, q_b, head, q_h)
     here = memory * count + piece
     in_W = tl.zeros((C, TD), tl.float32)
     in_S = tl.zeros((C, TD), tl.float32)
     dA = tl.zeros((C, C), tl.float32)
     for left in range(0, DV, TV):
-        dY = rows_tile(dy + own * tokens * DV, DV, 1, start, length, left, DV, C, TV)
-        E = rows_tile(errors + here * C * DV, DV, 1, 0, C, left, DV, C, TV)
+        dY = rows_tile(dy + own * tokens * DV, DV, start, length, left, DV, C, TV)
+        E = rows_tile(errors + here * C * DV, DV, 0, C, left, DV, C, TV)
         at, inside = state_at(D, DV, TD, TV, low, left)
         W = tl.load(states + here * 2 * D * DV + at, mask=inside, other=0.0)
         S = tl.load(states + (here * 2 + 1) * D * DV + at, mask=inside, other=0.0)
@@ -47,8 +53,8 @@ def queries_kernel(
     row = tl.arange(0, C)
     square = row[:, None] * C + row[None, :]
     weights = tl.load(G + here * C * C + square)
-    K = rows_tile(k, k_t, k_d, start, length, low, D, C, TD)
-    Q = rows_tile(q, q_t, q_d, start, length, low, D, C, TD)
+    K = rows_tile(k, k_t, start, length, low, D, C, TD)
+    Q = rows_tile(q, q_t, start, length, low, D, C, TD)
     beta = tl.load(rows + (here * C + row) * 3)[:, None]
     f = tl.load(rows + (here * C + row) * 3 + 2)[:, None]
     dP = (dA * weights).to(K.dtype)
@@ -61,8 +67,8 @@ def queries_kernel(
     if tile == 0:
         pairs = tl.zeros((C, C), tl.float32)
         for first in range(0, D, TD):
-            Q = rows_tile(q, q_t, q_d, start, length, first, D, C, TD)
-            K = rows_tile(k, k_t, k_d, start, length, first, D, C, TD)
+            Q = rows_tile(q, q_t, start, length, first, D, C, TD)
+            K = rows_tile(k, k_t, start, length, first, D, C, TD)
             pairs += product(Q, tl.trans(K))
         tl.store(dpairs + (own * count + piece) * C * C + square, dP)
         tl.store(dG + (own * count + piece) * C * C + square, dA * pairs)
@@ -70,7 +76,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def keys_kernel(
-    k, k_b, k_h, k_t, k_d, q, q_b, q_h, q_t, q_d, dv, states, dstates, errors, end_n, end_G, dpairs,
+    k, k_b, k_h, k_t, q, q_b, q_h, q_t, dv, states, dstates, errors, end_n, end_G, dpairs,
     dk, dend, dend_n, dend_G, tokens, b, per, count, size, heads, group,
     D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, TD: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +88,7 @@ def keys_kernel(
     low = tile * TD
     memory, piece, start, length = locate(tl.program_id(0) // tiles, tokens, b, per, count, size)
     batch, head = memory // heads, memory % heads
-    k += batch * k_b + head * k_h
-    q += batch * q_b + head * group * q_h
+    k += offset(batch, k_b, head, k_h)
     here = memory * count + piece
     base = here - piece % per
     dK = tl.zeros((C, TD), tl.float32)
@@ -99,8 +104,8 @@ def keys_kernel(
         older = tl.load(states + base * 2 * D * DV + at, mask=inside, other=0.0)
         dW = tl.load(dstates + here * 2 * D * DV + at, mask=inside, other=0.0)
         dS = tl.load(dstates + (here * 2 + 1) * D * DV + at, mask=inside, other=0.0)
-        E = rows_tile(errors + here * C * DV, DV, 1, 0, C, left, DV, C, TV)
-        dV = rows_tile(dv + memory * tokens * DV, DV, 1, start, length, left, DV, C, TV)
+        E = rows_tile(errors + here * C * DV, DV, 0, C, left, DV, C, TV)
+        dV = rows_tile(dv + memory * tokens * DV, DV, start, length, left, DV, C, TV)
         in_W += product(E, tl.trans(dW))
         in_S += product(E, tl.trans(dS))
         dK -= product(dV, tl.trans(older))
@@ -116,10 +121,11 @@ def keys_kernel(
     for g in range(group):
         own = memory * group + g
         dP = tl.load(dpairs + (own * count + piece) * C * C + square)
-        Q = rows_tile(q + g * q_h, q_t, q_d, start, length, low, D, C, TD)
+        queries = q + offset(batch, q_b, head * group + g, q_h)
+        Q = rows_tile(queries, q_t, start, length, low, D, C, TD)
         dK += product(tl.trans(dP), Q)
     store_rows(dk + memory * tokens * D, D, dK, start, length, low, D, C, TD)
-    K = rows_tile(k, k_t, k_d, start, length, low, D, C, TD).to(tl.float32)
+    K = rows_tile(k, k_t, start, length, low, D, C, TD).to(tl.float32)
     share = (here * tiles + tile) * C + row
     tl.store(dend_G + share, -tl.sum(K * in_W, 1))
     tl.store(dend_n + share, -tl.sum(K * in_S, 1))

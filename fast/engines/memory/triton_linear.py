@@ -24,6 +24,19 @@ def _power(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
+def _in_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, with rows that each begin at a multiple of 16 numbers.
+
+    Rows read number by number take an address each, more than a program has registers for; and
+    from such code ptxas 12.8 has made wrong descriptors of tiles of 64 rows.
+    """
+    if x.stride(3) == 1 and not x.data_ptr() % 16 and all(n % 16 == 0 for n in x.stride()[:3]):
+        return x
+    width = x.shape[3]
+    copy = x.new_empty(*x.shape[:3], 16 * triton.cdiv(width, 16))[..., :width]
+    return copy.copy_(x)
+
+
 @dataclass
 class Linear:
     """One call: its pieces, inputs, coefficients and configuration."""
@@ -43,7 +56,8 @@ class Linear:
     ) -> Linear:  # fmt: skip
         hopper = k.is_cuda and torch.cuda.get_device_properties(k.device).major >= 9
         of = scalars(rates, pieces, before)
-        return cls(pieces, k, v, q, of, loss_scale, config(k.element_size(), hopper))
+        cfg = config(k.element_size(), hopper)
+        return cls(pieces, *(_in_rows(x) for x in (k, v, q)), of, loss_scale, cfg)
 
     @property
     def memories(self) -> int:
@@ -70,6 +84,11 @@ class Linear:
         """Value channels that a program of a walk owns."""
         return max(16, min(_power(self.dv), self.cfg.walk_items // _power(self.d)))
 
+    def rows(self, *names: str) -> tuple[Any, ...]:
+        """These inputs, each before its strides between batch entries, heads and tokens."""
+        inputs = [getattr(self, name) for name in names]
+        return tuple(part for x in inputs for part in (x, *x.stride()[:3]))
+
     def place(self) -> tuple[int, ...]:
         p = self.pieces
         return p.tokens, p.b, p.per, p.count, p.size, self.k.shape[1], self.group
@@ -93,7 +112,7 @@ class Linear:
         out = self.empty(heads, p.count, p.size, p.size, dtype=self.k.dtype)
         launch(
             scores_kernel, heads * p.count,
-            self.k, *self.k.stride(), self.q, *self.q.stride(), self.of.G, out, *self.place(),
+            *self.rows("k", "q"), self.of.G, out, *self.place(),
             D=self.d, C=p.size, TD=min(self.cfg.tile, _power(self.d)),
             num_warps=self.cfg.tile_warps, num_stages=self.cfg.tile_stages,
         )  # fmt: skip
@@ -117,9 +136,8 @@ def forward(
     scores = call.scores()
     launch(
         walk_kernel, call.walkers(),
-        k, *k.stride(), v, *v.stride(), q, *q.stride(), W, S, of.rows, of.end, of.end_n, of.end_G,
-        scores, y, last_W, last_S, states, errors, *call.place(), loss_scale, KEEP=keep,
-        **call.walk_options(),
+        *call.rows("k", "v", "q"), W, S, of.rows, of.end, of.end_n, of.end_G, scores, y, last_W,
+        last_S, states, errors, *call.place(), loss_scale, KEEP=keep, **call.walk_options(),
     )  # fmt: skip
     return y, last_W, last_S, states, errors
 
@@ -138,29 +156,29 @@ def backward(
     dstates = torch.empty_like(states)
     launch(
         walk_back_kernel, call.walkers(),
-        k, *k.stride(), q, *q.stride(), dy, of.rows, of.end, of.end_n, of.end_G, call.scores(), dW,
+        *call.rows("k", "q"), dy, of.rows, of.end, of.end_n, of.end_G, call.scores(), dW,
         dS, first_dW, first_dS, dstates, dv, *call.place(), loss_scale, **call.walk_options(),
     )  # fmt: skip
     tile = min(call.cfg.tile, _power(call.d))
     tiles, heads = triton.cdiv(call.d, tile), call.memories * call.group
     options = {
         "D": call.d, "DV": call.dv, "C": p.size, "TD": tile,
-        "TV": min(call.cfg.tile, _power(call.dv)), "num_warps": call.cfg.tile_warps,
-        "num_stages": call.cfg.tile_stages,
+        "TV": min(call.cfg.tile, _power(call.dv)),
+        "num_warps": call.cfg.tile_warps, "num_stages": call.cfg.tile_stages,
     }  # fmt: skip
     dpairs = call.empty(heads, p.count, p.size, p.size, dtype=k.dtype)
     dG = call.empty(heads, p.count, p.size, p.size)
     drows = call.empty(heads, p.count, tiles, p.size, 2)
     launch(
         queries_kernel, heads * p.count * tiles,
-        k, *k.stride(), q, *q.stride(), dy, states, errors, of.rows, of.G, dq, dpairs, drows, dG,
+        *call.rows("k", "q"), dy, states, errors, of.rows, of.G, dq, dpairs, drows, dG,
         *call.place(), **options,
     )  # fmt: skip
     dend = call.empty(call.memories, p.count, tiles, 3)
     dend_n, dend_G = (call.empty(call.memories, p.count, tiles, p.size) for _ in range(2))
     launch(
         keys_kernel, call.memories * p.count * tiles,
-        k, *k.stride(), q, *q.stride(), dv, states, dstates, errors, of.end_n, of.end_G, dpairs, dk,
+        *call.rows("k", "q"), dv, states, dstates, errors, of.end_n, of.end_G, dpairs, dk,
         dend, dend_n, dend_G, *call.place(), **options,
     )  # fmt: skip
     by_memory = (call.memories, call.group)

@@ -13,11 +13,16 @@ from attnspec.fast.engines.memory.triton_scalars import PLACE, locate
 
 
 @triton.jit
-def rows_tile(base, stride_t, stride_d, start, length, first, width, C: tl.constexpr,
-              W: tl.constexpr):  # fmt: skip
+def offset(batch, stride_b, head, stride_h):
+    """Numbers before the rows of a head, a multiple of 16: the host sees to it."""
+    return tl.multiple_of(batch * stride_b + head * stride_h, 16)
+
+
+@triton.jit
+def rows_tile(base, stride_t, start, length, first, width, C: tl.constexpr, W: tl.constexpr):
     """Tile (C, W) of `length` rows from `start` and channels from `first` to `width`, else 0."""
     row, channel = tl.arange(0, C)[:, None], first + tl.arange(0, W)[None, :]
-    at = (start + row).to(tl.int64) * stride_t + channel.to(tl.int64) * stride_d
+    at = (start + row).to(tl.int64) * stride_t + channel
     return tl.load(base + at, mask=(row < length) & (channel < width), other=0.0)
 
 
@@ -44,19 +49,19 @@ def product(a, b):
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def scores_kernel(
-    k, k_b, k_h, k_t, k_d, q, q_b, q_h, q_t, q_d, G, scores, tokens, b, per, count, size, heads,
+    k, k_b, k_h, k_t, q, q_b, q_h, q_t, G, scores, tokens, b, per, count, size, heads,
     group, D: tl.constexpr, C: tl.constexpr, TD: tl.constexpr,
 ):  # fmt: skip
     """scores (query heads, pieces, C, C) = q k^T times the coefficients of every pair."""
     program = tl.program_id(0)
     head, piece, start, length = locate(program, tokens, b, per, count, size)
     batch, own = head // (heads * group), head % (heads * group)
-    k += batch * k_b + own // group * k_h
-    q += batch * q_b + own * q_h
+    k += offset(batch, k_b, own // group, k_h)
+    q += offset(batch, q_b, own, q_h)
     acc = tl.zeros((C, C), tl.float32)
     for low in range(0, D, TD):
-        Q = rows_tile(q, q_t, q_d, start, length, low, D, C, TD)
-        K = rows_tile(k, k_t, k_d, start, length, low, D, C, TD)
+        Q = rows_tile(q, q_t, start, length, low, D, C, TD)
+        K = rows_tile(k, k_t, start, length, low, D, C, TD)
         acc += product(Q, tl.trans(K))
     square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
     memory = (head // group) * count + piece
@@ -67,7 +72,7 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def walk_kernel(
-    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, q, q_b, q_h, q_t, q_d, first_W, first_S, rows,
+    k, k_b, k_h, k_t, v, v_b, v_h, v_t, q, q_b, q_h, q_t, first_W, first_S, rows,
     end, end_n, end_G, scores, y, last_W, last_S, states, errors, tokens, b, per, count, size,
     heads, group, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -82,9 +87,8 @@ def walk_kernel(
     left = program % tiles * BV
     memory = (program // tiles).to(tl.int64)
     batch, head = memory // heads, memory % heads
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    q += batch * q_b + head * group * q_h
+    k += offset(batch, k_b, head, k_h)
+    v += offset(batch, v_b, head, v_h)
     at, inside = state_at(D, DV, BD, BV, 0, left)
     W = tl.load(first_W + memory * D * DV + at, mask=inside, other=0.0)
     S = tl.load(first_S + memory * D * DV + at, mask=inside, other=0.0)
@@ -98,8 +102,8 @@ def walk_kernel(
             base = tl.where(n % per == 0, W, base)
         else:
             base = W
-        K = rows_tile(k, k_t, k_d, start, length, 0, D, C, BD)
-        V = rows_tile(v, v_t, v_d, start, length, left, DV, C, BV)
+        K = rows_tile(k, k_t, start, length, 0, D, C, BD)
+        V = rows_tile(v, v_t, start, length, left, DV, C, BV)
         E = loss_scale * (product(K, base) - V.to(tl.float32))
         if KEEP:
             kept = states + here * 2 * D * DV + at
@@ -109,7 +113,8 @@ def walk_kernel(
         beta = tl.load(rows + (here * C + row) * 3)[:, None]
         f = tl.load(rows + (here * C + row) * 3 + 2)[:, None]
         for g in range(group):
-            Q = rows_tile(q + g * q_h, q_t, q_d, start, length, 0, D, C, BD)
+            queries = q + offset(batch, q_b, head * group + g, q_h)
+            Q = rows_tile(queries, q_t, start, length, 0, D, C, BD)
             own = memory * group + g
             A = tl.load(scores + (own * count + piece) * C * C + square)
             Y = beta * product(Q, W) + f * product(Q, S) - product(A, E)
@@ -125,7 +130,7 @@ def walk_kernel(
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def walk_back_kernel(
-    k, k_b, k_h, k_t, k_d, q, q_b, q_h, q_t, q_d, dy, rows, end, end_n, end_G, scores, last_dW,
+    k, k_b, k_h, k_t, q, q_b, q_h, q_t, dy, rows, end, end_n, end_G, scores, last_dW,
     last_dS, first_dW, first_dS, dstates, dv, tokens, b, per, count, size, heads, group, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LONG: tl.constexpr,
@@ -136,8 +141,7 @@ def walk_back_kernel(
     left = program % tiles * BV
     memory = (program // tiles).to(tl.int64)
     batch, head = memory // heads, memory % heads
-    k += batch * k_b + head * k_h
-    q += batch * q_b + head * group * q_h
+    k += offset(batch, k_b, head, k_h)
     at, inside = state_at(D, DV, BD, BV, 0, left)
     dW = tl.load(last_dW + memory * D * DV + at, mask=inside, other=0.0)
     dS = tl.load(last_dS + memory * D * DV + at, mask=inside, other=0.0)
@@ -151,7 +155,7 @@ def walk_back_kernel(
         kept = dstates + here * 2 * D * DV + at
         tl.store(kept, dW.to(dstates.dtype.element_ty), mask=inside)
         tl.store(kept + D * DV, dS.to(dstates.dtype.element_ty), mask=inside)
-        K = rows_tile(k, k_t, k_d, start, length, 0, D, C, BD)
+        K = rows_tile(k, k_t, start, length, 0, D, C, BD)
         G = tl.load(end_G + here * C + row)[:, None]
         other = tl.load(end_n + here * C + row)[:, None]
         dE = -(G * product(K, dW) + other * product(K, dS))
@@ -161,8 +165,9 @@ def walk_back_kernel(
         dW = tl.load(end + here * 3) * dW
         for g in range(group):
             own = memory * group + g
-            dY = rows_tile(dy + own * tokens * DV, DV, 1, start, length, left, DV, C, BV)
-            Q_T = tl.trans(rows_tile(q + g * q_h, q_t, q_d, start, length, 0, D, C, BD))
+            dY = rows_tile(dy + own * tokens * DV, DV, start, length, left, DV, C, BV)
+            queries = q + offset(batch, q_b, head * group + g, q_h)
+            Q_T = tl.trans(rows_tile(queries, q_t, start, length, 0, D, C, BD))
             A = tl.load(scores + (own * count + piece) * C * C + square)
             dE -= product(tl.trans(A), dY)
             wide = dY.to(tl.float32)
