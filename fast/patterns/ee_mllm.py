@@ -20,12 +20,15 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    choose_by_dtype,
     product,
+    unobserved,
 )
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.rows import join_normed, join_read
+from attnspec.fast.engines.select import places, take_tokens
 from attnspec.fast.growing import checkable
 from attnspec.fast.patterns.ee_mllm_attention import (
-    TOKENS,
     VISIBILITIES,
     composite_attention,
     composite_mask,
@@ -33,17 +36,14 @@ from attnspec.fast.patterns.ee_mllm_attention import (
 from attnspec.fast.patterns.ee_mllm_layers import (
     MODES,
     Layer,
+    add_product,
     aligner_update,
     check_layer,
     feed_forward,
     flops,
     join_heads,
     normalise,
-    own_values,
     project,
-    project_keys,
-    rotations,
-    split_heads,
 )
 
 __all__ = [
@@ -66,6 +66,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
 is amplified by those behind it, more than a budget made of a few rounded runs foresees.
 """
 
+WEIGHTS = ("norm1", "Wq", "Wk", "Wv", "Wo", "norm2")
+
 
 def layer_step(
     Xt: Tensor,
@@ -86,26 +88,32 @@ def layer_step(
     _check_states(Xt, Xv, layer, pos_t, pos_v)
     _check_options(mode, image_visible)
     images, text = Xv.shape[1], Xt.shape[1]
-    pos = torch.cat([pos_v, pos_t])
-    X = torch.cat([Xv, Xt], dim=1)
+    weights = (getattr(layer, name) for name in WEIGHTS)
+    # Where nobody looks on, the residual stream is a buffer of ours that products add to.
+    on_gpu = choose_by_dtype(backend, "Xt", Xt) == "triton"
+    ours = on_gpu and unobserved(Xt, Xv, *weights, *layer.ffn)
+    at = places(
+        None, pos_v, pos_t, rows=text, ahead=image_visible == "all", backend=backend
+    )  # fmt: skip
     # Weights are read once for both kinds of token; queries are of text alone.
-    h = normalise(X, layer.norm1, layer.eps)
-    turns = rotations(layer, pos, X)
-    text_turns = None if turns is None else (turns[0][images:], turns[1][images:])
-    q = project_keys(h[:, images:], layer.Wq, layer.H, text_turns)
-    k = project_keys(h, layer.Wk, layer.Hk, turns)
-    v = split_heads(product(h, layer.Wv), layer.Hk)
-    is_visual = torch.arange(images + text, device=Xt.device) < images
-    out, _ = composite_attention(q, k, v, is_visual, pos, image_visible, backend=backend)
-    read = join_heads(out)
+    X, h, rows = join_normed(
+        Xv, Xt, layer.norm1, layer.eps, at.order, at.place, at.row_order, at.row_place,
+        backend=backend,
+    )  # fmt: skip
+    q, k, v = project(h, rows, layer, at.position, at.row_position, backend)
+    out, _ = flash(q, k, v, row_end=at.ends, backend=backend)
     if mode == "self":
-        read = torch.cat([own_values(v[:, :, :images], layer), read], dim=1)
-        X = feed_forward(X + product(read, layer.Wo), layer)
+        read = join_read(v, out, at.place, at.row_place, backend=backend)
+        X = add_product(X, read, layer.Wo, ours)
+        X = feed_forward(X, layer, backend=backend, ours=ours)
         return X[:, images:], X[:, :images]
-    Xt = Xt + product(read, layer.Wo)
+    out, _ = take_tokens(out, None, at.row_place, at.row_order, backend=backend)
+    Xt = add_product(X[:, images:], join_heads(out), layer.Wo, ours)
     if mode == "frozen":
-        return feed_forward(Xt, layer), Xv
-    X = feed_forward(torch.cat([Xv, Xt], dim=1), layer)
+        return feed_forward(Xt, layer, backend=backend, ours=ours), Xv
+    X = feed_forward(
+        X if ours else torch.cat([Xv, Xt], dim=1), layer, backend=backend, ours=ours
+    )  # fmt: skip
     return X[:, images:], X[:, :images]
 
 
@@ -155,13 +163,13 @@ def dense_step(
     """The same as `layer_step` for a layer in which all tokens attend causally to all."""
     _check_states(Xt, Xv, layer, pos_t, pos_v)
     images = Xv.shape[1]
-    pos = torch.cat([pos_v, pos_t])
-    order = torch.argsort(pos)
+    at = places(None, pos_v, pos_t, rows=0, backend=backend)
     X = torch.cat([Xv, Xt], dim=1)
-    q, k, v = (x.index_select(TOKENS, order) for x in project(X, layer, pos))
+    h = normalise(X, layer.norm1, layer.eps).index_select(1, at.order)
+    q, k, v = project(h, h, layer, at.position, at.position, backend)
     out, _ = flash(q, k, v, causal=True, backend=backend)
-    out = out.index_select(TOKENS, torch.argsort(order))
-    X = feed_forward(X + product(join_heads(out), layer.Wo), layer)
+    out, _ = take_tokens(out, None, at.place, at.order, backend=backend)
+    X = feed_forward(X + product(join_heads(out), layer.Wo), layer, backend=backend)
     return X[:, images:], X[:, :images]
 
 

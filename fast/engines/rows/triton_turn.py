@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
 from attnspec.fast.engines.rows.turning import Turn
+from attnspec.fast.engines.strides import strides_of, unit_of
 
 PROGRAMS = 2048
 """Programs that an operand should have; heads beyond are taken by the same program."""
@@ -181,7 +182,7 @@ def turn(
         how.log_base, how.decay, float(how.centre), how.log_c, how.floor, HALF=how.half, REST=rest,
         NEIGHBOURS=how.neighbours, INVERSE=how.inverse, Q_PLACED=pq is not None,
         K_PLACED=pk is not None, GIVEN=f is not None, GROWN=how.decay != 0.0,
-        SCALED=how.log_c != 0.0, Q_UNIT=_unit(q), K_UNIT=1 if k is None else _unit(k),
+        SCALED=how.log_c != 0.0, Q_UNIT=unit_of(q), K_UNIT=1 if k is None else unit_of(k),
         PAIR=k is not None, R=tile, BH=width, BR=triton.next_power_of_2(rest) if rest else 1,
         num_warps=chosen.warps,
     )  # fmt: skip
@@ -196,18 +197,9 @@ def _share(x: Tensor, tile: int) -> tuple[int, int]:
     return chunk, tiles * triton.cdiv(heads, chunk)
 
 
-def _unit(x: Tensor) -> int:
-    """Elements in 16 bytes if rows are contiguous and begin at multiples of them, else 1."""
-    unit = 16 // x.element_size()
-    apart = all(n == 1 or s % unit == 0 for n, s in zip(x.shape[:3], x.stride(), strict=False))
-    return unit if apart and x.stride(3) == 1 and x.data_ptr() % 16 == 0 else 1
-
-
 def _operand(x: Tensor) -> tuple[Any, ...]:
     """An operand and its strides, those of its rows in units."""
-    unit = _unit(x)
-    b, h, t, d = x.stride()
-    return x.detach(), b // unit, h // unit, t // unit, d
+    return x.detach(), *strides_of(x)
 
 
 def _places(p: Tensor | None) -> tuple[Any, ...]:
