@@ -9,17 +9,17 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def unit_of(x: Tensor) -> int:
-    """Elements in 16 bytes if the rows of x (..., d) are contiguous and begin at multiples of them,
-    else 1.
+def layout_of(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Elements of a unit, and the strides of x (..., d), those of its rows in units.
+
+    A unit is 16 bytes if rows are contiguous and begin at multiples of them, else an element.
     """
-    unit = 16 // x.element_size()
-    apart = all(n == 1 or s % unit == 0 for n, s in zip(x.shape[:-1], x.stride(), strict=False))
-    return unit if apart and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else 1
-
-
-def strides_of(x: Tensor) -> tuple[int, ...]:
-    """The strides of x, those of its rows in units."""
-    unit = unit_of(x)
-    *rows, d = x.stride()
-    return *(stride // unit for stride in rows), d
+    unit, strides = 16 // x.element_size(), x.stride()
+    *rows, d = strides
+    if d != 1 or x.data_ptr() & 15:
+        return 1, strides
+    for size, stride in zip(x.shape, rows, strict=False):
+        # The stride of an axis of size 1 is never used.
+        if stride % unit and size > 1:
+            return 1, strides
+    return unit, (*(stride // unit for stride in rows), d)

@@ -36,14 +36,14 @@ from attnspec.fast.patterns.ee_mllm_attention import (
 from attnspec.fast.patterns.ee_mllm_layers import (
     MODES,
     Layer,
+    add_feed_forward,
     add_product,
     aligner_update,
     check_layer,
-    feed_forward,
     flops,
     join_heads,
     normalise,
-    project,
+    project_normed,
 )
 
 __all__ = [
@@ -92,28 +92,26 @@ def layer_step(
     # Where nobody looks on, the residual stream is a buffer of ours that products add to.
     on_gpu = choose_by_dtype(backend, "Xt", Xt) == "triton"
     ours = on_gpu and unobserved(Xt, Xv, *weights, *layer.ffn)
-    at = places(
-        None, pos_v, pos_t, rows=text, ahead=image_visible == "all", backend=backend
-    )  # fmt: skip
+    ahead = image_visible == "all"
+    at = places(None, pos_v, pos_t, rows=text, ahead=ahead, backend=backend)
     # Weights are read once for both kinds of token; queries are of text alone.
     X, h, rows = join_normed(
         Xv, Xt, layer.norm1, layer.eps, at.order, at.place, at.row_order, at.row_place,
         backend=backend,
     )  # fmt: skip
-    q, k, v = project(h, rows, layer, at.position, at.row_position, backend)
+    q, k, v = project_normed(h, rows, layer, at.position, at.row_position, backend)
     out, _ = flash(q, k, v, row_end=at.ends, backend=backend)
     if mode == "self":
         read = join_read(v, out, at.place, at.row_place, backend=backend)
         X = add_product(X, read, layer.Wo, ours)
-        X = feed_forward(X, layer, backend=backend, ours=ours)
+        X = add_feed_forward(X, layer, backend=backend, ours=ours)
         return X[:, images:], X[:, :images]
     out, _ = take_tokens(out, None, at.row_place, at.row_order, backend=backend)
     Xt = add_product(X[:, images:], join_heads(out), layer.Wo, ours)
     if mode == "frozen":
-        return feed_forward(Xt, layer, backend=backend, ours=ours), Xv
-    X = feed_forward(
-        X if ours else torch.cat([Xv, Xt], dim=1), layer, backend=backend, ours=ours
-    )  # fmt: skip
+        return add_feed_forward(Xt, layer, backend=backend, ours=ours), Xv
+    X = X if ours else torch.cat([Xv, Xt], dim=1)
+    X = add_feed_forward(X, layer, backend=backend, ours=ours)
     return X[:, images:], X[:, :images]
 
 
@@ -162,14 +160,15 @@ def dense_step(
 ) -> tuple[Tensor, Tensor]:
     """The same as `layer_step` for a layer in which all tokens attend causally to all."""
     _check_states(Xt, Xv, layer, pos_t, pos_v)
+    choose_by_dtype(backend, "Xt", Xt)
     images = Xv.shape[1]
     at = places(None, pos_v, pos_t, rows=0, backend=backend)
     X = torch.cat([Xv, Xt], dim=1)
     h = normalise(X, layer.norm1, layer.eps).index_select(1, at.order)
-    q, k, v = project(h, h, layer, at.position, at.position, backend)
+    q, k, v = project_normed(h, h, layer, at.position, at.position, backend)
     out, _ = flash(q, k, v, causal=True, backend=backend)
     out, _ = take_tokens(out, None, at.place, at.order, backend=backend)
-    X = feed_forward(X + product(join_heads(out), layer.Wo), layer, backend=backend)
+    X = add_feed_forward(X + product(join_heads(out), layer.Wo), layer, backend=backend)
     return X[:, images:], X[:, :images]
 
 
@@ -181,7 +180,9 @@ def _check_options(mode: Any, image_visible: Any) -> None:
 def _check_states(Xt: Any, Xv: Any, layer: Any, pos_t: Any, pos_v: Any) -> None:
     for name, X, tokens in (("Xt", Xt, "Nt"), ("Xv", Xv, "Nv")):
         check_tensor(name, X, ("batch", tokens, "D"), FLOATS)
-        check_layer(layer, name, X)
+        # What fits the one fits the other if they are alike.
+        if X is Xt or (X.shape[2], X.dtype, X.device) != (Xt.shape[2], Xt.dtype, Xt.device):
+            check_layer(layer, name, X)
     check_size("Xv", Xv.shape[0], Xt.shape[0], "batch, as in Xt")
     for name, pos, X in (("pos_t", pos_t, Xt), ("pos_v", pos_v, Xv)):
         check_tensor(name, pos, ("tokens",), INTEGERS)

@@ -23,7 +23,7 @@ from attnspec.fast.backend import (
     choose_by_dtype,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.flash.checks import check_inputs
+from attnspec.fast.engines.flash.checks import check_inputs, check_masks
 from attnspec.fast.engines.select import last_unflagged, places, take_tokens
 from attnspec.fast.growing import checkable
 
@@ -84,17 +84,13 @@ def composite_attention(
     if pos is None and image_visible == "causal":
         ends = last_unflagged(is_visual, n, backend=backend) + 1
         return flash(qt, k, v, row_end=ends, key_mask=key_mask, scale=scale, backend=backend)
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, ("batch", "S"), (torch.bool,))
-        check_size("key_mask", key_mask.shape[1], S, "tokens, as in k")
+    check_masks(qt, k, key_mask, None)
     ahead = image_visible == "all"
     at = places(is_visual, pos, rows=n, ahead=ahead, backend=backend)
     qt, _ = take_tokens(qt, None, at.row_order, at.row_place, backend=backend)
     k, v = take_tokens(k, v, at.order, at.place, backend=backend)
     key_mask = None if key_mask is None else key_mask.index_select(1, at.order)
-    out, lse = flash(
-        qt, k, v, row_end=at.ends, key_mask=key_mask, scale=scale, backend=backend
-    )  # fmt: skip
+    out, lse = flash(qt, k, v, row_end=at.ends, key_mask=key_mask, scale=scale, backend=backend)
     out, lse = take_tokens(out, lse[..., None], at.row_place, at.row_order, backend=backend)
     return out, lse[..., 0]
 

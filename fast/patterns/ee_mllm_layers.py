@@ -62,7 +62,7 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
-def project(
+def project_normed(
     h: Tensor,
     rows: Tensor,
     layer: Layer,
@@ -84,14 +84,14 @@ def add_product(X: Tensor, a: Tensor, W: Tensor, ours: bool = False) -> Tensor:
     """X + a @ W, written over X (batch, tokens, D) if it is `ours`."""
     if not ours:
         return X + product(a, W)
-    if not X.is_contiguous() or any(s >= FAR for s in W.stride()):
+    if not X.is_contiguous() or max(W.stride()) >= FAR:
         return X.add_(product(a, W))
     # The product adds to what is there: one launch, and one rounding.
     X.view(-1, X.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), W)
     return X
 
 
-def feed_forward(
+def add_feed_forward(
     X: Tensor, layer: Layer, *, backend: str | None = None, ours: bool = False
 ) -> Tensor:
     """X (..., D) plus the gated FFN of its norm, written over X if it is `ours`."""
@@ -114,7 +114,7 @@ def aligner_update(
         h = normalise(Xv, layer.norm1, layer.eps)
         values = split_heads(product(h, layer.Wv), layer.Hk)
         Xv = Xv + product(own_values(values, layer), layer.Wo)
-    return feed_forward(Xv, layer, backend=backend)
+    return add_feed_forward(Xv, layer, backend=backend)
 
 
 def own_values(values: Tensor, layer: Layer) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
-from attnspec.fast.engines.strides import strides_of, unit_of
+from attnspec.fast.engines.strides import layout_of
 
 WIDEST = 1 << 14
 """Channels at most: a row is held in registers."""
@@ -36,7 +36,7 @@ def join_normed_kernel(
     program = tl.program_id(0)
     batch = (program // tokens).to(tl.int64)
     token = (program % tokens).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
+    channel = tl.arange(0, WIDTH).to(tl.int64)
     inside = channel < D
     if A_UNIT > 1:
         a_d = 1
@@ -75,7 +75,7 @@ def join_read_kernel(
     tiles = (tokens + TOKENS - 1) // TOKENS
     batch = (program // HEADS // tiles).to(tl.int64)
     token = (program // HEADS) % tiles * TOKENS + tl.arange(0, TOKENS)
-    channel = tl.arange(0, WIDTH)[None, :]
+    channel = tl.arange(0, WIDTH).to(tl.int64)[None, :]
     real = token < tokens
     inside = real[:, None] & (channel < D)
     if V_UNIT > 1:
@@ -93,11 +93,12 @@ def join_read_kernel(
     tl.store(read + (line * D)[:, None] + channel, tl.where(first[:, None], own, seen), mask=inside)
 
 
-Kind = tuple[torch.Size, tuple[int, ...], int]
+Kind = tuple[torch.Size, int, tuple[int, ...]]
 
 
 def _kind(x: Tensor) -> Kind:
-    return x.shape, strides_of(x), unit_of(x)
+    """Shape, unit and strides, on which a launch depends."""
+    return x.shape, *layout_of(x)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,9 +112,9 @@ def _normed(
     arguments: dict[str, Any] = {
         **dict.fromkeys(("a", "b", "gain", "X", "h", "rows"), x),
         "place": number, "row_place": number, "tokens": tokens, "split": split, "eps": eps,
-        **{f"a_{axis}": s for axis, s in zip("btd", a[1], strict=True)},
-        **{f"b_{axis}": s for axis, s in zip("btd", b[1], strict=True)},
-        "D": D, "WIDTH": width, "A_UNIT": a[2], "B_UNIT": b[2],
+        **{f"a_{axis}": s for axis, s in zip("btd", a[2], strict=True)},
+        **{f"b_{axis}": s for axis, s in zip("btd", b[2], strict=True)},
+        "D": D, "WIDTH": width, "A_UNIT": a[1], "B_UNIT": b[1],
     }  # fmt: skip
     warps = min(8, max(1, width // 512))
     return Prepared(join_normed_kernel, batch * tokens, arguments, device, num_warps=warps)
@@ -144,10 +145,10 @@ def _read(
     arguments: dict[str, Any] = {
         **dict.fromkeys(("v", "out", "read"), x),
         "place": number, "row_place": number, "tokens": tokens, "split": tokens - behind,
-        **{f"v_{axis}": s for axis, s in zip("bhtd", v[1], strict=True)},
-        **{f"out_{axis}": s for axis, s in zip("bhtd", out[1], strict=True)},
+        **{f"v_{axis}": s for axis, s in zip("bhtd", v[2], strict=True)},
+        **{f"out_{axis}": s for axis, s in zip("bhtd", out[2], strict=True)},
         "HEADS": heads, "GROUP": heads // v[0][1], "D": d, "WIDTH": triton.next_power_of_2(d),
-        "V_UNIT": v[2], "OUT_UNIT": out[2], "TOKENS": TOKENS,
+        "V_UNIT": v[1], "OUT_UNIT": out[1], "TOKENS": TOKENS,
     }  # fmt: skip
     programs = batch * heads * triton.cdiv(tokens, TOKENS)
     return Prepared(join_read_kernel, programs, arguments, device, num_warps=4)

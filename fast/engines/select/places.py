@@ -48,7 +48,7 @@ def places(
     """
     known = next(x for x in (flags, first) if x is not None)
     tokens = known.shape[0] + (0 if second is None else second.shape[0])
-    table, row_table = _places(
+    table, row_table = places_op(
         flags, first, second, rows, ahead, tokens, choose_backend(backend, known)
     )
     return Places(*(x[:tokens] for x in table.unbind()), *(x[:rows] for x in row_table.unbind()))
@@ -60,7 +60,7 @@ def _even(count: int) -> int:
 
 
 @operation("attnspec::places")
-def _places(
+def places_op(
     flags: Tensor | None,
     first: Tensor | None,
     second: Tensor | None,
@@ -106,7 +106,7 @@ def _places(
     )
 
 
-@_places.register_fake
+@places_op.register_fake
 def _(
     flags: Tensor | None,
     first: Tensor | None,

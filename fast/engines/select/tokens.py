@@ -25,11 +25,11 @@ def take_tokens(
     contiguous; without y the second is empty. Differentiable in x and y. For callers that know
     their numbers to be right.
     """
-    return _take(x, y, order, place, choose_backend(backend, x))
+    return take_op(x, y, order, place, choose_backend(backend, x))
 
 
 @operation("attnspec::take_tokens")
-def _take(
+def take_op(
     x: Tensor, y: Tensor | None, order: Tensor, place: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
@@ -41,7 +41,7 @@ def _take(
     return x.index_select(2, order), x.new_empty(0) if y is None else y.index_select(2, order)
 
 
-@_take.register_fake
+@take_op.register_fake
 def _(
     x: Tensor, y: Tensor | None, order: Tensor, place: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradient(ctx: Any, dx: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
     order, place = ctx.saved_tensors
-    dx, dy = _take(dx, dy if ctx.paired else None, place, order, ctx.backend)
+    dx, dy = take_op(dx, dy if ctx.paired else None, place, order, ctx.backend)
     return dx, dy if ctx.paired else None, None, None, None
 
 
-_take.register_autograd(_gradient, setup_context=_setup)
+take_op.register_autograd(_gradient, setup_context=_setup)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
-from attnspec.fast.engines.strides import strides_of, unit_of
+from attnspec.fast.engines.strides import layout_of
 
 NUMBERS = 4096
 """Numbers a program moves."""
@@ -29,7 +29,7 @@ def move(
     line = (program // tiles).to(tl.int64)
     row = (program % tiles) * ROWS + tl.arange(0, ROWS)
     source = tl.load(order + row, mask=row < tokens, other=0).to(tl.int64)
-    channel = tl.arange(0, WIDTH)[None, :]
+    channel = tl.arange(0, WIDTH).to(tl.int64)[None, :]
     inside = (row < tokens)[:, None] & (channel < D)
     # Strides of aligned rows are counted in 16 bytes, so that the compiler knows them to be that.
     x += ((line // heads) * x_b + (line % heads) * x_h) * UNIT + (source * x_t * UNIT)[:, None]
@@ -58,11 +58,12 @@ def take_tokens_kernel(
         )  # fmt: skip
 
 
-Kind = tuple[torch.Size, tuple[int, ...], int, torch.dtype]
+Kind = tuple[torch.Size, torch.dtype, int, tuple[int, ...]]
 
 
 def _kind(x: Tensor) -> Kind:
-    return x.shape, strides_of(x), unit_of(x), x.dtype
+    """What a launch depends on."""
+    return x.shape, x.dtype, *layout_of(x)
 
 
 @functools.lru_cache(maxsize=64)
@@ -72,7 +73,7 @@ def _launch(
     arguments = {"order": torch.empty(0, dtype=numbers), "tokens": tokens}
     programs = 0
     for name, mark, kind in (("x", "", x), ("y", "_V", y)):
-        shape, strides, unit, dtype = (x[0], (0,) * 4, 1, x[3]) if kind is None else kind
+        shape, dtype, unit, strides = (*x[:2], 1, (0,) * 4) if kind is None else kind
         batch, heads, _, d = shape
         given = None if kind is None else torch.empty(0, dtype=dtype)
         width = triton.next_power_of_2(d)
