@@ -22,7 +22,7 @@ from attnspec.fast.backend import (
     check_tensor,
     choose_by_dtype,
     product,
-    unobserved,
+    underivable,
 )
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.rows import join_normed, join_read
@@ -89,9 +89,9 @@ def layer_step(
     _check_options(mode, image_visible)
     images, text = Xv.shape[1], Xt.shape[1]
     weights = (getattr(layer, name) for name in WEIGHTS)
-    # Where nobody looks on, the residual stream is a buffer of ours that products add to.
+    # Where no gradient can be asked for, the residual stream is a buffer that products add to.
     on_gpu = choose_by_dtype(backend, "Xt", Xt) == "triton"
-    ours = on_gpu and unobserved(Xt, Xv, *weights, *layer.ffn)
+    ours = on_gpu and underivable(Xt, Xv, *weights, *layer.ffn)
     ahead = image_visible == "all"
     at = places(None, pos_v, pos_t, rows=text, ahead=ahead, backend=backend)
     # Weights are read once for both kinds of token; queries are of text alone.
@@ -107,11 +107,10 @@ def layer_step(
         X = add_feed_forward(X, layer, backend=backend, ours=ours)
         return X[:, images:], X[:, :images]
     out, _ = take_tokens(out, None, at.row_place, at.row_order, backend=backend)
-    Xt = add_product(X[:, images:], join_heads(out), layer.Wo, ours)
+    Xt = (Xt + product(join_heads(out), layer.Wo)).contiguous()
     if mode == "frozen":
         return add_feed_forward(Xt, layer, backend=backend, ours=ours), Xv
-    X = X if ours else torch.cat([Xv, Xt], dim=1)
-    X = add_feed_forward(X, layer, backend=backend, ours=ours)
+    X = add_feed_forward(torch.cat([Xv, Xt], dim=1), layer, backend=backend, ours=ours)
     return X[:, images:], X[:, :images]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +22,7 @@ from attnspec.fast.backend import (
     check_tensor,
     product,
 )
+from attnspec.fast.engines.operation import operation
 from attnspec.fast.engines.rows import silu_gate, turn
 
 MODES = ("self", "ffn", "frozen")
@@ -81,20 +83,37 @@ def project_normed(
 
 
 def add_product(X: Tensor, a: Tensor, W: Tensor, ours: bool = False) -> Tensor:
-    """X + a @ W, written over X (batch, tokens, D) if it is `ours`."""
+    """X + a @ W; X (batch, tokens, D) may be written over if it is `ours`, and contiguous."""
     if not ours:
         return X + product(a, W)
-    if not X.is_contiguous() or max(W.stride()) >= FAR:
-        return X.add_(product(a, W))
-    # The product adds to what is there: one launch, and one rounding.
+    if torch.compiler.is_compiling():
+        added: Tensor = _added(X, a, W)
+        return added
+    return _onto(X, a, W)
+
+
+def _onto(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    """X with a @ W added in the product itself: one launch, and one rounding."""
+    W = W.contiguous() if max(W.stride()) >= FAR else W
     X.view(-1, X.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), W)
     return X
+
+
+@operation("attnspec::add_product")
+def _added(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    """The same for `torch.compile`, which would choose another way to add a product."""
+    return _onto(X.clone(), a, W)
+
+
+@_added.register_fake
+def _(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    return torch.empty_like(X)
 
 
 def add_feed_forward(
     X: Tensor, layer: Layer, *, backend: str | None = None, ours: bool = False
 ) -> Tensor:
-    """X (..., D) plus the gated FFN of its norm, written over X if it is `ours`."""
+    """X (..., D) plus the gated FFN of its norm; X may be written over as in `add_product`."""
     gate, up, down = layer.ffn
     h = normalise(X, layer.norm2, layer.eps)
     opened = silu_gate(product(h, gate), product(h, up), backend=backend)

@@ -116,3 +116,17 @@ def test_launches_of_a_layer() -> None:
     before = backend.launch_count()
     fast.layer_step(*given[:2], layer, *given[2:], backend="triton")
     assert backend.launch_count() - before == 6
+
+
+def test_a_compiled_layer_is_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes through the same kernels, and adds products in the same way."""
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    layer = layer_of(torch.float32, 100.0)
+    given = states(2, torch.float32)
+
+    def call(Xt: Tensor, Xv: Tensor) -> tuple[Tensor, Tensor]:
+        return fast.layer_step(Xt, Xv, layer, *given[2:], backend="triton")
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
+    for x, y in zip(compiled(*given[:2]), call(*given[:2]), strict=True):
+        assert torch.equal(x, y)

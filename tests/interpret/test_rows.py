@@ -17,10 +17,10 @@ from attnspec.fast.engines.rows import (
     gated_norm,
     join_normed,
     join_read,
+    joined,
     lift,
     positive,
     silu_gate,
-    triton_joined,
     turn,
     use_config,
 )
@@ -204,7 +204,7 @@ def test_a_norm_that_no_register_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     none = a[:, :0], order[:0]
     given = (a, none[0], torch.ones(8), 1e-6, order, order, none[1], none[1])
     expected = join_normed(*given, backend="triton")
-    monkeypatch.setattr(triton_joined, "WIDEST", 4)
+    monkeypatch.setattr(joined, "WIDEST", 4)
     for x, y in zip(join_normed(*given, backend="triton"), expected, strict=True):
         torch.testing.assert_close(x, y)
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import Prepared
 from attnspec.fast.engines.strides import layout_of
 
-WIDEST = 1 << 14
-"""Channels at most: a row is held in registers."""
 TOKENS = 16
 """Tokens whose values of a head a program copies."""
 
