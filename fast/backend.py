@@ -195,6 +195,13 @@ def unobserved(*tensors: torch.Tensor | None) -> bool:
     return untraced(*tensors) and not wants_gradient(*tensors)
 
 
+def underivable(*tensors: torch.Tensor | None) -> bool:
+    """True if no gradient of `tensors` can be asked for, and `torch.compile` alone may look on."""
+    if torch.compiler.is_compiling():
+        return not wants_gradient(*tensors)
+    return unobserved(*tensors)
+
+
 def untraced(*tensors: torch.Tensor | None) -> bool:
     """True if nothing around but a gradient must see a custom op."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():

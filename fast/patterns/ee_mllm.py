@@ -20,12 +20,15 @@ from attnspec.fast.backend import (
     check_integer,
     check_size,
     check_tensor,
+    choose_by_dtype,
     product,
+    underivable,
 )
 from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.rows import join_normed, join_read
+from attnspec.fast.engines.select import places, take_tokens
 from attnspec.fast.growing import checkable
 from attnspec.fast.patterns.ee_mllm_attention import (
-    TOKENS,
     VISIBILITIES,
     composite_attention,
     composite_mask,
@@ -33,17 +36,14 @@ from attnspec.fast.patterns.ee_mllm_attention import (
 from attnspec.fast.patterns.ee_mllm_layers import (
     MODES,
     Layer,
+    add_feed_forward,
+    add_product,
     aligner_update,
     check_layer,
-    feed_forward,
     flops,
     join_heads,
     normalise,
-    own_values,
-    project,
-    project_keys,
-    rotations,
-    split_heads,
+    project_normed,
 )
 
 __all__ = [
@@ -66,6 +66,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
 is amplified by those behind it, more than a budget made of a few rounded runs foresees.
 """
 
+WEIGHTS = ("norm1", "Wq", "Wk", "Wv", "Wo", "norm2")
+
 
 def layer_step(
     Xt: Tensor,
@@ -86,26 +88,29 @@ def layer_step(
     _check_states(Xt, Xv, layer, pos_t, pos_v)
     _check_options(mode, image_visible)
     images, text = Xv.shape[1], Xt.shape[1]
-    pos = torch.cat([pos_v, pos_t])
-    X = torch.cat([Xv, Xt], dim=1)
+    weights = (getattr(layer, name) for name in WEIGHTS)
+    # Where no gradient can be asked for, the residual stream is a buffer that products add to.
+    on_gpu = choose_by_dtype(backend, "Xt", Xt) == "triton"
+    ours = on_gpu and underivable(Xt, Xv, *weights, *layer.ffn)
+    ahead = image_visible == "all"
+    at = places(None, pos_v, pos_t, rows=text, ahead=ahead, backend=backend)
     # Weights are read once for both kinds of token; queries are of text alone.
-    h = normalise(X, layer.norm1, layer.eps)
-    turns = rotations(layer, pos, X)
-    text_turns = None if turns is None else (turns[0][images:], turns[1][images:])
-    q = project_keys(h[:, images:], layer.Wq, layer.H, text_turns)
-    k = project_keys(h, layer.Wk, layer.Hk, turns)
-    v = split_heads(product(h, layer.Wv), layer.Hk)
-    is_visual = torch.arange(images + text, device=Xt.device) < images
-    out, _ = composite_attention(q, k, v, is_visual, pos, image_visible, backend=backend)
-    read = join_heads(out)
+    X, h, rows = join_normed(
+        Xv, Xt, layer.norm1, layer.eps, at.order, at.place, at.row_order, at.row_place,
+        backend=backend,
+    )  # fmt: skip
+    q, k, v = project_normed(h, rows, layer, at.position, at.row_position, backend)
+    out, _ = flash(q, k, v, row_end=at.ends, backend=backend)
     if mode == "self":
-        read = torch.cat([own_values(v[:, :, :images], layer), read], dim=1)
-        X = feed_forward(X + product(read, layer.Wo), layer)
+        read = join_read(v, out, at.place, at.row_place, backend=backend)
+        X = add_product(X, read, layer.Wo, ours)
+        X = add_feed_forward(X, layer, backend=backend, ours=ours)
         return X[:, images:], X[:, :images]
-    Xt = Xt + product(read, layer.Wo)
+    out, _ = take_tokens(out, None, at.row_place, at.row_order, backend=backend)
+    Xt = (Xt + product(join_heads(out), layer.Wo)).contiguous()
     if mode == "frozen":
-        return feed_forward(Xt, layer), Xv
-    X = feed_forward(torch.cat([Xv, Xt], dim=1), layer)
+        return add_feed_forward(Xt, layer, backend=backend, ours=ours), Xv
+    X = add_feed_forward(torch.cat([Xv, Xt], dim=1), layer, backend=backend, ours=ours)
     return X[:, images:], X[:, :images]
 
 
@@ -154,14 +159,15 @@ def dense_step(
 ) -> tuple[Tensor, Tensor]:
     """The same as `layer_step` for a layer in which all tokens attend causally to all."""
     _check_states(Xt, Xv, layer, pos_t, pos_v)
+    choose_by_dtype(backend, "Xt", Xt)
     images = Xv.shape[1]
-    pos = torch.cat([pos_v, pos_t])
-    order = torch.argsort(pos)
+    at = places(None, pos_v, pos_t, rows=0, backend=backend)
     X = torch.cat([Xv, Xt], dim=1)
-    q, k, v = (x.index_select(TOKENS, order) for x in project(X, layer, pos))
+    h = normalise(X, layer.norm1, layer.eps).index_select(1, at.order)
+    q, k, v = project_normed(h, h, layer, at.position, at.position, backend)
     out, _ = flash(q, k, v, causal=True, backend=backend)
-    out = out.index_select(TOKENS, torch.argsort(order))
-    X = feed_forward(X + product(join_heads(out), layer.Wo), layer)
+    out, _ = take_tokens(out, None, at.place, at.order, backend=backend)
+    X = add_feed_forward(X + product(join_heads(out), layer.Wo), layer, backend=backend)
     return X[:, images:], X[:, :images]
 
 
@@ -173,7 +179,9 @@ def _check_options(mode: Any, image_visible: Any) -> None:
 def _check_states(Xt: Any, Xv: Any, layer: Any, pos_t: Any, pos_v: Any) -> None:
     for name, X, tokens in (("Xt", Xt, "Nt"), ("Xv", Xv, "Nv")):
         check_tensor(name, X, ("batch", tokens, "D"), FLOATS)
-        check_layer(layer, name, X)
+        # What fits the one fits the other if they are alike.
+        if X is Xt or (X.shape[2], X.dtype, X.device) != (Xt.shape[2], Xt.dtype, Xt.device):
+            check_layer(layer, name, X)
     check_size("Xv", Xv.shape[0], Xt.shape[0], "batch, as in Xt")
     for name, pos, X in (("pos_t", pos_t, Xt), ("pos_v", pos_v, Xv)):
         check_tensor(name, pos, ("tokens",), INTEGERS)

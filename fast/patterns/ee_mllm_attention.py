@@ -15,14 +15,16 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     INTEGERS,
-    check_attention_inputs,
     check_choice,
     check_device,
+    check_scale,
     check_size,
     check_tensor,
+    choose_by_dtype,
 )
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.select import inverse, last_unflagged
+from attnspec.fast.engines.flash.checks import check_inputs, check_masks
+from attnspec.fast.engines.select import last_unflagged, places, take_tokens
 from attnspec.fast.growing import checkable
 
 VISIBILITIES = ("causal", "all")
@@ -71,7 +73,8 @@ def composite_attention(
     device would wait for it. Differentiable in qt, k and v.
     """
     check_tensor("qt", qt, ("batch", "heads", "q_tokens", "d"), FLOATS)
-    check_attention_inputs(qt, k, v, FLOATS)
+    check_inputs(qt, k, v, choose_by_dtype(backend, "qt", qt))
+    check_scale(scale)
     check_tokens(is_visual, "pos", pos, image_visible)
     S, n = k.shape[TOKENS], qt.shape[TOKENS]
     check_size("is_visual", is_visual.shape[0], S, "tokens, as in k")
@@ -81,25 +84,15 @@ def composite_attention(
     if pos is None and image_visible == "causal":
         ends = last_unflagged(is_visual, n, backend=backend) + 1
         return flash(qt, k, v, row_end=ends, key_mask=key_mask, scale=scale, backend=backend)
-    # A stable sort puts images first and leaves text in its order: the last rows are the queries'.
-    kinds = torch.argsort(is_visual.logical_not().to(torch.uint8), stable=True)
-    rows = kinds[S - n :]
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, ("batch", "S"), (torch.bool,))
-        check_size("key_mask", key_mask.shape[1], S, "tokens, as in k")
-    order = kinds if pos is None else torch.argsort(pos)
-    if pos is not None and image_visible == "all":
-        text = is_visual[order].logical_not().to(torch.uint8)
-        order = order[torch.argsort(text, stable=True)]
-    ends, row_order = torch.sort(inverse(order)[rows])
-    out, lse = flash(
-        qt.index_select(TOKENS, row_order), k.index_select(TOKENS, order),
-        v.index_select(TOKENS, order), row_end=ends + 1,
-        key_mask=None if key_mask is None else key_mask.index_select(1, order), scale=scale,
-        backend=backend,
-    )  # fmt: skip
-    back = inverse(row_order)
-    return out.index_select(TOKENS, back), lse.index_select(TOKENS, back)
+    check_masks(qt, k, key_mask, None)
+    ahead = image_visible == "all"
+    at = places(is_visual, pos, rows=n, ahead=ahead, backend=backend)
+    qt, _ = take_tokens(qt, None, at.row_order, at.row_place, backend=backend)
+    k, v = take_tokens(k, v, at.order, at.place, backend=backend)
+    key_mask = None if key_mask is None else key_mask.index_select(1, at.order)
+    out, lse = flash(qt, k, v, row_end=at.ends, key_mask=key_mask, scale=scale, backend=backend)
+    out, lse = take_tokens(out, lse[..., None], at.row_place, at.row_order, backend=backend)
+    return out, lse[..., 0]
 
 
 def check_tokens(is_visual: Any, name: str, positions: Any, image_visible: Any) -> None:

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnspec.fast.backend import (
+    FAR,
     FLOATS,
     check_choice,
     check_device,
     check_integer,
     check_tensor,
     product,
-    wide,
-    wide_dtype,
 )
-from attnspec.fast.kept import kept
+from attnspec.fast.engines.operation import operation
+from attnspec.fast.engines.rows import silu_gate, turn
 
 MODES = ("self", "ffn", "frozen")
 
@@ -64,51 +64,60 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
-Rotations = tuple[Tensor, Tensor]
-"""Cosines and signed sines (tokens, d) of rotary positions."""
-
-
-def project(X: Tensor, layer: Layer, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (batch, H, tokens, d), k (batch, Hk, tokens, d) and v (batch, Hk, tokens, dv) of X."""
-    h = normalise(X, layer.norm1, layer.eps)
-    turns = rotations(layer, positions, X)
-    q, k = (
-        project_keys(h, W, heads, turns) for W, heads in ((layer.Wq, layer.H), (layer.Wk, layer.Hk))
-    )
+def project_normed(
+    h: Tensor,
+    rows: Tensor,
+    layer: Layer,
+    positions: Tensor,
+    row_positions: Tensor,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, H, rows, d) of the normalised states `rows` (batch, rows, D), and k (batch, Hk,
+    tokens, d) and v (batch, Hk, tokens, dv) of h (batch, tokens, D); q and k are rotated.
+    """
+    q = split_heads(product(rows, layer.Wq), layer.H)
+    k = split_heads(product(h, layer.Wk), layer.Hk)
+    if layer.rope is not None:
+        q, k = turn(q, k, row_positions, positions, base=layer.rope, backend=backend)
     return q, k, split_heads(product(h, layer.Wv), layer.Hk)
 
 
-def rotations(layer: Layer, positions: Tensor, X: Tensor) -> Rotations | None:
-    """By how much heads at `positions` (tokens,) are rotated, in the dtype that X is summed in."""
-    if layer.rope is None:
-        return None
-    d = layer.Wq.shape[1] // layer.H
-    (frequencies,) = kept(_frequencies, X.device, d, layer.rope)
-    angles = positions.to(torch.float64)[:, None] * frequencies
-    cos, sin = (x.to(wide_dtype(X)) for x in (angles.cos(), angles.sin()))
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+def add_product(X: Tensor, a: Tensor, W: Tensor, ours: bool = False) -> Tensor:
+    """X + a @ W; X (batch, tokens, D) may be written over if it is `ours`, and contiguous."""
+    if not ours:
+        return X + product(a, W)
+    if torch.compiler.is_compiling():
+        added: Tensor = _added(X, a, W)
+        return added
+    return _onto(X, a, W)
 
 
-def _frequencies(device: torch.device, d: int, base: float) -> tuple[Tensor]:
-    return (base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float64) / d),)
+def _onto(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    """X with a @ W added in the product itself: one launch, and one rounding."""
+    W = W.contiguous() if max(W.stride()) >= FAR else W
+    X.view(-1, X.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), W)
+    return X
 
 
-def project_keys(h: Tensor, W: Tensor, heads: int, turns: Rotations | None) -> Tensor:
-    """Keys, or queries, (batch, heads, tokens, d) of normalised states, rotated."""
-    x = split_heads(product(h, W), heads)
-    if turns is None:
-        return x
-    cos, sin = turns
-    rows = wide(x)
-    return torch.addcmul(rows * cos, rows.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+@operation("attnspec::add_product")
+def _added(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    """The same for `torch.compile`, which would choose another way to add a product."""
+    return _onto(X.clone(), a, W)
 
 
-def feed_forward(X: Tensor, layer: Layer) -> Tensor:
-    """X plus the gated FFN of its norm, shaped as X (..., D)."""
+@_added.register_fake
+def _(X: Tensor, a: Tensor, W: Tensor) -> Tensor:
+    return torch.empty_like(X)
+
+
+def add_feed_forward(
+    X: Tensor, layer: Layer, *, backend: str | None = None, ours: bool = False
+) -> Tensor:
+    """X (..., D) plus the gated FFN of its norm; X may be written over as in `add_product`."""
     gate, up, down = layer.ffn
     h = normalise(X, layer.norm2, layer.eps)
-    opened = functional.silu(wide(product(h, gate))) * wide(product(h, up))
-    return X + product(opened.to(X.dtype), down)
+    opened = silu_gate(product(h, gate), product(h, up), backend=backend)
+    return add_product(X, opened, down, ours)
 
 
 def aligner_update(
@@ -124,7 +133,7 @@ def aligner_update(
         h = normalise(Xv, layer.norm1, layer.eps)
         values = split_heads(product(h, layer.Wv), layer.Hk)
         Xv = Xv + product(own_values(values, layer), layer.Wo)
-    return feed_forward(Xv, layer)
+    return add_feed_forward(Xv, layer, backend=backend)
 
 
 def own_values(values: Tensor, layer: Layer) -> Tensor:

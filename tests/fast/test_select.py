@@ -10,6 +10,8 @@ import torch
 
 from attnspec.fast import backend
 from attnspec.fast.engines import select
+from attnspec.fast.engines.select.places import places_op
+from attnspec.fast.engines.select.tokens import take_op
 from attnspec.reference.primitives import pooling
 from attnspec.reference.primitives import top_k as spec
 
@@ -222,3 +224,21 @@ def test_a_second_derivative_is_refused() -> None:
     )
     with pytest.raises(NotImplementedError, match="differentiable once"):
         dx.sum().backward()
+
+
+def test_places_and_taken_tokens_are_ops_as_they_should_be() -> None:
+    flags, positions = torch.rand(7) < 0.5, torch.randperm(7)
+    order = torch.randperm(7)
+    x = torch.randn(1, 2, 7, 3, requires_grad=True)
+    y = torch.randn(1, 1, 7, 2, requires_grad=True)
+    taken = (x, y, order, select.inverse(order), "numba")
+    for op, given in (
+        (places_op.op, (flags, positions, None, 2, True, 7, "numba")),
+        (places_op.op, (None, positions[:3], positions[3:].int(), 4, False, 7, "numba")),
+        (take_op.op, taken),
+    ):
+        torch.library.opcheck(op, given)
+    exact = [z.detach().double().requires_grad_() for z in (x, y)]
+    torch.autograd.gradgradcheck(
+        lambda x, y: select.take_tokens(x, y, *taken[2:4]), exact
+    )  # fmt: skip

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.rows import RowsConfig, gated_norm, lift, positive, turn, use_config
+from attnspec.fast.engines.rows import (
+    RowsConfig,
+    gated_norm,
+    join_normed,
+    join_read,
+    joined,
+    lift,
+    positive,
+    silu_gate,
+    turn,
+    use_config,
+)
+from attnspec.fast.engines.select import inverse
 from attnspec.fast.linear.lightning_attention_1 import (
     layer_slopes,
     lrpe_frequencies,
@@ -157,3 +169,56 @@ def test_positive_features(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, right)
     assert positive(torch.full((1, 1, 1, 1), torch.nan), dtype, backend="triton").isnan().all()
     assert positive(x[:, :, :0], dtype, backend="triton").shape == (2, 3, 0, 7)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 16, 100), (0, 4, 4)])
+def test_gate(shape: tuple[int, ...]) -> None:
+    """Whole words and ragged ones, from strided inputs."""
+    torch.manual_seed(shape[0])
+    g, u = 3 * torch.randn(shape).transpose(0, 1), torch.randn(shape).transpose(0, 1)
+    up = torch.randn(shape[1], shape[2], shape[0]).mT
+    compare(lambda g, u, backend: silu_gate(g, u, backend=backend), [g, u], up)
+    half = silu_gate(g.half(), u.half(), backend="triton")
+    expected = silu_gate(g.half().double(), u.half().double())
+    torch.testing.assert_close(half.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("D", "eps"), [(16, 1e-6), (7, 0.0)])
+def test_joined_and_normed(D: int, eps: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(D)
+    a, b = torch.randn(2, D, 5).to(dtype).mT, torch.randn(2, 3, 2, D)[:, :, 0].to(dtype)
+    gain = torch.randn(2 * D).to(dtype)[::2]
+    order, row_order = torch.randperm(8), torch.randperm(3)
+    numbers = order, inverse(order), row_order, inverse(row_order)
+    got = join_normed(a, b, gain, eps, *numbers, backend="triton")
+    expected = join_normed(a.double(), b.double(), gain.double(), eps, *numbers)
+    assert torch.equal(got[0], torch.cat([a, b], 1))
+    bound = 1e-6 if dtype == torch.float32 else 1e-3
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=bound, atol=bound)
+
+
+def test_a_norm_that_no_register_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, order = torch.randn(1, 2, 8), torch.tensor([1, 0])
+    none = a[:, :0], order[:0]
+    given = (a, none[0], torch.ones(8), 1e-6, order, order, none[1], none[1])
+    expected = join_normed(*given, backend="triton")
+    monkeypatch.setattr(joined, "WIDEST", 4)
+    for x, y in zip(join_normed(*given, backend="triton"), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("d", [8, 5])
+@pytest.mark.parametrize(("images", "text"), [(0, 3), (18, 2), (4, 0)])
+def test_joined_reading(images: int, text: int, d: int) -> None:
+    """Of grouped heads; with the same gradients as if there were no kernel."""
+    torch.manual_seed(d)
+    v = torch.randn(2, images + text, 2, d).transpose(1, 2)
+    out = torch.randn(2, 6, d, text).mT
+    place, row_place = torch.randperm(images + text), torch.randperm(text)
+    read = join_read(v, out, place, row_place, backend="triton")
+    own = v[:, :, place[:images]].repeat_interleave(3, 1)
+    expected = torch.cat([own, out[:, :, row_place]], 2).transpose(1, 2).flatten(2)
+    assert torch.equal(read, expected)
+    assert torch.equal(join_read(v, out, place, row_place), expected)

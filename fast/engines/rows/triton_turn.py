@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
 from attnspec.fast.engines.rows.turning import Turn
+from attnspec.fast.engines.strides import layout_of
 
 PROGRAMS = 2048
 """Programs that an operand should have; heads beyond are taken by the same program."""
@@ -173,15 +174,17 @@ def turn(
     k_out = q.new_empty(0, dtype=how.dtype) if k is None else k.new_empty(k.shape, dtype=how.dtype)
     q_chunk, q_programs = _share(q, tile)
     k_chunk, k_programs = (1, 0) if k is None else _share(k, tile)
+    q_unit, q_strides = layout_of(q)
+    k_unit, k_strides = (1, (0, 0, 0, 0)) if k is None else layout_of(k)
     launch(
         turn_kernel, q_programs + k_programs,
-        *_operand(q), q_out, *_places(pq), *((None, 0, 0, 0, 0) if k is None else _operand(k)),
+        q.detach(), *q_strides, q_out, *_places(pq), None if k is None else k.detach(), *k_strides,
         k_out, *_places(pk), None if f is None else f.detach().contiguous(), *q.shape[1:3],
         q_chunk, q_programs, *((1, 0) if k is None else k.shape[1:3]), k_chunk, how.first,
         how.log_base, how.decay, float(how.centre), how.log_c, how.floor, HALF=how.half, REST=rest,
         NEIGHBOURS=how.neighbours, INVERSE=how.inverse, Q_PLACED=pq is not None,
         K_PLACED=pk is not None, GIVEN=f is not None, GROWN=how.decay != 0.0,
-        SCALED=how.log_c != 0.0, Q_UNIT=_unit(q), K_UNIT=1 if k is None else _unit(k),
+        SCALED=how.log_c != 0.0, Q_UNIT=q_unit, K_UNIT=k_unit,
         PAIR=k is not None, R=tile, BH=width, BR=triton.next_power_of_2(rest) if rest else 1,
         num_warps=chosen.warps,
     )  # fmt: skip
@@ -194,20 +197,6 @@ def _share(x: Tensor, tile: int) -> tuple[int, int]:
     tiles = batch * triton.cdiv(tokens, tile)
     chunk = max(1, min(heads, heads * tiles // PROGRAMS))
     return chunk, tiles * triton.cdiv(heads, chunk)
-
-
-def _unit(x: Tensor) -> int:
-    """Elements in 16 bytes if rows are contiguous and begin at multiples of them, else 1."""
-    unit = 16 // x.element_size()
-    apart = all(n == 1 or s % unit == 0 for n, s in zip(x.shape[:3], x.stride(), strict=False))
-    return unit if apart and x.stride(3) == 1 and x.data_ptr() % 16 == 0 else 1
-
-
-def _operand(x: Tensor) -> tuple[Any, ...]:
-    """An operand and its strides, those of its rows in units."""
-    unit = _unit(x)
-    b, h, t, d = x.stride()
-    return x.detach(), b // unit, h // unit, t // unit, d
 
 
 def _places(p: Tensor | None) -> tuple[Any, ...]:
