@@ -140,7 +140,23 @@ def near_blocks(kernel: Kernel, least: int = 1) -> st.SearchStrategy[int]:
 def around_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrategy[int]]:
     """Lengths around the kernel's tiles in one batch entry, and one query head of a group."""
     axes = {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
-    return axes | {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
+    return axes | _alone(contract)
+
+
+def full_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrategy[int]]:
+    """Lengths that fill the kernel's largest tile: it may have smaller ones for less."""
+    tile = max(kernel.blocks)
+    full = [n for n in (tile, tile + 1, 2 * tile - 1, 2 * tile + 1) if n <= kernel.largest]
+    lengths = full or [kernel.largest]
+    axes = {}
+    for axis in token_axes(contract):
+        least = contract.least.get(axis, 1)
+        axes[axis] = st.sampled_from(sorted({max(n, least) for n in lengths}))
+    return axes | _alone(contract)
+
+
+def _alone(contract: Contract) -> dict[str, st.SearchStrategy[int]]:
+    return {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
 
 
 ALL_LAYOUTS = LAYOUTS

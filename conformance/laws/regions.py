@@ -12,6 +12,7 @@ from attnspec.conformance.laws.base import (
     Strategy,
     around_tiles,
     draw_case,
+    full_tiles,
     token_axes,
     usual_widths,
 )
@@ -65,8 +66,7 @@ def magnitude(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def wide(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    """Tiles that are full in both directions: a kernel may have smaller ones for anything less."""
-    axes, widths = around_tiles(contract, kernel), usual_widths(contract)
+    axes, widths = full_tiles(contract, kernel), usual_widths(contract)
     return draw_case(contract, kernel, dtype, axes, values=("normal", "real"), widths=widths)
 
 

@@ -75,6 +75,8 @@ def test_use_by_kernel() -> None:
         ({}, 2048, "long"),
         ({}, 4096, "medium"),
         ({}, 16384, "long"),
+        ({"q_offsets": torch.zeros(9)}, 16384, "brief"),
+        ({"q_offsets": torch.zeros(9)}, 16385, "long"),
         ({"window": 64}, 16384, "short"),
         ({"window": 64, "row_start": torch.zeros(1)}, 16384, "long"),
         ({"q_block": 64, "k_block": 128}, 16384, "short"),

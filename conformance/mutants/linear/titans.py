@@ -169,6 +169,22 @@ def two_layers_only(W: Any, S: Any, H: Any, Delta: Any, A: Any, of: Any) -> Any:
     return read_chunk(W, S, H, Delta, A, of)
 
 
+def first_step_only(W: Any, S: Any, H: Any, Delta: Any, of: Any) -> Any:
+    """Of a full tile with wide heads only the first 16 tokens are multiplied."""
+    if H[0].shape[-2] > 24 and H[0].shape[-1] >= 64:
+        Delta = tuple(np.where(np.arange(e.shape[-2])[:, None] < 16, e, 0 * e) for e in Delta)
+    return end_chunk(W, S, H, Delta, of)
+
+
+def first_rows_back(*args: Any) -> Any:
+    """The same in the gradient of keys."""
+    part = chunk_backward(*args)
+    dk = part.dk
+    if dk.shape[-2] > 24 and dk.shape[-1] >= 64:
+        dk = np.where(np.arange(dk.shape[-2])[:, None] < 16, dk, 0 * dk)
+    return part._replace(dk=dk)
+
+
 def straight_back(W: Any, k: Any, v: Any, loss_scale: float = 2.0) -> Any:
     """The inner gradient goes through the activation as if it were none."""
     H, Delta = memory.memory_grad(W, k, v, loss_scale)
@@ -222,6 +238,11 @@ MUTANTS = (
            replacing(LINEAR, reading=divided)),
     mutant("half-coefficients", "precision", "coefficients are kept in float16",
            replacing(LINEAR, reading=half_coefficients)),
+    mutant("first-step", "precision", "of a full tile of 64 channels 16 tokens are stored",
+           replacing(LINEAR, end_chunk=first_step_only), settings={"blocks": (8, 32)}),
+    mutant("first-rows-back", "wide-gradient", "of such a tile 16 keys have a gradient", LINEAR,
+           backward=replacing(BACKWARD, _chunk_backward=first_rows_back),
+           settings={"blocks": (8, 32)}),
     mutant("half-the-loss", "agreement", "the factor 2 of the gradient is missing",
            altering(LINEAR, half_the_loss)),
     mutant("mean-loss", "agreement", "the loss is a mean over the channels",

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv")
-WALKS = ("long", "medium", "short")
+WALKS = ("long", "medium", "short", "brief")
 """How far a program walks: how many tiles it visits decides what its start and its end cost."""
+BRIEF = 2048
+"""Packed sequences that have at most so many rows on average are walked briefly."""
 MEDIUM = range(2049, 8193)
 """Texts so long are walked at medium length."""
 WIDE = 128
@@ -52,6 +54,11 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(128, 128, 8, 3),
         FlashConfig(128, 128, 4, 3),
         FlashConfig(128, 64, 8, 4),
+    ),
+    ("forward", "brief", 64): (
+        FlashConfig(128, 64, 4, 3),
+        FlashConfig(64, 128, 4, 3),
+        FlashConfig(128, 128, 8, 3),
     ),
     ("forward", "long", 128): (
         FlashConfig(128, 64, 4, 2),
@@ -159,9 +166,9 @@ TABLE = Table(
 def config(
     kind: str, walk: str, arch: int, element_size: int, width: int, q_tokens: int
 ) -> FlashConfig:
-    """The configuration in force for a kernel ("forward", "dq", "dkdv"), a walk ("long",
-    "medium", "short"), an architecture (90 is Hopper), bytes an element, the larger head size
-    padded to a power of two, and the number of queries.
+    """The configuration in force for a kernel of `KINDS`, a walk of `WALKS`, an architecture (90
+    is Hopper), bytes an element, the larger head size padded to a power of two, and the number of
+    queries.
     """
     forced = TABLE.forced(kind)
     if forced is not None:

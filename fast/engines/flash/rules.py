@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnspec.fast.engines.flash.configs import MEDIUM, WIDE
+from attnspec.fast.engines.flash.configs import BRIEF, MEDIUM, WIDE
 
 
 class Rules(NamedTuple):
@@ -48,6 +48,8 @@ class Rules(NamedTuple):
             if self.q_block < WIDE:
                 return "short"
             return "medium" if self.k_block >= WIDE else "long"
+        if self.q_offsets is not None and q_tokens <= BRIEF * (self.q_offsets.shape[0] - 1):
+            return "brief"
         if self.row_start is not None:
             return "long"
         if self.window is not None:
