@@ -16,6 +16,7 @@ from torch import Tensor
 from attnspec.fast.engines.scan import (
     LaneConfig,
     elementwise,
+    gated_scan,
     selective,
     triton_elementwise,
     use_config,
@@ -62,3 +63,33 @@ def test_selective(tokens: int, started: bool) -> None:
     b, c = torch.randn(2, tokens, 2 * n).split(n, -1)
     Delta[:, tokens // 2] = 40.0
     compare(selective, [Delta, A, b, c, u, *((D, h0) if started else (None, None))])
+
+
+def gates(tokens: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """f, i, o, z, in the layout of fused projections, and h0; some gates open, shut or saturated."""
+    torch.manual_seed(tokens)
+    f, i, o, z = (2 * torch.randn(2, tokens, 4 * channels)).to(dtype).split(channels, -1)
+    far = torch.tensor([-200.0, 200.0, -30.0, 30.0]).to(dtype)
+    for x in (f, i, o):
+        places = torch.rand(x.shape) < 0.2
+        x[places] = far[torch.randint(4, (int(places.sum()),))]
+    return [f, i, o, z, torch.randn(2, channels)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # a gate that shuts: 1 / inf
+@pytest.mark.parametrize("tokens", [1, 8, 17])
+@pytest.mark.parametrize("gate", ["plain", "reversed", "learned", "growing", "learned to grow"])
+def test_gated(tokens: int, gate: str) -> None:
+    *inputs, h0 = gates(tokens, 3)
+    alpha = {"reversed": 1.5, "growing": -1.0}.get(gate, 1.0)
+    if gate.startswith("learned"):
+        alpha = torch.tensor(1.5 if gate == "learned" else -1.5)
+
+    def function(*given: Any, backend: str) -> Any:
+        f, i, o, z, *rest = given
+        learned = rest.pop(0) if gate.startswith("learned") else alpha
+        first = rest[0] if rest else None
+        return gated_scan(f, i, o, z, learned, gate != "plain", first, backend=backend)
+
+    given = [*inputs, *([alpha] if isinstance(alpha, Tensor) else [])]
+    compare(function, [*given, h0] if tokens == 17 else given, 2e-5)

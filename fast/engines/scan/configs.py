@@ -73,6 +73,8 @@ class LaneConfig:
 
 
 ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
+GATED = (LaneConfig(16, 64, 256, 16), LaneConfig(32, 64, 256, 8), LaneConfig(16, 64, 128, 32))
+GATED_GRADIENT = (LaneConfig(8, 64, 256, 10), LaneConfig(8, 64, 128, 20), LaneConfig(8, 64, 256, 8))
 SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
 RUNNING = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 24), LaneConfig(32, 64, 128, 8))
 FLOWS = (LaneConfig(64, 64, 128, 5), LaneConfig(32, 64, 128, 10), LaneConfig(64, 64, 128, 10))
@@ -166,6 +168,8 @@ TABLE: Table[Any] = Table(
             replace(FLOAT32, pairs_tile=16, gates_tile=16),
         ),
         ("elementwise",): ELEMENTWISE,
+        ("gated",): GATED,
+        ("gated gradient",): GATED_GRADIENT,
         ("selective",): SELECTIVE,
         ("running",): RUNNING,
         ("flows",): FLOWS,
