@@ -98,7 +98,11 @@ CLAIMS = {
     "dsf_scan": TRAINED,
     "elementwise_scan": {**TRAINED, "blocks": (32, 256), "triton": _tuned(ELEMENTWISE)},
     "s6_scan": {**TRAINED, "blocks": (16, 64), "triton": _tuned(SELECTIVE)},
-    "qlstm": {**TRAINED, "blocks": (16, 256), "triton": _tuned(GATED)},
+    "qlstm": {
+        **TRAINED,
+        "blocks": (16, 256),
+        "triton": {**_tuned(GATED), "draws": {"N": (1, 5, 24, 64, 70)}},
+    },
     "rg_lru": TRAINED,
     "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},
     "softmax_attention": CHUNKED,

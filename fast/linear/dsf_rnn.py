@@ -1,4 +1,4 @@
-"""Recurrent mixers of `dsf` on the elementwise scan: gates in its kernels, or in torch before it."""
+"""Recurrent mixers of `dsf` on the elementwise scan, its gates in the kernels or in torch."""
 
 from __future__ import annotations
 

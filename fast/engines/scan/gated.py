@@ -19,6 +19,9 @@ from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.elementwise import elementwise
 
+MOST_ROWS = 8
+"""Rows of a tile of the gradient: those of more do not fit a thread's registers."""
+
 
 @cache
 def _kernels() -> ModuleType:
@@ -136,6 +139,8 @@ def gated_scan(
         return (torch.sigmoid(wide(o)) * states).to(z.dtype), last
     learned = alpha.to(z.device, torch.float32) if isinstance(alpha, Tensor) and reversed else None
     power = 1.0 if isinstance(alpha, Tensor) else max(float(alpha), 0.0)
-    rows = lanes("gated gradient").rows if wants_gradient(f, i, o, z, learned, h0) else 0
+    rows = 0
+    if wants_gradient(f, i, o, z, learned, h0):
+        rows = min(lanes("gated gradient").rows, MOST_ROWS)
     y, last, _ = gated_op(f, z, i, o, learned, power, reversed, h0, rows)
     return y, last

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import log1p, reciprocal
+from attnspec.fast.engines.scan.triton_common import among, log1p, reciprocal
 from attnspec.fast.engines.scan.triton_elementwise import join, place_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -182,7 +182,8 @@ def gated_walk_kernel(
             tl.store(marks + tile * channels, state, mask=inside)
             for n in tl.static_range(1, ROWS // MARKED):
                 state = tl.sum(tl.where((rows == n * MARKED - 1)[:, None], H, 0.0), 0)
-                tl.store(marks + (tile + n) * channels, state, mask=inside & (tile + n < tiles))
+                known = among(tile + n, 0, tiles, inside)
+                tl.store(marks + (tile + n) * channels, state, mask=known)
         state = tl.sum(tl.where((rows == ROWS - 1)[:, None], H, 0.0), 0)
     if segment == segments - 1:
         tl.store(last + row * channels + lanes, state, mask=inside)

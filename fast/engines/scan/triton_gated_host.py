@@ -85,11 +85,12 @@ def backward(
     behind = dh0
     if cut.segments > 1:
         own = cut.own()
+        options = {**cut.options, "ROWS": max(rows, lanes("gated").rows)}
         launch(
             gated_totals_kernel, cut.programs,
             f, *f.stride(), dy, *dy.stride(), o, *o.stride(), *gate, *own[:2],
             cut.tokens, cut.length, cut.segments, cut.channels,
-            BACK=True, PAIRS=in_pairs(cut, f, dy, o), **shared, **cut.options,
+            BACK=True, PAIRS=in_pairs(cut, f, dy, o), **shared, **options,
         )  # fmt: skip
         behind = cut.meet(own, dlast, dh0)
     dalpha = cut.empty(cut.batch, cut.segments, cut.channels) if slope else dh0
