@@ -1,7 +1,8 @@
 """The Dynamical Systems Framework on the scan engine.
 
 Linear and normalised attention and SSD are its chunked scan of matrix products, S6 its selective
-scan, gated RNNs and any system written out its elementwise scan; softmax is the flash engine. Maps,
+scan, gated RNNs its elementwise scan with or without the gates, which any system written out is
+too; softmax is the flash engine. Maps,
 matrices and the task are torch. Values of decays are checked on the CPU only: on a GPU the check
 would stall it.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from attnspec.fast.backend import FLOATS, check_size, check_tensor, wide
 from attnspec.fast.engines.scan import (
     ELEMENTWISE,
+    GATED,
     SELECTIVE,
     LaneConfig,
     elementwise,
@@ -96,7 +98,11 @@ CLAIMS = {
     "dsf_scan": TRAINED,
     "elementwise_scan": {**TRAINED, "blocks": (32, 256), "triton": _tuned(ELEMENTWISE)},
     "s6_scan": {**TRAINED, "blocks": (16, 64), "triton": _tuned(SELECTIVE)},
-    "qlstm": TRAINED,
+    "qlstm": {
+        **TRAINED,
+        "blocks": (16, 256),
+        "triton": {**_tuned(GATED), "draws": {"N": (1, 5, 24, 64, 70)}},
+    },
     "rg_lru": TRAINED,
     "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},
     "softmax_attention": CHUNKED,

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_choice, check_integer, check_tensor, wide
+from attnspec.fast.engines.scan import forget_gate
 from attnspec.fast.growing import checkable
-from attnspec.fast.linear.dsf_rnn import (
-    check_gates,
-    check_rg_lru,
-    forget_gate,
-    rg_lru_gates,
-)
+from attnspec.fast.linear.dsf_rnn import check_gates, check_rg_lru, rg_lru_gates
 from attnspec.fast.linear.dsf_ssm import check_positive, check_s6
 from attnspec.fast.linear.lightning_attention_2_chunks import check_upstream
 

@@ -1,4 +1,4 @@
-"""Recurrent mixers of `dsf`: gates in torch, in float32, then the elementwise scan."""
+"""Recurrent mixers of `dsf` on the elementwise scan, its gates in the kernels or in torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, logsigmoid, softplus
+from torch.nn.functional import gelu, softplus
 
 from attnspec.fast.backend import FLOATS, check_same, check_tensor, product, wide
-from attnspec.fast.engines.scan import elementwise
+from attnspec.fast.engines.scan import elementwise, gated_scan
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
 
 LayerState = tuple[Tensor, Tensor]
@@ -46,17 +46,7 @@ def qlstm(
     check_gates(f, i, o, alpha, reversed)
     check_upstream("z", z, tuple(f.shape), f)
     h0 = as_state("h0", h0, _last(z), z)
-    enter = torch.sigmoid(wide(i)) * wide(z)
-    states, last = elementwise(forget_gate(f, alpha, reversed), enter, h0, backend=backend)
-    return (torch.sigmoid(wide(o)) * states).to(z.dtype), last
-
-
-def forget_gate(f: Tensor, alpha: float = 1.0, reversed: bool = False) -> Tensor:
-    """a in float32 at least; a long memory has no room for it in 16 bits."""
-    if not reversed:
-        return torch.sigmoid(wide(f))
-    power = alpha.clamp(min=0) if isinstance(alpha, Tensor) else max(alpha, 0.0)
-    return torch.exp(power * logsigmoid(-wide(f)))
+    return gated_scan(f, i, o, z, alpha, reversed, h0, backend=backend)
 
 
 def qlstm_layer(

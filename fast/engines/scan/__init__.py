@@ -16,6 +16,7 @@ from attnspec.fast.engines.scan.api import (
 from attnspec.fast.engines.scan.configs import (
     CANDIDATES,
     ELEMENTWISE,
+    GATED,
     SELECTIVE,
     LaneConfig,
     ScanConfig,
@@ -23,6 +24,7 @@ from attnspec.fast.engines.scan.configs import (
 )
 from attnspec.fast.engines.scan.elementwise import elementwise
 from attnspec.fast.engines.scan.flows import DirectFlows
+from attnspec.fast.engines.scan.gated import forget_gate, gated_scan
 from attnspec.fast.engines.scan.hebbian import constant_decay, hebbian
 from attnspec.fast.engines.scan.running import running_dots
 from attnspec.fast.engines.scan.selective import selective
@@ -33,6 +35,7 @@ __all__ = [
     "CANDIDATES",
     "ELEMENTWISE",
     "FLOOR",
+    "GATED",
     "SELECTIVE",
     "DirectFlows",
     "LaneConfig",
@@ -41,6 +44,8 @@ __all__ = [
     "additive_scan",
     "constant_decay",
     "elementwise",
+    "forget_gate",
+    "gated_scan",
     "hebbian",
     "read_summary",
     "running_dots",

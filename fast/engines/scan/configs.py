@@ -73,15 +73,18 @@ class LaneConfig:
 
 
 ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
+GATED = (LaneConfig(16, 64, 256, 16), LaneConfig(32, 64, 256, 8), LaneConfig(16, 64, 128, 32))
+GATED_GRADIENT = (LaneConfig(8, 64, 256, 10), LaneConfig(8, 64, 128, 20), LaneConfig(8, 64, 256, 8))
 SELECTIVE = (LaneConfig(16, 32, 64, 16), LaneConfig(32, 32, 128, 8))
 RUNNING = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 24), LaneConfig(32, 64, 128, 8))
 FLOWS = (LaneConfig(64, 64, 128, 5), LaneConfig(32, 64, 128, 10), LaneConfig(64, 64, 128, 10))
 ORDERED = (LaneConfig(8, 64, 64, 16), LaneConfig(16, 64, 64, 8), LaneConfig(8, 64, 64, 32))
 TRACE = (LaneConfig(16, 64, 64, 10), LaneConfig(8, 64, 64, 10), LaneConfig(16, 64, 64, 20))
 FLOWS_GRADIENT = (LaneConfig(8, 64, 64, 0), LaneConfig(16, 64, 64, 0), LaneConfig(4, 64, 64, 0))
-"""Candidates, of which the first is in force. A program of `RUNNING` and those below it has all
-channels, and as many rows as keep the size of its tile. The segments of `FLOWS_GRADIENT` are those
-of the forward it belongs to."""
+"""Candidates, of which the first is in force. A tile of `GATED_GRADIENT` has 8 rows at most, for a
+thread's registers. A program of `RUNNING` and those below it has all channels, and as many rows as
+keep the size of its tile. The segments of `FLOWS_GRADIENT` are those of the forward it belongs to.
+"""
 
 CANDIDATES = (
     ScanConfig(),
@@ -166,6 +169,8 @@ TABLE: Table[Any] = Table(
             replace(FLOAT32, pairs_tile=16, gates_tile=16),
         ),
         ("elementwise",): ELEMENTWISE,
+        ("gated",): GATED,
+        ("gated gradient",): GATED_GRADIENT,
         ("selective",): SELECTIVE,
         ("running",): RUNNING,
         ("flows",): FLOWS,
@@ -190,8 +195,8 @@ def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
 
 
 def lanes(kernel: str) -> LaneConfig:
-    """The configuration in force for a scan without matrix products: elementwise, selective,
-    running, flows, ordered flows, the gradient of these, or the trace.
+    """The configuration in force for a scan without matrix products: elementwise, gated or its
+    gradient, selective, running, flows, ordered flows, the gradient of these, or the trace.
     """
     forced = TABLE.forced()
     return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)

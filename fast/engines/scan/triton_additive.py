@@ -18,7 +18,7 @@ from torch import Tensor
 from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.recorder import Recorder
-from attnspec.fast.engines.scan.triton_common import load_tile, offset
+from attnspec.fast.engines.scan.triton_common import load_tile, log1p, offset
 from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
 from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
@@ -33,14 +33,6 @@ interpreter, which goes through them one by one."""
 def spread(x):
     """x with 0 for -inf, to be subtracted."""
     return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def log1p(u):
-    """log(1 + u) for 0 <= u <= 1 to full relative precision."""
-    above = 1.0 + u
-    gap = above - 1.0
-    return tl.where(gap == 0.0, u, tl.log(above) * (u / tl.where(gap == 0.0, 1.0, gap)))
 
 
 @triton.jit(do_not_specialize=["k_b", "k_h", "tokens", "segments"])
@@ -126,9 +118,8 @@ def write_gates(
         x = spread(new) - spread(top) - tl.log(tl.where(first, 1.0, total))
         smaller = tl.where(more < old, more, old)
         larger = tl.where(more < old, old, more)
-        decay = log1p(smaller / tl.where(larger == 0.0, 1.0, larger)) + tl.where(
-            more < old, 0.0, tl.maximum(x, 0.0)
-        )
+        ratio = smaller / tl.where(larger == 0.0, 1.0, larger)
+        decay = log1p(ratio, False) + tl.where(more < old, 0.0, tl.maximum(x, 0.0))
         gate = more / tl.where(masked, 1.0, old + more)
         here = out + tl.cast(t, tl.int64) * D
         tl.store(kbar + here, gate.to(kbar.dtype.element_ty), mask=inside)

@@ -25,8 +25,14 @@ from torch import Tensor
 from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
-from attnspec.fast.engines.scan.triton_additive_scan import Logits, reciprocal
-from attnspec.fast.engines.scan.triton_common import load_tile, locate_block, offset, store_tile
+from attnspec.fast.engines.scan.triton_additive_scan import Logits
+from attnspec.fast.engines.scan.triton_common import (
+    load_tile,
+    locate_block,
+    offset,
+    reciprocal,
+    store_tile,
+)
 from attnspec.fast.engines.scan.triton_gates import pair_gradients, steep_gates_kernel
 from attnspec.fast.engines.scan.triton_levels import LOG2E, group_pairs, load_gates
 from attnspec.fast.engines.scan.triton_plan import (

@@ -20,7 +20,13 @@ from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_additive import Totals
-from attnspec.fast.engines.scan.triton_common import load_tile, locate_block, offset, store_tile
+from attnspec.fast.engines.scan.triton_common import (
+    load_tile,
+    locate_block,
+    offset,
+    reciprocal,
+    store_tile,
+)
 from attnspec.fast.engines.scan.triton_levels import LOG2E, group_pairs
 from attnspec.fast.engines.scan.triton_plan import (
     Call,
@@ -38,20 +44,6 @@ MOST_REACH = 60.0
 """A sum of e^k keeps what is e^-60 of it with all digits, far from float32's least number."""
 BLOCKS = 8
 """Blocks of a program that finds their weights."""
-
-
-@triton.jit
-def reciprocal(x, NATIVE: tl.constexpr):
-    """1 / x of normal numbers, by the hardware's instruction (an ulp away) if NATIVE: a division
-    guards against subnormal ones, ten instructions for each.
-    """
-    if NATIVE:
-        y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        y = 1.0 / x
-    return y
 
 
 @triton.jit(do_not_specialize=["k_b", "k_h", "segments", "blocks"])

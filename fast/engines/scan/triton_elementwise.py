@@ -136,44 +136,63 @@ def segment_length(chosen: LaneConfig, x: Tensor, lines: int, tokens: int) -> in
     return -(-least // chosen.rows) * chosen.rows
 
 
+class Cut:
+    """Where the programs of a scan over x (batch, tokens, channels) begin, and how they meet."""
+
+    def __init__(self, x: Tensor, chosen: LaneConfig) -> None:
+        self.batch, self.tokens, self.channels = x.shape
+        self.device, self.rows = x.device, chosen.rows
+        self.width = min(chosen.channels, power(self.channels))
+        self.parts = -(-self.channels // self.width)
+        self.length = segment_length(chosen, x, self.batch * self.parts, self.tokens)
+        self.segments = -(-self.tokens // self.length)
+        self.programs = self.batch * self.segments * self.parts
+        self.options = {"BC": self.width, "ROWS": self.rows, "num_warps": 1}
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each segment's product and sum, and the state behind it (batch, segments, channels)."""
+        products, sums, behind = self.empty(3, self.batch, self.segments, self.channels).unbind()
+        return products, sums, behind
+
+    def meet(self, own: tuple[Tensor, Tensor, Tensor], h0: Tensor | None, last: Tensor) -> Tensor:
+        """The states behind the segments, whose products and sums are a sequence of their own."""
+        products, sums, behind = own
+        launch(
+            walk_kernel, self.batch * self.parts,
+            products, *products.stride(), sums, *sums.stride(), last if h0 is None else h0, last,
+            behind, last, sums, *sums.stride(), last, last,
+            self.segments, self.segments, 1, self.channels,
+            BACK=False, STARTED=h0 is not None, GRADIENT=False, PREVIOUS=False, **self.options,
+        )  # fmt: skip
+        return behind
+
+
 def _run(
     a: Tensor, x: Tensor, h0: Tensor | None, out: Tensor, back: bool,
     h: Tensor | None = None, before: Tensor | None = None, da: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The last state, or from the end the gradient of the first; out and da are filled."""
-    batch, tokens, channels = x.shape
-    last = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-    chosen = lanes("elementwise")
-    width = min(chosen.channels, power(channels))
-    parts = -(-channels // width)
-    length = segment_length(chosen, x, batch * parts, tokens)
-    segments = -(-tokens // length)
-    entering = last
-    options = {"BC": width, "ROWS": chosen.rows, "num_warps": 1}
-    if segments > 1:
-        products, sums, entering = torch.empty(
-            3, batch, segments, channels, dtype=torch.float32, device=x.device
-        ).unbind()
+    cut = Cut(x, lanes("elementwise"))
+    last = entering = cut.empty(cut.batch, cut.channels)
+    where = (cut.tokens, cut.length, cut.segments, cut.channels)
+    if cut.segments > 1:
+        own = cut.own()
         launch(
-            totals_kernel, batch * segments * parts,
-            a, *a.stride(), x, *x.stride(), products, sums, tokens, length, segments, channels,
-            BACK=back, **options,
+            totals_kernel, cut.programs,
+            a, *a.stride(), x, *x.stride(), *own[:2], *where, BACK=back, **cut.options,
         )  # fmt: skip
-        start = last if h0 is None else h0
-        launch(
-            walk_kernel, batch * parts,
-            products, *products.stride(), sums, *sums.stride(), start, last, entering, last,
-            sums, *sums.stride(), last, last, segments, segments, 1, channels,
-            BACK=False, STARTED=h0 is not None, GRADIENT=False, PREVIOUS=False, **options,
-        )  # fmt: skip
+        entering = cut.meet(own, h0, last)
     states = x if h is None else h
     launch(
-        walk_kernel, batch * segments * parts,
+        walk_kernel, cut.programs,
         a, *a.stride(), x, *x.stride(), last if h0 is None else h0, entering, out, last,
         states, *states.stride(), last if before is None else before, out if da is None else da,
-        tokens, length, segments, channels,
+        *where,
         BACK=back, STARTED=h0 is not None, GRADIENT=h is not None, PREVIOUS=before is not None,
-        **options,
+        **cut.options,
     )  # fmt: skip
     return last
 
