@@ -155,6 +155,14 @@ def full_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrateg
     return axes | _alone(contract)
 
 
+def wide_tiles(
+    contract: Contract, kernel: Kernel, dtype: str, values: Sequence[str] | None = None
+) -> Strategy:
+    """Cases of what most models have, in tiles that are full."""
+    axes, widths = full_tiles(contract, kernel), usual_widths(contract)
+    return draw_case(contract, kernel, dtype, axes, values, widths=widths)
+
+
 def _alone(contract: Contract) -> dict[str, st.SearchStrategy[int]]:
     return {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
 

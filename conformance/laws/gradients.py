@@ -12,7 +12,7 @@ from attnspec.conformance.arrays import flatten, place_arguments, round_argument
 from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case, full_tiles, usual_widths
+from attnspec.conformance.laws.base import Law, Strategy, draw_case, usual_widths, wide_tiles
 from attnspec.conformance.trial import EXPECTATIONS, Refused, Trial
 from attnspec.conformance.values import make_values
 from attnspec.conformance.violation import Violation
@@ -32,8 +32,7 @@ def cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def wide_cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    axes, widths = full_tiles(contract, kernel), usual_widths(contract)
-    return draw_case(contract, kernel, dtype, axes, values=("normal",), widths=widths)
+    return wide_tiles(contract, kernel, dtype, ("normal",))
 
 
 def differentiates(contract: Contract, kernel: Kernel) -> bool:

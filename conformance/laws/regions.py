@@ -12,9 +12,8 @@ from attnspec.conformance.laws.base import (
     Strategy,
     around_tiles,
     draw_case,
-    full_tiles,
     token_axes,
-    usual_widths,
+    wide_tiles,
 )
 from attnspec.conformance.trial import Trial
 
@@ -66,8 +65,7 @@ def magnitude(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 
 def wide(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    axes, widths = full_tiles(contract, kernel), usual_widths(contract)
-    return draw_case(contract, kernel, dtype, axes, values=("normal", "real"), widths=widths)
+    return wide_tiles(contract, kernel, dtype, ("normal", "real"))
 
 
 def _has_heads(contract: Contract, kernel: Kernel) -> bool:

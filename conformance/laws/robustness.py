@@ -11,7 +11,14 @@ from attnspec.conformance.arrays import flatten, place_arguments
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case, near_blocks, token_axes
+from attnspec.conformance.laws.base import (
+    Law,
+    Strategy,
+    draw_case,
+    near_blocks,
+    token_axes,
+    wide_tiles,
+)
 from attnspec.conformance.trial import Refused, Trial
 from attnspec.conformance.violation import Violation
 
@@ -226,7 +233,7 @@ LAWS = (
         "configurations",
         "Every tuning configuration is right by itself.",
         ("K10",),
-        around_blocks,
+        wide_tiles,
         check_configs,
         applies=lambda contract, kernel: bool(kernel.configs),
         examples=0.1,
