@@ -27,7 +27,6 @@ class MemoryConfig:
 
 CANDIDATES = (
     MemoryConfig(),
-    MemoryConfig(walk_stages=1),
     MemoryConfig(walk_items=2048),
     MemoryConfig(walk_warps=8),
     MemoryConfig(piece=32),
