@@ -57,7 +57,7 @@ class Linear:
         hopper = k.is_cuda and torch.cuda.get_device_properties(k.device).major >= 9
         of = scalars(rates, pieces, before)
         cfg = config(k.element_size(), hopper)
-        return cls(pieces, *(_in_rows(x) for x in (k, v, q)), of, loss_scale, cfg)
+        return cls(pieces, _in_rows(k), _in_rows(v), _in_rows(q), of, loss_scale, cfg)
 
     @property
     def memories(self) -> int:
