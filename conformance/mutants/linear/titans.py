@@ -15,6 +15,7 @@ from attnspec.reference.linear import titans_memory as memory
 LINEAR = right("titans.titans_chunk_linear")
 MLP = right("titans.titans_chunk_mlp")
 BACKWARD = gradients.titans_chunk_linear_backward
+TILES = {"blocks": (8, 32)}
 MLP_BACKWARD = gradients.titans_chunk_mlp_backward
 # Names that mutants replace while they run are kept here as they are.
 reading, end_chunk, read_chunk = chunks.reading, chunks.end_chunk, chunks.read_chunk
@@ -177,12 +178,10 @@ def first_step_only(W: Any, S: Any, H: Any, Delta: Any, of: Any) -> Any:
 
 
 def first_rows_back(*args: Any) -> Any:
-    """The same in the gradient of keys."""
     part = chunk_backward(*args)
-    dk = part.dk
-    if dk.shape[-2] > 24 and dk.shape[-1] >= 64:
-        dk = np.where(np.arange(dk.shape[-2])[:, None] < 16, dk, 0 * dk)
-    return part._replace(dk=dk)
+    size, width = part.dk.shape[-2:]
+    kept = 16 if size > 24 and width >= 64 else size
+    return part._replace(dk=part.dk * (np.arange(size) < kept)[:, None])
 
 
 def straight_back(W: Any, k: Any, v: Any, loss_scale: float = 2.0) -> Any:
@@ -239,10 +238,9 @@ MUTANTS = (
     mutant("half-coefficients", "precision", "coefficients are kept in float16",
            replacing(LINEAR, reading=half_coefficients)),
     mutant("first-step", "precision", "of a full tile of 64 channels 16 tokens are stored",
-           replacing(LINEAR, end_chunk=first_step_only), settings={"blocks": (8, 32)}),
+           replacing(LINEAR, end_chunk=first_step_only), settings=TILES),
     mutant("first-rows-back", "wide-gradient", "of such a tile 16 keys have a gradient", LINEAR,
-           backward=replacing(BACKWARD, _chunk_backward=first_rows_back),
-           settings={"blocks": (8, 32)}),
+           backward=replacing(BACKWARD, _chunk_backward=first_rows_back), settings=TILES),
     mutant("half-the-loss", "agreement", "the factor 2 of the gradient is missing",
            altering(LINEAR, half_the_loss)),
     mutant("mean-loss", "agreement", "the loss is a mean over the channels",
