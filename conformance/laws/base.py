@@ -138,9 +138,8 @@ def near_blocks(kernel: Kernel, least: int = 1) -> st.SearchStrategy[int]:
 
 
 def around_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrategy[int]]:
-    """Lengths around the kernel's tiles in one batch entry, and one query head of a group."""
-    axes = {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
-    return axes | _alone(contract)
+    """Lengths around the kernel's tiles, for every axis of tokens."""
+    return {a: near_blocks(kernel, contract.least.get(a, 1)) for a in token_axes(contract)}
 
 
 def full_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrategy[int]]:
@@ -152,19 +151,20 @@ def full_tiles(contract: Contract, kernel: Kernel) -> dict[str, st.SearchStrateg
     for axis in token_axes(contract):
         least = contract.least.get(axis, 1)
         axes[axis] = st.sampled_from(sorted({max(n, least) for n in lengths}))
-    return axes | _alone(contract)
+    return axes
+
+
+def alone(contract: Contract) -> dict[str, st.SearchStrategy[int]]:
+    """One batch entry, and one query head of a group: what else long cases would repeat."""
+    return {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
 
 
 def wide_tiles(
     contract: Contract, kernel: Kernel, dtype: str, values: Sequence[str] | None = None
 ) -> Strategy:
     """Cases of what most models have, in tiles that are full."""
-    axes, widths = full_tiles(contract, kernel), usual_widths(contract)
-    return draw_case(contract, kernel, dtype, axes, values, widths=widths)
-
-
-def _alone(contract: Contract) -> dict[str, st.SearchStrategy[int]]:
-    return {axis: st.just(1) for axis in ("batch", "group") if axis in contract.sizes}
+    axes = full_tiles(contract, kernel) | alone(contract)
+    return draw_case(contract, kernel, dtype, axes, values, widths=usual_widths(contract))
 
 
 ALL_LAYOUTS = LAYOUTS

@@ -101,7 +101,7 @@ CLAIMS = {
     "qlstm": {
         **TRAINED,
         "blocks": (16, 256),
-        "triton": {**_tuned(GATED), "draws": {"N": (1, 5, 24, 64, 70)}},
+        "triton": {**_tuned(GATED), "draws": {"N": (*range(1, 25), 64, 70)}},
     },
     "rg_lru": TRAINED,
     "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},

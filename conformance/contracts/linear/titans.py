@@ -78,10 +78,10 @@ def poison_padding(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def chunks(sizes: Mapping[str, int]) -> Drawn:
-    # Where there are tokens for them, chunks are often larger than a kernel's pieces.
-    many = sizes.get("tokens", 0) > 32
+    # Where there are tokens for them, most chunks are larger than a kernel's pieces.
+    large = [64, 100] * (6 if sizes.get("tokens", 0) > 32 else 0)
     return {
-        "b": st.sampled_from([5, 16, 64, 100] if many else [1, 2, 3, 5, 8, 16, 20, 64, 100]),
+        "b": st.sampled_from([1, 2, 3, 5, 8, 16, 20, 64, 100, *large]),
         "loss_scale": st.sampled_from([2.0, 1.0, 0.5]),
         "read": st.sampled_from(["inclusive", "exclusive"]),
     }
