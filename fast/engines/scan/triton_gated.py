@@ -90,6 +90,12 @@ def rows_at(x, first, step, rows, PAIRS: tl.constexpr):
     return (x + skipped)[None, :] + ahead[:, None]
 
 
+@triton.jit
+def numbers_at(x, first, step, rows, mask, PAIRS: tl.constexpr):
+    """What lies there, in float32, and 0 where masked."""
+    return tl.load(rows_at(x, first, step, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def gated_totals_kernel(
     f, f_b, f_t, f_c, z, z_b, z_t, z_c, i, i_b, i_t, i_c, alpha, power, products, sums,
@@ -119,9 +125,9 @@ def gated_totals_kernel(
         first = start + (tiles - 1 - n if BACK else n) * ROWS
         ahead = ROWS - 1 - rows if BACK else rows
         mask = (ahead < stop - first)[:, None] & inside[None, :]
-        F = tl.load(rows_at(f, first, f_t, ahead, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        Z = tl.load(rows_at(z, first, z_t, ahead, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        I = tl.load(rows_at(i, first, i_t, ahead, PAIRS), mask=mask, other=0.0).to(tl.float32)
+        F = numbers_at(f, first, f_t, ahead, mask, PAIRS)
+        Z = numbers_at(z, first, z_t, ahead, mask, PAIRS)
+        I = numbers_at(i, first, i_t, ahead, mask, PAIRS)
         A = tl.where(mask, forget(F, power, REVERSED, NATIVE), 1.0)
         X = sigmoid(I, NATIVE) * Z
         if BACK:
@@ -166,10 +172,10 @@ def gated_walk_kernel(
     stop = tl.minimum(start + length, tokens)
     for first in range(start, stop, ROWS):
         mask = (rows < stop - first)[:, None] & inside[None, :]
-        F = tl.load(rows_at(f, first, f_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        Z = tl.load(rows_at(z, first, z_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        I = tl.load(rows_at(i, first, i_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        O = tl.load(rows_at(o, first, o_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
+        F = numbers_at(f, first, f_t, rows, mask, PAIRS)
+        Z = numbers_at(z, first, z_t, rows, mask, PAIRS)
+        I = numbers_at(i, first, i_t, rows, mask, PAIRS)
+        O = numbers_at(o, first, o_t, rows, mask, PAIRS)
         A = tl.where(mask, forget(F, power, REVERSED, NATIVE), 1.0)
         X = sigmoid(I, NATIVE) * Z
         # The state enters by the first row: products of a are then nobody's business.

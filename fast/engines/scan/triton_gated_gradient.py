@@ -15,6 +15,7 @@ from attnspec.fast.engines.scan.triton_gated import (
     channels_of,
     forget,
     line_of,
+    numbers_at,
     power_of,
     rows_at,
     sigmoids,
@@ -66,11 +67,11 @@ def gated_gradient_kernel(
     for n in range(many):
         first = start + (many - 1 - n) * ROWS
         mask = (rows < stop - first)[:, None] & inside[None, :]
-        F = tl.load(rows_at(f, first, f_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        Z = tl.load(rows_at(z, first, z_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        I = tl.load(rows_at(i, first, i_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        O = tl.load(rows_at(o, first, o_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(rows_at(dy, first, y_t, rows, PAIRS), mask=mask, other=0.0).to(tl.float32)
+        F = numbers_at(f, first, f_t, rows, mask, PAIRS)
+        Z = numbers_at(z, first, z_t, rows, mask, PAIRS)
+        I = numbers_at(i, first, i_t, rows, mask, PAIRS)
+        O = numbers_at(o, first, o_t, rows, mask, PAIRS)
+        up = numbers_at(dy, first, y_t, rows, mask, PAIRS)
         before = tl.load(marks + first // ROWS * channels, mask=inside, other=0.0)
         steep, A = sigmoids(F, NATIVE)
         if REVERSED:
