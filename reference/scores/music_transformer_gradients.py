@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import causal_mask, check_shaped, default_scale, repeat_heads
+from attnspec.reference.dense.attention import combine
 from attnspec.reference.dense.attention_gradient import sum_groups
-from attnspec.reference.primitives.softmax import softmax_backward, softmax_lse, weights_given_lse
+from attnspec.reference.primitives.softmax import softmax_lse, weights_given_lse
 from attnspec.reference.scores.music_transformer_checks import (
     check_self,
     check_values_table,
@@ -94,12 +95,15 @@ def _gradients(
     # Recomputed from the normaliser, as a kernel that kept only this does.
     P = weights_given_lse(logits, softmax_lse(logits, seen)[1], seen)
     heads, L = q.shape[-3], q.shape[-2]
-    dP = dout @ np.swapaxes(repeat_heads(v, heads), -1, -2)
+    dP, out = dout @ np.swapaxes(repeat_heads(v, heads), -1, -2), combine(P, v)
     if Ev is not None and L:
         used = relative_table_slice(Ev, L, causal)
         R = dout @ np.swapaxes(used, -1, -2)
         dP = dP + (skew(R) if causal else skew_full(R))
-    dS = np.where(seen, softmax_backward(P, np.where(seen, dP, np.zeros_like(dP))), 0.0)
+        out = out + by_distance(P, used.shape[-2], causal) @ used
+    # The sum of P dP over keys, as kernels take it: from the output.
+    row_term = np.einsum("...d,...d->...", dout, out)[..., None]
+    dS = np.where(seen, P * (np.where(seen, dP, np.zeros_like(dP)) - row_term), 0.0)
     dS = dS.astype(q.dtype)
     factor = default_scale(q.shape[-1]) if scale is None else scale
     M = E.shape[-2] if causal else (E.shape[-2] + 1) // 2
