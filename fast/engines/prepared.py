@@ -78,10 +78,14 @@ class Prepared:
     ) -> None:
         self.kernel, self.device, self.options = kernel, device, options
         self.grid = (programs, 1, 1)
-        described = {name: x for name, x in arguments.items() if isinstance(x, TensorDescriptor)}
-        self.descriptors = {name: vars(x) | {"base": None} for name, x in described.items()}
+        # Gluon's descriptors are of a class of their own, with the layout of a tile.
+        self.descriptors = {
+            name: (type(x), vars(x) | {"base": None})
+            for name, x in arguments.items()
+            if isinstance(getattr(x, "base", None), Tensor)
+        }
         self.arguments = {
-            name: None if isinstance(x, (Tensor, TensorDescriptor)) else x
+            name: None if isinstance(x, Tensor) or name in self.descriptors else x
             for name, x in arguments.items()
         }
         names = kernel.arg_names
@@ -121,9 +125,10 @@ class Prepared:
             self.compiled = compiled[self.grid]
 
 
-def _at(described: dict[str, Any], x: Tensor) -> TensorDescriptor:
+def _at(described: tuple[type, dict[str, Any]], x: Tensor) -> Any:
     """The descriptor of `x`, past the checks that the first of its kind has passed."""
-    descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(described)
+    kind, fields = described
+    descriptor: Any = object.__new__(kind)
+    vars(descriptor).update(fields)
     descriptor.base = x
     return descriptor

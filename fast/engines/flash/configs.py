@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv")
-WALKS = ("long", "medium", "short", "brief")
+WALKS = ("long", "medium", "short", "brief", "plain")
 """How far a program walks: how many tiles it visits decides what its start and its end cost."""
 BRIEF = 2048
 """Packed sequences that have at most so many rows on average are walked briefly."""
@@ -19,6 +19,8 @@ MEDIUM = range(2049, 8193)
 """Texts so long are walked at medium length."""
 WIDE = 128
 """Blocks of so many tokens fill the tiles of a medium walk."""
+MANY_ROWS = 128 * 132
+"""So many rows of all heads give every multiprocessor of an H100 a tile of plain rules."""
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -29,7 +31,9 @@ class FlashConfig:
 
     `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
     registers. `joined` (forward only) walks over full tiles and edges in one loop: its pipeline
-    fills once, which pays for few tiles, and the edges are told by a branch.
+    fills once, which pays for few tiles, and the edges are told by a branch. `specialised` (forward
+    only) is the kernel whose warps have different trades, where it takes the call; it has its own
+    number of warps.
     """
 
     rows: int
@@ -38,6 +42,7 @@ class FlashConfig:
     stages: int
     early: bool = False
     joined: bool = False
+    specialised: bool = False
 
     def fitted(self, q_tokens: int) -> FlashConfig:
         """For kernels that own rows: with fewer, and fewer warps, if half of them are enough."""
@@ -59,6 +64,17 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(128, 64, 4, 3),
         FlashConfig(64, 128, 4, 3),
         FlashConfig(128, 128, 8, 3),
+    ),
+    ("forward", "plain", 64): (
+        FlashConfig(128, 128, 8, 2, specialised=True),
+        FlashConfig(128, 64, 8, 3, specialised=True),
+        FlashConfig(64, 128, 4, 3),
+    ),
+    ("forward", "plain", 128): (
+        FlashConfig(128, 128, 8, 2, specialised=True),
+        FlashConfig(128, 64, 8, 4, specialised=True),
+        FlashConfig(128, 64, 4, 2),
+        FlashConfig(64, 64, 4, 2, joined=True),
     ),
     ("forward", "long", 128): (
         FlashConfig(128, 64, 4, 2),

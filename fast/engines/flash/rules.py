@@ -38,6 +38,13 @@ class Rules(NamedTuple):
         return self.window is not None or self.row_start is not None
 
     @property
+    def plain(self) -> bool:
+        """Whether the causal order, a window with sinks and sink logits are all there is."""
+        others = (self.row_start, self.row_end, self.key_mask, self.mask, self.block_index,
+                  self.q_offsets, self.slopes)  # fmt: skip
+        return all(x is None for x in others)
+
+    @property
     def kept_sinks(self) -> int | None:
         """How many sinks there are that a range would hide."""
         return self.sinks if self.sinks and self.ranged else None

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as host
+from attnspec.fast.engines.flash.configs import FlashConfig
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_tiles import (
     VARYING,
@@ -184,12 +185,11 @@ class Forward:
     multiples of 16 bytes alike, and the same options.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, chosen: FlashConfig) -> None:
         batch, heads, q_tokens, _ = q.shape
         self.out_shape, self.lse_shape = (batch, heads, q_tokens, v.shape[3]), q.shape[:3]
         self.copies = not host.readable_as_they_are(q, k, v)
         q, k, v = host.readable(q, k, v)
-        chosen = host.choose_config("forward", q, v, rules)
         self.tiles = host.Tiles("forward", chosen, q, k, rules)
         how = host.access(q, k, v)
         place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
@@ -233,6 +233,13 @@ class Forward:
         return out, lse
 
 
-def prepare_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Forward:
+def prepare_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
     """What computes every call of the kind of this one."""
-    return Forward(q, k, v, Rules(*options))
+    rules = Rules(*options)
+    chosen = host.choose_config("forward", q, v, rules)
+    if chosen.specialised and host.can_specialise(q, v, rules):
+        # Not every Triton has what this module is written in.
+        from attnspec.fast.engines.flash.triton_specialised_host import Specialised
+
+        return Specialised(q, k, v, rules, chosen)
+    return Forward(q, k, v, rules, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.engines import prepared
-from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config
+from attnspec.fast.engines.flash.configs import L2_BYTES, MANY_ROWS, FlashConfig, config
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
 
+SPECIALISED_WIDTH = 128
+"""Channels that the kernel for plain rules has registers for."""
 SHORTEST_DESCRIBED = 32
 """Numbers that fill 128 bytes, to whose multiples descriptors copy: a pipeline lays shorter tiles
 closer together."""
@@ -32,15 +35,32 @@ def arch(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def padded(size: int) -> int:
+def padded(size: int, least: int = 16) -> int:
     """The power of two that a head size is padded to, at least the 16 of a matrix product."""
-    return max(16, triton.next_power_of_2(size))
+    return max(least, triton.next_power_of_2(size))
+
+
+@cache
+def speaks_gluon() -> bool:
+    """Whether this Triton has the language of the kernel for plain rules as it is written: it is
+    experimental, and changes from release to release.
+    """
+    return triton.__version__.startswith("3.6.")
+
+
+def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
+    """Whether the kernel for plain rules on Hopper takes a call."""
+    narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
+    return narrow and rules.plain and q.is_cuda and arch(q) == 90 and speaks_gluon()
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
     width = padded(max(q.shape[3], v.shape[3]))
-    chosen = config(kind, rules.walk(q.shape[2]), arch(q), q.element_size(), width, q.shape[2])
+    walk = rules.walk(q.shape[2])
+    if kind == "forward" and q.shape[:3].numel() >= MANY_ROWS and can_specialise(q, v, rules):
+        walk = "plain"
+    chosen = config(kind, walk, arch(q), q.element_size(), width, q.shape[2])
     return replace(
         chosen, rows=fit(chosen.rows, rules.q_block), keys=fit(chosen.keys, rules.k_block)
     )

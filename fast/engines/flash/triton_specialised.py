@@ -1,0 +1,256 @@
+"""The flash engine's forward kernel for plain rules on Hopper: warps of different trades, in Gluon.
+
+A program runs two consumers, each with `ROWS` rows of one tile, and a producer that brings keys and
+values. While the matrix units multiply one tile's weights with its values, the consumer that asked
+for it works out the next tile's weights, and the two consumers take turns at the units. Programs
+live as long as there are tiles, so that the producer begins the next one while the last is written.
+
+Plain rules are the causal order, a window with sinks, and sink logits (`Rules.plain`). What is
+computed is what `triton_forward` computes, edges first. Written for Triton 3.6.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attnspec.fast.engines.flash.triton_specialised_parts import (
+    LOG2E,
+    attend_with_care,
+    finish,
+    hide,
+    key_at,
+    plan_tile,
+    rounds,
+    soften,
+    store_rows,
+)
+
+VARYING = [
+    "q_stride_b", "q_stride_h", "q_stride_t", "k_stride_b", "k_stride_h", "k_stride_t",
+    "v_stride_b", "v_stride_h", "v_stride_t", "q_tokens", "k_tokens", "tiles", "sequences",
+    "section", "window", "sinks", "scale",
+]  # fmt: skip
+"""Arguments whose values never lead to another compilation."""
+
+
+@gluon.jit
+def ring(x, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Room for `STAGES` tiles of x, and for each whether it is full and whether it is empty again,
+    which it is when all its readers say so.
+    """
+    shape: gl.constexpr = [STAGES] + x.block_shape  # noqa: RUF005 (Gluon knows no other way)
+    room = gl.allocate_shared_memory(x.dtype, shape, x.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=READERS)
+    return room, full, empty
+
+
+@gluon.jit
+def fetch(x, b, h, first, ring, stage, phase):
+    """Copy rows of a head to a stage of a ring as soon as it is empty."""
+    room, full, empty = ring
+    mbarrier.wait(empty.index(stage), phase)
+    mbarrier.expect(full.index(stage), x.block_type.nbytes)
+    tma.async_copy_global_to_shared(x, [b, h, first, 0], full.index(stage), room.index(stage))
+
+
+@gluon.jit
+def produce(
+    q, k, v, rings, tiles, sequences, section, limits,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Bring the rows of both consumers and the tiles of keys and values, as rings have room."""
+    q_ring, k_ring, v_ring, _turns = rings
+    at = 0
+    for turn in range(rounds(tiles * sequences)):
+        sequence, first, walk = plan_tile(
+            turn, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
+        )
+        b, h = sequence // HEADS, sequence % HEADS
+        for who in gl.static_range(2):
+            fetch(q, b, h, first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
+        for i in range(walk[1] + walk[3]):
+            key = key_at(i, walk, KEYS)
+            fetch(k, b, h // GROUP, key, k_ring, at % STAGES, (at // STAGES & 1) ^ 1)
+            fetch(v, b, h // GROUP, key, v_ring, at % STAGES, (at // STAGES & 1) ^ 1)
+            at += 1
+
+
+@gluon.jit
+def attend_tiles(
+    first, last, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits, factor,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr, WHO: gl.constexpr,
+):  # fmt: skip
+    """Tiles [first, last) of the walk: the product of the tile before is under way meanwhile."""
+    top, total, mixed = sums
+    _q_ring, k_ring, v_ring, turns = rings
+    k_room, k_full, k_empty = k_ring
+    v_room, v_full, v_empty = v_ring
+    WEIGHTS: gl.constexpr = weights.type.layout
+    VALUES: gl.constexpr = mixed.type.layout
+    SCORES: gl.constexpr = top.type.layout.parent
+    for i in range(first, last):
+        c = at + i
+        stage, before = c % STAGES, (c - 1) % STAGES
+        mbarrier.wait(v_full.index(before), (c - 1) // STAGES & 1)
+        mbarrier.wait(turns[WHO], (c & 1) ^ (1 - WHO))
+        nothing = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+        keys = k_room.index(stage).reshape([KEYS, q_tile.shape[1]]).permute((1, 0))
+        scores = warpgroup_mma(q_tile, keys, nothing, use_acc=False, is_async=True)
+        values = v_room.index(before).reshape([KEYS, mixed.shape[1]])
+        mixed = warpgroup_mma(weights, values, mixed, is_async=True)
+        mbarrier.arrive(turns[1 - WHO], count=1)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if EDGE:
+            scores, _seen = hide(scores, row, key_at(i, walk, KEYS), limits, CAUSAL)
+        new_weights, top, rescale, more = soften(scores, top, factor)
+        total = total * rescale + more
+        new_weights = gl.convert_layout(new_weights.to(q_tile.dtype), WEIGHTS)
+        # Waiting for the next keys here keeps the compiler from waiting for the product before the
+        # weights are done, which would have nothing run beside it.
+        mbarrier.wait(
+            k_full.index((c + 1) % STAGES), (c + 1) // STAGES & 1, pred=i + 1 < total_tiles
+        )
+        mixed, weights = warpgroup_mma_wait(0, deps=[mixed, new_weights])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        mixed = mixed * gl.convert_layout(rescale, gl.SliceLayout(1, VALUES))[:, None]
+    return (top, total, mixed), weights
+
+
+@gluon.jit
+def consume(
+    inputs, rings, WHO: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, KEYS, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, WIDTH_V, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
+    WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    q, k, v, out, lse, sink_logit, strides, tiles, sequences, section, limits, scale = inputs
+    q_ring, k_ring, v_ring, turns = rings
+    q_room, q_full, q_empty = q_ring
+    k_room, k_full, k_empty = k_ring
+    v_room, v_full, v_empty = v_ring
+    q_tokens = limits[0]
+    q_tile = q_room.index(WHO).reshape([ROWS, WIDTH])
+    factor = scale * LOG2E
+    at = 0
+    for turn in range(rounds(tiles * sequences)):
+        sequence, first, walk = plan_tile(
+            turn, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
+        )
+        first += WHO * ROWS
+        total_tiles = walk[1] + walk[3]
+        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+        mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, VALUES)
+        mbarrier.wait(q_full.index(WHO), turn & 1)
+        stage = at % STAGES
+        mbarrier.wait(k_full.index(stage), at // STAGES & 1)
+        mbarrier.wait(turns[WHO], (at & 1) ^ (1 - WHO))
+        keys = k_room.index(stage).reshape([KEYS, WIDTH]).permute((1, 0))
+        nothing = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+        scores = warpgroup_mma(q_tile, keys, nothing, use_acc=False, is_async=True)
+        mbarrier.arrive(turns[1 - WHO], count=1)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        scores, _seen = hide(scores, row, key_at(0, walk, KEYS), limits, CAUSAL)
+        weights, top, _rescale, total = soften(scores, top, factor)
+        weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
+        mbarrier.wait(k_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1, pred=total_tiles > 1)
+        sums = (top, total, mixed)
+        edges = gl.maximum(walk[4], 1)
+        sums, weights = attend_tiles(
+            1, edges, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits, factor,
+            ROWS, KEYS, STAGES, CAUSAL, True, WHO,
+        )  # fmt: skip
+        sums, weights = attend_tiles(
+            edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits,
+            factor, ROWS, KEYS, STAGES, CAUSAL, False, WHO,
+        )  # fmt: skip
+        mbarrier.arrive(q_empty.index(WHO), count=1)
+        top, total, mixed = sums
+        c = at + total_tiles - 1
+        mbarrier.wait(v_full.index(c % STAGES), c // STAGES & 1)
+        values = v_room.index(c % STAGES).reshape([KEYS, WIDTH_V])
+        mixed = warpgroup_mma(weights, values, mixed, is_async=True)
+        mixed = warpgroup_mma_wait(0, deps=[mixed])
+        mbarrier.arrive(v_empty.index(c % STAGES), count=1)
+        b, h = sequence // HEADS, sequence % HEADS
+        log_total, tile = finish((top, total, mixed), sink_logit, h)
+        at_row = sequence.to(gl.int64) * q_tokens
+        gl.store(lse + at_row + row, log_total, mask=row < q_tokens)
+        written = first + gl.arange(0, ROWS, gl.SliceLayout(1, WRITTEN))
+        store_rows(out, gl.convert_layout(tile.to(DTYPE), WRITTEN), at_row, written, q_tokens, DV)
+        if gl.max(gl.max((tile != tile).to(gl.int32), 1), 0) > 0:
+            q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t = strides
+            attend_with_care(
+                q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h,
+                k + b.to(gl.int64) * k_b + (h // GROUP).to(gl.int64) * k_h,
+                v + b.to(gl.int64) * v_b + (h // GROUP).to(gl.int64) * v_h,
+                out, at_row, first, walk, limits, factor, sink_logit, h, (q_t, k_t, v_t),
+                D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
+            )  # fmt: skip
+        at += total_tiles
+
+
+@gluon.jit(do_not_specialize=VARYING)
+def specialised_forward_kernel(
+    q_tiles, k_tiles, v_tiles, q, k, v, out, lse, sink_logit,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t, q_tokens, k_tokens, tiles, sequences, section,
+    window, sinks, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = q_tiles.dtype
+    first_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    second_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(first_turn, count=1)
+    mbarrier.init(second_turn, count=1)
+    rings = (
+        ring(q_tiles, 2, 1),
+        ring(k_tiles, STAGES, 2),
+        ring(v_tiles, STAGES, 2),
+        (first_turn, second_turn),
+    )
+    strides = (
+        q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+        v_stride_b, v_stride_h, v_stride_t,
+    )  # fmt: skip
+    limits = (q_tokens, k_tokens, window, sinks)
+    inputs = (q, k, v, out, lse, sink_logit, strides, tiles, sequences, section, limits, scale)
+    gl.warp_specialize(
+        [
+            (consume, (
+                inputs, rings, 0, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                DTYPE,
+            )),
+            (consume, (
+                inputs, rings, 1, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                DTYPE,
+            )),
+            (produce, (
+                q_tiles, k_tiles, v_tiles, rings, tiles, sequences, section, limits,
+                HEADS, GROUP, ROWS, KEYS, STAGES, CAUSAL,
+            )),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+"""What the flash engine's specialised kernel is made of: the order of tiles and of keys, who sees
+whom, the softmax, and the second look at a tile with a NaN.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mma_v2
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+PIECE = gl.constexpr(32)
+"""Keys at a time where a tile is done again with care."""
+
+
+@gluon.jit
+def rounds(total):
+    """How many tiles this program owns."""
+    programs = gl.num_programs(0)
+    whole = total // programs
+    return whole + (turned(whole) < total % programs).to(gl.int32)
+
+
+@gluon.jit
+def turned(turn):
+    """This program's place in a round: every other one goes backwards, since tiles get shorter."""
+    place = gl.program_id(0)
+    return gl.where(turn % 2 == 0, place, gl.num_programs(0) - 1 - place)
+
+
+@gluon.jit
+def plan_tile(
+    turn,
+    tiles,
+    sequences,
+    section,
+    limits,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):
+    """Batch and head in one number, first row, and the walk: `base`, the count of tiles from there
+    on, how many come before the full ones, the tiles of sinks, and all that are not full.
+    """
+    q_tokens, k_tokens, window, sinks = limits
+    t = turn * gl.num_programs(0) + turned(turn)
+    per_section = tiles * section
+    sequence = t // per_section * section
+    inside = t % per_section
+    width = gl.minimum(section, sequences - sequence)
+    tile = inside // width
+    sequence += inside % width
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    first = tile * 2 * ROWS
+    stop = gl.minimum(first + 2 * ROWS, q_tokens)
+    shift = k_tokens - q_tokens
+    end, full_end = k_tokens, k_tokens
+    if CAUSAL:
+        end = gl.maximum(stop + shift, 0)
+        full_end = gl.maximum(first + shift + 1, 0)
+    base, full_base, sink_tiles = 0, 0, 0
+    if window is not None:
+        base = gl.maximum(first + shift - window + 1, 0)
+        full_base = gl.maximum(stop + shift - window, 0)
+        if sinks is not None:
+            sink_tiles = (gl.minimum(sinks, end) + KEYS - 1) // KEYS
+            base = gl.maximum(base, sink_tiles * KEYS)
+    count = (gl.maximum(end - base, 0) + KEYS - 1) // KEYS
+    # Rows that see nothing at all look at one tile and find nothing there.
+    count = gl.where(sink_tiles == 0, gl.maximum(count, 1), count)
+    full_from = gl.minimum((gl.maximum(full_base - base, 0) + KEYS - 1) // KEYS, count)
+    full_to = gl.maximum(gl.minimum(gl.maximum(full_end - base, 0) // KEYS, count), full_from)
+    edges = sink_tiles + full_from + count - full_to
+    return sequence, first, (base, count, full_from, sink_tiles, edges)
+
+
+@gluon.jit
+def key_at(i, walk, KEYS: gl.constexpr):
+    """First key of the i-th tile: first the edges, which are the sinks, those at the window's begin
+    and those at the end, and then full ones.
+    """
+    base, count, full_from, sink_tiles, edges = walk
+    behind = i - sink_tiles
+    tile = gl.where(behind < full_from, behind, behind + count - edges + sink_tiles)
+    tile = gl.where(i < edges, tile, i - edges + full_from)
+    return gl.where(i < sink_tiles, i * KEYS, base + tile * KEYS)
+
+
+@gluon.jit
+def hide(scores, row, at, limits, CAUSAL: gl.constexpr):
+    """`scores` (rows, keys from `at` on) with -inf for keys that a row does not see; who sees whom.
+
+    Columns are compared by eights, of which each thread knows its own when it is compiled. Compared
+    one by one they are as many numbers, which the compiler keeps in registers for the whole loop.
+    """
+    q_tokens, k_tokens, window, sinks = limits
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    eights, within = (column >> 3)[None, :], (column & 7)[None, :]
+    shift = k_tokens - q_tokens
+    high = gl.where(row < q_tokens, k_tokens, 0)
+    if CAUSAL:
+        high = gl.minimum(high, row + (shift + 1))
+    # A column is below a bound if its eight is below the bound less its place, in eights.
+    seen = eights < ((high - at)[:, None] - within + 7) >> 3
+    if window is not None:
+        low = row + (shift - window + 1) - at
+        late = eights >= (low[:, None] - within + 7) >> 3
+        if sinks is not None:
+            late = late | (eights < (sinks - at - within + 7) >> 3)
+        seen = seen & late
+    return gl.where(seen, scores, -float("inf")), seen
+
+
+@gluon.jit
+def soften(scores, top, factor):
+    """Weights of one more tile, the new maximum, the rescale and the weights' sum."""
+    new_top = gl.maximum(top, gl.max(scores, 1) * factor)
+    # A row that has seen nothing keeps -inf; subtracting 0 there gives weights 0, not NaN.
+    safe = gl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = gl.exp2(scores * factor - safe[:, None])
+    return weights, new_top, gl.exp2(top - safe), gl.sum(weights, 1)
+
+
+@gluon.jit
+def finish(sums, sink_logit, h):
+    """lse and output of the rows from their maxima, denominators and values."""
+    top, total, mixed = sums
+    if sink_logit is not None:
+        sink = gl.load(sink_logit + h).to(gl.float32) * LOG2E
+        new_top = gl.maximum(top, sink)
+        safe = gl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = gl.exp2(top - safe)
+        total = total * rescale + gl.exp2(sink - safe)
+        mixed = mixed * gl.convert_layout(rescale, gl.SliceLayout(1, mixed.type.layout))[:, None]
+        top = new_top
+    empty = total == 0.0
+    filled = gl.where(empty, 1.0, total)
+    log_total = gl.where(empty, -float("inf"), (top + gl.log2(filled)) * LN2)
+    filled = gl.convert_layout(filled, gl.SliceLayout(1, mixed.type.layout))
+    return log_total, mixed / filled[:, None]
+
+
+@gluon.jit
+def load_rows(
+    x,
+    first,
+    stop,
+    stride_t,
+    CHANNELS: gl.constexpr,
+    layout: gl.constexpr,
+    ROWS: gl.constexpr,
+    WIDTH: gl.constexpr,
+):
+    """Rows from `first` on as a tile (ROWS, WIDTH), zeros from `stop` and CHANNELS on."""
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    inside = (row < stop)[:, None] & (channel < CHANNELS)[None, :]
+    at = row.to(gl.int64)[:, None] * stride_t + channel[None, :]
+    return gl.load(x + at, mask=inside, other=0.0)
+
+
+@gluon.jit
+def store_rows(out, tile, at, row, q_tokens, DV: gl.constexpr):
+    """Write the rows before `q_tokens` of a tile to contiguous rows of DV."""
+    layout: gl.constexpr = tile.type.layout
+    channel = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    inside = (row < q_tokens)[:, None] & (channel < DV)[None, :]
+    gl.store(out + (at + row)[:, None] * DV + channel[None, :], tile, mask=inside)
+
+
+@gluon.jit
+def attend_with_care(
+    q, k, v, out, at_row, first, walk, limits, factor, sink_logit, h, strides,
+    D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Write the rows that see no value that is not finite again: the product has spread 0 * NaN to
+    rows that do not see the NaN's key.
+    """
+    q_tokens, k_tokens = limits[0], limits[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], instr_shape=[16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    q_tile = load_rows(q, first, q_tokens, strides[0], D, READ, ROWS, WIDTH)
+    q_tile = gl.convert_layout(q_tile, LEFT)
+    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SUMS))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SUMS))
+    tainted = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, SUMS))
+    mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, SUMS)
+    for i in range((walk[1] + walk[3]) * (KEYS // PIECE)):
+        begin = key_at(i // (KEYS // PIECE), walk, KEYS) + i % (KEYS // PIECE) * PIECE
+        keys = load_rows(k, begin, k_tokens, strides[1], D, READ, PIECE, WIDTH)
+        nothing = gl.zeros([ROWS, PIECE], gl.float32, SUMS)
+        scores = mma_v2(q_tile, gl.convert_layout(keys.permute((1, 0)), RIGHT), nothing)
+        scores, seen = hide(scores, row, begin, limits, CAUSAL)
+        weights, top, rescale, more = soften(scores, top, factor)
+        total = total * rescale + more
+        values = load_rows(v, begin, k_tokens, strides[2], DV, READ, PIECE, WIDTH_V)
+        finite = gl.abs(values.to(gl.float32)) < float("inf")
+        values = gl.where(finite, values, 0.0)
+        broken = gl.max((~finite).to(gl.int32), 1)
+        broken = gl.convert_layout(broken, gl.SliceLayout(0, SUMS))
+        tainted |= gl.max(seen.to(gl.int32) * broken[None, :], 1)
+        weights = gl.convert_layout(weights.to(q_tile.dtype), LEFT)
+        mixed = mma_v2(weights, gl.convert_layout(values, RIGHT), mixed * rescale[:, None])
+    _log_total, tile = finish((top, total, mixed), sink_logit, h)
+    kept = gl.where(tainted > 0, q_tokens, row)
+    store_rows(out, tile.to(q_tile.dtype), at_row, kept, q_tokens, DV)
