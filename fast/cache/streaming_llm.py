@@ -45,7 +45,7 @@ from attnspec.fast.cache.streaming_llm_sinks import (
 )
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.merge import merge
 from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import check_continues, checkable
@@ -72,8 +72,15 @@ __all__ = [
 ]
 
 CLAIMS = {
-    "streaming_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
-    "attend_with_sink_logit": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    **{
+        name: {
+            "gradient": True,
+            "blocks": (16, 64),
+            "compiled": True,
+            "triton": {"configs": SPECIALISED_CONFIGS},
+        }
+        for name in ("streaming_attend", "attend_with_sink_logit")
+    },
     "softmax1": {"gradient": True, "launches": None, "compiled": True},
     **{
         name: {"launches": None}

@@ -14,11 +14,16 @@ from attnspec.fast.backend import (
     check_tensor,
 )
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash, mask_options
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash, mask_options
 from attnspec.fast.growing import Room, append, check_continues
 
 CLAIMS = {
-    "attend": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
+    "attend": {
+        "gradient": True,
+        "blocks": (16, 64, 128),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "attend_packed": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
 }
 MOST_DECODED = 16

@@ -91,6 +91,34 @@ def test_the_rules_say_how_long_a_walk_is(
     assert rules.walk(q_tokens) == walk
 
 
+def test_only_a_plain_walk_is_specialised() -> None:
+    forced, given = flash.SPECIALISED[0], flash.config("forward", "long", 90, 2, 64, 4096)
+    assert not flash.specialises("forward", 4096, 4)
+    assert flash.specialises("forward", 4096, 5)
+    assert not flash.specialises("dq", 4096, 32)
+    assert not flash.specialises("forward", 64, 9999)
+    with flash.use_config(forward=forced):
+        assert flash.specialises("forward", 3, 1)
+        assert flash.config("forward", "plain", 90, 2, 64, 3) == forced
+        assert flash.config("forward", "long", 90, 2, 64, 4096) == given
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, True),
+        ({"causal": True, "window": 9, "sinks": 2, "sink_logit": torch.ones(1)}, True),
+        ({"key_mask": torch.ones(1)}, False),
+        ({"row_end": torch.ones(1)}, False),
+        ({"q_offsets": torch.ones(1)}, False),
+        ({"slopes": torch.ones(1)}, False),
+    ],
+)
+def test_what_rules_are_plain(options: dict[str, Any], plain: bool) -> None:
+    rules = Rules(*[None] * len(Rules._fields))._replace(**options)  # type: ignore[arg-type]
+    assert rules.plain == plain
+
+
 def test_a_use_that_was_sent_to_a_process_is_in_force_there() -> None:
     sent = pickle.loads(pickle.dumps(functools.partial(use_config, CANDIDATES[1])))
     with sent():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from attnspec.fast.tuning import Table, place, places
 
@@ -32,8 +33,8 @@ class FlashConfig:
     `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
     registers. `joined` (forward only) walks over full tiles and edges in one loop: its pipeline
     fills once, which pays for few tiles, and the edges are told by a branch. `specialised` (forward
-    only) is the kernel whose warps have different trades, where it takes the call; it has its own
-    number of warps.
+    only) is the kernel for plain rules, whose warps have trades of their own; other calls take what
+    the table has for them.
     """
 
     rows: int
@@ -52,6 +53,10 @@ class FlashConfig:
         return replace(self, rows=min(rows, self.rows), warps=min(self.warps, 4))
 
 
+SPECIALISED = (
+    FlashConfig(128, 128, 8, 2, specialised=True),
+    FlashConfig(128, 64, 8, 3, specialised=True),
+)
 CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
     ("forward", "long", 64): (
         FlashConfig(64, 128, 4, 3),
@@ -65,14 +70,9 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 128, 4, 3),
         FlashConfig(128, 128, 8, 3),
     ),
-    ("forward", "plain", 64): (
-        FlashConfig(128, 128, 8, 2, specialised=True),
-        FlashConfig(128, 64, 8, 3, specialised=True),
-        FlashConfig(64, 128, 4, 3),
-    ),
+    ("forward", "plain", 64): (*SPECIALISED, FlashConfig(64, 128, 4, 3)),
     ("forward", "plain", 128): (
-        FlashConfig(128, 128, 8, 2, specialised=True),
-        FlashConfig(128, 64, 8, 4, specialised=True),
+        *SPECIALISED,
         FlashConfig(128, 64, 4, 2),
         FlashConfig(64, 64, 4, 2, joined=True),
     ),
@@ -184,13 +184,22 @@ def config(
 ) -> FlashConfig:
     """The configuration in force for a kernel of `KINDS`, a walk of `WALKS`, an architecture (90
     is Hopper), bytes an element, the larger head size padded to a power of two, and the number of
-    queries.
+    queries. Only a plain walk is specialised, whatever is forced.
     """
     forced = TABLE.forced(kind)
-    if forced is not None:
+    if forced is not None and (walk == "plain" or not forced.specialised):
         return forced
     chosen = TABLE.choose(kind, walk, *place(arch, element_size, width))
     return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 
+def specialises(kind: str, q_tokens: int, sequences: int) -> bool:
+    """Whether the walk of plain rules over so many queries of all heads is one of its own."""
+    forced = TABLE.forced(kind)
+    many = q_tokens > 64 and q_tokens * sequences >= MANY_ROWS
+    return kind == "forward" and (many or (forced is not None and forced.specialised))
+
+
 use_config = TABLE.use
+SPECIALISED_CONFIGS = {str(c): partial(use_config, forward=c) for c in SPECIALISED}
+"""What forces the kernel for plain rules on calls of any length."""

@@ -237,7 +237,7 @@ def prepare_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
     """What computes every call of the kind of this one."""
     rules = Rules(*options)
     chosen = host.choose_config("forward", q, v, rules)
-    if chosen.specialised and host.can_specialise(q, v, rules):
+    if chosen.specialised:
         # Not every Triton has what this module is written in.
         from attnspec.fast.engines.flash.triton_specialised_host import Specialised
 

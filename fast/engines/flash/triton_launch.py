@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.engines import prepared
-from attnspec.fast.engines.flash.configs import L2_BYTES, MANY_ROWS, FlashConfig, config
+from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config, specialises
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
@@ -58,7 +58,7 @@ def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
     width = padded(max(q.shape[3], v.shape[3]))
     walk = rules.walk(q.shape[2])
-    if kind == "forward" and q.shape[:3].numel() >= MANY_ROWS and can_specialise(q, v, rules):
+    if specialises(kind, q.shape[2], q.shape[:2].numel()) and can_specialise(q, v, rules):
         walk = "plain"
     chosen = config(kind, walk, arch(q), q.element_size(), width, q.shape[2])
     return replace(

@@ -22,11 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnspec.fast.engines.flash.triton_specialised_parts import (
     LOG2E,
-    attend_with_care,
     finish,
     hide,
     key_at,
     plan_tile,
+    repair,
     rounds,
     soften,
     store_rows,
@@ -132,16 +132,18 @@ def attend_tiles(
 
 @gluon.jit
 def consume(
-    inputs, rings, WHO: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr,
+    inputs, rings, doubts, WHO: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr,
+    WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1."""
+    """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1; leave a
+    NaN in `doubts` if there was one in any.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, KEYS, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, WIDTH_V, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    q, k, v, out, lse, sink_logit, strides, tiles, sequences, section, limits, scale = inputs
+    out, lse, sink_logit, tiles, sequences, section, limits, scale = inputs
     q_ring, k_ring, v_ring, turns = rings
     q_room, q_full, q_empty = q_ring
     k_room, k_full, k_empty = k_ring
@@ -149,6 +151,7 @@ def consume(
     q_tokens = limits[0]
     q_tile = q_room.index(WHO).reshape([ROWS, WIDTH])
     factor = scale * LOG2E
+    doubt = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, VALUES))
     at = 0
     for turn in range(rounds(tiles * sequences)):
         sequence, first, walk = plan_tile(
@@ -192,22 +195,15 @@ def consume(
         mixed = warpgroup_mma(weights, values, mixed, is_async=True)
         mixed = warpgroup_mma_wait(0, deps=[mixed])
         mbarrier.arrive(v_empty.index(c % STAGES), count=1)
-        b, h = sequence // HEADS, sequence % HEADS
-        log_total, tile = finish((top, total, mixed), sink_logit, h)
+        log_total, tile = finish((top, total, mixed), sink_logit, sequence % HEADS)
         at_row = sequence.to(gl.int64) * q_tokens
         gl.store(lse + at_row + row, log_total, mask=row < q_tokens)
         written = first + gl.arange(0, ROWS, gl.SliceLayout(1, WRITTEN))
         store_rows(out, gl.convert_layout(tile.to(DTYPE), WRITTEN), at_row, written, q_tokens, DV)
-        if gl.max(gl.max((tile != tile).to(gl.int32), 1), 0) > 0:
-            q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t = strides
-            attend_with_care(
-                q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h,
-                k + b.to(gl.int64) * k_b + (h // GROUP).to(gl.int64) * k_h,
-                v + b.to(gl.int64) * v_b + (h // GROUP).to(gl.int64) * v_h,
-                out, at_row, first, walk, limits, factor, sink_logit, h, (q_t, k_t, v_t),
-                D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
-            )  # fmt: skip
+        # A NaN, once there is one, stays in what is added up.
+        doubt += gl.sum(tile, 1) * 0.0
         at += total_tiles
+    doubts.index(WHO).store(doubt)
 
 
 @gluon.jit(do_not_specialize=VARYING)
@@ -236,15 +232,18 @@ def specialised_forward_kernel(
         v_stride_b, v_stride_h, v_stride_t,
     )  # fmt: skip
     limits = (q_tokens, k_tokens, window, sinks)
-    inputs = (q, k, v, out, lse, sink_logit, strides, tiles, sequences, section, limits, scale)
+    inputs = (out, lse, sink_logit, tiles, sequences, section, limits, scale)
+    doubts = gl.allocate_shared_memory(
+        gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
     gl.warp_specialize(
         [
             (consume, (
-                inputs, rings, 0, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
                 DTYPE,
             )),
             (consume, (
-                inputs, rings, 1, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
                 DTYPE,
             )),
             (produce, (
@@ -254,3 +253,9 @@ def specialised_forward_kernel(
         ],
         [4, 1], [240, 24],
     )  # fmt: skip
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    doubt = doubts.index(0).load(FLAT) + doubts.index(1).load(FLAT)
+    if gl.max((doubt != doubt).to(gl.int32), 0) > 0:
+        repair(
+            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL
+        )  # fmt: skip

@@ -210,3 +210,31 @@ def attend_with_care(
     _log_total, tile = finish((top, total, mixed), sink_logit, h)
     kept = gl.where(tainted > 0, q_tokens, row)
     store_rows(out, tile.to(q_tile.dtype), at_row, kept, q_tokens, DV)
+
+
+@gluon.jit
+def repair(
+    q, k, v, inputs, strides, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr,
+    KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Look at this program's tiles again, and do those that hold a NaN with care."""
+    out, _lse, sink_logit, tiles, sequences, section, limits, scale = inputs
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t = strides
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for i in range(2 * rounds(tiles * sequences)):
+        sequence, first, walk = plan_tile(
+            i // 2, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
+        )
+        first += i % 2 * ROWS
+        b, h = (sequence // HEADS).to(gl.int64), sequence % HEADS
+        at_row = sequence.to(gl.int64) * limits[0]
+        written = load_rows(out + at_row * DV, first, limits[0], DV, DV, READ, ROWS, WIDTH_V)
+        if gl.max(gl.max((written != written).to(gl.int32), 1), 0) > 0:
+            attend_with_care(
+                q + b * q_b + h.to(gl.int64) * q_h,
+                k + b * k_b + (h // GROUP).to(gl.int64) * k_h,
+                v + b * v_b + (h // GROUP).to(gl.int64) * v_h,
+                out, at_row, first, walk, limits, scale * LOG2E, sink_logit, h, (q_t, k_t, v_t),
+                D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
+            )  # fmt: skip
