@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -14,6 +15,9 @@ from attnspec.fast.engines.flash.configs import FlashConfig
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_specialised import specialised_forward_kernel
 from attnspec.fast.engines.prepared import Prepared
+
+MANY_ROUNDS = 64
+"""Programs that own so many tiles are about equally busy in any order."""
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
@@ -30,26 +34,27 @@ def section(place: dict[str, Any], programs: int, group: int, rules: Rules) -> i
     """How many heads are gone through together.
 
     Those that read the same keys find them in the L2 cache; but tiles of a causal order differ in
-    length, and are shared out evenly only if there are many of each. The former is worth 5 %.
+    length, and few of each are not shared out evenly. The former is worth 5 per cent.
     """
     tiles, sequences = place["tiles"], place["sequences"]
     if not rules.causal or rules.window is not None:
         return int(place["section"])
-    costs = {1.05 * imbalance(tiles, sequences, sequences, programs): sequences}
-    costs |= {imbalance(tiles, sequences, group, programs): group}
-    return costs[min(costs)]
+    if tiles * sequences > MANY_ROUNDS * programs:
+        return group
+    apart, together = (imbalance(tiles, sequences, width, programs) for width in (group, sequences))
+    return group if apart <= 1.05 * together else sequences
 
 
 def imbalance(tiles: int, sequences: int, width: int, programs: int) -> float:
     """How much longer the busiest program works than the mean, for causal tiles as `plan_tile`
-    deals them out. A tile's own cost is that of one and a half key tiles.
+    deals them out. What a tile takes beside its keys is that of one and a half tiles of keys.
     """
-    place = torch.arange(tiles * sequences)
+    place = np.arange(tiles * sequences)
     turn, program = place // programs, place % programs
-    program = torch.where(turn % 2 == 0, program, programs - 1 - program)
+    program = np.where(turn % 2 == 0, program, programs - 1 - program)
     first = place // (tiles * width) * width
-    tile = place % (tiles * width) // (sequences - first).clamp(max=width)
-    work = torch.bincount(program, tiles - tile + 1.5, minlength=programs)
+    tile = place % (tiles * width) // np.minimum(sequences - first, width)
+    work = np.bincount(program, weights=tiles - tile + 1.5, minlength=programs)
     return float(work.max() / work.mean())
 
 

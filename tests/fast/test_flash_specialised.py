@@ -1,0 +1,63 @@
+"""The host side of the flash engine's specialised kernel, on a driver that compiles nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attnspec.fast.engines.flash import flash, plans, triton_launch
+from attnspec.fast.engines.flash.configs import SPECIALISED, use_config
+from attnspec.fast.engines.flash.rules import Rules
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+from attnspec.fast.engines.flash import triton_specialised_host as specialised  # noqa: E402
+
+PLAIN = Rules(*[None] * len(Rules._fields))._replace(causal=True)  # type: ignore[arg-type]
+
+
+def test_programs_are_equally_busy_where_tiles_divide_evenly() -> None:
+    # Two rounds, the second dealt backwards: a long tile and a short one for each program.
+    assert specialised.imbalance(tiles=8, sequences=1, width=1, programs=4) == 1.0
+    assert specialised.imbalance(tiles=2, sequences=1, width=1, programs=2) == 3.5 / 3.0
+
+
+@pytest.mark.parametrize(("tiles", "sequences", "width"), [(5, 3, 1), (5, 3, 2), (7, 4, 4)])
+def test_all_work_is_dealt_out_once(tiles: int, sequences: int, width: int) -> None:
+    """One program does all there is, whatever the order."""
+    assert specialised.imbalance(tiles, sequences, width, programs=1) == 1.0
+
+
+def test_heads_go_together_where_they_would_not_be_shared_out_evenly() -> None:
+    uneven = {"tiles": 32, "sequences": 8, "section": 5}
+    assert specialised.section(uneven, 132, 1, PLAIN) == 8
+    even = {"tiles": 32, "sequences": 32, "section": 5}
+    assert specialised.section(even, 132, 1, PLAIN) == 1
+    assert specialised.section(even, 132, 1, PLAIN._replace(window=9)) == 5
+    assert specialised.section({**even, "tiles": 10**6}, 132, 4, PLAIN) == 4
+
+
+def test_later_calls_launch_the_same_with_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.launches import launches
+
+    monkeypatch.setattr(triton_launch, "can_specialise", lambda q, v, rules: rules.plain)
+    device = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    shape = (1, 4, 700, 64)
+    options: dict[str, Any] = {"causal": True, "window": 100, "sinks": 4, "backend": "triton"}
+    kernels = [specialised.specialised_forward_kernel]
+    with launches(monkeypatch, kernels, plans.plans) as found, use_config(forward=SPECIALISED[0]):
+        for _ in range(3):
+            q, k, v = (torch.ones(shape, dtype=torch.float16) for _ in range(3))
+            out, lse = flash(q, k, v, **options)
+            assert (out.shape, lse.shape) == (shape, shape[:3])
+    assert found.compiled == 1
+    names = [(name, how) for name, how, _ in found]
+    assert names[0] == ("specialised_forward_kernel", "looked up")
+    assert len(names) == 3
+    first, *later = (len(values) for _, _, values in found)
+    assert later == [first, first]
