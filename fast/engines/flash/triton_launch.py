@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,9 @@ from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
 
+SPEAKS_GLUON = triton.__version__.startswith("3.6.")
+"""Whether this Triton has the language of the kernel for plain rules as it is written: it is
+experimental, and changes from release to release."""
 SPECIALISED_WIDTH = 128
 """Channels that the kernel for plain rules has registers for."""
 SHORTEST_DESCRIBED = 32
@@ -40,18 +42,10 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-@cache
-def speaks_gluon() -> bool:
-    """Whether this Triton has the language of the kernel for plain rules as it is written: it is
-    experimental, and changes from release to release.
-    """
-    return triton.__version__.startswith("3.6.")
-
-
 def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether the kernel for plain rules on Hopper takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
-    return narrow and rules.plain and q.is_cuda and arch(q) == 90 and speaks_gluon()
+    return narrow and rules.plain and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:

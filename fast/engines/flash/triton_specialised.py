@@ -31,13 +31,7 @@ from attnspec.fast.engines.flash.triton_specialised_parts import (
     soften,
     store_rows,
 )
-
-VARYING = [
-    "q_stride_b", "q_stride_h", "q_stride_t", "k_stride_b", "k_stride_h", "k_stride_t",
-    "v_stride_b", "v_stride_h", "v_stride_t", "q_tokens", "k_tokens", "tiles", "sequences",
-    "section", "window", "sinks", "scale",
-]  # fmt: skip
-"""Arguments whose values never lead to another compilation."""
+from attnspec.fast.engines.flash.triton_tiles import VARYING
 
 
 @gluon.jit
@@ -206,7 +200,7 @@ def consume(
     doubts.index(WHO).store(doubt)
 
 
-@gluon.jit(do_not_specialize=VARYING)
+@gluon.jit(do_not_specialize=[*VARYING, "q_stride_t", "k_stride_t", "v_stride_t"])
 def specialised_forward_kernel(
     q_tiles, k_tiles, v_tiles, q, k, v, out, lse, sink_logit,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
