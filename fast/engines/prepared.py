@@ -132,3 +132,36 @@ def _at(described: tuple[type, dict[str, Any]], x: Tensor) -> Any:
     vars(descriptor).update(fields)
     descriptor.base = x
     return descriptor
+
+
+class Repeated:
+    """A launch of a call, to be repeated with other integers: nothing else is looked at again.
+
+    `arguments` are the kernel's and Triton's options. The tensors must live as long as this does.
+    """
+
+    def __init__(self, kernel: Any, programs: int, /, **arguments: Any) -> None:
+        self.kernel, self.programs = kernel, programs
+        names = kernel.arg_names
+        self.places = {name: at for at, name in enumerate(names)}
+        self.values = [arguments.pop(name) for name in names]
+        self.options = arguments
+        self.addresses: list[Any] = []
+        self.compiled: Any = None
+
+    def __call__(self, programs: int | None = None, /, **integers: int) -> None:
+        """Launch with these integers, on so many programs if it is not the usual number."""
+        grid = (self.programs if programs is None else programs, 1, 1)
+        if self.compiled is None or not grid[0]:
+            values = self.values.copy()
+            for name, x in integers.items():
+                values[self.places[name]] = x
+            compiled = launch(self.kernel, grid[0], *values, **self.options)
+            if HANDS_ON_CONSTANTS and getattr(compiled, "module", None) is not None:
+                self.compiled = compiled
+                self.addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
+            return
+        count_launch()
+        for name, x in integers.items():
+            self.addresses[self.places[name]] = x
+        self.compiled[grid](*self.addresses)

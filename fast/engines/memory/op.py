@@ -10,12 +10,16 @@ from torch import Tensor
 
 from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.memory import dense, dense_gradients
-from attnspec.fast.engines.memory.configs import config
+from attnspec.fast.engines.memory.configs import config, deep_config
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.operation import operation
 
 WIDEST = 256
 """Channels of keys and of values that the linear memory's kernels hold."""
+
+
+WIDEST_OF_TWO = 128
+"""Channels of keys and of values that the kernels of a memory of two layers hold."""
 
 
 def _hopper(x: Tensor) -> bool:
@@ -27,20 +31,28 @@ def _linear(widths: list[int], backend: str) -> bool:
     return backend == "triton" and len(widths) == 2 and max(widths) <= WIDEST
 
 
-def _pieces(k: Tensor, b: int, linear: bool) -> Pieces:
-    size = config(k.element_size(), _hopper(k)).piece if linear else 64
+def _two(k: Tensor, widths: list[int], backend: str) -> bool:
+    """Whether the kernels of a memory of two layers run."""
+    widest = len(widths) == 3 and min(widths) > 0 and max(widths[0], widths[2]) <= WIDEST_OF_TWO
+    return backend == "triton" and k.dtype != torch.float64 and widest
+
+
+def _pieces(k: Tensor, widths: list[int], b: int, backend: str) -> Pieces:
     needed = max(1, min(b, k.shape[2]))
-    if linear:
-        size = min(size, max(16, 1 << (needed - 1).bit_length()))
-    return Pieces(k.shape[2], b, min(size, needed) if not linear else size)
+    linear = _linear(widths, backend)
+    if not linear and not _two(k, widths, backend):
+        return Pieces(k.shape[2], b, min(64, needed))
+    kind = k.element_size(), _hopper(k)
+    size = config(*kind).piece if linear else deep_config(*kind).deep_piece
+    return Pieces(k.shape[2], b, min(size, max(16, 1 << (needed - 1).bit_length())))
 
 
 def _deep(
-    k: Tensor, q: Tensor, widths: list[int], b: int, loss_scale: float, before: bool
+    k: Tensor, q: Tensor, widths: list[int], pieces: Pieces, loss_scale: float, before: bool
 ) -> dense.Deep:
     narrow = k.dtype if k.is_cuda and k.dtype in (torch.float16, torch.bfloat16) else None
     group = q.shape[1] // k.shape[1]
-    return dense.Deep(widths, _pieces(k, b, False), loss_scale, before, group, narrow)
+    return dense.Deep(widths, pieces, loss_scale, before, group, narrow)
 
 
 @operation("attnspec::memory")
@@ -53,16 +65,21 @@ def memory_op(
     with torch.cuda.device_of(k):
         rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (W.flatten(0, 1), S.flatten(0, 1))
+        pieces = _pieces(k, widths, b, backend)
+        errors = W.new_empty(0)
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
-            pieces = _pieces(k, b, True)
             y, last_W, last_S, saved, errors = kernels.forward(
                 pieces, *flat, k, v, q, rates, loss_scale, before, keep
             )
+        elif _two(k, widths, backend):
+            kernels = importlib.import_module("attnspec.fast.engines.memory.triton_deep")
+            y, last_W, last_S, saved = kernels.forward(
+                widths, pieces, *flat, k, v, q, rates, loss_scale, before, keep
+            )
         else:
-            call = _deep(k, q, widths, b, loss_scale, before)
+            call = _deep(k, q, widths, pieces, loss_scale, before)
             y, last_W, last_S, saved = dense.forward(call, *flat, k, v, q, rates, keep, backend)
-            errors = W.new_empty(0)
         return y, last_W.view(W.shape), last_S.view(S.shape), saved, errors
 
 
@@ -70,13 +87,16 @@ def _saved_shapes(
     W: Tensor, k: Tensor, q: Tensor, widths: list[int], b: int, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     nothing = W.new_empty(0)
-    linear = _linear(widths, backend)
-    pieces = _pieces(k, b, linear)
+    pieces = _pieces(k, widths, b, backend)
     if not keep or not pieces.count:
         return nothing, nothing
     memories = k.shape[0] * k.shape[1]
-    if not linear:
-        groups = -(-pieces.count // dense.GROUP)
+    groups = -(-pieces.count // dense.GROUP)
+    if _two(k, widths, backend):
+        rows = [16 * -(-x // 16) for x in widths]
+        numbers = widths[0] * rows[1] + widths[1] * rows[2]
+        return W.new_empty(groups, 3 if pieces.per > 1 else 2, memories, numbers), nothing
+    if not _linear(widths, backend):
         return W.new_empty(groups, 3, memories, W.shape[2]), nothing
     return (
         k.new_empty(memories, pieces.count, 2, *widths),
@@ -105,13 +125,19 @@ def memory_backward_op(
     with torch.cuda.device_of(k):
         rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (dW.flatten(0, 1).contiguous(), dS.flatten(0, 1).contiguous())
+        pieces = _pieces(k, widths, b, backend)
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
             dW0, dS0, dk, dv, dq, drates = kernels.backward(
-                _pieces(k, b, True), dy, *flat, saved, errors, k, v, q, rates, loss_scale, before
+                pieces, dy, *flat, saved, errors, k, v, q, rates, loss_scale, before
+            )
+        elif _two(k, widths, backend):
+            kernels = importlib.import_module("attnspec.fast.engines.memory.triton_deep_back")
+            dW0, dS0, dk, dv, dq, drates = kernels.backward(
+                widths, pieces, dy, *flat, saved, k, v, q, rates, loss_scale, before
             )
         else:
-            call = _deep(k, q, widths, b, loss_scale, before)
+            call = _deep(k, q, widths, pieces, loss_scale, before)
             dW0, dS0, dk, dv, dq, drates = dense_gradients.backward(
                 call, dy, *flat, saved, k, v, q, rates, backend
             )

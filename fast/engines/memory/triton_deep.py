@@ -1,0 +1,238 @@
+"""Launches for a memory of two layers: groups of pieces, in each one piece after the other, and
+then all that the group's queries read.
+
+Inputs and scratch are float32 in rows of multiples of 16 numbers. Only the states that enter a group
+are kept for the gradient, as in `dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnspec.fast.engines.memory.configs import MemoryConfig, deep_config
+from attnspec.fast.engines.memory.dense import GROUP
+from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
+from attnspec.fast.engines.memory.triton_deep_walk import begin_kernel, read_kernel, step_kernel
+from attnspec.fast.engines.memory.triton_scalars import scalars
+from attnspec.fast.engines.prepared import Repeated
+
+
+def _power(n: int) -> int:
+    return max(16, int(triton.next_power_of_2(n)))
+
+
+def row(n: int) -> int:
+    """Numbers from one row of `n` to the next."""
+    return 16 * triton.cdiv(n, 16)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x (batch, heads, tokens, width) as float32 (heads, tokens, row), anything between rows."""
+    width = x.shape[3]
+    if x.dtype == torch.float32 and x.is_contiguous() and width % 16 == 0 and not x.data_ptr() % 16:
+        return x.flatten(0, 1)
+    copy = torch.empty(*x.shape[:3], row(width), dtype=torch.float32, device=x.device)
+    copy[..., :width].copy_(x)
+    return copy.flatten(0, 1)
+
+
+def numbers(widths: Sequence[int]) -> int:
+    """Numbers of a state whose rows begin at multiples of 16."""
+    d, hidden, dv = widths
+    return d * row(hidden) + hidden * row(dv)
+
+
+@dataclass
+class Two:
+    """One call: its layer widths, pieces, inputs in rows, coefficients and configuration."""
+
+    widths: Sequence[int]
+    pieces: Pieces
+    k: Tensor
+    v: Tensor
+    q: Tensor
+    of: Scalars
+    loss_scale: float
+    precision: str
+    cfg: MemoryConfig
+
+    @classmethod
+    def of_inputs(
+        cls, widths: Sequence[int], pieces: Pieces, k: Tensor, v: Tensor, q: Tensor, rates: Rates,
+        loss_scale: float, before: bool,
+    ) -> Two:  # fmt: skip
+        hopper = k.is_cuda and torch.cuda.get_device_properties(k.device).major >= 9
+        wide = k.element_size() >= 4
+        return cls(
+            widths, pieces, in_rows(k), in_rows(v), in_rows(q), scalars(rates, pieces, before),
+            loss_scale, "ieee" if wide else "tf32", deep_config(k.element_size(), hopper),
+        )  # fmt: skip
+
+    @property
+    def memories(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[0] // max(1, self.memories)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels that a program owns."""
+        return min(self.cfg.deep_tile, _power(self.widths[1]))
+
+    @property
+    def reading(self) -> int:
+        """As many for kernels that go through them all."""
+        return min(self.cfg.deep_read, _power(self.widths[1]))
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.widths[1], self.hidden)
+
+    @property
+    def groups(self) -> int:
+        return triton.cdiv(self.pieces.count, GROUP)
+
+    def many(self, number: int) -> int:
+        """Pieces of a group."""
+        return min(GROUP, self.pieces.count - number * GROUP)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+
+    def states(self, slots: int) -> Tensor:
+        return self.empty(slots, self.memories, numbers(self.widths))
+
+    def columns(self, slots: int, width: int) -> Tensor:
+        """Scratch for the tokens of pieces, which are columns."""
+        return self.empty(slots, self.memories, row(width), self.pieces.size)
+
+    def spread(self, state: Tensor) -> Tensor:
+        """A packed state (memories, numbers) with padded rows."""
+        if state.shape[1] == numbers(self.widths):
+            return state
+        out = state.new_zeros(state.shape[0], numbers(self.widths))
+        for part, layer in zip(self._layers(out), self._packed(state), strict=True):
+            part.copy_(layer)
+        return out
+
+    def packed(self, state: Tensor) -> Tensor:
+        """The inverse of `spread`; always a copy."""
+        return torch.cat([layer.flatten(1) for layer in self._layers(state)], 1)
+
+    def _layers(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        d, hidden, dv = self.widths
+        first, second = state.split([d * row(hidden), hidden * row(dv)], 1)
+        return (
+            first.unflatten(1, (d, row(hidden)))[..., :hidden],
+            second.unflatten(1, (hidden, row(dv)))[..., :dv],
+        )
+
+    def _packed(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        d, hidden, dv = self.widths
+        first, second = state.split([d * hidden, hidden * dv], 1)
+        return first.unflatten(1, (d, hidden)), second.unflatten(1, (hidden, dv))
+
+    def place(self) -> dict[str, Any]:
+        p = self.pieces
+        return {
+            "first": 0, "tokens": p.tokens, "b": p.b, "per": p.per, "count": p.count,
+            "size": p.size, "memories": self.memories,
+        }  # fmt: skip
+
+    def options(self, stages: int, hidden: int) -> dict[str, Any]:
+        d, width, dv = self.widths
+        return {
+            "D": d, "DV": dv, "HIDDEN": width, "BD": _power(d), "BV": _power(dv),
+            "BH": hidden, "C": self.pieces.size, "PRECISION": self.precision,
+            "num_warps": self.cfg.deep_warps, "num_stages": stages,
+        }  # fmt: skip
+
+
+class Group:
+    """Scratch of a group of pieces, and the launches that fill it."""
+
+    def __init__(self, call: Two) -> None:
+        d, hidden, dv = call.widths
+        slots = min(GROUP, call.pieces.count)
+        self.call, self.long = call, call.pieces.per > 1
+        self.W, self.S = call.states(slots + 2), call.states(slots + 1)
+        self.Z, self.H, self.D1 = (call.columns(slots, hidden) for _ in range(3))
+        self.D2 = call.columns(slots, dv)
+        of, programs, place = call.of, call.memories * call.tiles, call.place()
+        parts = call.empty(2, call.memories, call.tiles, row(dv), call.pieces.size)
+        self._begin = Repeated(
+            begin_kernel, programs, k=call.k, W=self.W, Z=self.Z, H=self.H, parts=parts,
+            **place, **call.options(1, call.hidden),
+        )  # fmt: skip
+        self._step = Repeated(
+            step_kernel, programs, i=0, k=call.k, v=call.v, W=self.W, S=self.S, Z=self.Z, H=self.H,
+            D1=self.D1, D2=self.D2, parts=parts, end=of.end, end_n=of.end_n, end_G=of.end_G,
+            many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **call.options(1, call.hidden),
+        )  # fmt: skip
+
+    def enter(self, W: Tensor, S: Tensor, base: Tensor | None = None) -> None:
+        """States before a group's first piece, and its base if the chunk is older than the group.
+        All may be slots of this group.
+        """
+        if base is not None:
+            self.W[0].copy_(base)
+        self.W[1].copy_(W)
+        self.S[0].copy_(S)
+
+    def walk(self, number: int) -> None:
+        """Group `number`, from the states that `enter` set."""
+        first, many = number * GROUP, self.call.many(number)
+        self._begin(first=first)
+        for i in range(many):
+            self._step(first=first, i=i, many=many)
+
+    def base_behind(self, number: int) -> Tensor | None:
+        """The base of the piece behind a group, if chunks have pieces and there is such a piece."""
+        behind = (number + 1) * GROUP
+        if not self.long or behind >= self.call.pieces.count:
+            return None
+        return self.W[max(0, GROUP + 1 - behind % self.call.pieces.per)]
+
+
+def forward(
+    widths: Sequence[int], pieces: Pieces, W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor,
+    rates: Rates, loss_scale: float, before: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the last W and S (memories, numbers), and the states that enter groups if `keep`:
+    (groups, 3 or 2, memories, numbers in rows), W, S and, if chunks have pieces, the base.
+    """
+    call = Two.of_inputs(widths, pieces, k, v, q, rates, loss_scale, before)
+    y = torch.empty(*q.shape[:3], widths[2], dtype=q.dtype, device=q.device)
+    saved = W.new_empty(0)
+    if not call.memories or not pieces.count:
+        return y, W.clone(), S.clone(), saved
+    if keep:
+        saved = call.empty(call.groups, 3 if pieces.per > 1 else 2, *call.states(1).shape[1:])
+    group = Group(call)
+    read = Repeated(
+        read_kernel, 0, k=call.k, q=call.q, W=group.W, S=group.S, H=group.H, D1=group.D1,
+        D2=group.D2, rows=call.of.rows, G=call.of.G, y=y, many=0, group=call.group, **call.place(),
+        **call.options(call.cfg.deep_stages, call.reading),
+    )  # fmt: skip
+    last_W, last_S = call.spread(W), call.spread(S)
+    base = last_W if group.long else None
+    for number in range(call.groups):
+        group.enter(last_W, last_S, base)
+        if keep:
+            entering = (group.W[1], group.S[0], group.W[0])
+            for place, x in zip(saved[number], entering, strict=False):
+                place.copy_(x)
+        group.walk(number)
+        many = call.many(number)
+        read(call.memories * call.group * many, first=number * GROUP, many=many)
+        last_W, last_S = group.W[many + 1], group.S[many]
+        base = group.base_behind(number)
+    return y, call.packed(last_W), call.packed(last_S), saved
