@@ -9,12 +9,13 @@ from attnspec.fast.tuning import Table
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Tiles of the memory's kernels, of the linear one but for the last four.
+    """Tiles of the linear memory's kernels, and of those for two layers.
 
     `piece`: tokens of a product at most, a power of two >= 16. `walk_items` is the most numbers of
     one of the two states a program of the walks keeps in registers, which decides how many value
     channels it owns; `tile` is the key and value channels of the kernels that walk nowhere.
-    A memory of two layers has its own: tokens of a piece, hidden channels of a program.
+    A memory of two layers has tiles of its own, those that begin with `deep`: tokens of a piece,
+    and hidden channels that a program owns, or goes through at once if it `deep_read`s.
     """
 
     piece: int = 64
@@ -50,19 +51,29 @@ OLDER = MemoryConfig(piece=32, walk_items=2048, walk_stages=1, tile=32, tile_sta
 DEEP = (
     MemoryConfig(),
     MemoryConfig(deep_tile=32),
-    MemoryConfig(deep_warps=4),
     MemoryConfig(deep_tile=32, deep_warps=4),
+    MemoryConfig(deep_read=16),
+    MemoryConfig(deep_stages=1),
     MemoryConfig(deep_piece=32, deep_tile=32, deep_warps=4),
-    MemoryConfig(deep_stages=2),
+)
+DEEP_WIDE = (
+    MemoryConfig(deep_tile=32, deep_read=16),
+    MemoryConfig(deep_tile=32, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=32, deep_tile=32, deep_read=16),
 )
 DEEP32 = (
-    MemoryConfig(deep_piece=32, deep_tile=32),
-    MemoryConfig(deep_piece=16, deep_tile=32),
-    MemoryConfig(deep_piece=32, deep_tile=32, deep_warps=4),
-    MemoryConfig(deep_piece=32, deep_tile=16),
-    MemoryConfig(deep_piece=64, deep_tile=32),
+    MemoryConfig(deep_piece=32, deep_tile=32, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=32, deep_tile=16, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=16, deep_tile=32, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=32, deep_tile=32, deep_read=16, deep_warps=4, deep_stages=1),
 )
-"""As `FLOAT32`: a product runs on no matrix unit."""
+"""As for `FLOAT32`, products run on no matrix unit. Also 16-bit inputs before Hopper."""
+DEEP32_WIDE = (
+    MemoryConfig(deep_piece=16, deep_tile=16, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=16, deep_tile=32, deep_read=16, deep_stages=1),
+    MemoryConfig(deep_piece=32, deep_tile=16, deep_read=16, deep_stages=1),
+)
+"""Keys or values of more than 64 channels."""
 
 TABLE = Table(
     "memory",
@@ -84,7 +95,9 @@ TABLE = Table(
             replace(FLOAT32, tile_warps=8),
         ),
         ("deep", "16-bit"): DEEP,
+        ("deep", "16-bit", "wide"): DEEP_WIDE,
         ("deep", "32-bit"): DEEP32,
+        ("deep", "32-bit", "wide"): DEEP32_WIDE,
     },
 )
 
@@ -95,12 +108,13 @@ def config(itemsize: int, hopper: bool) -> MemoryConfig:
     return TABLE.forced() or TABLE.choose(*key)
 
 
-def deep_config(itemsize: int, hopper: bool) -> MemoryConfig:
-    """The configuration in force for a memory of two layers; processors before Hopper have the
-    shared memory of float32's tiles.
+def deep_config(itemsize: int, hopper: bool, widest: int) -> MemoryConfig:
+    """The configuration in force for a memory of two layers, of up to `widest` channels of keys and
+    of values.
     """
     kind = "16-bit" if itemsize < 4 and hopper else "32-bit"
-    return TABLE.forced() or TABLE.choose("deep", kind)
+    key = ("deep", kind, "wide") if widest > 64 else ("deep", kind)
+    return TABLE.forced() or TABLE.choose(*key)
 
 
 use_config = TABLE.use

@@ -16,8 +16,6 @@ from attnspec.fast.engines.operation import operation
 
 WIDEST = 256
 """Channels of keys and of values that the linear memory's kernels hold."""
-
-
 WIDEST_OF_TWO = 128
 """Channels of keys and of values that the kernels of a memory of two layers hold."""
 
@@ -43,7 +41,8 @@ def _pieces(k: Tensor, widths: list[int], b: int, backend: str) -> Pieces:
     if not linear and not _two(k, widths, backend):
         return Pieces(k.shape[2], b, min(64, needed))
     kind = k.element_size(), _hopper(k)
-    size = config(*kind).piece if linear else deep_config(*kind).deep_piece
+    widest = max(widths[0], widths[-1])
+    size = config(*kind).piece if linear else deep_config(*kind, widest).deep_piece
     return Pieces(k.shape[2], b, min(size, max(16, 1 << (needed - 1).bit_length())))
 
 

@@ -69,9 +69,10 @@ class Two:
     ) -> Two:  # fmt: skip
         hopper = k.is_cuda and torch.cuda.get_device_properties(k.device).major >= 9
         wide = k.element_size() >= 4
+        cfg = deep_config(k.element_size(), hopper, max(widths[0], widths[2]))
         return cls(
             widths, pieces, in_rows(k), in_rows(v), in_rows(q), scalars(rates, pieces, before),
-            loss_scale, "ieee" if wide else "tf32", deep_config(k.element_size(), hopper),
+            loss_scale, "ieee" if wide else "tf32", cfg,
         )  # fmt: skip
 
     @property

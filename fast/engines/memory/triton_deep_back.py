@@ -20,7 +20,11 @@ from attnspec.fast.engines.memory.triton_deep_gradients import (
     keys_back_kernel,
     step_back_kernel,
 )
-from attnspec.fast.engines.memory.triton_deep_reads import read_back_kernel
+from attnspec.fast.engines.memory.triton_deep_reads import (
+    queries_back_kernel,
+    read_back_kernel,
+    shares_kernel,
+)
 from attnspec.fast.engines.memory.triton_scalars import scalars_backward
 from attnspec.fast.engines.prepared import Repeated
 
@@ -44,7 +48,7 @@ class Back:
         }  # fmt: skip
         # One query head a memory: the shares are the sums.
         self.sums = {name: self._sum(x) for name, x in self.reads.items()}
-        self.drows = call.empty(heads, p.count, p.size, 2)
+        self.drows = call.empty(heads, p.count, 2, p.size, 2)
         self.dG = call.empty(heads, p.count, p.size, p.size)
         self.end = call.empty(call.memories, p.count, 3)
         self.end_n, self.end_G = (call.empty(call.memories, p.count, p.size) for _ in range(2))
@@ -70,11 +74,22 @@ class Back:
             dS=self.dS, RK=self.sums["dK"], dz=dz, dk=dk, dend=self.end, dend_n=self.end_n,
             dend_G=self.end_G, end_n=of.end_n, end_G=of.end_G, many=slots, **place, **still,
         )  # fmt: skip
+        common: dict[str, Any] = {
+            "q": call.q, "rows": of.rows, "many": slots, "group": call.group,
+            "dA": call.empty(slots, heads, *H.shape[2:]), **place,
+        }  # fmt: skip
+        pairs = call.empty(slots, heads, 2, p.size, p.size)
+        h, dy = call.empty(slots, heads, *H.shape[2:]), in_rows(dy)
         self._reads = Repeated(
-            read_back_kernel, 0, k=call.k, q=call.q, dy=in_rows(dy), W=W, S=group.S, H=H, D1=D1,
-            D2=D2, rows=of.rows, G=of.G, pairs=call.empty(slots, heads, 2, p.size, p.size), dq=dq,
-            drows=self.drows, dG=self.dG, many=slots, group=call.group, **self.reads, **place,
+            read_back_kernel, 0, k=call.k, dy=dy, W=W, S=group.S, H=H, D1=D1, D2=D2, G=of.G,
+            pairs=pairs, h=h, drows=self.drows, dG=self.dG, dD2=self.reads["dD2"], **common,
             **still,
+        )  # fmt: skip
+        given = {name: self.reads[name] for name in ("dW", "dS", "dH", "dD1")}
+        self._shares = Repeated(shares_kernel, 0, dy=dy, pairs=pairs, h=h, **given, **common, **walk)
+        self._queries = Repeated(
+            queries_back_kernel, 0, k=call.k, W=W, S=group.S, D1=D1, G=of.G, dq=dq,
+            drows=self.drows, dG=self.dG, dK=self.reads["dK"], **common, **still,
         )  # fmt: skip
 
     def _sum(self, x: Tensor) -> Tensor:
@@ -83,7 +98,10 @@ class Back:
     def walk(self, number: int) -> None:
         """Group `number`, whose gradients behind it are in the last slots of dW and dS."""
         call, first, many = self.call, number * GROUP, self.call.many(number)
-        self._reads(call.memories * call.group * many, first=first, many=many)
+        programs = call.memories * call.group * many
+        self._reads(programs, first=first, many=many)
+        self._shares(programs * call.tiles, first=first, many=many)
+        self._queries(programs, first=first, many=many)
         if call.group > 1:
             for name, x in self.reads.items():
                 torch.sum(x, 2, out=self.sums[name])
@@ -95,7 +113,7 @@ class Back:
     def coefficients(self) -> Scalars:
         """The gradients of the coefficients."""
         by_memory = (self.call.memories, self.call.group)
-        dbeta, df = self.drows.unflatten(0, by_memory).sum(1).unbind(-1)
+        dbeta, df = self.drows.sum(2).unflatten(0, by_memory).sum(1).unbind(-1)
         return Scalars(
             torch.stack([dbeta, torch.zeros_like(df), df], -1), self.dG.new_empty(0),
             self.dG.unflatten(0, by_memory).sum(1), self.end, self.end_n, self.end_G,

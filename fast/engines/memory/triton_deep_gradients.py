@@ -115,11 +115,9 @@ def step_back_kernel(
     if tile == 0:
         store_rows(dv + memory * tokens * DV, DV, -tl.trans(dE), start, length, 0, DV, C, BV)
     E = tokens_tile(D2, line, 0, DV, BV, C)
-    dW2 = tl.load(dW + behind + two, mask=in_two, other=0.0)
-    dS2 = tl.load(dS + behind + two, mask=in_two, other=0.0)
     dh = tokens_tile(RH, line, low, HIDDEN, BH, C) + dot(base, dE, PRECISION)
-    dh -= dot(dW2, G * E, PRECISION)
-    dh -= dot(dS2, other * E, PRECISION)
+    dh -= dot(tl.load(dW + behind + two, mask=in_two, other=0.0), G * E, PRECISION)
+    dh -= dot(tl.load(dS + behind + two, mask=in_two, other=0.0), other * E, PRECISION)
     z = tokens_tile(Z, line, low, HIDDEN, BH, C)
     slope = gelu_slope(z)
     error = tokens_tile(dD1, line, low, HIDDEN, BH, C)
@@ -133,6 +131,9 @@ def step_back_kernel(
         enters = n % per == 0
         tl.store(kept, tl.where(enters, 0.0, more), mask=in_two)
         more = tl.where(enters, more, 0.0)
+    # They are read a second time rather than kept: registers are short.
+    dW2 = tl.load(dW + behind + two, mask=in_two, other=0.0)
+    dS2 = tl.load(dS + behind + two, mask=in_two, other=0.0)
     more += beta * dW2 + tl.load(RW + line * N + two, mask=in_two, other=0.0)
     tl.store(dW + line * N + two, more, mask=in_two)
     more = f * dW2 + m * dS2 + tl.load(RS + line * N + two, mask=in_two, other=0.0)
