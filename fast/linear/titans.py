@@ -1,9 +1,9 @@
 """Titans on Numba and Triton: the memory engine, and the flash engine for attention beside it.
 
-The linear memory has kernels of its own on CUDA; a deep memory, and the linear one on the CPU, are
-batched products of torch between the engine's coefficient kernels. Everything is differentiable.
-Weights and momentum come back in float32. Values of rates and of `valid` are checked on the CPU
-only: on a GPU the check would stall it.
+Memories of one and of two layers have kernels of their own on CUDA; deeper ones, and all on the
+CPU, are batched products of torch between the engine's coefficient kernels. Everything is
+differentiable. Weights and momentum come back in float32. Values of rates and of `valid` are
+checked on the CPU only: on a GPU the check would stall it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.engines.memory import CANDIDATES, scalars, use_config
+from attnspec.fast.engines.memory import CANDIDATES, DEEP, scalars, use_config
 from attnspec.fast.linear.titans_checks import Layers, check_rates
 from attnspec.fast.linear.titans_decode import MemoryState, decode_step
 from attnspec.fast.linear.titans_deep import titans_chunk_mlp
@@ -71,14 +71,17 @@ CLAIMS = {
     "titans_chunk_mlp": {
         "gradient": True,
         "compiled": True,
-        "triton": {"graph": True, "dtypes": ("float32",)},
+        "triton": {
+            "graph": True,
+            "dtypes": ("float32", "bfloat16"),
+            "configs": {str(c): functools.partial(use_config, c) for c in DEEP[:2]},
+        },
     },
     "titans_sequential": {"triton": {"dtypes": ("float32",)}},
 }
 """What the suite is told beyond the defaults; the first ones are a few products of torch. The
-layouts run in 16 bits too, but round the rows between attention and memory, as a state shows. On
-CUDA the deep memory rounds more in 16 bits than its budget allows, and gradients of the linear one
-underflow in float16: neither is claimed."""
+layouts run in 16 bits too, but round the rows between attention and memory, as a state shows, and
+gradients of the linear memory underflow in float16: neither is claimed."""
 
 
 def titans_coefficients(

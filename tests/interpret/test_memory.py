@@ -6,12 +6,17 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
+from attnspec.fast.backend import launch_count
 from attnspec.fast.engines.memory import MemoryConfig, memory, scalars, use_config, weight_path
+from attnspec.fast.linear import titans
 
-SMALL = MemoryConfig(piece=16, walk_items=512, tile=16)
+SMALL = MemoryConfig(piece=16, walk_items=512, tile=16, deep_piece=16, deep_tile=16, deep_read=16)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,101 @@ def test_linear_memory(tokens: int, b: int, d: int, dv: int, group: int, before:
         results.append([x.detach().double() for x in (*outputs, *gradients)])
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in buffers that nobody has written."""
+    empty = torch.empty
+
+    def spoiled(*shape: Any, **options: Any) -> torch.Tensor:
+        out = empty(*shape, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", spoiled)
+
+
+@pytest.mark.usefixtures("unwritten")
+@pytest.mark.parametrize(
+    ("tokens", "b", "widths", "group", "before", "dtype"),
+    [
+        (20, 8, (16, 16, 16), 1, False, torch.float32),
+        (35, 24, (20, 40, 12), 2, True, torch.float32),
+        (1, 1, (5, 3, 7), 1, False, torch.float32),
+        (130, 200, (4, 20, 8), 1, True, torch.float32),  # a chunk longer than a group of pieces
+        (130, 48, (4, 17, 3), 2, False, torch.float32),
+        (35, 16, (16, 20, 8), 1, False, torch.float16),
+    ],
+)
+def test_two_layers(
+    tokens: int, b: int, widths: tuple[int, ...], group: int, before: bool, dtype: torch.dtype
+) -> None:
+    """Values and all gradients, of two memories of which the last tokens are not stored."""
+    torch.manual_seed(tokens)
+    layers = [torch.randn(1, 2, n, m) / n**0.5 for _ in range(2)
+              for n, m in itertools.pairwise(widths)]  # fmt: skip
+    d, _, dv = widths
+    rows = [torch.randn(1, heads, tokens, n) / n**0.5
+            for heads, n in ((2, d), (2, dv), (2 * group, d))]  # fmt: skip
+    rates = [torch.rand(1, 2, tokens) * top for top in (0.1 / min(b, tokens) ** 0.5, 1.0, 0.5)]
+    given = [*layers, *(x.to(dtype) for x in (*rows, *rates))]
+    stored = torch.arange(tokens)[None] < max(1, tokens - 3)
+    results = []
+    for wide, backend in ((True, "numba"), (False, "triton")):
+        leaves = [(x.double() if wide else x.clone()).requires_grad_() for x in given]
+        launched = launch_count()
+        with use_config(SMALL):
+            y, last_W, last_S = memory(
+                leaves[:2], leaves[2:4], *leaves[4:7], tuple(leaves[7:]), b, before=before,
+                stored=stored, backend=backend,
+            )  # fmt: skip
+            outputs = (y, *last_W, *last_S)
+            upstream = [x.detach().double().cos().to(x.dtype) for x in outputs]
+            gradients = torch.autograd.grad(outputs, leaves, upstream)
+        results.append([x.detach().double() for x in (*outputs, *gradients)])
+    pieces = b // 16 + (b % 16 > 0)
+    count = tokens // b * pieces + -(-(tokens % b) // 16)
+    # Coefficients once, and three times for the gradient. A walk is a launch a piece and one a
+    # group, and is taken again and back; reads are one launch a group, and three back; keys one.
+    assert launch_count() - launched == 4 + 3 * count + 8 * -(-count // 8)
+    loose = 2e-5 if dtype == torch.float32 else 4e-3
+    for got, expected in zip(results[1], results[0], strict=True):
+        bound = loose * (1e-3 + float(expected.abs().max()))
+        torch.testing.assert_close(got, expected, atol=bound, rtol=0)
+
+
+def test_rows_apart_and_no_tokens() -> None:
+    """Inputs with strides, and a memory that is not asked anything."""
+    torch.manual_seed(0)
+    W = torch.randn(1, 1, 6, 5) / 3, torch.randn(1, 1, 5, 4) / 3
+    k, v, q = (torch.randn(1, 1, n, 20).mT for n in (6, 4, 6))
+    rates = 0.02, 0.9, 0.1
+    three = tuple(torch.full((1, 1, 20), x) for x in rates)
+    expected = titans.titans_chunk_mlp(W, None, k, v, q, three, 8)
+    got = titans.titans_chunk_mlp(W, None, k, v, q, three, 8, backend="triton")
+    for x, z in zip((got[0], *got[1], *got[2]), (expected[0], *expected[1], *expected[2]),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(x, z, atol=2e-5, rtol=2e-5)
+    none = [x[:, :, :0] for x in (k, v, q)]
+    y, last, _ = titans.titans_chunk_mlp(
+        W, None, *none, tuple(x[..., :0] for x in three), 8, backend="triton"
+    )
+    assert y.shape == (1, 1, 0, 4)
+    assert all(torch.equal(x, z) for x, z in zip(last, W, strict=True))
+
+
+@pytest.mark.parametrize("widths", [(4, 5, 5, 4), (4, 5, 130)])
+def test_other_memories_are_products_of_torch(widths: tuple[int, ...]) -> None:
+    """Three layers, or wider ones than the kernels hold: only the coefficients are a kernel."""
+    torch.manual_seed(0)
+    W = tuple(torch.randn(1, 1, n, m) / n**0.5 for n, m in itertools.pairwise(widths))
+    k, v, q = (torch.randn(1, 1, 9, n) for n in (widths[0], widths[-1], widths[0]))
+    rates = tuple(torch.full((1, 1, 9), x) for x in (0.05, 0.9, 0.1))
+    launched = launch_count()
+    got = titans.titans_chunk_mlp(W, None, k, v, q, rates, 4, backend="triton")[0]
+    assert launch_count() == launched + 1
+    expected = titans.titans_chunk_mlp(W, None, k, v, q, rates, 4)[0]
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
 def test_scalars() -> None:

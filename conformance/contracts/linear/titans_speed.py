@@ -175,18 +175,19 @@ def _trained(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Call
 
 def titans(
     device: str, heads: int, tokens: int, widths: tuple[int, ...], *, b: int = 64,
-    trained: bool = False, rivals: tuple[Rival, ...] = (),
+    trained: bool = False, narrow: bool = False, rivals: tuple[Rival, ...] = (),
 ) -> Benchmark:  # fmt: skip
+    """A deep memory's numbers are float32 unless they are `narrow`; the linear one's are 16-bit."""
     deep = len(widths) > 2
     shape = "x".join(map(str, widths))
     long = f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
     return Benchmark(
         f"titans.titans_chunk_{'mlp' if deep else 'linear'}",
-        f"{shape} {long} tokens" + (" forward+backward" if trained else ""),
+        f"{shape} {long} tokens" + " bf16" * narrow + " forward+backward" * trained,
         device,
         make(heads, tokens, widths, b),
         cost(3.0 if trained else 1.0),
-        dtype="bfloat16" if device == "cuda" and len(widths) == 2 else "float32",
+        dtype="bfloat16" if device == "cuda" and (narrow or not deep) else "float32",
         call=_trained if trained else None,
         rivals=rivals,
         settings={"tokens": tokens, "heads": heads, "widths": shape, "b": b},
@@ -201,6 +202,9 @@ BENCHMARKS = (
     titans("cuda", 16, 8192, (128, 128), trained=True),
     titans("cuda", 16, 8192, (64, 256, 64), rivals=(compiled_chunks(),)),
     titans("cuda", 16, 8192, (64, 256, 64), trained=True),
+    titans("cuda", 16, 8192, (64, 256, 64), narrow=True, rivals=(compiled_chunks(),)),
+    titans("cuda", 16, 8192, (64, 256, 64), narrow=True, trained=True),
+    titans("cuda", 16, 131072, (64, 256, 64), narrow=True),
     titans("cpu", 4, 1024, (64, 64), rivals=(sequential(),)),
     titans("cpu", 4, 1024, (64, 128, 64)),
 )

@@ -6,6 +6,6 @@ entered with, and two states move together.
 """
 
 from attnspec.fast.engines.memory.api import memory, scalars, weight_path
-from attnspec.fast.engines.memory.configs import CANDIDATES, MemoryConfig, use_config
+from attnspec.fast.engines.memory.configs import CANDIDATES, DEEP, MemoryConfig, use_config
 
-__all__ = ["CANDIDATES", "MemoryConfig", "memory", "scalars", "use_config", "weight_path"]
+__all__ = ["CANDIDATES", "DEEP", "MemoryConfig", "memory", "scalars", "use_config", "weight_path"]

@@ -69,7 +69,7 @@ def _read_backward(
     walk: Walk, walked: Walked, part: slice, dZ: Tensor, d: Scalars
 ) -> tuple[Tensor, Reads]:
     """Back through the reads of a group: dQ, gradients of the read coefficients into `d`."""
-    product, call = walk.call.product, walk.call
+    product, call = torch.matmul, walk.call
     beta, f = (walk.of_group(walk.of.rows, part)[..., i, None] for i in (0, 2))
     G, A = walk.of_group(walk.of.G, part), walk.q[:, part]
     W, S = call.layers(walked.W), call.layers(walked.S)
@@ -119,7 +119,7 @@ def _walk_backward(
     d: Scalars,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Pieces from the last to the first: dk, dv (heads, pieces, size, width), dW, dS, dbase."""
-    call, product, of = walk.call, walk.call.product, walk.of
+    call, product, of = walk.call, torch.matmul, walk.of
     dks, dvs = [], []
     for n in reversed(range(part.start, part.stop)):
         i = n - part.start
@@ -154,7 +154,7 @@ def _inner_backward(
     dH: list[Tensor], dDelta: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Back through the inner gradient: dk, dv and the gradient of the base weights."""
-    call, product = walk.call, walk.call.product
+    call, product = walk.call, torch.matmul
     W, depth = call.layers(base), len(H)
     dbase: list[Tensor] = [torch.empty(0)] * depth
     dz: list[Tensor] = []

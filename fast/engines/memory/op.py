@@ -49,9 +49,7 @@ def _pieces(k: Tensor, widths: list[int], b: int, backend: str) -> Pieces:
 def _deep(
     k: Tensor, q: Tensor, widths: list[int], pieces: Pieces, loss_scale: float, before: bool
 ) -> dense.Deep:
-    narrow = k.dtype if k.is_cuda and k.dtype in (torch.float16, torch.bfloat16) else None
-    group = q.shape[1] // k.shape[1]
-    return dense.Deep(widths, pieces, loss_scale, before, group, narrow)
+    return dense.Deep(widths, pieces, loss_scale, before, q.shape[1] // k.shape[1])
 
 
 @operation("attnspec::memory")
@@ -92,8 +90,8 @@ def _saved_shapes(
     memories = k.shape[0] * k.shape[1]
     groups = -(-pieces.count // dense.GROUP)
     if _two(k, widths, backend):
-        rows = [16 * -(-x // 16) for x in widths]
-        numbers = widths[0] * rows[1] + widths[1] * rows[2]
+        d, hidden, dv = (16 * -(-x // 16) for x in widths)
+        numbers = hidden * (d + dv)
         return W.new_empty(groups, 3 if pieces.per > 1 else 2, memories, numbers), nothing
     if not _linear(widths, backend):
         return W.new_empty(groups, 3, memories, W.shape[2]), nothing

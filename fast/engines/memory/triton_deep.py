@@ -1,8 +1,9 @@
 """Launches for a memory of two layers: groups of pieces, in each one piece after the other, and
 then all that the group's queries read.
 
-Inputs and scratch are float32 in rows of multiples of 16 numbers. Only the states that enter a group
-are kept for the gradient, as in `dense`.
+Inputs, states and scratch are float32, and all widths are padded to multiples of 16 with zeros,
+which stay zeros: kernels are compiled for fewer widths, and read whole words. Only the states that
+enter a group are kept for the gradient, as in `dense`.
 """
 
 from __future__ import annotations
@@ -27,32 +28,29 @@ def _power(n: int) -> int:
     return max(16, int(triton.next_power_of_2(n)))
 
 
-def row(n: int) -> int:
-    """Numbers from one row of `n` to the next."""
+def padded(n: int) -> int:
     return 16 * triton.cdiv(n, 16)
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x (batch, heads, tokens, width) as float32 (heads, tokens, row), anything between rows."""
+    """x (batch, heads, tokens, width) as float32 (heads, tokens, padded width)."""
     width = x.shape[3]
     if x.dtype == torch.float32 and x.is_contiguous() and width % 16 == 0 and not x.data_ptr() % 16:
         return x.flatten(0, 1)
-    copy = torch.empty(*x.shape[:3], row(width), dtype=torch.float32, device=x.device)
+    copy = torch.empty(*x.shape[:3], padded(width), dtype=torch.float32, device=x.device)
     copy[..., :width].copy_(x)
+    copy[..., width:].zero_()
     return copy.flatten(0, 1)
-
-
-def numbers(widths: Sequence[int]) -> int:
-    """Numbers of a state whose rows begin at multiples of 16."""
-    d, hidden, dv = widths
-    return d * row(hidden) + hidden * row(dv)
 
 
 @dataclass
 class Two:
-    """One call: its layer widths, pieces, inputs in rows, coefficients and configuration."""
+    """One call: its layer widths, as given and padded, pieces, inputs in rows, coefficients and
+    configuration.
+    """
 
-    widths: Sequence[int]
+    given: Sequence[int]
+    widths: tuple[int, int, int]
     pieces: Pieces
     k: Tensor
     v: Tensor
@@ -70,9 +68,10 @@ class Two:
         hopper = k.is_cuda and torch.cuda.get_device_properties(k.device).major >= 9
         wide = k.element_size() >= 4
         cfg = deep_config(k.element_size(), hopper, max(widths[0], widths[2]))
+        d, hidden, dv = map(padded, widths)
         return cls(
-            widths, pieces, in_rows(k), in_rows(v), in_rows(q), scalars(rates, pieces, before),
-            loss_scale, "ieee" if wide else "tf32", cfg,
+            widths, (d, hidden, dv), pieces, in_rows(k), in_rows(v), in_rows(q),
+            scalars(rates, pieces, before), loss_scale, "ieee" if wide else "tf32", cfg,
         )  # fmt: skip
 
     @property
@@ -108,36 +107,43 @@ class Two:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.k.device)
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of a state."""
+        d, hidden, dv = self.widths
+        return hidden * (d + dv)
+
     def states(self, slots: int) -> Tensor:
-        return self.empty(slots, self.memories, numbers(self.widths))
+        return self.empty(slots, self.memories, self.numbers)
 
     def columns(self, slots: int, width: int) -> Tensor:
         """Scratch for the tokens of pieces, which are columns."""
-        return self.empty(slots, self.memories, row(width), self.pieces.size)
+        return self.empty(slots, self.memories, width, self.pieces.size)
+
+    def output(self, like: Tensor, width: int) -> Tensor:
+        """Room for (batch, heads, tokens, padded width) in the dtype of `like`."""
+        return torch.empty(*like.shape[:3], padded(width), dtype=like.dtype, device=like.device)
 
     def spread(self, state: Tensor) -> Tensor:
-        """A packed state (memories, numbers) with padded rows."""
-        if state.shape[1] == numbers(self.widths):
+        """A state (memories, numbers) with padded widths."""
+        if state.shape[1] == self.numbers:
             return state
-        out = state.new_zeros(state.shape[0], numbers(self.widths))
-        for part, layer in zip(self._layers(out), self._packed(state), strict=True):
-            part.copy_(layer)
+        out = state.new_zeros(state.shape[0], self.numbers)
+        d, hidden, dv = self.given
+        first, second = self._layers(out, self.widths)
+        given = self._layers(state, self.given)
+        first[:, :d, :hidden].copy_(given[0])
+        second[:, :hidden, :dv].copy_(given[1])
         return out
 
     def packed(self, state: Tensor) -> Tensor:
         """The inverse of `spread`; always a copy."""
-        return torch.cat([layer.flatten(1) for layer in self._layers(state)], 1)
+        d, hidden, dv = self.given
+        first, second = self._layers(state, self.widths)
+        return torch.cat([first[:, :d, :hidden].flatten(1), second[:, :hidden, :dv].flatten(1)], 1)
 
-    def _layers(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        d, hidden, dv = self.widths
-        first, second = state.split([d * row(hidden), hidden * row(dv)], 1)
-        return (
-            first.unflatten(1, (d, row(hidden)))[..., :hidden],
-            second.unflatten(1, (hidden, row(dv)))[..., :dv],
-        )
-
-    def _packed(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        d, hidden, dv = self.widths
+    def _layers(self, state: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        d, hidden, dv = widths
         first, second = state.split([d * hidden, hidden * dv], 1)
         return first.unflatten(1, (d, hidden)), second.unflatten(1, (hidden, dv))
 
@@ -161,22 +167,23 @@ class Group:
     """Scratch of a group of pieces, and the launches that fill it."""
 
     def __init__(self, call: Two) -> None:
-        d, hidden, dv = call.widths
+        _, hidden, dv = call.widths
         slots = min(GROUP, call.pieces.count)
         self.call, self.long = call, call.pieces.per > 1
         self.W, self.S = call.states(slots + 2), call.states(slots + 1)
         self.Z, self.H, self.D1 = (call.columns(slots, hidden) for _ in range(3))
         self.D2 = call.columns(slots, dv)
         of, programs, place = call.of, call.memories * call.tiles, call.place()
-        parts = call.empty(2, call.memories, call.tiles, row(dv), call.pieces.size)
+        options = call.options(1, call.hidden)
+        parts = call.empty(2, call.memories, call.tiles, dv, call.pieces.size)
         self._begin = Repeated(
             begin_kernel, programs, k=call.k, W=self.W, Z=self.Z, H=self.H, parts=parts,
-            **place, **call.options(1, call.hidden),
+            **place, **options,
         )  # fmt: skip
         self._step = Repeated(
             step_kernel, programs, i=0, k=call.k, v=call.v, W=self.W, S=self.S, Z=self.Z, H=self.H,
             D1=self.D1, D2=self.D2, parts=parts, end=of.end, end_n=of.end_n, end_G=of.end_G,
-            many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **call.options(1, call.hidden),
+            many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **options,
         )  # fmt: skip
 
     def enter(self, W: Tensor, S: Tensor, base: Tensor | None = None) -> None:
@@ -208,15 +215,16 @@ def forward(
     rates: Rates, loss_scale: float, before: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last W and S (memories, numbers), and the states that enter groups if `keep`:
-    (groups, 3 or 2, memories, numbers in rows), W, S and, if chunks have pieces, the base.
+    (groups, 3 or 2, memories, padded numbers), W, S and, if chunks have pieces, the base.
     """
     call = Two.of_inputs(widths, pieces, k, v, q, rates, loss_scale, before)
-    y = torch.empty(*q.shape[:3], widths[2], dtype=q.dtype, device=q.device)
+    y = call.output(q, widths[2])
     saved = W.new_empty(0)
     if not call.memories or not pieces.count:
-        return y, W.clone(), S.clone(), saved
+        return y[..., : widths[2]].contiguous(), W.clone(), S.clone(), saved
     if keep:
-        saved = call.empty(call.groups, 3 if pieces.per > 1 else 2, *call.states(1).shape[1:])
+        kinds = 3 if pieces.per > 1 else 2
+        saved = call.empty(call.groups, kinds, call.memories, call.numbers)
     group = Group(call)
     read = Repeated(
         read_kernel, 0, k=call.k, q=call.q, W=group.W, S=group.S, H=group.H, D1=group.D1,
@@ -236,4 +244,5 @@ def forward(
         read(call.memories * call.group * many, first=number * GROUP, many=many)
         last_W, last_S = group.W[many + 1], group.S[many]
         base = group.base_behind(number)
+    y = y[..., : widths[2]].contiguous()
     return y, call.packed(last_W), call.packed(last_S), saved

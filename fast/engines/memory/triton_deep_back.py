@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.memory.dense import GROUP
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
-from attnspec.fast.engines.memory.triton_deep import Group, Two, in_rows, row
+from attnspec.fast.engines.memory.triton_deep import Group, Two, in_rows
 from attnspec.fast.engines.memory.triton_deep_gradients import (
     begin_back_kernel,
     keys_back_kernel,
@@ -53,7 +53,7 @@ class Back:
         self.end = call.empty(call.memories, p.count, 3)
         self.end_n, self.end_G = (call.empty(call.memories, p.count, p.size) for _ in range(2))
         dD1, dz = call.columns(slots, hidden), call.columns(slots, hidden)
-        parts = call.empty(2, call.memories, call.tiles, row(dv_width), p.size)
+        parts = call.empty(2, call.memories, call.tiles, dv_width, p.size)
         of, programs, place = call.of, call.memories * call.tiles, call.place()
         W, Z, H, D1, D2 = group.W, group.Z, group.H, group.D1, group.D2
         walk, still = call.options(1, call.hidden), call.options(call.cfg.deep_stages, call.reading)
@@ -86,7 +86,9 @@ class Back:
             **still,
         )  # fmt: skip
         given = {name: self.reads[name] for name in ("dW", "dS", "dH", "dD1")}
-        self._shares = Repeated(shares_kernel, 0, dy=dy, pairs=pairs, h=h, **given, **common, **walk)
+        self._shares = Repeated(
+            shares_kernel, 0, dy=dy, pairs=pairs, h=h, **given, **common, **walk
+        )  # fmt: skip
         self._queries = Repeated(
             queries_back_kernel, 0, k=call.k, W=W, S=group.S, D1=D1, G=of.G, dq=dq,
             drows=self.drows, dG=self.dG, dK=self.reads["dK"], **common, **still,
@@ -126,8 +128,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dW, dS (memories, numbers), dk, dv, dq, and drates (3, memories, tokens)."""
     call = Two.of_inputs(widths, pieces, k, v, q, rates, loss_scale, before)
-    dk, dv, dq = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, q))
+    dk, dv, dq = (call.output(x, x.shape[3]) for x in (k, v, q))
     if not call.memories or not pieces.count:
+        dk, dv, dq = (torch.zeros_like(x) for x in (k, v, q))
         return dW.clone(), dS.clone(), dk, dv, dq, rates.theta.new_zeros(3, *rates.theta.shape)
     group = Group(call)
     back = Back(call, group, dy, dk, dv, dq)
@@ -141,4 +144,7 @@ def backward(
         back.walk(number)
         last_dW, last_dS = back.dW[0], back.dS[0]
     drates = scalars_backward(rates, pieces, before, back.coefficients())
+    dk, dv, dq = (
+        out[..., : x.shape[3]].contiguous() for out, x in ((dk, k), (dv, v), (dq, q))
+    )  # fmt: skip
     return call.packed(last_dW), call.packed(last_dS), dk, dv, dq, drates

@@ -36,8 +36,7 @@ def begin_back(
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first layer's error, and a tile's part of the second's, for piece n in a slot."""
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     _, _piece, start, length = locate(n, tokens, b, per, count, size)
     one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
@@ -47,7 +46,7 @@ def begin_back(
     here = memory * count + n
     G = of_tokens(end_G, here, C)
     other = of_tokens(end_n, here, C)
-    K_T = tl.trans(rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD))
+    K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     dW1 = tl.load(dW + behind + one, mask=in_one, other=0.0)
     error = tokens_tile(RD1, line, low, HIDDEN, BH, C)
     error -= dot(tl.trans(dW1), G * K_T, PRECISION)
@@ -91,8 +90,7 @@ def step_back_kernel(
     BH: tl.constexpr, C: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Back through the piece in slot `i`, and the errors of the one before it begun."""
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -138,7 +136,7 @@ def step_back_kernel(
     tl.store(dW + line * N + two, more, mask=in_two)
     more = f * dW2 + m * dS2 + tl.load(RS + line * N + two, mask=in_two, other=0.0)
     tl.store(dS + line * N + two, more, mask=in_two)
-    K_T = tl.trans(rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD))
+    K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     more = dot(K_T, tl.trans(through), PRECISION)
     if LONG:
         kept = dbase + memory * N + one
@@ -169,8 +167,7 @@ def keys_back_kernel(
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, and the gradients of the coefficients a piece ends with: a program is a piece."""
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     memory = (tl.program_id(0) // many).to(tl.int64)
     i = tl.program_id(0) % many
     n = first + i
@@ -214,7 +211,7 @@ def keys_back_kernel(
         df += tl.sum(tl.sum(momentum * x, 1), 0)
     dK -= of_tokens(end_G, here, C) * in_W + of_tokens(end_n, here, C) * in_S
     store_rows(dk + memory * tokens * D, D, tl.trans(dK), start, length, 0, D, C, BD)
-    K_T = tl.trans(rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD))
+    K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     row = tl.arange(0, C)
     tl.store(dend_G + here * C + row, of_G - tl.sum(K_T * in_W, 0))
     tl.store(dend_n + here * C + row, of_n - tl.sum(K_T * in_S, 0))

@@ -32,14 +32,13 @@ def read_back_kernel(
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h and dA, the share of the reads in dD2 (slots, heads, dv, C), and the second layer's in the
-    gradients of the read coefficients, drows (heads, pieces, layers, C, 2) and dG (heads, pieces, C, C).
+    gradients of the read coefficients, drows (heads, pieces, layers, C, 2) and dG (heads, pieces,
+    C, C).
 
     A program is a query head and a piece. `pairs` (slots, heads, 2, C, C) takes scores, and
     gradients of the second layer's, a row a key.
     """
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    VP: tl.constexpr = (DV + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * VP
+    N: tl.constexpr = HIDDEN * (D + DV)
     own = (tl.program_id(0) // many).to(tl.int64)
     i = tl.program_id(0) % many
     memory = own // group
@@ -52,9 +51,9 @@ def read_back_kernel(
     turned = row[None, :] * C + row[:, None]
     beta = tl.load(rows + (here * C + row) * 3)[None, :]
     f = tl.load(rows + (here * C + row) * 3 + 2)[None, :]
-    Q_T = tl.trans(rows_tile(q + own * tokens * KP, KP, start, length, 0, D, C, BD))
-    K = rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD)
-    dY = tl.trans(rows_tile(dy + own * tokens * VP, VP, start, length, 0, DV, C, BV))
+    Q_T = tl.trans(rows_tile(q + own * tokens * D, D, start, length, 0, D, C, BD))
+    K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
+    dY = tl.trans(rows_tile(dy + own * tokens * DV, DV, start, length, 0, DV, C, BV))
     E = tl.trans(tokens_tile(D2, line, 0, DV, BV, C))
     weight = tl.load(G + here * C * C + turned)
     P = dot(K, Q_T, PRECISION) * weight
@@ -88,7 +87,7 @@ def read_back_kernel(
     tl.store(drows + (share * 2 + row) * 2, dbeta)
     tl.store(drows + (share * 2 + row) * 2 + 1, df)
     # Read again: held through the loop they would take shared memory that others need.
-    dY = tl.trans(rows_tile(dy + own * tokens * VP, VP, start, length, 0, DV, C, BV))
+    dY = tl.trans(rows_tile(dy + own * tokens * DV, DV, start, length, 0, DV, C, BV))
     E = tl.trans(tokens_tile(D2, line, 0, DV, BV, C))
     tl.store(dG + share * C + turned, -scores * dot(E, dY, PRECISION))
     scores *= tl.load(G + here * C * C + turned)
@@ -105,9 +104,7 @@ def shares_kernel(
     """The share of the reads in dW, dS (slots, heads, numbers), dH, dD1 (slots, heads, hidden, C):
     a program is a query head, a piece and a tile of hidden channels.
     """
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    VP: tl.constexpr = (DV + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * VP
+    N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     low = tl.program_id(0) % tiles * BH
     program = tl.program_id(0) // tiles
@@ -124,7 +121,7 @@ def shares_kernel(
     x = tokens_tile(h, place, low, HIDDEN, BH, C)
     dP = tl.load(pairs + (place * 2 + 1) * C * C + square)
     store_tokens(dH, place, dot(x, tl.trans(dP), PRECISION), low, HIDDEN, BH, C)
-    dY = rows_tile(dy + own * tokens * VP, VP, start, length, 0, DV, C, BV)
+    dY = rows_tile(dy + own * tokens * DV, DV, start, length, 0, DV, C, BV)
     share = dot(x, beta[:, None] * dY, PRECISION)
     tl.store(dW + place * N + two, share, mask=in_two)
     share = dot(x, f[:, None] * dY, PRECISION)
@@ -132,7 +129,7 @@ def shares_kernel(
     x = tokens_tile(dA, place, low, HIDDEN, BH, C)
     P = tl.load(pairs + place * 2 * C * C + square)
     store_tokens(dD1, place, -dot(x, tl.trans(P), PRECISION), low, HIDDEN, BH, C)
-    Q_T = tl.trans(rows_tile(q + own * tokens * KP, KP, start, length, 0, D, C, BD))
+    Q_T = tl.trans(rows_tile(q + own * tokens * D, D, start, length, 0, D, C, BD))
     share = dot(Q_T, tl.trans(beta[None, :] * x), PRECISION)
     tl.store(dW + place * N + one, share, mask=in_one)
     share = dot(Q_T, tl.trans(f[None, :] * x), PRECISION)
@@ -149,8 +146,7 @@ def queries_back_kernel(
     """dq, the share of the reads in dK (slots, heads, d, C), and the first layer's in drows and,
     added to what is there, in dG: a program is a query head and a piece.
     """
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     own = (tl.program_id(0) // many).to(tl.int64)
     i = tl.program_id(0) % many
     memory = own // group
@@ -173,8 +169,8 @@ def queries_back_kernel(
     turned = row[None, :] * C + row[:, None]
     beta = tl.load(rows + (here * C + row) * 3)[None, :]
     f = tl.load(rows + (here * C + row) * 3 + 2)[None, :]
-    Q_T = tl.trans(rows_tile(q + own * tokens * KP, KP, start, length, 0, D, C, BD))
-    K = rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD)
+    Q_T = tl.trans(rows_tile(q + own * tokens * D, D, start, length, 0, D, C, BD))
+    K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
     share = (own * count + first + i) * C
     tl.store(drows + (share * 2 + C + row) * 2, tl.sum(Q_T * in_W, 0))
     tl.store(drows + (share * 2 + C + row) * 2 + 1, tl.sum(Q_T * in_S, 0))

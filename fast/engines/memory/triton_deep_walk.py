@@ -3,10 +3,10 @@
 All but one sum separates over the hidden channels: a program owns a tile of them, with its columns
 of the first layer and its rows of the second. The sum is the memory's answer to the keys, of which
 every program leaves its part for the next launch; so a launch ends one piece and begins the next.
-Scratch is float32, and has a slot for each piece of a group: W, S (slots, memories, numbers), a
-row for each input of a layer, padded to multiples of 16 numbers; Z, H, D1 (slots, memories, hidden,
-C) and D2 (slots, memories, dv, C): products, inputs and gradients of the layers at the base.
-W has one slot more in front, the base of a gradient chunk that began in an earlier group.
+Widths are multiples of 16. Scratch is float32, and has a slot for each piece of a group: W, S
+(slots, memories, numbers), a row for each input of a layer; Z, H, D1 (slots, memories, hidden, C)
+and D2 (slots, memories, dv, C): products, inputs and gradients of the layers at the base. W has one
+slot more in front, the base of a gradient chunk that began in an earlier group.
 
 Tokens are columns, and so the first operand of a product is a tile as it was loaded, or the
 transpose of one, which goes through shared memory: see "What the compiler makes of it" in the
@@ -52,13 +52,11 @@ def layer_tiles(
     """Offsets and masks of a state's columns (BD, BH) of the first layer and rows (BH, BV) of the
     second, from hidden channel `low`.
     """
-    HP: tl.constexpr = (HIDDEN + 15) // 16 * 16
-    VP: tl.constexpr = (DV + 15) // 16 * 16
     inputs = tl.arange(0, BD)[:, None]
     hidden = low + tl.arange(0, BH)
     outputs = tl.arange(0, BV)[None, :]
-    one = inputs * HP + hidden[None, :]
-    two = D * HP + hidden[:, None] * VP + outputs
+    one = inputs * HIDDEN + hidden[None, :]
+    two = D * HIDDEN + hidden[:, None] * DV + outputs
     in_one = (inputs < D) & (hidden[None, :] < HIDDEN)
     in_two = (hidden[:, None] < HIDDEN) & (outputs < DV)
     return one, in_one, two, in_two
@@ -72,15 +70,13 @@ def of_tokens(x, here, C: tl.constexpr):
 
 @triton.jit
 def tokens_tile(x, line, low, width: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    """Tile (B, C) of scratch (slots and memories, row of `width`, C) from channel `low`, else 0."""
-    rows: tl.constexpr = (width + 15) // 16 * 16
-    return rows_tile(x + line * rows * C, C, low, width - low, 0, C, B, C)
+    """Tile (B, C) of scratch (slots and memories, `width`, C) from channel `low`, else 0."""
+    return rows_tile(x + line * width * C, C, low, width - low, 0, C, B, C)
 
 
 @triton.jit
 def store_tokens(x, line, tile, low, width: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    rows: tl.constexpr = (width + 15) // 16 * 16
-    store_rows(x + line * rows * C, C, tile, low, width - low, 0, C, B, C)
+    store_rows(x + line * width * C, C, tile, low, width - low, 0, C, B, C)
 
 
 @triton.jit
@@ -92,15 +88,14 @@ def begin_piece(
     """z and h of a tile of hidden channels, and its part of the second layer's products, for piece
     n in a slot.
     """
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     _, _piece, start, length = locate(n, tokens, b, per, count, size)
     one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
     base = W + (tl.maximum(slot + 1 - n % per, 0) * memories + memory) * N
     base_one = tl.load(base + one, mask=in_one, other=0.0)
     base_two = tl.load(base + two, mask=in_two, other=0.0)
-    K = rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD)
+    K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
     z = dot(tl.trans(base_one), tl.trans(K), PRECISION)
     h = gelu(z)
     line = slot * memories + memory
@@ -134,9 +129,12 @@ def sum_parts(
 ):  # fmt: skip
     """The sum (BV, C) of what the tiles of a memory left for a slot."""
     total = tl.zeros((BV, C), tl.float32)
-    for tile in range(tiles):
-        own = (slot % 2 * memories + memory) * tiles + tile
-        total += tokens_tile(parts, own, 0, DV, BV, C)
+    parts += (slot % 2 * memories + memory) * tiles * DV * C
+    for first in range(0, tiles, 4):
+        # Unrolled, so that the next part is asked for before the last one has come.
+        for tile in tl.static_range(4):
+            there = tl.where(first + tile < tiles, DV, 0)
+            total += rows_tile(parts + (first + tile) * DV * C, C, 0, there, 0, C, BV, C)
     return total
 
 
@@ -152,10 +150,7 @@ def step_kernel(
     Slot i of the states is read and slot i + 1 written. Programs of a memory share `parts`, of
     which one half is read and the other one written.
     """
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    HP: tl.constexpr = (HIDDEN + 15) // 16 * 16
-    VP: tl.constexpr = (DV + 15) // 16 * 16
-    N: tl.constexpr = D * HP + HIDDEN * VP
+    N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -171,7 +166,7 @@ def step_kernel(
     if LONG:
         older = W + (tl.maximum(i + 1 - n % per, 0) * memories + memory) * N
         base = tl.load(older + two, mask=in_two, other=0.0)
-    V = rows_tile(v + memory * tokens * VP, VP, start, length, 0, DV, C, BV)
+    V = rows_tile(v + memory * tokens * DV, DV, start, length, 0, DV, C, BV)
     line = tl.cast(i, tl.int64) * memories + memory
     E = loss_scale * (sum_parts(parts, i, memories, memory, DV, BV, C, tiles) - tl.trans(V))
     if tile == 0:
@@ -191,7 +186,7 @@ def step_kernel(
     next_S = momentum + memories.to(tl.int64) * N
     tl.store(next_W + two, W2, mask=in_two)
     tl.store(next_S + two, S2, mask=in_two)
-    K_T = tl.trans(rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD))
+    K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     W1 = tl.load(weights + one, mask=in_one, other=0.0)
     S1 = tl.load(momentum + one, mask=in_one, other=0.0)
     W1 = beta * W1 + f * S1 - dot(K_T, tl.trans(G * delta), PRECISION)
@@ -214,8 +209,7 @@ def read_kernel(
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a group's pieces read: a program is a query head and a piece."""
-    KP: tl.constexpr = (D + 15) // 16 * 16
-    N: tl.constexpr = D * ((HIDDEN + 15) // 16 * 16) + HIDDEN * ((DV + 15) // 16 * 16)
+    N: tl.constexpr = HIDDEN * (D + DV)
     own = (tl.program_id(0) // many).to(tl.int64)
     i = tl.program_id(0) % many
     memory = own // group
@@ -227,8 +221,8 @@ def read_kernel(
     weight = tl.load(G + here * C * C + row[None, :] * C + row[:, None])
     beta = tl.load(rows + (here * C + row) * 3)[None, :]
     f = tl.load(rows + (here * C + row) * 3 + 2)[None, :]
-    Q_T = tl.trans(rows_tile(q + own * tokens * KP, KP, start, length, 0, D, C, BD))
-    K = rows_tile(k + memory * tokens * KP, KP, start, length, 0, D, C, BD)
+    Q_T = tl.trans(rows_tile(q + own * tokens * D, D, start, length, 0, D, C, BD))
+    K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
     pairs = dot(K, Q_T, PRECISION) * weight
     of_W, of_S = beta * Q_T, f * Q_T
     scores = tl.zeros((C, C), tl.float32)
