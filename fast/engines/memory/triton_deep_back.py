@@ -52,14 +52,14 @@ class Back:
         self.dG = call.empty(heads, p.count, p.size, p.size)
         self.end = call.empty(call.memories, p.count, 3)
         self.end_n, self.end_G = (call.empty(call.memories, p.count, p.size) for _ in range(2))
-        dD1, dz = call.columns(slots, hidden), call.columns(slots, hidden)
+        dD1, dback, dz = (call.columns(slots, hidden) for _ in range(3))
         parts = call.empty(2, call.memories, call.tiles, dv_width, p.size)
         of, programs, place = call.of, call.memories * call.tiles, call.place()
         W, Z, H, D1, D2 = group.W, group.Z, group.H, group.D1, group.D2
         walk, still = call.options(1, call.hidden), call.options(call.cfg.deep_stages, call.reading)
         errors: dict[str, Any] = {
             "k": call.k, "W": W, "Z": Z, "H": H, "dW": self.dW, "dS": self.dS,
-            "RD1": self.sums["dD1"], "dD1": dD1, "parts": parts, "end_n": of.end_n,
+            "RD1": self.sums["dD1"], "dD1": dD1, "dback": dback, "parts": parts, "end_n": of.end_n,
             "end_G": of.end_G, "i": 0, **place,
         }  # fmt: skip
         self._begin = Repeated(begin_back_kernel, programs, **errors, **walk)

@@ -30,8 +30,8 @@ from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 
 @triton.jit
 def begin_back(
-    k, W, Z, H, dW, dS, RD1, dD1, parts, end_n, end_G, n, slot, memories, memory, low, tokens, b,
-    per, count, size,
+    k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n, slot, memories, memory, low,
+    tokens, b, per, count, size,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +54,7 @@ def begin_back(
     error -= dot(tl.trans(dS1), other * K_T, PRECISION)
     store_tokens(dD1, line, error, low, HIDDEN, BH, C)
     error *= gelu_slope(tokens_tile(Z, line, low, HIDDEN, BH, C))
+    store_tokens(dback, line, error, low, HIDDEN, BH, C)
     base_two = tl.load(base + two, mask=in_two, other=0.0)
     part = dot(tl.trans(base_two), error, PRECISION)
     h = tokens_tile(H, line, low, HIDDEN, BH, C)
@@ -67,7 +68,7 @@ def begin_back(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def begin_back_kernel(
-    i, k, W, Z, H, dW, dS, RD1, dD1, parts, end_n, end_G, first, tokens, b, per, count, size,
+    i, k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first, tokens, b, per, count, size,
     memories,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,15 +78,15 @@ def begin_back_kernel(
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     low = tl.program_id(0) % tiles * BH
     begin_back(
-        k, W, Z, H, dW, dS, RD1, dD1, parts, end_n, end_G, first + i, i, memories, memory, low,
-        tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+        k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first + i, i, memories, memory,
+        low, tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def step_back_kernel(
-    i, k, W, Z, H, D2, dW, dS, dbase, RW, RS, RH, RD1, RD2, dD1, dz, dv, parts, end, end_n, end_G,
-    first, tokens, b, per, count, size, memories, loss_scale,
+    i, k, W, Z, H, D2, dW, dS, dbase, RW, RS, RH, RD1, RD2, dD1, dback, dz, dv, parts, end, end_n,
+    end_G, first, tokens, b, per, count, size, memories, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -117,12 +118,11 @@ def step_back_kernel(
     dh -= dot(tl.load(dW + behind + two, mask=in_two, other=0.0), G * E, PRECISION)
     dh -= dot(tl.load(dS + behind + two, mask=in_two, other=0.0), other * E, PRECISION)
     z = tokens_tile(Z, line, low, HIDDEN, BH, C)
-    slope = gelu_slope(z)
-    error = tokens_tile(dD1, line, low, HIDDEN, BH, C)
-    through = error * dot(base, E, PRECISION) * ((2.0 - z * z) * density(z)) + dh * slope
+    through = dot(base, E, PRECISION) * tokens_tile(dD1, line, low, HIDDEN, BH, C)
+    through = through * ((2.0 - z * z) * density(z)) + dh * gelu_slope(z)
     store_tokens(dz, line, through, low, HIDDEN, BH, C)
-    more = tl.trans(dot(E, tl.trans(error * slope), PRECISION))
-    more += dot(tokens_tile(H, line, low, HIDDEN, BH, C), tl.trans(dE), PRECISION)
+    more = dot(tokens_tile(H, line, low, HIDDEN, BH, C), tl.trans(dE), PRECISION)
+    more += dot(tokens_tile(dback, line, low, HIDDEN, BH, C), tl.trans(E), PRECISION)
     if LONG:
         kept = dbase + memory * N + two
         more += tl.load(kept, mask=in_two, other=0.0)
@@ -154,8 +154,8 @@ def step_back_kernel(
         # What follows reads what other threads of the program have just stored.
         tl.debug_barrier()
         begin_back(
-            k, W, Z, H, dW, dS, RD1, dD1, parts, end_n, end_G, n - 1, i - 1, memories, memory, low,
-            tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+            k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n - 1, i - 1, memories,
+            memory, low, tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
         )  # fmt: skip
 
 
