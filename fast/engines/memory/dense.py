@@ -3,7 +3,7 @@
 Pieces follow one another, because each one's gradient is taken at weights the one before has left;
 everything that reads is done for a group of pieces at once. Only the weights that enter a group are
 kept for the backward pass, which walks the group again. No per-token weights are ever formed.
-Products are float32 whatever the inputs are: in 16 bits they lose more than the suite allows.
+Products are float32 whatever the inputs are: a call waits for launches, not for them.
 """
 
 from __future__ import annotations
