@@ -193,10 +193,10 @@ def config(
     return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 
-def specialises(kind: str, q_tokens: int, sequences: int) -> bool:
-    """Whether the walk of plain rules over so many queries of all heads is one of its own."""
+def specialises(kind: str, q_tokens: int, sequences: int, plain: bool) -> bool:
+    """Whether the specialised kernel is to walk over so many queries of all heads."""
     forced = TABLE.forced(kind)
-    many = q_tokens > 64 and q_tokens * sequences >= MANY_ROWS
+    many = plain and q_tokens > 64 and q_tokens * sequences >= MANY_ROWS
     return kind == "forward" and (many or (forced is not None and forced.specialised))
 
 

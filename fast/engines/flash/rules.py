@@ -44,6 +44,17 @@ class Rules(NamedTuple):
                   self.q_offsets, self.slopes)  # fmt: skip
         return all(x is None for x in others)
 
+    def known(self, tile: int) -> bool:
+        """Whether the specialised kernel knows all rules: it knows no masks and no slopes, and only
+        lists of blocks of whole tiles that say which are seen whole, or beside no other rule.
+        """
+        masked = any(x is not None for x in (self.key_mask, self.mask, self.slopes))
+        whole = self.q_block % tile == 0 and self.k_block % tile == 0
+        told = self.block_full is not None or not (
+            self.causal or self.ranged or self.row_end is not None
+        )
+        return not masked and (self.block_index is None or (whole and told))
+
     @property
     def kept_sinks(self) -> int | None:
         """How many sinks there are that a range would hide."""

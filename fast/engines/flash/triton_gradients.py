@@ -136,7 +136,8 @@ def flash_dq_kernel(
     WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
-        tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
+        tl.program_id(0), tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens,
+        k_tokens,
         window, sinks, row_start, row_end, key_bounds, block_index, block_count, block_full,
         index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
         HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, ALL_EDGE,

@@ -45,14 +45,16 @@ def padded(size: int, least: int = 16) -> int:
 def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether the kernel for plain rules on Hopper takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
-    return narrow and rules.plain and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
+    return narrow and rules.known(128) and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
     width = padded(max(q.shape[3], v.shape[3]))
     walk = rules.walk(q.shape[2])
-    if specialises(kind, q.shape[2], q.shape[:2].numel()) and can_specialise(q, v, rules):
+    if specialises(kind, q.shape[2], q.shape[:2].numel(), rules.plain) and can_specialise(
+        q, v, rules
+    ):
         walk = "plain"
     chosen = config(kind, walk, arch(q), q.element_size(), width, q.shape[2])
     return replace(

@@ -22,10 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnspec.fast.engines.flash.triton_specialised_parts import (
     LOG2E,
+    bounds,
     finish,
     hide,
     key_at,
-    plan_tile,
+    plan,
     repair,
     rounds,
     soften,
@@ -60,22 +61,21 @@ def fetch(x, b, h, first, ring, stage, phase):
 
 @gluon.jit
 def produce(
-    q, k, v, rings, tiles, sequences, section, limits,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    q, k, v, rings, grid, rules, HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    KEYS: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Bring the rows of both consumers and the tiles of keys and values, as rings have room."""
     q_ring, k_ring, v_ring, _turns = rings
     at = 0
-    for turn in range(rounds(tiles * sequences)):
-        sequence, first, walk = plan_tile(
-            turn, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
-        )
-        b, h = sequence // HEADS, sequence % HEADS
+    for turn in range(rounds(grid)):
+        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL)
+        b, h, q_begin, k_begin, _k_tokens, first, _stop, _shift = place
         for who in gl.static_range(2):
-            fetch(q, b, h, first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
-        for i in range(walk[1] + walk[3]):
-            key = key_at(i, walk, KEYS)
+            fetch(q, b, h, q_begin + first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
+        # Rows that see nothing at all look at one tile and find nothing there.
+        for i in range(gl.maximum(lengths[0] + lengths[1], 1)):
+            key = k_begin + key_at(i, walk, lengths, K_BLOCK, KEYS)
             fetch(k, b, h // GROUP, key, k_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             fetch(v, b, h // GROUP, key, v_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             at += 1
@@ -83,8 +83,8 @@ def produce(
 
 @gluon.jit
 def attend_tiles(
-    first, last, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits, factor,
-    ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    first, last, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths, rules,
+    factor, ROWS: gl.constexpr, KEYS: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the walk: the product of the tile before is under way meanwhile."""
@@ -109,7 +109,8 @@ def attend_tiles(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if EDGE:
-            scores, _seen = hide(scores, row, key_at(i, walk, KEYS), limits, CAUSAL)
+            key = key_at(i, walk, lengths, K_BLOCK, KEYS)
+            scores, _seen = hide(scores, low, high, key, rules)
         new_weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
         new_weights = gl.convert_layout(new_weights.to(q_tile.dtype), WEIGHTS)
@@ -128,7 +129,8 @@ def attend_tiles(
 def consume(
     inputs, rings, doubts, WHO: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, DTYPE: gl.constexpr,
+    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1; leave a
     NaN in `doubts` if there was one in any.
@@ -137,23 +139,23 @@ def consume(
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, WIDTH_V, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    out, lse, sink_logit, tiles, sequences, section, limits, scale = inputs
+    out, lse, sink_logit, grid, rules, scale = inputs
     q_ring, k_ring, v_ring, turns = rings
     q_room, q_full, q_empty = q_ring
     k_room, k_full, k_empty = k_ring
     v_room, v_full, v_empty = v_ring
-    q_tokens = limits[0]
     q_tile = q_room.index(WHO).reshape([ROWS, WIDTH])
     factor = scale * LOG2E
     doubt = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, VALUES))
     at = 0
-    for turn in range(rounds(tiles * sequences)):
-        sequence, first, walk = plan_tile(
-            turn, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
-        )
+    for turn in range(rounds(grid)):
+        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL)
+        b, h, q_begin, _k_begin, k_tokens, first, stop, _shift = place
+        fulls, edges = lengths
+        total_tiles = gl.maximum(fulls + edges, 1)
         first += WHO * ROWS
-        total_tiles = walk[1] + walk[3]
         row = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        low, high = bounds(row, place, rules, CAUSAL)
         top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, VALUES)
@@ -167,19 +169,24 @@ def consume(
         mbarrier.arrive(turns[1 - WHO], count=1)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        scores, _seen = hide(scores, row, key_at(0, walk, KEYS), limits, CAUSAL)
+        key = key_at(0, walk, lengths, K_BLOCK, KEYS)
+        hidden, _seen = hide(
+            scores, low, high, gl.where(fulls + edges > 0, key, k_tokens), rules
+        )  # fmt: skip
+        # A listed tile that is full is one whatever the rules are.
+        scores = gl.where((edges > 0) | (fulls == 0), hidden, scores) if K_BLOCK else hidden
         weights, top, _rescale, total = soften(scores, top, factor)
         weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         mbarrier.wait(k_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1, pred=total_tiles > 1)
         sums = (top, total, mixed)
-        edges = gl.maximum(walk[4], 1)
+        edges = gl.maximum(edges, 1)
         sums, weights = attend_tiles(
-            1, edges, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits, factor,
-            ROWS, KEYS, STAGES, CAUSAL, True, WHO,
+            1, edges, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths,
+            rules, factor, ROWS, KEYS, K_BLOCK, STAGES, True, WHO,
         )  # fmt: skip
         sums, weights = attend_tiles(
-            edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, row, walk, limits,
-            factor, ROWS, KEYS, STAGES, CAUSAL, False, WHO,
+            edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, low, high, walk,
+            lengths, rules, factor, ROWS, KEYS, K_BLOCK, STAGES, False, WHO,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(WHO), count=1)
         top, total, mixed = sums
@@ -189,11 +196,11 @@ def consume(
         mixed = warpgroup_mma(weights, values, mixed, is_async=True)
         mixed = warpgroup_mma_wait(0, deps=[mixed])
         mbarrier.arrive(v_empty.index(c % STAGES), count=1)
-        log_total, tile = finish((top, total, mixed), sink_logit, sequence % HEADS)
-        at_row = sequence.to(gl.int64) * q_tokens
-        gl.store(lse + at_row + row, log_total, mask=row < q_tokens)
+        log_total, tile = finish((top, total, mixed), sink_logit, h)
+        at_row = (b * HEADS + h).to(gl.int64) * rules[0] + q_begin
+        gl.store(lse + at_row + row, log_total, mask=row < stop)
         written = first + gl.arange(0, ROWS, gl.SliceLayout(1, WRITTEN))
-        store_rows(out, gl.convert_layout(tile.to(DTYPE), WRITTEN), at_row, written, q_tokens, DV)
+        store_rows(out, gl.convert_layout(tile.to(DTYPE), WRITTEN), at_row, written, stop, DV)
         # A NaN, once there is one, stays in what is added up.
         doubt += gl.sum(tile, 1) * 0.0
         at += total_tiles
@@ -204,11 +211,14 @@ def consume(
 def specialised_forward_kernel(
     q_tiles, k_tiles, v_tiles, q, k, v, out, lse, sink_logit,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
-    v_stride_b, v_stride_h, v_stride_t, q_tokens, k_tokens, tiles, sequences, section,
-    window, sinks, scale,
+    v_stride_b, v_stride_h, v_stride_t,
+    block_index, block_count, block_full,
+    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+    table, q_offsets, k_offsets, row_start, row_end,
+    q_tokens, k_tokens, tiles, sequences, section, window, sinks, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_tiles.dtype
     first_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -225,24 +235,32 @@ def specialised_forward_kernel(
         q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
         v_stride_b, v_stride_h, v_stride_t,
     )  # fmt: skip
-    limits = (q_tokens, k_tokens, window, sinks)
-    inputs = (out, lse, sink_logit, tiles, sequences, section, limits, scale)
+    lists = (
+        block_index, block_count, block_full,
+        index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
+    )  # fmt: skip
+    grid = (tiles, sequences, section)
+    rules = (
+        q_tokens, k_tokens, window, sinks, (table, q_offsets, k_offsets), (row_start, row_end),
+        lists,
+    )  # fmt: skip
+    inputs = (out, lse, sink_logit, grid, rules, scale)
     doubts = gl.allocate_shared_memory(
         gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
     gl.warp_specialize(
         [
             (consume, (
-                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
-                DTYPE,
+                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK,
+                STAGES, CAUSAL, DTYPE,
             )),
             (consume, (
-                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
-                DTYPE,
+                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK,
+                STAGES, CAUSAL, DTYPE,
             )),
             (produce, (
-                q_tiles, k_tiles, v_tiles, rings, tiles, sequences, section, limits,
-                HEADS, GROUP, ROWS, KEYS, STAGES, CAUSAL,
+                q_tiles, k_tiles, v_tiles, rings, grid, rules, HEADS, GROUP, ROWS, KEYS, Q_BLOCK,
+                K_BLOCK, STAGES, CAUSAL,
             )),
         ],
         [4, 1], [240, 24],
@@ -251,5 +269,6 @@ def specialised_forward_kernel(
     doubt = doubts.index(0).load(FLAT) + doubts.index(1).load(FLAT)
     if gl.max((doubt != doubt).to(gl.int32), 0) > 0:
         repair(
-            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL
+            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK,
+            K_BLOCK, CAUSAL,
         )  # fmt: skip

@@ -16,6 +16,11 @@ from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_specialised import specialised_forward_kernel
 from attnspec.fast.engines.prepared import Prepared
 
+KNOWN = (
+    "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "Q_BLOCK",
+    "K_BLOCK", "CAUSAL",
+)  # fmt: skip
+PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "table")
 MANY_ROUNDS = 64
 """Programs that own so many tiles are about equally busy in any order."""
 
@@ -37,7 +42,7 @@ def section(place: dict[str, Any], programs: int, group: int, rules: Rules) -> i
     length, and few of each are not shared out evenly. The former is worth 5 per cent.
     """
     tiles, sequences = place["tiles"], place["sequences"]
-    if not rules.causal or rules.window is not None:
+    if not rules.plain or not rules.causal or rules.window is not None:
         return int(place["section"])
     if tiles * sequences > MANY_ROUNDS * programs:
         return group
@@ -46,7 +51,7 @@ def section(place: dict[str, Any], programs: int, group: int, rules: Rules) -> i
 
 
 def imbalance(tiles: int, sequences: int, width: int, programs: int) -> float:
-    """How much longer the busiest program works than the mean, for causal tiles as `plan_tile`
+    """How much longer the busiest program works than the mean, for causal tiles as `plan`
     deals them out. What a tile takes beside its keys is that of one and a half tiles of keys.
     """
     place = np.arange(tiles * sequences)
@@ -59,8 +64,8 @@ def imbalance(tiles: int, sequences: int, width: int, programs: int) -> float:
 
 
 class Specialised:
-    """The forward pass of calls of one kind with plain rules: tensors of the same shapes, strides
-    and dtypes, at multiples of 16 bytes alike, and the same options.
+    """The forward pass of calls of one kind whose rules the kernel knows: tensors of the same
+    shapes, strides and dtypes, at multiples of 16 bytes alike, and the same options.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules, chosen: FlashConfig) -> None:
@@ -68,10 +73,12 @@ class Specialised:
         self.out_shape, self.lse_shape = (batch, heads, q_tokens, v.shape[3]), q.shape[:3]
         self.copies = not host.readable_as_they_are(q, k, v)
         q, k, v = host.readable(q, k, v)
+        self.tiles = host.Tiles("forward", chosen, q, k, rules)
         place = host.grid_arguments("forward", chosen, q, k, v, rules, heads)
         units = torch.cuda.get_device_properties(q.device).multi_processor_count
         programs = min(units, place["tiles"] * place["sequences"])
         named = {"q": q, "k": k, "v": v}
+        known = host.rule_arguments(rules)
         arguments: dict[str, Any] = {
             "q_tiles": tiles_of(q, chosen.rows // 2),
             "k_tiles": tiles_of(k, chosen.keys),
@@ -85,11 +92,10 @@ class Specialised:
                 for name, x in named.items()
                 for at, axis in enumerate("bht")
             },
-            **{name: place[name] for name in ("q_tokens", "k_tokens", "tiles", "sequences")},
+            **host.list_arguments(host.readable_lists(*rules[8:11])),
+            **{name: known[name] for name in KNOWN},
+            **{name: place[name] for name in PLACED},
             "section": section(place, programs, heads // k.shape[1], rules),
-            "window": rules.window,
-            "sinks": rules.kept_sinks,
-            "scale": rules.scale,
             "HEADS": heads,
             "GROUP": heads // k.shape[1],
             "D": q.shape[3],
@@ -99,8 +105,7 @@ class Specialised:
             "ROWS": chosen.rows // 2,
             "KEYS": chosen.keys,
             "STAGES": chosen.stages,
-            "CAUSAL": rules.causal,
-        }  # fmt: skip
+        }
         self.launch = Prepared(
             specialised_forward_kernel, programs, arguments, q.device, num_warps=4
         )
@@ -112,8 +117,11 @@ class Specialised:
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
         if self.copies:
             q, k, v = host.readable(q, k, v)
+        index, count, full = host.readable_lists(*rules[8:11])
         self.launch(
             q_tiles=q, k_tiles=k, v_tiles=v, q=q, k=k, v=v, out=out, lse=lse,
-            sink_logit=rules.sink_logit,
+            sink_logit=rules.sink_logit, block_index=index, block_count=count, block_full=full,
+            row_start=rules.row_start, row_end=rules.row_end, q_offsets=rules.q_offsets,
+            k_offsets=rules.k_offsets, table=self.tiles(rules),
         )  # fmt: skip
         return out, lse

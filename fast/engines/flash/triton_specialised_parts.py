@@ -8,6 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 
+from attnspec.fast.engines.flash.triton_tiles import key_tile, plan_rows
+from attnspec.fast.engines.flash.triton_visible import end_key, lowest_key
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 PIECE = gl.constexpr(32)
@@ -15,8 +18,10 @@ PIECE = gl.constexpr(32)
 
 
 @gluon.jit
-def rounds(total):
+def rounds(grid):
     """How many tiles this program owns."""
+    tiles, sequences, _section = grid
+    total = tiles * sequences
     programs = gl.num_programs(0)
     whole = total // programs
     return whole + (turned(whole) < total % programs).to(gl.int32)
@@ -30,83 +35,56 @@ def turned(turn):
 
 
 @gluon.jit
-def plan_tile(
-    turn,
-    tiles,
-    sequences,
-    section,
-    limits,
-    ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
-    """Batch and head in one number, first row, and the walk: `base`, the count of tiles from there
-    on, how many come before the full ones, the tiles of sinks, and all that are not full.
-    """
-    q_tokens, k_tokens, window, sinks = limits
-    t = turn * gl.num_programs(0) + turned(turn)
-    per_section = tiles * section
-    sequence = t // per_section * section
-    inside = t % per_section
-    width = gl.minimum(section, sequences - sequence)
-    tile = inside // width
-    sequence += inside % width
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    first = tile * 2 * ROWS
-    stop = gl.minimum(first + 2 * ROWS, q_tokens)
-    shift = k_tokens - q_tokens
-    end, full_end = k_tokens, k_tokens
-    if CAUSAL:
-        end = gl.maximum(stop + shift, 0)
-        full_end = gl.maximum(first + shift + 1, 0)
-    base, full_base, sink_tiles = 0, 0, 0
-    if window is not None:
-        base = gl.maximum(first + shift - window + 1, 0)
-        full_base = gl.maximum(stop + shift - window, 0)
-        if sinks is not None:
-            sink_tiles = (gl.minimum(sinks, end) + KEYS - 1) // KEYS
-            base = gl.maximum(base, sink_tiles * KEYS)
-    count = (gl.maximum(end - base, 0) + KEYS - 1) // KEYS
-    # Rows that see nothing at all look at one tile and find nothing there.
-    count = gl.where(sink_tiles == 0, gl.maximum(count, 1), count)
-    full_from = gl.minimum((gl.maximum(full_base - base, 0) + KEYS - 1) // KEYS, count)
-    full_to = gl.maximum(gl.minimum(gl.maximum(full_end - base, 0) // KEYS, count), full_from)
-    edges = sink_tiles + full_from + count - full_to
-    return sequence, first, (base, count, full_from, sink_tiles, edges)
+def plan(
+    turn, grid, rules, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """This program's tile in a round: `plan_rows` of twice `ROWS`."""
+    tiles, sequences, section = grid
+    q_tokens, k_tokens, window, sinks, packed, ranges, lists = rules
+    table, q_offsets, k_offsets = packed
+    row_start, row_end = ranges
+    index, count, full, index_b, index_h, index_q, count_b, count_h = lists
+    program = turn * gl.num_programs(0) + turned(turn)
+    return plan_rows(
+        program, tiles, sequences, section, 0, table, q_offsets, k_offsets, q_tokens, k_tokens,
+        window, sinks, row_start, row_end, None, index, count, full, index_b, index_h, index_q,
+        count_b, count_h, HEADS, 2 * ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, False,
+    )  # fmt: skip
 
 
 @gluon.jit
-def key_at(i, walk, KEYS: gl.constexpr):
-    """First key of the i-th tile: first the edges, which are the sinks, those at the window's begin
-    and those at the end, and then full ones.
-    """
-    base, count, full_from, sink_tiles, edges = walk
-    behind = i - sink_tiles
-    tile = gl.where(behind < full_from, behind, behind + count - edges + sink_tiles)
-    tile = gl.where(i < edges, tile, i - edges + full_from)
-    return gl.where(i < sink_tiles, i * KEYS, base + tile * KEYS)
+def key_at(i, walk, lengths, K_BLOCK: gl.constexpr, KEYS: gl.constexpr):
+    """First key of the i-th tile, edges before full ones."""
+    fulls, edges = lengths
+    i = gl.where(i < edges, fulls + i, i - edges)
+    at, _stop = key_tile(i, 2, walk, K_BLOCK, KEYS)
+    return at
 
 
 @gluon.jit
-def hide(scores, row, at, limits, CAUSAL: gl.constexpr):
+def bounds(row, place, rules, CAUSAL: gl.constexpr):
+    """The lowest key that each of `row` sees but for the sinks, and where its keys end."""
+    _q_tokens, _k_tokens, window, _sinks, _packed, ranges, _lists = rules
+    _b, _h, q_begin, _k_begin, k_tokens, _first, stop, shift = place
+    low = lowest_key(row, q_begin, stop, shift, window, ranges[0])
+    return low, end_key(row, q_begin, stop, shift, k_tokens, ranges[1], CAUSAL)
+
+
+@gluon.jit
+def hide(scores, low, high, at, rules):
     """`scores` (rows, keys from `at` on) with -inf for keys that a row does not see; who sees whom.
 
     Columns are compared by eights, of which each thread knows its own when it is compiled. Compared
     one by one they are as many numbers, which the compiler keeps in registers for the whole loop.
     """
-    q_tokens, k_tokens, window, sinks = limits
+    _q_tokens, _k_tokens, window, sinks, _packed, ranges, _lists = rules
     column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     eights, within = (column >> 3)[None, :], (column & 7)[None, :]
-    shift = k_tokens - q_tokens
-    high = gl.where(row < q_tokens, k_tokens, 0)
-    if CAUSAL:
-        high = gl.minimum(high, row + (shift + 1))
     # A column is below a bound if its eight is below the bound less its place, in eights.
     seen = eights < ((high - at)[:, None] - within + 7) >> 3
-    if window is not None:
-        low = row + (shift - window + 1) - at
-        late = eights >= (low[:, None] - within + 7) >> 3
+    if window is not None or ranges[0] is not None:
+        late = eights >= ((low - at)[:, None] - within + 7) >> 3
         if sinks is not None:
             late = late | (eights < (sinks - at - within + 7) >> 3)
         seen = seen & late
@@ -172,34 +150,44 @@ def store_rows(out, tile, at, row, q_tokens, DV: gl.constexpr):
 
 @gluon.jit
 def attend_with_care(
-    q, k, v, out, at_row, first, walk, limits, factor, sink_logit, h, strides,
+    q, k, v, out, at_row, first, place, walk, lengths, rules, factor, sink_logit, strides,
     D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr,
-    ROWS: gl.constexpr, KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Write the rows that see no value that is not finite again: the product has spread 0 * NaN to
     rows that do not see the NaN's key.
     """
-    q_tokens, k_tokens = limits[0], limits[1]
+    _b, h, q_begin, k_begin, k_tokens, _first, stop, _shift = place
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = first + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-    q_tile = load_rows(q, first, q_tokens, strides[0], D, READ, ROWS, WIDTH)
+    low, high = bounds(row, place, rules, CAUSAL)
+    q_tile = load_rows(q + q_begin * strides[0], first, stop, strides[0], D, READ, ROWS, WIDTH)
     q_tile = gl.convert_layout(q_tile, LEFT)
     top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SUMS))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SUMS))
     tainted = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, SUMS))
     mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, SUMS)
-    for i in range((walk[1] + walk[3]) * (KEYS // PIECE)):
-        begin = key_at(i // (KEYS // PIECE), walk, KEYS) + i % (KEYS // PIECE) * PIECE
-        keys = load_rows(k, begin, k_tokens, strides[1], D, READ, PIECE, WIDTH)
+    k += k_begin * strides[1]
+    v += k_begin * strides[2]
+    for i in range((lengths[0] + lengths[1]) * (KEYS // PIECE)):
+        tile = i // (KEYS // PIECE)
+        at = key_at(tile, walk, lengths, K_BLOCK, KEYS) + i % (KEYS // PIECE) * PIECE
+        keys = load_rows(k, at, k_tokens, strides[1], D, READ, PIECE, WIDTH)
         nothing = gl.zeros([ROWS, PIECE], gl.float32, SUMS)
-        scores = mma_v2(q_tile, gl.convert_layout(keys.permute((1, 0)), RIGHT), nothing)
-        scores, seen = hide(scores, row, begin, limits, CAUSAL)
+        product = mma_v2(q_tile, gl.convert_layout(keys.permute((1, 0)), RIGHT), nothing)
+        scores, seen = hide(product, low, high, at, rules)
+        if K_BLOCK:
+            # Lists may say that all of a block is seen, whatever the rules are.
+            key = at + gl.arange(0, PIECE, gl.SliceLayout(0, SUMS))
+            inside = (row < stop)[:, None] & (key < k_tokens)[None, :]
+            seen = seen | (inside & (tile >= lengths[1]))
+            scores = gl.where(seen, product, -float("inf"))
         weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
-        values = load_rows(v, begin, k_tokens, strides[2], DV, READ, PIECE, WIDTH_V)
+        values = load_rows(v, at, k_tokens, strides[2], DV, READ, PIECE, WIDTH_V)
         finite = gl.abs(values.to(gl.float32)) < float("inf")
         values = gl.where(finite, values, 0.0)
         broken = gl.max((~finite).to(gl.int32), 1)
@@ -207,34 +195,33 @@ def attend_with_care(
         tainted |= gl.max(seen.to(gl.int32) * broken[None, :], 1)
         weights = gl.convert_layout(weights.to(q_tile.dtype), LEFT)
         mixed = mma_v2(weights, gl.convert_layout(values, RIGHT), mixed * rescale[:, None])
-    _log_total, tile = finish((top, total, mixed), sink_logit, h)
-    kept = gl.where(tainted > 0, q_tokens, row)
-    store_rows(out, tile.to(q_tile.dtype), at_row, kept, q_tokens, DV)
+    _log_total, redone = finish((top, total, mixed), sink_logit, h)
+    kept = gl.where(tainted > 0, stop, row)
+    store_rows(out, redone.to(q_tile.dtype), at_row, kept, stop, DV)
 
 
 @gluon.jit
 def repair(
     q, k, v, inputs, strides, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+    KEYS: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Look at this program's tiles again, and do those that hold a NaN with care."""
-    out, _lse, sink_logit, tiles, sequences, section, limits, scale = inputs
+    out, _lse, sink_logit, grid, rules, scale = inputs
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t = strides
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for i in range(2 * rounds(tiles * sequences)):
-        sequence, first, walk = plan_tile(
-            i // 2, tiles, sequences, section, limits, ROWS, KEYS, CAUSAL
+    for i in range(2 * rounds(grid)):
+        place, walk, lengths = plan(
+            i // 2, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL
         )
+        b, h, q_begin, _k_begin, _k_tokens, first, stop, _shift = place
         first += i % 2 * ROWS
-        b, h = (sequence // HEADS).to(gl.int64), sequence % HEADS
-        at_row = sequence.to(gl.int64) * limits[0]
-        written = load_rows(out + at_row * DV, first, limits[0], DV, DV, READ, ROWS, WIDTH_V)
+        b, kv = b.to(gl.int64), (h // GROUP).to(gl.int64)
+        at_row = (b * HEADS + h) * rules[0] + q_begin
+        written = load_rows(out + at_row * DV, first, stop, DV, DV, READ, ROWS, WIDTH_V)
         if gl.max(gl.max((written != written).to(gl.int32), 1), 0) > 0:
             attend_with_care(
-                q + b * q_b + h.to(gl.int64) * q_h,
-                k + b * k_b + (h // GROUP).to(gl.int64) * k_h,
-                v + b * v_b + (h // GROUP).to(gl.int64) * v_h,
-                out, at_row, first, walk, limits, scale * LOG2E, sink_logit, h, (q_t, k_t, v_t),
-                D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
+                q + b * q_b + h.to(gl.int64) * q_h, k + b * k_b + kv * k_h, v + b * v_b + kv * v_h,
+                out, at_row, first, place, walk, lengths, rules, scale * LOG2E, sink_logit,
+                (q_t, k_t, v_t), D, DV, WIDTH, WIDTH_V, ROWS, KEYS, K_BLOCK, CAUSAL,
             )  # fmt: skip

@@ -308,15 +308,15 @@ def row_tile(i, PASS: tl.constexpr, walk, BLOCK: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def plan_rows(
-    tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
+    program, tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens,
     window, sinks, row_start, row_end, key_bounds, block_index, block_count, block_full,
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, ALL_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of rows this program owns, and the key tiles it visits: how many in each pass."""
+    """The tile of rows that a program owns, and the key tiles it visits: how many in each pass."""
     RANGED: tl.constexpr = window is not None or row_start is not None
-    tile, sequence = owned_tile(tl.program_id(0), tiles, sequences, section, lead)
+    tile, sequence = owned_tile(program, tiles, sequences, section, lead)
     b, h = sequence // HEADS, sequence % HEADS
     if (CAUSAL or row_end is not None) and table is None:
         tile = tiles - 1 - tile
