@@ -17,7 +17,15 @@ from torch import Tensor
 
 from attnspec.conformance import Kernel, certify
 from attnspec.fast.backend import launch_count
-from attnspec.fast.engines.scan import LaneConfig, hebbian, trace, triton_trace, use_config
+from attnspec.fast.engines.scan import (
+    LaneConfig,
+    hebbian,
+    trace,
+    triton_hebbian_tiles,
+    triton_trace,
+    use_config,
+)
+from attnspec.fast.engines.scan.configs import MemoryConfig
 from attnspec.fast.linear import synaptic_resonance as fast
 
 FLOOR = 1e-6
@@ -32,9 +40,17 @@ def _many_segments_of_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(
         triton_trace.Pass, "empty", lambda made, *shape: empty(made, *shape).fill_(torch.nan)
     )
-    monkeypatch.setattr(triton_trace, "device_of", lambda x: (64, True))
+    for module in (triton_trace, triton_hebbian_tiles):
+        monkeypatch.setattr(module, "device_of", lambda x: (64, True))
     with use_config(NARROW):
         yield
+
+
+@pytest.fixture(params=[16, 0], ids=["whole", "in parts"], autouse=True)
+def _memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of two blocks of 16 tokens, two heads at once, and either way of the gradient."""
+    chosen = MemoryConfig(16, 16, 32, 256, 4, 1, request.param, 8.0, 32)
+    monkeypatch.setattr(triton_hebbian_tiles, "memory_config", lambda *kind: chosen)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -72,6 +72,29 @@ class LaneConfig:
     programs: int
 
 
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Tiles and splits of the memory that is read before it is written.
+
+    The tokens of all heads that read a state are multiplied by it at once, up to `stack` rows:
+    `block` tokens or more of each head, up to `most`. A program keeps at most `items` numbers of a
+    state. Its gradient is two kernels, each of which
+    keeps a whole state, if neither side of that is wider than `whole`. Sequences are cut in
+    segments so that about `programs` programs a multiprocessor exist, but not below `least_segment`
+    tokens.
+    """
+
+    block: int = 32
+    most: int = 64
+    stack: int = 128
+    items: int = 16384
+    warps: int = 8
+    stages: int = 2
+    whole: int = 128
+    programs: float = 1.0
+    least_segment: int = 256
+
+
 ELEMENTWISE = (LaneConfig(32, 64, 256, 8), LaneConfig(16, 32, 128, 16))
 GATED = (LaneConfig(16, 64, 256, 16), LaneConfig(32, 64, 256, 8), LaneConfig(16, 64, 128, 32))
 GATED_GRADIENT = (LaneConfig(8, 64, 256, 10), LaneConfig(8, 64, 128, 20), LaneConfig(8, 64, 256, 8))
@@ -137,6 +160,17 @@ OLDER = ScanConfig(
 )
 """16-bit inputs on processors before Hopper: less shared memory."""
 
+MEMORY = (
+    MemoryConfig(),
+    MemoryConfig(stages=3),
+    MemoryConfig(programs=2.0),
+    MemoryConfig(items=8192, warps=4, programs=2.0, whole=0),
+    MemoryConfig(least_segment=512),
+)
+"""Candidates on Hopper, of which the first is in force."""
+OLDER_MEMORY = MemoryConfig(most=32, stack=32, items=4096, warps=4, stages=1, whole=0, programs=4.0)
+FLOAT32_MEMORY = MemoryConfig(block=16, most=16, stack=16, items=2048, stages=1, whole=0, programs=4.0)
+
 REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
 """How far the log decay of a channel may fall over a block that is multiplied as one product: the
 factors of the two sides reach e^(REACH / 2), which the type must hold with the inputs' own size. A
@@ -176,6 +210,9 @@ TABLE: Table[Any] = Table(
         ("flows",): FLOWS,
         ("ordered",): ORDERED,
         ("trace",): TRACE,
+        ("memory", "16-bit"): MEMORY,
+        ("memory", "16-bit", "other"): (OLDER_MEMORY, replace(OLDER_MEMORY, items=8192)),
+        ("memory", "32-bit"): (FLOAT32_MEMORY, replace(FLOAT32_MEMORY, programs=8.0)),
         ("flows gradient",): FLOWS_GRADIENT,
     },
 )
@@ -200,6 +237,13 @@ def lanes(kernel: str) -> LaneConfig:
     """
     forced = TABLE.forced()
     return forced if isinstance(forced, LaneConfig) else TABLE.choose(kernel)
+
+
+def memory_config(itemsize: int, hopper: bool) -> MemoryConfig:
+    """The configuration in force for the memory on numbers of `itemsize` bytes."""
+    key = ("32-bit",) if itemsize == 4 else ("16-bit",) if hopper else ("16-bit", "other")
+    forced = TABLE.forced()
+    return forced if isinstance(forced, MemoryConfig) else TABLE.choose("memory", *key)
 
 
 use_config = TABLE.use

@@ -1,8 +1,8 @@
 """A decaying memory of unit keys and their values that is read before it is written.
 
 m_t = scale S^T qh_t, then S <- lam S + eta rho_t kh_t v_t^T, with kh and qh rows of unit length. A
-custom op on Triton: unit rows, gates, the shift between reading and writing and the addition of m
-to something else are few kernels around the scan's. The CPU's is the scan and a few rows of torch.
+custom op on Triton, which adds m to something else while it is at it. The CPU's is the scan and a
+few rows of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import load, wants_gradient
+from attnspec.fast.backend import load
 from attnspec.fast.engines.operation import Operation, operation
 from attnspec.fast.engines.scan.api import WIDEST
 
@@ -40,23 +40,17 @@ def constant_decay(
 
 
 @cache
-def _kernels() -> ModuleType:
+def _kernels(part: str) -> ModuleType:
     """The implementation, imported on first use."""
-    return load("attnspec.fast.engines.scan.triton_hebbian")
+    return load(f"attnspec.fast.engines.scan.triton_hebbian{part}")
 
 
 def run_hebbian(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What is returned and, if it is to be `trained`, qh and the gated kh, else nothing."""
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
-        out, last, qh, gated = _kernels().forward(
-            q, k, v, rho, S0, valid, onto, eta, lam, scale, block, trained
-        )
-    if not trained:
-        qh, gated = q.new_empty(0), q.new_empty(0)
-    return out, last, qh, gated
+        return _kernels("").forward(q, k, v, rho, S0, valid, onto, eta, lam, scale, block)
 
 
 hebbian_op = Operation("attnspec::hebbian", run_hebbian)
@@ -65,34 +59,43 @@ hebbian_op = Operation("attnspec::hebbian", run_hebbian)
 @hebbian_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     d, dv = q.shape[3], v.shape[3]
-    return (
-        q.new_empty(*q.shape[:3], dv), q.new_empty(*k.shape[:2], d, dv, dtype=torch.float32),
-        q.new_empty(q.shape if trained else (0,)), k.new_empty(k.shape if trained else (0,)),
-    )  # fmt: skip
+    out = q.new_empty(*q.shape[:3], dv)
+    return out, q.new_empty(*k.shape[:2], d, dv, dtype=torch.float32)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def run_hebbian_backward(
+    dy: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
+    valid: Tensor | None, eta: float, lam: float, scale: float, block: int,
+    added: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients of q, k, v, rho and S0; dy is 0 at padding. Those of q, k and v are added to
+    what is given, contiguous, in place.
+    """
+    with torch.cuda.device_of(q):
+        return _kernels("_gradient").backward(
+            dy, dS, q, k, v, rho, S0, valid, eta, lam, scale, block, added
+        )
 
 
 @operation("attnspec::hebbian_backward")
 def hebbian_backward_op(
     dy: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
-    valid: Tensor | None, qh: Tensor, gated: Tensor, eta: float, lam: float, scale: float,
-    block: int,
+    valid: Tensor | None, eta: float, lam: float, scale: float, block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v, rho and S0; dy is 0 at padding."""
-    with torch.cuda.device_of(q):
-        return _kernels().backward(
-            dy, dS, q, k, v, rho, S0, valid, qh, gated, eta, lam, scale, block
-        )
+    return run_hebbian_backward(dy, dS, q, k, v, rho, S0, valid, eta, lam, scale, block)
 
 
 @hebbian_backward_op.register_fake
 def _(
     dy: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
-    valid: Tensor | None, qh: Tensor, gated: Tensor, eta: float, lam: float, scale: float,
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    valid: Tensor | None, eta: float, lam: float, scale: float, block: int,
+) -> Gradients:  # fmt: skip
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), rho.new_empty(rho.shape),
         dS.new_empty(dS.shape),
@@ -100,29 +103,24 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, rho, S0, valid, onto, *ctx.numbers, _ = inputs
+    q, k, v, rho, S0, valid, onto, *ctx.numbers = inputs
     ctx.added = onto is not None
-    ctx.save_for_backward(q, k, v, rho, S0, valid, *output[2:])
-    # The last two results have no gradient, and zeros of their size would be large.
+    ctx.save_for_backward(q, k, v, rho, S0, valid)
     ctx.set_materialize_grads(False)
 
 
-def _gradient(
-    ctx: Any, dy: Tensor | None, dS: Tensor | None, *unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, rho, S0, valid, qh, gated = ctx.saved_tensors
+def _gradient(ctx: Any, dy: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, rho, S0, valid = ctx.saved_tensors
     if dy is None:
         dy = q.new_zeros(*q.shape[:3], v.shape[3])
     elif valid is not None:
         dy = torch.where(valid[:, None, :, None], dy, 0.0)
     if dS is None:
         dS = rho.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    dq, dk, dv, drho, dS0 = hebbian_backward_op(
-        dy, dS, q, k, v, rho, S0, valid, qh, gated, *ctx.numbers
-    )
+    dq, dk, dv, drho, dS0 = hebbian_backward_op(dy, dS, q, k, v, rho, S0, valid, *ctx.numbers)
     return (
         dq, dk, dv, drho, None if S0 is None else dS0, None, dy if ctx.added else None,
-        None, None, None, None, None,
+        None, None, None, None,
     )  # fmt: skip
 
 
@@ -157,12 +155,18 @@ def hebbian(
     q, k and rho hold; v holds 0 there. `block` is a hint as for `scan`. Differentiable in q, k, v,
     rho, `state` and `onto`. Triton alone; a mechanism has checked the arguments.
     """
+    check_memory_widths(q, v)
+    if valid is not None:
+        q, k = (torch.where(valid[:, None, :, None], x, 0.0) for x in (q, k))
+    numbers = (float(eta), float(lam), float(scale), block or 0)
+    out, last = hebbian_op(q, k, v, rho, state, valid, onto, *numbers)
+    return out, last
+
+
+def check_memory_widths(q: Tensor, v: Tensor) -> None:
+    """Tokens that the kernels can take."""
     for name, width in (("q", q.shape[3]), ("v", v.shape[3])):
         if not 1 <= width <= WIDEST:
             raise ValueError(f"{name}: got {width} channels, expected 1 to {WIDEST}")
     if not q.is_cuda and q.dtype == torch.bfloat16:
         raise TypeError("q: got dtype torch.bfloat16, expected another in Triton's interpreter")
-    trained = wants_gradient(q, k, v, rho, state, onto)
-    numbers = (float(eta), float(lam), float(scale), block or 0)
-    out, last, _, _ = hebbian_op(q, k, v, rho, state, valid, onto, *numbers, trained)
-    return out, last

@@ -1,10 +1,9 @@
-"""The memory that is read before it is written, around the scan, which writes before it reads.
+"""The memory that is read before it is written: one walk reads q, k, v and what it is added to, and
+writes the sum.
 
-So token t reads what the scan leaves at t - 1: queries go in one token on, as a view, and come out
-one token late. The first token asks the state that came in, and the last one's write is added
-behind: `ends_kernel`. `combine_kernel` puts rows back in their places while it adds them. What a
-query reads is linear in it: unless a gradient or a narrow range of numbers asks for unit queries,
-they go in as they are, and what comes out is divided.
+Keys are brought to length 1 in registers, once for all query heads that read them; what a query
+reads is linear in it, so it is divided by the query's norm instead. States of segments are those of
+kv heads: their sums and the chain over them come first.
 """
 
 from __future__ import annotations
@@ -14,296 +13,128 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnspec.fast.engines.prepared import launch
-from attnspec.fast.engines.scan import triton_host
-from attnspec.fast.engines.scan.hebbian import constant_decay
-from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import aligned, floored, real_rows
-from attnspec.fast.engines.scan.triton_units import (
+from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.scan.triton_common import exchanged
+from attnspec.fast.engines.scan.triton_hebbian_tiles import (
+    VARYING,
+    Cut,
+    counts,
+    load_gates,
     load_rows,
-    programs,
-    rows_of,
-    tile,
-    tile_of,
-    units,
-    units_backward,
+    made_places,
+    place_of,
+    read_powers,
+    row_norms,
+    stacked,
+    state_places,
 )
-
-PART = 32
-"""Rows or columns of a state that a program of `ends_kernel` or its gradient owns at most."""
-ITEMS = 4096
-"""Numbers of a state in a program of the gradient."""
+from attnspec.fast.engines.scan.triton_trace import floored
 
 
 @triton.jit
-def load_row(x, x_d, real, d, BD: tl.constexpr):
-    """A token's channels (BD,) in float32, zeros if it is not real."""
-    channels = tl.arange(0, BD)
-    at = x + channels.to(tl.int64) * x_d
-    return tl.load(at, mask=channels < tl.where(real, d, 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def inverse_norm(x):
-    """Of a row."""
-    return 1.0 / floored(tl.sqrt(tl.sum(x * x, 0)))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "q_b", "q_h", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "valid_b", "valid_t", "tokens",
-        "heads", "kv_heads", "apart", "eta", "lam", "scale",
-    ]
-)  # fmt: skip
-def ends_kernel(
-    q, q_b, q_h, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, valid, valid_b, valid_t, rho,
-    behind, initial, first, last, tokens, heads, kv_heads, apart, eta, lam, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VALID: tl.constexpr,
-    WRITTEN: tl.constexpr, STARTED: tl.constexpr,
+def read_state(
+    q_source, onto_source, out, batch, head, first, tokens, column, S, H, X, powers, before, real,
+    bits, scale, member,
+    MANY: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
+    ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """`last` (batch, kv_heads, D, DV) from the state `behind` the last token but one, of which
-    there are `apart` for each kv head, and what the first token of every head reads, `first`
-    (batch, heads, DV).
+    """What C tokens of MANY query heads, from `member` of the group on, read: of the state S before
+    them, in the type of X, and of what is written between them, unit keys H and values X, `powers`
+    apart.
     """
-    tiles: tl.constexpr = (DV + BV - 1) // BV
-    line = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, kv_head = line // kv_heads, line % kv_heads
-    channels = tl.arange(0, BD)
-    values = tl.program_id(0) % tiles * BV + tl.arange(0, BV)
-    places = channels[:, None] * DV + values[None, :]
-    inside = (channels < D)[:, None] & (values < DV)[None, :]
-    valid += batch * valid_b
-    end = tl.cast(tokens, tl.int64) - 1
-    real = real_rows(valid, valid_t, end, tokens, VALID)
-    S = tl.zeros((BD, BV), tl.float32)
-    if WRITTEN:
-        S = tl.load(behind + line * apart * D * DV + places, mask=inside, other=0.0)
-    K = load_row(k + batch * k_b + kv_head * k_h + end * k_t, k_d, real, D, BD)
-    at = v + batch * v_b + kv_head * v_h + end * v_t + values.to(tl.int64) * v_d
-    X = tl.load(at, mask=values < tl.where(real, DV, 0), other=0.0).to(tl.float32)
-    gate = eta * tl.load(rho + line * tokens + end, mask=real, other=0.0)
-    K *= gate * inverse_norm(K)
-    S = tl.where(real, lam * S + K[:, None] * X[None, :], S)
-    tl.store(last + line * D * DV + places, S, mask=inside)
-    if STARTED:
-        S = tl.load(initial + line * D * DV + places, mask=inside, other=0.0)
-        asks = real_rows(valid, valid_t, tl.full((), 0, tl.int64), tokens, VALID)
-        group = heads // kv_heads
-        for n in range(group):
-            head = kv_head * group + n
-            Q = load_row(q + batch * q_b + head * q_h, q_d, asks, D, BD)
-            Y = tl.sum((Q * inverse_norm(Q) * scale)[:, None] * S, 0)
-            tl.store(first + (batch * heads + head) * DV + values, Y, mask=values < DV)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "q_b", "q_h", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "dy_b", "dy_h", "valid_b",
-        "valid_t", "tokens", "heads", "kv_heads", "apart", "eta", "lam", "scale",
-    ]
-)  # fmt: skip
-def ends_gradient_kernel(
-    q, q_b, q_h, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_d, valid,
-    valid_b, valid_t, rho, initial, dlast, dbehind, dq, dk, dv, dinitial, tokens, heads, kv_heads,
-    apart, eta, lam, scale,
-    D: tl.constexpr, DV: tl.constexpr, FULL: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    VALID: tl.constexpr, STARTED: tl.constexpr,
-):  # fmt: skip
-    """The gradients of the state `behind`, of the first unit queries (batch, heads, D), of the last
-    gated unit keys (batch, kv_heads, D), of the last values (batch, kv_heads, DV) and, if STARTED,
-    of the initial state by the first queries. A program owns BD channels of keys.
-    """
-    parts: tl.constexpr = (D + BD - 1) // BD
-    line = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    batch, kv_head = line // kv_heads, line % kv_heads
-    channels = part * BD + tl.arange(0, BD)
-    values = tl.arange(0, BV)
-    within = values < DV
-    places = channels[:, None] * DV + values[None, :]
-    inside = (channels < D)[:, None] & within[None, :]
-    valid += batch * valid_b
-    end = tl.cast(tokens, tl.int64) - 1
-    real = real_rows(valid, valid_t, end, tokens, VALID)
-    dlast += line * D * DV
-    dS = tl.load(dlast + places, mask=inside, other=0.0)
-    kept = dS * tl.where(real, lam, 1.0)
-    tl.store(dbehind + line * apart * D * DV + places, kept, mask=inside)
-    X = load_row(v + batch * v_b + kv_head * v_h + end * v_t, v_d, real, DV, BV)
-    learned = tl.where(real, tl.sum(dS * X[None, :], 1), 0.0)
-    tl.store(dk + line * D + channels, learned, mask=channels < D)
-    if part == 0:
-        k += batch * k_b + kv_head * k_h + end * k_t
-        gate = eta * tl.load(rho + line * tokens + end, mask=real, other=0.0)
-        gate *= inverse_norm(load_row(k, k_d, real, D, FULL))
-        dX = tl.zeros((BV,), tl.float32)
-        for n in range(parts):
-            some = n * BD + tl.arange(0, BD)
-            wanted = some < tl.where(real, D, 0)
-            K = tl.load(k + some.to(tl.int64) * k_d, mask=wanted, other=0.0).to(tl.float32)
-            at = dlast + some[:, None] * DV + values[None, :]
-            rows = tl.load(at, mask=wanted[:, None] & within[None, :], other=0.0)
-            dX += tl.sum(rows * (K * gate)[:, None], 0)
-        tl.store(dv + line * DV + values, dX.to(dv.dtype.element_ty), mask=within)
-    if STARTED:
-        S = tl.load(initial + line * D * DV + places, mask=inside, other=0.0)
-        asks = real_rows(valid, valid_t, tl.full((), 0, tl.int64), tokens, VALID)
-        dS = tl.zeros((BD, BV), tl.float32)
-        group = heads // kv_heads
-        for m in range(group):
-            head = kv_head * group + m
-            dY = load_row(dy + batch * dy_b + head * dy_h, dy_d, asks, DV, BV) * scale
-            asked = q + batch * q_b + head * q_h
-            inverse = inverse_norm(load_row(asked, q_d, asks, D, FULL))
-            at = asked + channels.to(tl.int64) * q_d
-            Q = (
-                tl.load(at, mask=channels < tl.where(asks, D, 0), other=0.0).to(tl.float32)
-                * inverse
-            )
-            dQ = tl.sum(S * dY[None, :], 1)
-            tl.store(dq + (batch * heads + head) * D + channels, dQ, mask=channels < D)
-            dS += Q[:, None] * dY[None, :]
-        tl.store(dinitial + line * D * DV + places, dS, mask=inside)
-
-
-@triton.jit(
-    do_not_specialize=["q_b", "q_h", "onto_b", "onto_h", "valid_b", "valid_t", "tokens", "heads"]
-)
-def combine_kernel(
-    rest, first, q, q_b, q_h, q_t, q_d, onto, onto_b, onto_h, onto_t, onto_d, valid, valid_b,
-    valid_t, out, tokens, heads, d_q, d, R: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
-    VALID: tl.constexpr, STARTED: tl.constexpr, DIVIDED: tl.constexpr, ADDED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """out (lines, tokens, d): `first` (lines, d) and, behind it, `rest` (lines, tokens - 1, d), if
-    DIVIDED by the norms of q, and what they are added to; 0 at padding.
-    """
-    line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
-    real = real_rows(valid, valid_t, t, tokens, VALID)
-    channels = tl.arange(0, BD)
-    inside = channels < d
-    known = real & (t > 0)
-    at = rest + (line * (tokens - 1) + t[:, None] - 1) * d + channels[None, :]
-    Y = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if DIVIDED:
-        Q = load_rows(q, q_b, q_h, q_t, q_d, batch, line % heads, t, real, d_q, BQ, ALIGNED)
-        Y *= (1.0 / floored(tl.sqrt(tl.sum(Q * Q, 1))))[:, None]
-    if STARTED:
-        F = tl.load(first + line * d + channels, mask=inside, other=0.0)
-        Y = tl.where((real & (t == 0))[:, None], F[None, :], Y)
+    reader = head * GROUP + member
+    Q = load_rows(q_source, batch, reader, first, tokens, 0, MANY, C, BD, D, ACCESS)
+    inverse = 1.0 / floored(row_norms(Q.to(tl.float32)))
+    P = tl.dot(Q, tl.trans(H), input_precision="ieee") * powers * inverse[:, None]
+    aged = tl.exp2(bits * stacked(before, MANY, C)) * inverse
+    Y = tl.dot(Q, S, input_precision="ieee") * aged[:, None]
+    Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee") * scale
     if ADDED:
         Y += load_rows(
-            onto, onto_b, onto_h, onto_t, onto_d, batch, line % heads, t, real, d, BD, ALIGNED
+            onto_source, batch, reader, first, tokens, column, MANY, C, BV, DV, ACCESS
         )
-    at = out + (line * tokens + t[:, None]) * d + channels[None, :]
-    mask = (t < tokens)[:, None] & inside[None, :]
-    tl.store(at, Y.to(out.dtype.element_ty), mask=mask)
+    if VALID:
+        kept = stacked(tl.where(real, 1.0, 0.0), MANY, C) > 0.0
+        Y = tl.where(kept[:, None], Y, 0.0)
+    line = batch * q_source[5] + reader
+    at, inside = made_places(
+        line, GROUP - member, first, tokens, column, MANY, C, BV, DV
+    )
+    tl.store(out + at, Y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def hebbian_kernel(
+    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d,
+    onto, onto_b, onto_h, onto_t, onto_d, valid, valid_b, valid_t, rho, entering, out, last,
+    tokens, length, segments, kv_heads, eta, bits, scale,
+    GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ENTERING: tl.constexpr,
+    ADDED: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """out (batch, heads, tokens, DV) of a segment and its kv head's queries, for BV channels, from
+    the state `entering` it; and the last state (batch, kv_heads, D, DV).
+    """
+    batch, head, segment, column, state, valid = place_of(
+        segments, kv_heads, valid, valid_b, DV, BV
+    )
+    line, heads = batch * kv_heads + head, kv_heads * GROUP
+    q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
+    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
+    onto_source = (onto, onto_b, onto_h, onto_t, onto_d, heads)
+    places, inside = state_places(column, D, DV, BD, BV)
+    S = tl.zeros((BD, BV), tl.float32)
+    if ENTERING:
+        S = tl.load(entering + state * D * DV + places, mask=inside, other=0.0)
+    start = segment * length
+    for first in range(start, tl.minimum(start + length, tokens), C):
+        real, upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
+        weights = exchanged(load_gates(rho, line, first, tokens, real, eta, C), C)
+        K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+        X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
+        wide = K.to(tl.float32)
+        H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
+        powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
+        if GROUP <= MANY:
+            read_state(
+                q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype), H, X,
+                powers, before, real, bits, scale, 0,
+                MANY, GROUP, D, DV, BD, BV, C, VALID, ADDED, ACCESS,
+            )  # fmt: skip
+        else:
+            for member in range(0, GROUP, MANY):
+                read_state(
+                    q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype),
+                    H, X, powers, before, real, bits, scale, member,
+                    MANY, GROUP, D, DV, BD, BV, C, VALID, ADDED, ACCESS,
+                )  # fmt: skip
+        X = (X * (weights * tl.exp2(bits * (total - upto)))[:, None]).to(X.dtype)
+        S = tl.dot(tl.trans(H), X, S * tl.exp2(bits * total), input_precision="ieee")
+    if segment == segments - 1:
+        tl.store(last + line * D * DV + places, S, mask=inside)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
-    onto: Tensor | None, eta: float, lam: float, scale: float, block: int, trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """m, added to `onto`, the last state, unit queries, if `trained`, and gated unit keys."""
-    batch, heads, tokens, d = q.shape
-    kv_heads, dv = k.shape[1], v.shape[3]
-    out = torch.empty(batch, heads, tokens, dv, dtype=q.dtype, device=q.device)
-    shape = (batch, kv_heads, d, dv)
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m, added to `onto`, and the last state."""
+    batch, heads, tokens, _ = q.shape
+    out = torch.empty(batch, heads, tokens, v.shape[3], dtype=q.dtype, device=q.device)
+    shape = (batch, k.shape[1], k.shape[3], v.shape[3])
     S0 = None if S0 is None else S0.contiguous()
-    rho = rho.contiguous()
     if not batch * tokens:
-        last = torch.zeros(shape, device=q.device) if S0 is None else S0.clone()
-        return out, last, q.new_empty(q.shape), k.new_empty(k.shape)
-    behind: Tensor | None
-    divided = tokens > 1 and not trained and q.dtype != torch.float16
-    if tokens > 1:
-        qh = q if divided else units(q, valid, None, 1.0)
-        gated = units(k, valid, rho, eta)
-        state = None if S0 is None else S0.repeat_interleave(heads // kv_heads, 1)
-        slopes, log_decay = _decay(lam, rho, heads, valid)
-        rest, behind = triton_host.forward(
-            qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay, None, None, state,
-            None, scale, block,
-        )  # fmt: skip
-    else:
-        qh, gated = q.new_empty(q.shape), k.new_empty(k.shape)
-        rest, behind = out, S0
+        return out, torch.zeros(shape, device=q.device) if S0 is None else S0.clone()
+    q, k, v, added = readable(q, k, v, out if onto is None else onto)
+    cut = Cut((q, k, v, added), rho, valid, eta, lam, block)
+    entering = cut.enter(k, v, S0)
     last = torch.empty(shape, device=q.device)
-    first = torch.empty(batch, heads if S0 is not None else 0, dv, device=q.device)
-    BV = min(PART, power(dv))
-    launch(
-        ends_kernel, batch * kv_heads * -(-dv // BV),
-        q, *_row(q), k, *k.stride(), v, *v.stride(), *rows_of(valid, q), rho,
-        last if behind is None else behind, last if S0 is None else S0, first, last, tokens, heads,
-        kv_heads, heads // kv_heads if tokens > 1 else 1, eta, lam, scale,
-        D=d, DV=dv, BD=power(d), BV=BV, VALID=valid is not None, WRITTEN=behind is not None,
-        STARTED=S0 is not None, num_warps=4,
+    cut.launch(
+        hebbian_kernel, cut.columns, cut.tiles, **cut.operands(cut.stack, q=q), **cut.operands(k=k),
+        **cut.operands(cut.stack, cut.columns, onto=added),
+        **cut.operands(1, cut.columns, v=v), entering=last if entering is None else entering,
+        out=out, last=last, scale=scale,
+        GROUP=heads // k.shape[1], MANY=cut.stack, ENTERING=entering is not None, ADDED=onto is not None,
     )  # fmt: skip
-    added = out if onto is None else onto
-    launch(
-        combine_kernel, programs(batch * heads, tokens, max(d, dv)),
-        rest, first, q, *q.stride(), added, *added.stride(), *rows_of(valid, q), out, tokens, heads,
-        d, dv, R=tile(max(d, dv))["R"], BQ=power(d), BD=power(dv), VALID=valid is not None,
-        STARTED=S0 is not None, DIVIDED=divided, ADDED=onto is not None,
-        ALIGNED=aligned(q) and aligned(added), num_warps=4,
-    )  # fmt: skip
-    return out, last, qh, gated
-
-
-def backward(
-    dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
-    valid: Tensor | None, qh: Tensor, gated: Tensor, eta: float, lam: float, scale: float,
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v, rho and the initial state."""
-    batch, heads, tokens, d = q.shape
-    kv_heads, dv = k.shape[1], v.shape[3]
-    group = heads // kv_heads
-    dlast, rho = dlast.contiguous(), rho.contiguous()
-    if not batch * tokens:
-        made = (x.new_zeros(x.shape) for x in (q, k, v, rho))
-        return *made, dlast.clone()  # type: ignore[return-value]
-    longer = tokens > 1
-    S0 = None if S0 is None else S0.contiguous()
-    behind = torch.zeros(batch, heads if longer else kv_heads, d, dv, device=q.device)
-    first = torch.empty(batch, heads if S0 is not None else 0, d, device=q.device)
-    end_k = torch.empty(batch, kv_heads, d, device=q.device)
-    end_v = torch.empty(batch, kv_heads, 1, dv, dtype=v.dtype, device=q.device)
-    dS0 = torch.empty_like(dlast)
-    BD = min(PART, power(d), ITEMS // power(dv))
-    launch(
-        ends_gradient_kernel, batch * kv_heads * -(-d // BD),
-        q, *_row(q), k, *k.stride(), v, *v.stride(), dy, *_row(dy), *rows_of(valid, q), rho,
-        dlast if S0 is None else S0, dlast, behind, first, end_k, end_v, dS0, tokens, heads,
-        kv_heads, group if longer else 1, eta, lam, scale,
-        D=d, DV=dv, FULL=power(d), BD=BD, BV=power(dv), VALID=valid is not None,
-        STARTED=S0 is not None, num_warps=4,
-    )  # fmt: skip
-    dqh = dgated = None
-    if longer:
-        state = None if S0 is None else S0.repeat_interleave(group, 1)
-        slopes, log_decay = _decay(lam, rho, heads, valid)
-        dqh, dgated, dv_inner, _, _, _, behind = triton_host.backward(
-            dy[:, :, 1:], behind, qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay,
-            None, None, state, None, behind, scale, block, False,
-        )  # fmt: skip
-        end_v = torch.cat([dv_inner, end_v], 2)
-    if S0 is not None:
-        dS0 += behind.unflatten(1, (kv_heads, -1)).sum(2)
-    edge = None if S0 is None else first
-    dq, _ = units_backward(q, valid, None, 1.0, dqh, edge, 1)
-    dk, drho = units_backward(k, valid, rho, eta, dgated, end_k, 0)
-    return dq, dk, end_v, drho, dS0
-
-
-def _row(x: Tensor) -> tuple[int, int, int]:
-    """The strides of the first token's row."""
-    return x.stride(0), x.stride(1), x.stride(3)
-
-
-def _decay(
-    lam: float, like: Tensor, heads: int, valid: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Slopes and log decays of all tokens but the last."""
-    slopes, steps = constant_decay(lam, like, heads, valid)
-    return slopes, None if steps is None else steps[:, :, :-1]
+    return out, last

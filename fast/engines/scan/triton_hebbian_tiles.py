@@ -1,0 +1,285 @@
+"""What the kernels of the memory that is read before it is written share: tiles, unit rows, powers
+of the decay, and how a call is cut.
+
+A program walks a segment of one kv head, C tokens at a time, and holds some columns of its state.
+Decays are powers of a constant: their exponents are counts of real tokens, which are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnspec.fast.engines.flash.triton_launch import access
+from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.scan.configs import memory_config
+from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power
+from attnspec.fast.engines.scan.triton_states import chain_kernel
+from attnspec.fast.engines.scan.triton_trace import FORGETS, floored, real_rows
+
+VARYING = [
+    "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "valid_b",
+    "valid_t", "tokens", "length", "segments", "kv_heads", "eta", "bits", "scale",
+]  # fmt: skip
+"""Arguments of the kernels whose values never lead to another compilation."""
+
+
+@triton.jit
+def load_rows(
+    source, b, h, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    WIDTH: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """Tokens first .. first + C - 1 of H heads from h on, and W of their WIDTH channels from
+    `column` on: a tile (H C, W), zeros behind the last token and channel. `source` is (x, the four
+    strides of x, its heads), and ACCESS says what x is, as flash's `load_rows` has it.
+    """
+    x, stride_b, stride_h, stride_t, stride_d, heads = source
+    if ACCESS == 2:
+        tile = x.load([b.to(tl.int32), h.to(tl.int32), first, column]).reshape(H * C, W)
+    else:
+        unit: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth if ACCESS == 1 else 1
+        row, channel = tl.arange(0, H * C), column + tl.arange(0, W)
+        head, t = h + row // C, first + row % C
+        at = (b * stride_b + head * stride_h + t.to(tl.int64) * stride_t) * unit
+        at = at[:, None] + channel.to(tl.int64)[None, :] * stride_d
+        inside = ((t < tokens) & (head < heads))[:, None] & (channel < WIDTH)[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def made_places(
+    line, many, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where such a tile lies in contiguous (lines, tokens, WIDTH), from `line` on; `many` heads of
+    it are asked for.
+    """
+    row, channel = tl.arange(0, H * C), column + tl.arange(0, W)
+    t = first + row % C
+    at = ((line + row // C) * tokens + t)[:, None] * WIDTH + channel[None, :]
+    inside = ((t < tokens) & (row // C < many))[:, None] & (channel < WIDTH)[None, :]
+    return at, inside
+
+
+@triton.jit
+def stacked(x, H: tl.constexpr, C: tl.constexpr):
+    """x (C,), H times one behind the other."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (H, C)), (H * C,))
+
+
+@triton.jit
+def row_norms(X):
+    """The norms (C,) of the rows of a tile in float32."""
+    return tl.sqrt(tl.sum(X * X, 1))
+
+
+@triton.jit
+def counts(valid, valid_t, first, tokens, C: tl.constexpr, VALID: tl.constexpr):
+    """Which of C tokens are real, how many are up to and before each, and in all."""
+    rows = tl.arange(0, C)
+    real = real_rows(valid, valid_t, tl.cast(first, tl.int64) + rows, tokens, VALID)
+    if VALID:
+        one = tl.where(real, 1.0, 0.0)
+        upto, total = tl.cumsum(one, 0), tl.sum(one, 0)
+        before = upto - one
+    else:
+        left = tl.minimum(tokens - first, C)
+        upto, total = tl.minimum(rows + 1, left).to(tl.float32), tl.cast(left, tl.float32)
+        before = tl.minimum(rows, left).to(tl.float32)
+    return real, upto, before, total
+
+
+@triton.jit
+def read_powers(before, upto, bits, H: tl.constexpr, C: tl.constexpr):
+    """The decay (H C, C) between the tokens of H heads that read (down) and those written before
+    them (across): 0 where nothing is read.
+    """
+    down, across = tl.arange(0, H * C)[:, None] % C, tl.arange(0, C)[None, :]
+    aged = bits * (stacked(before, H, C)[:, None] - upto[None, :])
+    return tl.exp2(tl.where(down > across, aged, float("-inf")))
+
+
+@triton.jit
+def load_gates(rho, line, first, tokens, real, eta, C: tl.constexpr):
+    """eta rho (C,) of tokens, 0 where they are not real."""
+    at = rho + line * tokens + first + tl.arange(0, C)
+    return eta * tl.load(at, mask=real, other=0.0)
+
+
+@triton.jit
+def place_of(segments, kv_heads, valid, valid_b, V: tl.constexpr, BV: tl.constexpr):
+    """A program's batch, kv head, segment, first column, the place of its segment's state among
+    all, and where its valid tokens begin.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head = (program // tiles % kv_heads).to(tl.int64)
+    cut = program // tiles // kv_heads
+    batch = (cut // segments).to(tl.int64)
+    state = cut.to(tl.int64) * kv_heads + head
+    return batch, head, cut % segments, program % tiles * BV, state, valid + batch * valid_b
+
+
+@triton.jit
+def state_places(column, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
+    """Where the numbers (BD, BV) of a state (D, DV) lie from `column` on, and which exist."""
+    rows, columns = tl.arange(0, BD)[:, None], column + tl.arange(0, BV)[None, :]
+    return rows * DV + columns, (rows < D) & (columns < DV)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sums_kernel(
+    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, valid, valid_b, valid_t, rho, states, decays,
+    tokens, length, segments, kv_heads, eta, bits,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    VALID: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the state behind it, and its log decay. The last one's is not asked
+    for.
+    """
+    batch, head, segment, column, state, valid = place_of(
+        segments, kv_heads, valid, valid_b, DV, BV
+    )
+    if segment == segments - 1:
+        return
+    line = batch * kv_heads + head
+    k_source = (k, k_b, k_h, k_t, k_d, kv_heads)
+    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
+    S = tl.zeros((BD, BV), tl.float32)
+    seen = tl.full((), 0.0, tl.float32)
+    start = segment * length
+    for first in range(start, tl.minimum(start + length, tokens), C):
+        real, upto, _, total = counts(valid, valid_t, first, tokens, C, VALID)
+        K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+        X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
+        weights = load_gates(rho, line, first, tokens, real, eta, C)
+        weights *= tl.exp2(bits * (total - upto))
+        weights /= floored(row_norms(K.to(tl.float32)))
+        S *= tl.exp2(bits * total)
+        H = (K * weights[:, None]).to(K.dtype)
+        S = tl.dot(tl.trans(H), X, S, input_precision="ieee")
+        seen += total
+    places, inside = state_places(column, D, DV, BD, BV)
+    tl.store(states + state * D * DV + places, S, mask=inside)
+    if column == 0:
+        # The chain takes natural logarithms.
+        tl.store(decays + state, bits * seen * 0.6931471805599453)
+
+
+def operand(
+    name: str, x: Tensor, tile: tuple[int, int, int], how: int
+) -> dict[str, Any]:  # fmt: skip
+    """The kernel arguments of a tensor (batch, heads, tokens, channels) that is read in tiles of so
+    many heads, tokens and channels; `how` is `access` of all that are.
+    """
+    unit = 16 // x.element_size()
+    # The stride of an axis of size 1 is never used, but a descriptor wants a valid one.
+    strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
+    strides.append(x.stride(3))
+    given: Tensor | TensorDescriptor = x
+    if how == 2:
+        given = TensorDescriptor(x, list(x.shape), strides, [1, *tile])
+        strides = [1] * 4
+    elif how == 1:
+        strides = [*(stride // unit for stride in strides[:3]), strides[3]]
+    return {name: given, **{f"{name}_{a}": s for a, s in zip("bhtd", strides, strict=True)}}
+
+
+class Cut:
+    """How a call's tokens are cut: blocks of `rows` in segments of `length`, and what each kernel
+    takes of sizes, decay and padding.
+    """
+
+    def __init__(
+        self, tensors: tuple[Tensor, ...], rho: Tensor, valid: Tensor | None, eta: float,
+        lam: float, block: int,
+    ) -> None:  # fmt: skip
+        """`tensors` are q, k, v and whatever else is read in tiles."""
+        q, k, v = tensors[:3]
+        batch, self.heads, tokens, self.d = q.shape
+        self.kv_heads, self.dv, self.device = k.shape[1], v.shape[3], q.device
+        processors, hopper = device_of(q)
+        self.cfg = cfg = memory_config(q.element_size(), hopper)
+        readers = triton.next_power_of_2(self.heads // self.kv_heads)
+        asked = power(block) if block else cfg.stack // min(readers, cfg.stack // cfg.block)
+        self.rows = min(cfg.most, asked)
+        self.stack = min(readers, max(1, cfg.stack // self.rows))
+        self.columns = max(16, min(128, power(self.dv), cfg.items // power(self.d)))
+        self.tiles = -(-self.dv // self.columns)
+        lines = batch * self.kv_heads
+        many = max(1, int(cfg.programs * processors) // (lines * self.tiles))
+        length = max(-(-tokens // many), cfg.least_segment)
+        self.length = -(-length // cfg.most) * cfg.most
+        self.segments = -(-tokens // self.length)
+        self.cuts = lines * self.segments
+        self.how = access(*tensors)
+        bits = min(-math.log2(lam), FORGETS) if lam > 0 else FORGETS
+        placed = (k, 0, 0) if valid is None else (valid, *valid.stride())
+        self.arguments: dict[str, Any] = {
+            **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
+            "rho": rho.contiguous(), "tokens": tokens, "length": self.length, "segments": self.segments,
+            "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
+            "D": self.d, "DV": self.dv, "BD": power(self.d), "C": self.rows,
+            "VALID": valid is not None, "ACCESS": self.how,
+        }  # fmt: skip
+
+    def block(self, rows: int) -> None:
+        """Go on in blocks of so many tokens."""
+        self.rows = self.arguments["C"] = rows
+
+    def operands(
+        self, heads: int = 1, columns: int | None = None, **tensors: Tensor
+    ) -> dict[str, Any]:  # fmt: skip
+        """The arguments of tensors that are read so many heads and channels at a time, all channels
+        if None.
+        """
+        arguments = {}
+        for name, x in tensors.items():
+            tile = heads, self.rows, columns or power(x.shape[3])
+            arguments |= operand(name, x, tile, self.how)
+        return arguments
+
+    def launch(self, kernel: Any, columns: int, tiles: int, **arguments: Any) -> None:
+        """A program for each segment and `columns` columns of a kv head's state."""
+        launch(
+            kernel, self.cuts * tiles, **self.arguments, **arguments, BV=columns,
+            num_warps=self.cfg.warps, num_stages=self.cfg.stages,
+        )  # fmt: skip
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Room for a state and a log decay for each segment."""
+        shape = (self.cuts, self.d, self.dv)
+        return torch.empty(shape, device=self.device), torch.empty(self.cuts, device=self.device)
+
+    def enter(self, k: Tensor, v: Tensor, initial: Tensor | None) -> Tensor | None:
+        """The state entering each segment; None for zeros."""
+        if self.segments == 1:
+            return initial
+        states, decays = self.states()
+        self.launch(
+            sums_kernel, self.columns, self.tiles, **self.operands(k=k),
+            **self.operands(1, self.columns, v=v), states=states, decays=decays,
+        )  # fmt: skip
+        self.chain(states, decays, initial, False)
+        return states
+
+    def chain(
+        self, states: Tensor, decays: Tensor, initial: Tensor | None, backward: bool
+    ) -> None:  # fmt: skip
+        """Turn the segments' sums into the states between them, in place."""
+        numbers = self.d * self.dv
+        items = min(1024, triton.next_power_of_2(numbers))
+        launch(
+            chain_kernel, self.cuts // self.segments * -(-numbers // items),
+            states, decays, states if initial is None else initial, states, decays, self.segments,
+            self.kv_heads,
+            D=self.d, DV=self.dv, ITEMS=items, PACKED=False, DECAY=CONSTANT,
+            INITIAL=initial is not None, BACKWARD=backward, FINAL=False, num_warps=4,
+        )  # fmt: skip
