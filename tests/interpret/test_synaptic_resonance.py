@@ -49,7 +49,10 @@ def _many_segments_of_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture(params=[16, 0], ids=["whole", "in parts"], autouse=True)
 def _memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of two blocks of 16 tokens, two heads at once, and either way of the gradient."""
-    chosen = MemoryConfig(16, 16, 32, 256, 4, 1, request.param, 8.0, 32)
+    chosen = MemoryConfig(
+        block=16, most=16, keys=32, queries=16, stack=32, items=256, whole=request.param,
+        programs=8.0, least_segment=32,
+    )  # fmt: skip
     monkeypatch.setattr(triton_hebbian_tiles, "memory_config", lambda *kind: chosen)
 
 

@@ -78,14 +78,18 @@ class MemoryConfig:
 
     The tokens of all heads that read a state are multiplied by it at once, up to `stack` rows:
     `block` tokens or more of each head, up to `most`. A program keeps at most `items` numbers of a
-    state. Its gradient is two kernels, each of which
-    keeps a whole state, if neither side of that is wider than `whole`. Sequences are cut in
+    state. Kernels of its gradient
+    keep a whole one, if neither side of that is wider than `whole`, and those of keys and values
+    take `keys` of them at a time, and of the queries behind them `queries`, both multiples or
+    divisors of `most`. Sequences are cut in
     segments so that about `programs` programs a multiprocessor exist, but not below `least_segment`
     tokens.
     """
 
     block: int = 32
     most: int = 64
+    keys: int = 128
+    queries: int = 32
     stack: int = 128
     items: int = 16384
     warps: int = 8
@@ -168,8 +172,9 @@ MEMORY = (
     MemoryConfig(least_segment=512),
 )
 """Candidates on Hopper, of which the first is in force."""
-OLDER_MEMORY = MemoryConfig(most=32, stack=32, items=4096, warps=4, stages=1, whole=0, programs=4.0)
-FLOAT32_MEMORY = MemoryConfig(block=16, most=16, stack=16, items=2048, stages=1, whole=0, programs=4.0)
+OLDER_MEMORY = MemoryConfig(most=32, keys=32, stack=32, items=4096, warps=4, stages=1, whole=0, programs=4.0)
+FLOAT32_MEMORY = MemoryConfig(
+    block=16, most=16, keys=16, queries=16, stack=16, items=2048, stages=1, whole=0, programs=4.0)
 
 REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
 """How far the log decay of a channel may fall over a block that is multiplied as one product: the

@@ -43,13 +43,20 @@ def _(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Te
     return rho, k.new_empty((*k.shape[:2], k.shape[3]), dtype=torch.float32)
 
 
+def run_trace_backward(
+    drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float,
+    added: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of k, added to what is given, contiguous, in place, and of the first trace."""
+    with torch.cuda.device_of(k):
+        return _kernels().backward(drho, dlast, k, valid, c0, mu, added)
+
+
 @operation("attnspec::trace_backward")
 def trace_backward_op(
     drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of k and of the first trace."""
-    with torch.cuda.device_of(k):
-        return _kernels().backward(drho, dlast, k, valid, c0, mu)
+    return run_trace_backward(drho, dlast, k, valid, c0, mu)
 
 
 @trace_backward_op.register_fake

@@ -58,9 +58,7 @@ def read_state(
         kept = stacked(tl.where(real, 1.0, 0.0), MANY, C) > 0.0
         Y = tl.where(kept[:, None], Y, 0.0)
     line = batch * q_source[5] + reader
-    at, inside = made_places(
-        line, GROUP - member, first, tokens, column, MANY, C, BV, DV
-    )
+    at, inside = made_places(line, first, tokens, column, MANY, C, BV, DV)
     tl.store(out + at, Y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -96,7 +94,7 @@ def hebbian_kernel(
         wide = K.to(tl.float32)
         H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
         powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
-        if GROUP <= MANY:
+        if GROUP == MANY:
             read_state(
                 q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype), H, X,
                 powers, before, real, bits, scale, 0,

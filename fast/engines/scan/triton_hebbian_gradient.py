@@ -1,9 +1,10 @@
 """The gradient of the memory that is read before it is written: that of queries in a walk from the
-beginning, those of keys, values and gates in one from the end.
+beginning, those of values and of keys and gates in one each from the end.
 
 A program holds a whole state or its whole gradient, and sums over the query heads that read it in
 registers. Gradients that are there already are added to in the same pass. Wider states, and float32
-that no matrix unit multiplies, go through the scan instead: `triton_hebbian_parts.py`.
+that no matrix unit multiplies, go through the scan instead: `triton_hebbian_parts.py`. What
+segments add to the gradient of the state before them comes first, and the chain over it.
 """
 
 from __future__ import annotations
@@ -34,65 +35,100 @@ from attnspec.fast.engines.scan.triton_trace import FLOOR, floored
 
 
 @triton.jit
-def unit_gradient(G, X, norm):
-    """The gradient of rows X from that of X / max(norm, FLOOR), and what of that lies along X."""
-    inverse = 1.0 / floored(norm)
+def unit_gradient(G, X, inverse):
+    """The gradient of rows X from that of X times `inverse`, which is 1 / max(norm of X, FLOOR), and
+    what of that lies along X.
+    """
     radial = tl.sum(G * X, 1) * inverse
     # Below the floor the norm is a constant.
-    inward = tl.where(norm > FLOOR, radial * inverse, 0.0)
+    inward = tl.where(inverse < 1.0 / FLOOR, radial * inverse, 0.0)
     return (G - X * inward[:, None]) * inverse[:, None], radial
+
+
+@triton.jit(do_not_specialize=VARYING)
+def reads_kernel(
+    q, q_b, q_h, q_t, q_d, dy, dy_b, dy_h, dy_t, dy_d, valid, valid_b, valid_t, rho, inverses,
+    states, decays, tokens, length, segments, kv_heads, eta, bits, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, VALID: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to the gradient of the state before it, with its log decay; and the
+    inverse norms of queries.
+    """
+    batch, head, segment, column, state, valid = place_of(
+        segments, kv_heads, valid, valid_b, DV, BV
+    )
+    heads = kv_heads * GROUP
+    q_source, dy_source = (q, q_b, q_h, q_t, q_d, heads), (dy, dy_b, dy_h, dy_t, dy_d, heads)
+    R = tl.zeros((BD, BV), tl.float32)
+    seen = tl.full((), 0.0, tl.float32)
+    start = segment * length
+    for first in range(start, tl.minimum(start + length, tokens), C):
+        _, _, before, total = counts(valid, valid_t, first, tokens, C, VALID)
+        t = first + tl.arange(0, C)
+        for member in range(GROUP):
+            reader = head * GROUP + member
+            Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
+            dY = load_rows(dy_source, batch, reader, first, tokens, column, 1, C, BV, DV, ACCESS)
+            wide = Q.to(tl.float32)
+            inverse = 1.0 / floored(row_norms(wide))
+            at = (batch * heads + reader) * tokens + t
+            tl.store(inverses + at, inverse, mask=t < tokens)
+            factor = scale * tl.exp2(bits * (seen + before))
+            if UNIT:
+                Q = (wide * inverse[:, None]).to(Q.dtype)
+            else:
+                factor *= inverse
+            dY = (dY * factor[:, None]).to(dY.dtype)
+            R = tl.dot(tl.trans(Q), dY, R, input_precision="ieee")
+        seen += total
+    places, inside = state_places(column, D, DV, BD, BV)
+    tl.store(states + state * D * DV + places, R, mask=inside)
+    # The chain takes natural logarithms.
+    tl.store(decays + state, bits * seen * 0.6931471805599453)
 
 
 @triton.jit
 def differentiate_reads(
-    q_source, dy_source, dq, inverses, batch, head, first, tokens, S, H, X, R, powers, before, seen,
-    bits, scale, member,
-    MANY: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr,
-    UNIT: tl.constexpr,
+    q_source, dy_source, dq, inverses, batch, reader, first, tokens, S, H, X, powers, before, bits,
+    scale,
+    MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """dq and the inverse norms of C tokens of MANY query heads, see `read_state`; and R with what
-    they add to the gradient of the state before the segment.
-    """
-    reader = head * GROUP + member
-    line = batch * q_source[5] + reader
+    """dq of C tokens of MANY query heads, see `read_state`."""
     dY = load_rows(dy_source, batch, reader, first, tokens, 0, MANY, C, BV, DV, ACCESS)
     P = tl.dot(dY, tl.trans(X), input_precision="ieee") * powers
     aged = tl.exp2(bits * stacked(before, MANY, C))
     G = tl.dot(dY, tl.trans(S), input_precision="ieee") * aged[:, None]
     G = tl.dot(P.to(H.dtype), H, G, input_precision="ieee") * scale
     Q = load_rows(q_source, batch, reader, first, tokens, 0, MANY, C, BD, D, ACCESS)
-    wide = Q.to(tl.float32)
-    norm = row_norms(wide)
-    G, _ = unit_gradient(G, wide, norm)
-    at, inside = made_places(line, GROUP - member, first, tokens, 0, MANY, C, BD, D)
+    line = batch * q_source[5] + reader
+    inverse = load_inverses(inverses, line, first, tokens, MANY, C)
+    G, _ = unit_gradient(G, Q.to(tl.float32), inverse)
+    at, inside = made_places(line, first, tokens, 0, MANY, C, BD, D)
     if ADDED:
         G += tl.load(dq + at, mask=inside, other=0.0)
     tl.store(dq + at, G.to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_inverses(inverses, line, first, tokens, MANY: tl.constexpr, C: tl.constexpr):
+    """The inverse norms (MANY C,) of tokens of MANY heads."""
     row = tl.arange(0, MANY * C)
-    t, mine = first + row % C, row // C < GROUP - member
-    inverse = 1.0 / floored(norm)
-    tl.store(inverses + (line + row // C) * tokens + t, inverse, mask=mine & (t < tokens))
-    factor = tl.where(mine, scale * tl.exp2(bits * seen) * aged, 0.0)
-    if UNIT:
-        Q = (wide * inverse[:, None]).to(Q.dtype)
-    else:
-        factor *= inverse
-    return tl.dot(tl.trans(Q), (dY * factor[:, None]).to(dY.dtype), R, input_precision="ieee")
+    t = first + row % C
+    return tl.load(inverses + (line + row // C) * tokens + t, mask=t < tokens, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def queries_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
-    valid, valid_b, valid_t, rho, entering, dq, inverses, states, decays,
+    valid, valid_b, valid_t, rho, inverses, entering, dq,
     tokens, length, segments, kv_heads, eta, bits, scale,
     GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ENTERING: tl.constexpr,
-    ADDED: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
+    ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a segment, added to what is there if ADDED; the inverse norms of queries; and what the
-    segment adds to the gradient of the state before it, with its log decay.
-    """
+    """dq of a segment, from the state `entering` it; added to what is there if ADDED."""
     batch, head, segment, column, state, valid = place_of(
         segments, kv_heads, valid, valid_b, DV, BV
     )
@@ -100,12 +136,10 @@ def queries_kernel(
     q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
     v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
     dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
-    places, inside = state_places(column, D, DV, BD, BV)
     S = tl.zeros((BD, BV), tl.float32)
     if ENTERING:
+        places, inside = state_places(column, D, DV, BD, BV)
         S = tl.load(entering + state * D * DV + places, mask=inside, other=0.0)
-    R = tl.zeros((BD, BV), tl.float32)
-    seen = tl.full((), 0.0, tl.float32)
     start = segment * length
     for first in range(start, tl.minimum(start + length, tokens), C):
         real, upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
@@ -115,104 +149,102 @@ def queries_kernel(
         wide = K.to(tl.float32)
         H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
         powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
-        if GROUP <= MANY:
-            R = differentiate_reads(
-                q_source, dy_source, dq, inverses, batch, head, first, tokens, S.to(K.dtype), H, X,
-                R, powers, before, seen, bits, scale, 0,
-                MANY, GROUP, D, DV, BD, BV, C, ADDED, ACCESS, UNIT,
+        held = S.to(K.dtype)
+        if GROUP == MANY:
+            differentiate_reads(
+                q_source, dy_source, dq, inverses, batch, head * GROUP, first, tokens, held, H, X,
+                powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
             )  # fmt: skip
         else:
             for member in range(0, GROUP, MANY):
-                R = differentiate_reads(
-                    q_source, dy_source, dq, inverses, batch, head, first, tokens, S.to(K.dtype),
-                    H, X, R, powers, before, seen, bits, scale, member,
-                    MANY, GROUP, D, DV, BD, BV, C, ADDED, ACCESS, UNIT,
+                differentiate_reads(
+                    q_source, dy_source, dq, inverses, batch, head * GROUP + member, first, tokens,
+                    held, H, X, powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
                 )  # fmt: skip
         X = (X * (weights * tl.exp2(bits * (total - upto)))[:, None]).to(X.dtype)
         S = tl.dot(tl.trans(H), X, S * tl.exp2(bits * total), input_precision="ieee")
-        seen += total
-    tl.store(states + state * D * DV + places, R, mask=inside)
-    # The chain takes natural logarithms.
-    tl.store(decays + state, bits * seen * 0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def keys_kernel(
+def writes_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
-    valid, valid_b, valid_t, rho, inverses, leaving, dk, dv, drho, dinitial,
+    valid, valid_b, valid_t, rho, inverses, leaving, dx, drho, dinitial,
     tokens, length, segments, kv_heads, eta, bits, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr,
-    UNIT: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
+    ACCESS: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a segment, added to what is there if ADDED, and drho, from the gradient of the
-    state `leaving` it; and the gradient of the initial state.
+    """dx of a segment, added to what is there if ADDED, from the gradient of the state `leaving`
+    it. That of values is what their unit keys read of it; with KEYS that of unit keys is what their
+    values read of it transposed, and the kernel makes dk and drho of it; without, it also tells the
+    gradient of the initial state. Queries are read PART at a time.
     """
-    batch, head, segment, column, state, valid = place_of(
-        segments, kv_heads, valid, valid_b, DV, BV
-    )
+    batch, head, segment, _, state, valid = place_of(segments, kv_heads, valid, valid_b, DV, BV)
     line, heads = batch * kv_heads + head, kv_heads * GROUP
     q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
     v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
     dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
-    places, inside = state_places(column, D, DV, BD, BV)
+    places, inside = state_places(0, D, DV, BD, BV)
+    if KEYS:
+        places, inside = tl.trans(places), tl.trans(inside)
     R = tl.load(leaving + state * D * DV + places, mask=inside, other=0.0)
     start = segment * length
     blocks = tl.cdiv(tl.minimum(length, tokens - start), C)
     for n in range(blocks):
         first = start + (blocks - 1 - n) * C
-        real, upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
-        K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
-        X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
-        wide = K.to(tl.float32)
-        norm = row_norms(wide)
-        H = (wide / floored(norm)[:, None]).to(K.dtype)
-        kept = tl.exp2(bits * (total - upto))[:, None]
-        held = R.to(K.dtype)
-        dX = tl.dot(H, held, input_precision="ieee") * kept
-        dH = tl.dot(X, tl.trans(held), input_precision="ieee") * kept
+        real, upto, _before, total = counts(valid, valid_t, first, tokens, C, VALID)
+        if KEYS:
+            A = load_rows(v_source, batch, head, first, tokens, 0, 1, C, BV, DV, ACCESS)
+        else:
+            A = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+            wide = A.to(tl.float32)
+            A = (wide / floored(row_norms(wide))[:, None]).to(A.dtype)
+        Y = tl.dot(A, R.to(A.dtype), input_precision="ieee")
+        Y *= tl.exp2(bits * (total - upto))[:, None]
         R *= tl.exp2(bits * total)
-        # Written down, read across.
-        down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        aged = bits * (before[None, :] - upto[:, None])
-        powers = tl.exp2(tl.where(across > down, aged, float("-inf"))) * scale
-        for member in range(GROUP):
-            reader = head * GROUP + member
-            Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
-            dY = load_rows(dy_source, batch, reader, first, tokens, 0, 1, C, BV, DV, ACCESS)
-            t = first + tl.arange(0, C)
-            at = (batch * heads + reader) * tokens + t
-            inverse = tl.load(inverses + at, mask=t < tokens, other=0.0)
-            inverse = exchanged(inverse, C)
-            factor = scale * tl.exp2(bits * before)
-            read = powers
+        parts: tl.constexpr = C // PART
+        for m in range(GROUP * parts):
+            reader, part = head * GROUP + m // parts, m % parts
+            begin = first + part * PART
+            _real, _upto, before, _total = counts(valid, valid_t, begin, tokens, PART, VALID)
+            if VALID:
+                before += tl.sum(tl.where(real & (tl.arange(0, C) < part * PART), 1.0, 0.0), 0)
+            else:
+                before += tl.minimum(tokens - first, part * PART)
+            Q = load_rows(q_source, batch, reader, begin, tokens, 0, 1, PART, BD, D, ACCESS)
+            dY = load_rows(dy_source, batch, reader, begin, tokens, 0, 1, PART, BV, DV, ACCESS)
+            t = begin + tl.arange(0, PART)
+            at = inverses + (batch * heads + reader) * tokens + t
+            inverse = exchanged(tl.load(at, mask=t < tokens, other=0.0), PART)
+            factor = scale * inverse
             if UNIT:
                 Q = (Q * inverse[:, None]).to(Q.dtype)
-            else:
-                factor *= inverse
-                read *= inverse[None, :]
-            P = tl.dot(H, tl.trans(Q), input_precision="ieee") * read
-            dX = tl.dot(P.to(dY.dtype), dY, dX, input_precision="ieee")
-            P = tl.dot(X, tl.trans(dY), input_precision="ieee") * read
-            dH = tl.dot(P.to(Q.dtype), Q, dH, input_precision="ieee")
-            dY = (dY * factor[:, None]).to(dY.dtype)
-            R = tl.dot(tl.trans(Q), dY, R, input_precision="ieee")
-        weights = exchanged(load_gates(rho, line, first, tokens, real, eta, C), C)[:, None]
-        dK, along = unit_gradient(dH, K.to(tl.float32), norm)
-        dK *= weights
-        dX *= weights
-        at, mine = made_places(line, 1, first, tokens, 0, 1, C, BD, D)
+                factor = tl.full((PART,), 1.0, tl.float32) * scale
+            B, X = (dY, Q) if KEYS else (Q, dY)
+            down, across = tl.arange(0, C)[:, None], part * PART + tl.arange(0, PART)[None, :]
+            aged = bits * (before[None, :] - upto[:, None])
+            powers = tl.exp2(tl.where(across > down, aged, float("-inf"))) * factor[None, :]
+            P = tl.dot(A, tl.trans(B), input_precision="ieee") * powers
+            Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee")
+            X = (X * (factor * tl.exp2(bits * before))[:, None]).to(X.dtype)
+            R = tl.dot(tl.trans(B), X, R, input_precision="ieee")
+        gates = load_gates(rho, line, first, tokens, real, eta, C)
+        if KEYS:
+            K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+            K = K.to(tl.float32)
+            Y, along = unit_gradient(Y, K, 1.0 / floored(row_norms(K)))
+            t = first + tl.arange(0, C)
+            tl.store(drho + line * tokens + t, tl.where(real, eta * along, 0.0), mask=t < tokens)
+            at, mine = made_places(line, first, tokens, 0, 1, C, BD, D)
+        else:
+            at, mine = made_places(line, first, tokens, 0, 1, C, BV, DV)
+        Y *= gates[:, None]
         if ADDED:
-            dK += tl.load(dk + at, mask=mine, other=0.0)
-        tl.store(dk + at, dK.to(dk.dtype.element_ty), mask=mine)
-        at, mine = made_places(line, 1, first, tokens, 0, 1, C, BV, DV)
-        if ADDED:
-            dX += tl.load(dv + at, mask=mine, other=0.0)
-        tl.store(dv + at, dX.to(dv.dtype.element_ty), mask=mine)
-        t = first + tl.arange(0, C)
-        tl.store(drho + line * tokens + t, tl.where(real, eta * along, 0.0), mask=t < tokens)
-    if segment == 0:
-        tl.store(dinitial + line * D * DV + places, R, mask=inside)
+            Y += tl.load(dx + at, mask=mine, other=0.0)
+        tl.store(dx + at, Y.to(dx.dtype.element_ty), mask=mine)
+    if not KEYS:
+        if segment == 0:
+            tl.store(dinitial + line * D * DV + places, R, mask=inside)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -248,19 +280,28 @@ def backward(
     states, decays = cut.states()
     inverses = torch.empty(batch, heads, tokens, device=q.device)
     drho, dS0 = torch.empty_like(rho), torch.empty_like(dlast)
-    options = {
-        "scale": scale, "GROUP": heads // k.shape[1], "ADDED": added is not None,
-        "UNIT": q.dtype == torch.float16, "inverses": inverses,
-    }  # fmt: skip
+    options = {"scale": scale, "GROUP": heads // k.shape[1], "inverses": inverses}
+    added_to, unit = {"ADDED": added is not None}, {"UNIT": q.dtype == torch.float16}
+    rows = cut.rows
+    cut.block(cut.cfg.most)
+    cut.launch(
+        reads_kernel, power(cut.dv), 1, **cut.operands(q=q, dy=dy), states=states, decays=decays,
+        **options, **unit,
+    )  # fmt: skip
+    cut.block(rows)
     cut.launch(
         queries_kernel, power(cut.dv), 1, **cut.operands(cut.stack, q=q, dy=dy),
         **cut.operands(k=k, v=v), entering=dlast if entering is None else entering, dq=dq,
-        states=states, decays=decays, MANY=cut.stack, ENTERING=entering is not None, **options,
+        MANY=cut.stack, ENTERING=entering is not None, **options, **added_to,
     )  # fmt: skip
     cut.chain(states, decays, dlast, True)
-    cut.block(cut.cfg.most)
-    cut.launch(
-        keys_kernel, power(cut.dv), 1, **cut.operands(q=q, dy=dy, k=k, v=v), leaving=states, dk=dk,
-        dv=dv, drho=drho, dinitial=dS0, **options,
-    )  # fmt: skip
+    cut.block(cut.cfg.queries)
+    readers = cut.operands(q=q, dy=dy)
+    cut.block(cut.cfg.keys)
+    for dx, keys in ((dv, False), (dk, True)):
+        cut.launch(
+            writes_kernel, power(cut.dv), 1, **readers, **cut.operands(k=k, v=v), leaving=states,
+            dx=dx, drho=drho, dinitial=dS0, PART=cut.cfg.queries, KEYS=keys, **options, **added_to,
+            **unit,
+        )  # fmt: skip
     return dq, dk, dv, drho, dS0

@@ -39,7 +39,7 @@ def load_rows(
     `column` on: a tile (H C, W), zeros behind the last token and channel. `source` is (x, the four
     strides of x, its heads), and ACCESS says what x is, as flash's `load_rows` has it.
     """
-    x, stride_b, stride_h, stride_t, stride_d, heads = source
+    x, stride_b, stride_h, stride_t, stride_d, _heads = source
     if ACCESS == 2:
         tile = x.load([b.to(tl.int32), h.to(tl.int32), first, column]).reshape(H * C, W)
     else:
@@ -48,23 +48,23 @@ def load_rows(
         head, t = h + row // C, first + row % C
         at = (b * stride_b + head * stride_h + t.to(tl.int64) * stride_t) * unit
         at = at[:, None] + channel.to(tl.int64)[None, :] * stride_d
-        inside = ((t < tokens) & (head < heads))[:, None] & (channel < WIDTH)[None, :]
+        inside = (t < tokens)[:, None] & (channel < WIDTH)[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
 def made_places(
-    line, many, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    line, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Where such a tile lies in contiguous (lines, tokens, WIDTH), from `line` on; `many` heads of
-    it are asked for.
+    """Where such a tile lies in contiguous (lines, tokens, WIDTH), from `line` on, and what of it
+    exists.
     """
     row, channel = tl.arange(0, H * C), column + tl.arange(0, W)
     t = first + row % C
     at = ((line + row // C) * tokens + t)[:, None] * WIDTH + channel[None, :]
-    inside = ((t < tokens) & (row // C < many))[:, None] & (channel < WIDTH)[None, :]
+    inside = (t < tokens)[:, None] & (channel < WIDTH)[None, :]
     return at, inside
 
 
@@ -90,7 +90,7 @@ def counts(valid, valid_t, first, tokens, C: tl.constexpr, VALID: tl.constexpr):
         upto, total = tl.cumsum(one, 0), tl.sum(one, 0)
         before = upto - one
     else:
-        left = tl.minimum(tokens - first, C)
+        left = tl.maximum(tl.minimum(tokens - first, C), 0)
         upto, total = tl.minimum(rows + 1, left).to(tl.float32), tl.cast(left, tl.float32)
         before = tl.minimum(rows, left).to(tl.float32)
     return real, upto, before, total
@@ -207,16 +207,14 @@ class Cut:
         self.kv_heads, self.dv, self.device = k.shape[1], v.shape[3], q.device
         processors, hopper = device_of(q)
         self.cfg = cfg = memory_config(q.element_size(), hopper)
-        readers = triton.next_power_of_2(self.heads // self.kv_heads)
-        asked = power(block) if block else cfg.stack // min(readers, cfg.stack // cfg.block)
-        self.rows = min(cfg.most, asked)
-        self.stack = min(readers, max(1, cfg.stack // self.rows))
+        self.rows = cfg.block
+        self.block(min(cfg.most, power(block) if block else cfg.stack // self.stack))
         self.columns = max(16, min(128, power(self.dv), cfg.items // power(self.d)))
         self.tiles = -(-self.dv // self.columns)
         lines = batch * self.kv_heads
         many = max(1, int(cfg.programs * processors) // (lines * self.tiles))
         length = max(-(-tokens // many), cfg.least_segment)
-        self.length = -(-length // cfg.most) * cfg.most
+        self.length = -(-length // cfg.keys) * cfg.keys
         self.segments = -(-tokens // self.length)
         self.cuts = lines * self.segments
         self.how = access(*tensors)
@@ -224,15 +222,20 @@ class Cut:
         placed = (k, 0, 0) if valid is None else (valid, *valid.stride())
         self.arguments: dict[str, Any] = {
             **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
-            "rho": rho.contiguous(), "tokens": tokens, "length": self.length, "segments": self.segments,
-            "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
-            "D": self.d, "DV": self.dv, "BD": power(self.d), "C": self.rows,
-            "VALID": valid is not None, "ACCESS": self.how,
+            "rho": rho.contiguous(), "tokens": tokens, "length": self.length,
+            "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
+            "D": self.d, "DV": self.dv, "BD": power(self.d), "VALID": valid is not None, "ACCESS": self.how,
         }  # fmt: skip
 
     def block(self, rows: int) -> None:
         """Go on in blocks of so many tokens."""
-        self.rows = self.arguments["C"] = rows
+        self.rows = rows
+
+    @property
+    def stack(self) -> int:
+        """How many query heads of a kv head are read at once: they must divide its own."""
+        group = self.heads // self.kv_heads
+        return min(group & -group, max(1, self.cfg.stack // self.rows))
 
     def operands(
         self, heads: int = 1, columns: int | None = None, **tensors: Tensor
@@ -249,7 +252,7 @@ class Cut:
     def launch(self, kernel: Any, columns: int, tiles: int, **arguments: Any) -> None:
         """A program for each segment and `columns` columns of a kv head's state."""
         launch(
-            kernel, self.cuts * tiles, **self.arguments, **arguments, BV=columns,
+            kernel, self.cuts * tiles, **self.arguments, **arguments, C=self.rows, BV=columns,
             num_warps=self.cfg.warps, num_stages=self.cfg.stages,
         )  # fmt: skip
 

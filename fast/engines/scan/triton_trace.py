@@ -231,9 +231,10 @@ def gradient_kernel(
     k, k_b, k_h, k_t, k_d, valid, valid_b, valid_t, inverses, toward, along, starts, back_totals,
     back_counts, dlast, dk, dc0, tokens, heads, length, segments, d, mu, rest, bits,
     ROWS: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, ALIGNED: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
-    """dk (lines, tokens, d) of a segment's rows, from the end, and the gradient of the first
-    trace.
+    """dk (lines, tokens, d) of a segment's rows, from the end, added to what is there if ADDED, and
+    the gradient of the first trace.
     """
     line, segment, channels, inside, k, valid = place_of(
         k, k_b, k_h, k_d, valid, valid_b, heads, segments, d, BD, ALIGNED
@@ -280,6 +281,8 @@ def gradient_kernel(
         D = tl.where(real[:, None], (D - H * radial[:, None]) * inverse[:, None], 0.0)
         mask = (t < tokens)[:, None] & inside[None, :]
         at = dk + (line * tokens + t[:, None]) * d + channels[None, :]
+        if ADDED:
+            D += tl.load(at, mask=mask, other=0.0)
         tl.store(at, D.to(dk.dtype.element_ty), mask=mask)
     if segment == 0:
         tl.store(dc0 + line * d + channels, dc, mask=inside)
@@ -343,12 +346,14 @@ def forward(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tu
 
 
 def backward(
-    drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float
-) -> tuple[Tensor, Tensor]:
-    """The gradients of k and of the first trace."""
+    drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float,
+    added: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of k, added to what is given, contiguous, in place, and of the first trace."""
     made = Pass(k, valid, mu)
     drho, dlast = drho.contiguous(), dlast.contiguous()
-    dk, dc0 = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty_like(dlast)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if added is None else added
+    dc0 = torch.empty_like(dlast)
     toward, along = made.empty(k.shape[2]), made.empty(k.shape[2])
     starts = made.empty(made.tiles, made.d)
     back = made.empty(made.segments, made.d), made.empty(made.segments)
@@ -360,6 +365,6 @@ def backward(
     )  # fmt: skip
     made.launch(
         gradient_kernel, *made.keys, made.inverses, toward, along, starts, *back, dlast, dk, dc0,
-        *made.sizes, *made.decay,
+        *made.sizes, *made.decay, ADDED=added is not None,
     )  # fmt: skip
     return dk, dc0
