@@ -1,20 +1,23 @@
 """Synaptic Resonance (reconstruction) on the scan and flash engines.
 
 The memory is a scan with a constant decay, its trace another one over the keys, and the softmax, to
-which it is added, is plain flash attention, with a window if wished. Nothing here is the paper's:
-see the chapter. S and c come back in float32. With padding and a window together, tokens are
-gathered so that the window counts real ones only; nothing waits for the GPU.
+which it is added, is plain flash attention, with a window if wished. On Triton the three are one
+operation. Nothing here is the paper's: see the chapter. S and c come back in float32. With padding
+and a window together, tokens are gathered so that the window counts real ones only; nothing waits
+for the GPU.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnspec.fast.backend import choose_by_dtype
 from attnspec.fast.engines.flash import flash
-from attnspec.fast.engines.scan import CANDIDATES, use_config
+from attnspec.fast.engines.scan import MEMORY, use_config
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 from attnspec.fast.linear.synaptic_resonance_decode import (
     State,
@@ -32,6 +35,7 @@ from attnspec.fast.linear.synaptic_resonance_memory import (
     remember,
     resonate,
 )
+from attnspec.fast.linear.synaptic_resonance_whole import resonance
 
 __all__ = [
     "State",
@@ -50,7 +54,7 @@ CLAIMS = {
         "compiled": True,
         "triton": {
             "graph": True,
-            "configs": {str(c): functools.partial(use_config, c) for c in CANDIDATES},
+            "configs": {str(c): functools.partial(use_config, c) for c in MEMORY},
         },
     },
     "synaptic_resonance": {
@@ -80,6 +84,9 @@ def synaptic_resonance(
     S0 = as_state("S0", S0, (*k.shape[:2], k.shape[3], v.shape[3]), k)
     c0 = as_state("c0", c0, (*k.shape[:2], k.shape[3]), k)
     q, k, v = (blank(x, valid) for x in (q, k, v))
+    if choose_by_dtype(backend, "q", q) == "triton":
+        numbers: dict[str, Any] = {"eta": eta, "lam": lam, "mu": mu, "beta": beta}
+        return resonance(q, k, v, S0, c0, valid, **numbers, window=window)
     rho, c = resonate(k, mu, valid, c0, backend)
     o = _softmax(q, k, v, window, valid, backend)
     y, S = remember(q, k, v, rho, eta, lam, S0, valid, backend, onto=o, share=beta)

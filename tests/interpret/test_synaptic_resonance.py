@@ -19,13 +19,13 @@ from attnspec.conformance import Kernel, certify
 from attnspec.fast.backend import launch_count
 from attnspec.fast.engines.scan import (
     LaneConfig,
+    MemoryConfig,
     hebbian,
     trace,
     triton_hebbian_tiles,
     triton_trace,
     use_config,
 )
-from attnspec.fast.engines.scan.configs import MemoryConfig
 from attnspec.fast.linear import synaptic_resonance as fast
 
 FLOOR = 1e-6
