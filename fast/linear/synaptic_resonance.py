@@ -60,7 +60,7 @@ CLAIMS = {
     "synaptic_resonance": {
         "gradient": True,
         "compiled": True,
-        "blocks": (16, 64),
+        "blocks": (16, 32, 128),
         "triton": {"graph": True},
     },
 }

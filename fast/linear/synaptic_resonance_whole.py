@@ -41,8 +41,8 @@ def run_resonance(
         rho, c = run_trace(k, valid, c0, mu)
         packing = _packing(valid, window)
         masked = valid if packing is None else None
-        packed = _gather(packing, 0, q, k, v)
-        o, lse = flash(*packed, causal=True, window=window, key_mask=masked, backend="triton")
+        Q, K, V = _gather(packing, 0, q, k, v)
+        o, lse = flash(Q, K, V, causal=True, window=window, key_mask=masked, backend="triton")
         (o,) = _gather(packing, 1, o)
         y, S = run_hebbian(q, k, v, rho, S0, valid, o, eta, lam, beta, 0)
     return y, S, c, o, lse, rho
@@ -75,9 +75,9 @@ def resonance_backward_op(
     with torch.no_grad():
         packing = _packing(valid, window)
         masked = valid if packing is None else None
-        packed = _gather(packing, 0, dy, q, k, v, o)
+        dout, Q, K, V, out = _gather(packing, 0, dy, q, k, v, o)
         found = flash_backward(
-            *packed, lse, causal=True, window=window, key_mask=masked, backend="triton"
+            dout, Q, K, V, out, lse, causal=True, window=window, key_mask=masked, backend="triton"
         )
         dq, dk, dv = _gather(packing, 1, *found)
         dq, dk, dv, drho, dS0 = run_hebbian_backward(

@@ -27,6 +27,7 @@ from attnspec.fast.engines.scan import (
     use_config,
 )
 from attnspec.fast.linear import synaptic_resonance as fast
+from attnspec.fast.linear.synaptic_resonance_whole import resonance
 
 FLOOR = 1e-6
 NARROW = LaneConfig(4, 16, 8, 1)
@@ -267,6 +268,66 @@ def test_float16() -> None:
     got = fast.memory_chunked(*halves, made["rho"], 1.0, S0=made["S0"], backend="triton")
     wide = [x.double() for x in (*halves, made["rho"], made["S0"])]
     agree(list(got), list(remembered(*wide, None, 1.0, 0.99)), 2e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_gradients_in_float16(kv_heads: int) -> None:
+    """Of long and short queries, and of each number of heads that share a state."""
+    torch.manual_seed(kv_heads)
+    q, k, v = (torch.randn(1, n, 70, 16) for n in (4, kv_heads, kv_heads))
+    q[:, :, 1:9] *= 1e3
+    q[:, :, 9:20] *= 1e-3
+    leaves: list[Tensor | None] = [q.half(), k.half(), v.half()]
+    rho, valid = torch.rand(1, kv_heads, 70), torch.arange(70)[None] != 30
+    masked = torch.where(valid[:, None, :, None], v, 0.0).half()
+    leaves[2] = masked
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return hebbian(q, k, v, rho, eta=1.0, lam=0.99, valid=valid)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return remembered(q, k, v, rho.double(), None, valid, 1.0, 0.99)
+
+    got, expected = results(run, leaves, torch.float16), results(plain, leaves, torch.float64)
+    # dq goes by the inverse norm of a query.
+    norms = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    got[2], expected[2] = got[2] * norms, expected[2] * norms
+    agree(got, expected, 4e-3)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_whole_compiled(window: int | None) -> None:
+    """Bit by bit what eager calls compute."""
+    made, valid = inputs(20, 5, 3), padding(20)
+    for name in ("q", "k", "v"):
+        made[name] = torch.where(valid[:, None, :, None], made[name], 0.0)
+    leaves: list[Tensor | None] = [made[name] for name in ("q", "k", "v", "S0", "c0")]
+
+    numbers: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "mu": 0.8, "beta": 0.7, "window": window}
+
+    def run(*given: Any) -> Any:
+        y, state = resonance(*given, valid, **numbers)
+        return y, *state
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+    for a, b in zip(
+        results(compiled, leaves, torch.float32), results(run, leaves, torch.float32), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_launches(request: pytest.FixtureRequest) -> None:
+    """Forward: two for relevance, one for attention, three for the memory. A gradient: three each
+    for attention and relevance, seven for the memory that a program holds.
+    """
+    made = inputs(70, 5, 3, group=1)
+    given = [made[name].requires_grad_() for name in ("q", "k", "v")]
+    before = launch_count()
+    y, _ = fast.synaptic_resonance(*given, window=4, backend="triton")
+    assert launch_count() == before + 6
+    if "in parts" not in request.node.name:
+        y.sum().backward()
+        assert launch_count() == before + 6 + 13
 
 
 def test_a_state_goes_on() -> None:

@@ -168,13 +168,18 @@ MEMORY = (
     MemoryConfig(),
     MemoryConfig(stages=3),
     MemoryConfig(programs=2.0),
-    MemoryConfig(items=8192, warps=4, programs=2.0, whole=0),
+    MemoryConfig(items=8192, programs=2.0),
+    MemoryConfig(keys=64),
     MemoryConfig(least_segment=512),
 )
 """Candidates on Hopper, of which the first is in force."""
-OLDER_MEMORY = MemoryConfig(most=32, keys=32, stack=32, items=4096, warps=4, stages=1, whole=0, programs=4.0)
+OLDER_MEMORY = MemoryConfig(
+    most=32, keys=32, stack=32, items=4096, warps=4, stages=1, whole=0, programs=4.0
+)
 FLOAT32_MEMORY = MemoryConfig(
-    block=16, most=16, keys=16, queries=16, stack=16, items=2048, stages=1, whole=0, programs=4.0)
+    block=16, most=16, keys=16, queries=16, stack=16, items=2048, stages=1, whole=0, programs=4.0
+)
+"""Tiles as small as those of a scan."""
 
 REACH = {torch.bfloat16: 100.0, torch.float16: 10.0}
 """How far the log decay of a channel may fall over a block that is multiplied as one product: the

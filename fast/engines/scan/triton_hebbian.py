@@ -51,9 +51,7 @@ def read_state(
     Y = tl.dot(Q, S, input_precision="ieee") * aged[:, None]
     Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee") * scale
     if ADDED:
-        Y += load_rows(
-            onto_source, batch, reader, first, tokens, column, MANY, C, BV, DV, ACCESS
-        )
+        Y += load_rows(onto_source, batch, reader, first, tokens, column, MANY, C, BV, DV, ACCESS)
     if VALID:
         kept = stacked(tl.where(real, 1.0, 0.0), MANY, C) > 0.0
         Y = tl.where(kept[:, None], Y, 0.0)
@@ -132,7 +130,7 @@ def forward(
         hebbian_kernel, cut.columns, cut.tiles, **cut.operands(cut.stack, q=q), **cut.operands(k=k),
         **cut.operands(cut.stack, cut.columns, onto=added),
         **cut.operands(1, cut.columns, v=v), entering=last if entering is None else entering,
-        out=out, last=last, scale=scale,
-        GROUP=heads // k.shape[1], MANY=cut.stack, ENTERING=entering is not None, ADDED=onto is not None,
+        out=out, last=last, scale=scale, GROUP=heads // k.shape[1], MANY=cut.stack,
+        ENTERING=entering is not None, ADDED=onto is not None,
     )  # fmt: skip
     return out, last

@@ -36,7 +36,7 @@ from attnspec.fast.engines.scan.triton_trace import FLOOR, floored
 
 @triton.jit
 def unit_gradient(G, X, inverse):
-    """The gradient of rows X from that of X times `inverse`, which is 1 / max(norm of X, FLOOR), and
+    """The gradient of rows X from that of X times `inverse`, which is 1 / max(norm, FLOOR), and
     what of that lies along X.
     """
     radial = tl.sum(G * X, 1) * inverse
@@ -63,25 +63,25 @@ def reads_kernel(
     R = tl.zeros((BD, BV), tl.float32)
     seen = tl.full((), 0.0, tl.float32)
     start = segment * length
-    for first in range(start, tl.minimum(start + length, tokens), C):
-        _, _, before, total = counts(valid, valid_t, first, tokens, C, VALID)
+    # One loop over blocks and heads: tiles ahead are loaded without a pause between blocks.
+    for n in range(tl.cdiv(tl.minimum(length, tokens - start), C) * GROUP):
+        first, member = start + n // GROUP * C, n % GROUP
+        _real, _upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
         t = first + tl.arange(0, C)
-        for member in range(GROUP):
-            reader = head * GROUP + member
-            Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
-            dY = load_rows(dy_source, batch, reader, first, tokens, column, 1, C, BV, DV, ACCESS)
-            wide = Q.to(tl.float32)
-            inverse = 1.0 / floored(row_norms(wide))
-            at = (batch * heads + reader) * tokens + t
-            tl.store(inverses + at, inverse, mask=t < tokens)
-            factor = scale * tl.exp2(bits * (seen + before))
-            if UNIT:
-                Q = (wide * inverse[:, None]).to(Q.dtype)
-            else:
-                factor *= inverse
-            dY = (dY * factor[:, None]).to(dY.dtype)
-            R = tl.dot(tl.trans(Q), dY, R, input_precision="ieee")
-        seen += total
+        reader = head * GROUP + member
+        Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
+        dY = load_rows(dy_source, batch, reader, first, tokens, column, 1, C, BV, DV, ACCESS)
+        wide = Q.to(tl.float32)
+        inverse = 1.0 / floored(row_norms(wide))
+        tl.store(inverses + (batch * heads + reader) * tokens + t, inverse, mask=t < tokens)
+        factor = scale * tl.exp2(bits * (seen + before))
+        if UNIT:
+            Q = (wide * inverse[:, None]).to(Q.dtype)
+        else:
+            factor *= inverse
+        dY = (dY * factor[:, None]).to(dY.dtype)
+        R = tl.dot(tl.trans(Q), dY, R, input_precision="ieee")
+        seen += tl.where(member == GROUP - 1, total, 0.0)
     places, inside = state_places(column, D, DV, BD, BV)
     tl.store(states + state * D * DV + places, R, mask=inside)
     # The chain takes natural logarithms.
@@ -243,8 +243,7 @@ def writes_kernel(
             Y += tl.load(dx + at, mask=mine, other=0.0)
         tl.store(dx + at, Y.to(dx.dtype.element_ty), mask=mine)
     if not KEYS:
-        if segment == 0:
-            tl.store(dinitial + line * D * DV + places, R, mask=inside)
+        tl.store(dinitial + line * D * DV + places, R, mask=inside & (segment == 0))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]

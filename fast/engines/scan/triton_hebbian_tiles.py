@@ -224,7 +224,8 @@ class Cut:
             **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
             "rho": rho.contiguous(), "tokens": tokens, "length": self.length,
             "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
-            "D": self.d, "DV": self.dv, "BD": power(self.d), "VALID": valid is not None, "ACCESS": self.how,
+            "D": self.d, "DV": self.dv, "BD": power(self.d), "VALID": valid is not None,
+            "ACCESS": self.how,
         }  # fmt: skip
 
     def block(self, rows: int) -> None:
@@ -243,7 +244,7 @@ class Cut:
         """The arguments of tensors that are read so many heads and channels at a time, all channels
         if None.
         """
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name, x in tensors.items():
             tile = heads, self.rows, columns or power(x.shape[3])
             arguments |= operand(name, x, tile, self.how)
