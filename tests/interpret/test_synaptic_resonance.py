@@ -318,7 +318,7 @@ def test_the_whole_compiled(window: int | None) -> None:
 
 def test_launches(request: pytest.FixtureRequest) -> None:
     """Forward: two for relevance, one for attention, three for the memory. A gradient: three each
-    for attention and relevance, seven for the memory that a program holds.
+    for attention and relevance, five for the memory that a program holds.
     """
     made = inputs(70, 5, 3, group=1)
     given = [made[name].requires_grad_() for name in ("q", "k", "v")]
@@ -327,7 +327,7 @@ def test_launches(request: pytest.FixtureRequest) -> None:
     assert launch_count() == before + 6
     if "in parts" not in request.node.name:
         y.sum().backward()
-        assert launch_count() == before + 6 + 13
+        assert launch_count() == before + 6 + 11
 
 
 def test_a_state_goes_on() -> None:

@@ -2,9 +2,9 @@
 beginning, those of values and of keys and gates in one each from the end.
 
 A program holds a whole state or its whole gradient, and sums over the query heads that read it in
-registers. Gradients that are there already are added to in the same pass. Wider states, and float32
-that no matrix unit multiplies, go through the scan instead: `triton_hebbian_parts.py`. What
-segments add to the gradient of the state before them comes first, and the chain over it.
+registers. Gradients that are there already are added to in the same pass. What segments add to the
+gradient of the state before them is summed beside the first walk. Wider states, and float32 that no
+matrix unit multiplies, go through the scan instead: `triton_hebbian_parts.py`.
 """
 
 from __future__ import annotations
@@ -45,21 +45,18 @@ def unit_gradient(G, X, inverse):
     return (G - X * inward[:, None]) * inverse[:, None], radial
 
 
-@triton.jit(do_not_specialize=VARYING)
-def reads_kernel(
-    q, q_b, q_h, q_t, q_d, dy, dy_b, dy_h, dy_t, dy_d, valid, valid_b, valid_t, rho, inverses,
-    states, decays, tokens, length, segments, kv_heads, eta, bits, scale,
+@triton.jit
+def differentiate_state(
+    q_source, dy_source, place, valid, valid_t, inverses, states, decays, tokens, length, bits,
+    scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VALID: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the gradient of the state before it, with its log decay; and the
     inverse norms of queries.
     """
-    batch, head, segment, column, state, valid = place_of(
-        segments, kv_heads, valid, valid_b, DV, BV
-    )
-    heads = kv_heads * GROUP
-    q_source, dy_source = (q, q_b, q_h, q_t, q_d, heads), (dy, dy_b, dy_h, dy_t, dy_d, heads)
+    batch, head, segment, state = place
+    heads = q_source[5]
     R = tl.zeros((BD, BV), tl.float32)
     seen = tl.full((), 0.0, tl.float32)
     start = segment * length
@@ -70,7 +67,7 @@ def reads_kernel(
         t = first + tl.arange(0, C)
         reader = head * GROUP + member
         Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
-        dY = load_rows(dy_source, batch, reader, first, tokens, column, 1, C, BV, DV, ACCESS)
+        dY = load_rows(dy_source, batch, reader, first, tokens, 0, 1, C, BV, DV, ACCESS)
         wide = Q.to(tl.float32)
         inverse = 1.0 / floored(row_norms(wide))
         tl.store(inverses + (batch * heads + reader) * tokens + t, inverse, mask=t < tokens)
@@ -82,7 +79,7 @@ def reads_kernel(
         dY = (dY * factor[:, None]).to(dY.dtype)
         R = tl.dot(tl.trans(Q), dY, R, input_precision="ieee")
         seen += tl.where(member == GROUP - 1, total, 0.0)
-    places, inside = state_places(column, D, DV, BD, BV)
+    places, inside = state_places(0, D, DV, BD, BV)
     tl.store(states + state * D * DV + places, R, mask=inside)
     # The chain takes natural logarithms.
     tl.store(decays + state, bits * seen * 0.6931471805599453)
@@ -90,8 +87,7 @@ def reads_kernel(
 
 @triton.jit
 def differentiate_reads(
-    q_source, dy_source, dq, inverses, batch, reader, first, tokens, S, H, X, powers, before, bits,
-    scale,
+    q_source, dy_source, dq, batch, reader, first, tokens, S, H, X, powers, before, bits, scale,
     MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +99,8 @@ def differentiate_reads(
     G = tl.dot(P.to(H.dtype), H, G, input_precision="ieee") * scale
     Q = load_rows(q_source, batch, reader, first, tokens, 0, MANY, C, BD, D, ACCESS)
     line = batch * q_source[5] + reader
-    inverse = load_inverses(inverses, line, first, tokens, MANY, C)
-    G, _ = unit_gradient(G, Q.to(tl.float32), inverse)
+    wide = Q.to(tl.float32)
+    G, _ = unit_gradient(G, wide, 1.0 / floored(row_norms(wide)))
     at, inside = made_places(line, first, tokens, 0, MANY, C, BD, D)
     if ADDED:
         G += tl.load(dq + at, mask=inside, other=0.0)
@@ -112,53 +108,39 @@ def differentiate_reads(
 
 
 @triton.jit
-def load_inverses(inverses, line, first, tokens, MANY: tl.constexpr, C: tl.constexpr):
-    """The inverse norms (MANY C,) of tokens of MANY heads."""
-    row = tl.arange(0, MANY * C)
-    t = first + row % C
-    return tl.load(inverses + (line + row // C) * tokens + t, mask=t < tokens, other=0.0)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def queries_kernel(
-    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
-    valid, valid_b, valid_t, rho, inverses, entering, dq,
-    tokens, length, segments, kv_heads, eta, bits, scale,
+def differentiate_queries(
+    q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, entering, dq, tokens,
+    length, eta, bits, scale,
     GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ENTERING: tl.constexpr,
     ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """dq of a segment, from the state `entering` it; added to what is there if ADDED."""
-    batch, head, segment, column, state, valid = place_of(
-        segments, kv_heads, valid, valid_b, DV, BV
-    )
-    line, heads = batch * kv_heads + head, kv_heads * GROUP
-    q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
-    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
-    dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
+    batch, head, segment, state = place
+    line = batch * k_source[5] + head
     S = tl.zeros((BD, BV), tl.float32)
     if ENTERING:
-        places, inside = state_places(column, D, DV, BD, BV)
+        places, inside = state_places(0, D, DV, BD, BV)
         S = tl.load(entering + state * D * DV + places, mask=inside, other=0.0)
     start = segment * length
     for first in range(start, tl.minimum(start + length, tokens), C):
         real, upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
         weights = exchanged(load_gates(rho, line, first, tokens, real, eta, C), C)
         K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
-        X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
+        X = load_rows(v_source, batch, head, first, tokens, 0, 1, C, BV, DV, ACCESS)
         wide = K.to(tl.float32)
         H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
         powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
         held = S.to(K.dtype)
         if GROUP == MANY:
             differentiate_reads(
-                q_source, dy_source, dq, inverses, batch, head * GROUP, first, tokens, held, H, X,
+                q_source, dy_source, dq, batch, head * GROUP, first, tokens, held, H, X,
                 powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
             )  # fmt: skip
         else:
             for member in range(0, GROUP, MANY):
                 differentiate_reads(
-                    q_source, dy_source, dq, inverses, batch, head * GROUP + member, first, tokens,
+                    q_source, dy_source, dq, batch, head * GROUP + member, first, tokens,
                     held, H, X, powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
                 )  # fmt: skip
         X = (X * (weights * tl.exp2(bits * (total - upto)))[:, None]).to(X.dtype)
@@ -166,24 +148,55 @@ def queries_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def writes_kernel(
+def reads_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
-    valid, valid_b, valid_t, rho, inverses, leaving, dx, drho, dinitial,
+    one, one_b, one_h, one_t, one_d, up, up_b, up_h, up_t, up_d,
+    valid, valid_b, valid_t, rho, entering, dq, inverses, states, decays,
     tokens, length, segments, kv_heads, eta, bits, scale,
+    GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr,
+    ENTERING: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dq, and what the other gradients need of queries, by two programs for a segment: side by
+    side, they read the same queries at the same time. `one` and `up` are q and dy, ROWS tokens of
+    one head at a time.
+    """
+    batch, head, segment, which, state, valid = place_of(segments, kv_heads, valid, valid_b, 2, 1)
+    place, heads = (batch, head, segment, state), kv_heads * GROUP
+    if which == 0:
+        q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
+        v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
+        dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
+        differentiate_queries(
+            q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, entering, dq,
+            tokens, length, eta, bits, scale,
+            GROUP, MANY, D, DV, BD, BV, C, VALID, ENTERING, ADDED, ACCESS,
+        )  # fmt: skip
+    else:
+        one_source = (one, one_b, one_h, one_t, one_d, heads)
+        up_source = (up, up_b, up_h, up_t, up_d, heads)
+        differentiate_state(
+            one_source, up_source, place, valid, valid_t, inverses, states, decays, tokens, length,
+            bits, scale, GROUP, D, DV, BD, BV, ROWS, VALID, ACCESS, UNIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def differentiate_writes(
+    q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving, dx,
+    drho, tokens, length, eta, bits, scale,
     GROUP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
     ACCESS: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dx of a segment, added to what is there if ADDED, from the gradient of the state `leaving`
-    it. That of values is what their unit keys read of it; with KEYS that of unit keys is what their
-    values read of it transposed, and the kernel makes dk and drho of it; without, it also tells the
-    gradient of the initial state. Queries are read PART at a time.
+    it; returns that of the state before it. The gradient of values is what their unit keys read of
+    it; with KEYS that of unit keys is what their values read of it transposed, and dk and drho are
+    made of that. Queries are read PART at a time.
     """
-    batch, head, segment, _, state, valid = place_of(segments, kv_heads, valid, valid_b, DV, BV)
+    batch, head, segment, state = place
+    kv_heads = k_source[5]
     line, heads = batch * kv_heads + head, kv_heads * GROUP
-    q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
-    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
-    dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
     places, inside = state_places(0, D, DV, BD, BV)
     if KEYS:
         places, inside = tl.trans(places), tl.trans(inside)
@@ -242,8 +255,43 @@ def writes_kernel(
         if ADDED:
             Y += tl.load(dx + at, mask=mine, other=0.0)
         tl.store(dx + at, Y.to(dx.dtype.element_ty), mask=mine)
-    if not KEYS:
-        tl.store(dinitial + line * D * DV + places, R, mask=inside & (segment == 0))
+    return R
+
+
+@triton.jit(do_not_specialize=VARYING)
+def writes_kernel(
+    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
+    valid, valid_b, valid_t, rho, inverses, leaving, dk, dv, drho, dinitial,
+    tokens, length, segments, kv_heads, eta, bits, scale,
+    GROUP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
+    ACCESS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dk, drho, dv and the gradient of the initial state by two programs for a segment, one for dv
+    and one for dk: side by side, they read the same queries at the same time.
+    """
+    # Two "columns" that are a program each.
+    batch, head, segment, which, state, valid = place_of(segments, kv_heads, valid, valid_b, 2, 1)
+    place, heads = (batch, head, segment, state), kv_heads * GROUP
+    q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
+    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
+    dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
+    if which == 0:
+        R = differentiate_writes(
+            q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving,
+            dv, drho, tokens, length, eta, bits, scale,
+            GROUP, PART, D, DV, BD, BV, C, VALID, ADDED, ACCESS, UNIT, False,
+        )  # fmt: skip
+        if segment == 0:
+            places, inside = state_places(0, D, DV, BD, BV)
+            initial = dinitial + (batch * kv_heads + head) * D * DV
+            tl.store(initial + places, R, mask=inside)
+    else:
+        differentiate_writes(
+            q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving,
+            dk, drho, tokens, length, eta, bits, scale,
+            GROUP, PART, D, DV, BD, BV, C, VALID, ADDED, ACCESS, UNIT, True,
+        )  # fmt: skip
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -281,26 +329,22 @@ def backward(
     drho, dS0 = torch.empty_like(rho), torch.empty_like(dlast)
     options = {"scale": scale, "GROUP": heads // k.shape[1], "inverses": inverses}
     added_to, unit = {"ADDED": added is not None}, {"UNIT": q.dtype == torch.float16}
-    rows = cut.rows
+    stacks, rows = cut.operands(cut.stack, q=q, dy=dy), cut.rows
+    pairs, many = cut.operands(k=k, v=v), cut.stack
     cut.block(cut.cfg.most)
-    cut.launch(
-        reads_kernel, power(cut.dv), 1, **cut.operands(q=q, dy=dy), states=states, decays=decays,
-        **options, **unit,
-    )  # fmt: skip
+    pairs |= cut.operands(one=q, up=dy)
     cut.block(rows)
     cut.launch(
-        queries_kernel, power(cut.dv), 1, **cut.operands(cut.stack, q=q, dy=dy),
-        **cut.operands(k=k, v=v), entering=dlast if entering is None else entering, dq=dq,
-        MANY=cut.stack, ENTERING=entering is not None, **options, **added_to,
+        reads_kernel, power(cut.dv), 2, **stacks, **pairs, dq=dq, states=states, decays=decays,
+        entering=dlast if entering is None else entering, MANY=many, ROWS=cut.cfg.most,
+        ENTERING=entering is not None, **options, **added_to, **unit,
     )  # fmt: skip
     cut.chain(states, decays, dlast, True)
     cut.block(cut.cfg.queries)
     readers = cut.operands(q=q, dy=dy)
     cut.block(cut.cfg.keys)
-    for dx, keys in ((dv, False), (dk, True)):
-        cut.launch(
-            writes_kernel, power(cut.dv), 1, **readers, **cut.operands(k=k, v=v), leaving=states,
-            dx=dx, drho=drho, dinitial=dS0, PART=cut.cfg.queries, KEYS=keys, **options, **added_to,
-            **unit,
-        )  # fmt: skip
+    cut.launch(
+        writes_kernel, power(cut.dv), 2, **readers, **cut.operands(k=k, v=v), leaving=states, dk=dk,
+        dv=dv, drho=drho, dinitial=dS0, PART=cut.cfg.queries, **options, **added_to, **unit,
+    )  # fmt: skip
     return dq, dk, dv, drho, dS0

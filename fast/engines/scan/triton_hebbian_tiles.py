@@ -24,8 +24,9 @@ from attnspec.fast.engines.scan.triton_states import chain_kernel
 from attnspec.fast.engines.scan.triton_trace import FORGETS, floored, real_rows
 
 VARYING = [
-    "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "valid_b",
-    "valid_t", "tokens", "length", "segments", "kv_heads", "eta", "bits", "scale",
+    "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "one_b",
+    "one_h", "up_b", "up_h", "valid_b", "valid_t", "tokens", "length", "segments", "kv_heads",
+    "eta", "bits", "scale",
 ]  # fmt: skip
 """Arguments of the kernels whose values never lead to another compilation."""
 
