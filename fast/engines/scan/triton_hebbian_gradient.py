@@ -30,7 +30,6 @@ from attnspec.fast.engines.scan.triton_hebbian_tiles import (
     stacked,
     state_places,
 )
-from attnspec.fast.engines.scan.triton_plan import power
 from attnspec.fast.engines.scan.triton_trace import FLOOR, floored
 
 
@@ -335,7 +334,7 @@ def backward(
     pairs |= cut.operands(one=q, up=dy)
     cut.block(rows)
     cut.launch(
-        reads_kernel, power(cut.dv), 2, **stacks, **pairs, dq=dq, states=states, decays=decays,
+        reads_kernel, cut.width(cut.dv), 2, **stacks, **pairs, dq=dq, states=states, decays=decays,
         entering=dlast if entering is None else entering, MANY=many, ROWS=cut.cfg.most,
         ENTERING=entering is not None, **options, **added_to, **unit,
     )  # fmt: skip
@@ -344,7 +343,7 @@ def backward(
     readers = cut.operands(q=q, dy=dy)
     cut.block(cut.cfg.keys)
     cut.launch(
-        writes_kernel, power(cut.dv), 2, **readers, **cut.operands(k=k, v=v), leaving=states, dk=dk,
+        writes_kernel, cut.width(cut.dv), 2, **readers, **cut.operands(k=k, v=v), leaving=states, dk=dk,
         dv=dv, drho=drho, dinitial=dS0, PART=cut.cfg.queries, **options, **added_to, **unit,
     )  # fmt: skip
     return dq, dk, dv, drho, dS0

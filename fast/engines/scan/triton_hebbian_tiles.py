@@ -29,6 +29,9 @@ VARYING = [
     "eta", "bits", "scale",
 ]  # fmt: skip
 """Arguments of the kernels whose values never lead to another compilation."""
+NARROWEST = 64
+"""Channels of a tile of 16-bit numbers at least: its rows fill 128 bytes. ptxas 12.8 has made wrong
+descriptors of tiles whose rows are shorter."""
 
 
 @triton.jit
@@ -208,9 +211,11 @@ class Cut:
         self.kv_heads, self.dv, self.device = k.shape[1], v.shape[3], q.device
         processors, hopper = device_of(q)
         self.cfg = cfg = memory_config(q.element_size(), hopper)
+        self.narrowest = NARROWEST if q.element_size() == 2 else 16
         self.rows = cfg.block
-        self.block(min(cfg.most, power(block) if block else cfg.stack // self.stack))
-        self.columns = max(16, min(128, power(self.dv), cfg.items // power(self.d)))
+        self.block(min(cfg.most, cfg.stack // self.stack, power(block) if block else cfg.most))
+        widest = max(self.narrowest, cfg.items // self.width(self.d))
+        self.columns = min(128, self.width(self.dv), widest)
         self.tiles = -(-self.dv // self.columns)
         lines = batch * self.kv_heads
         many = max(1, int(cfg.programs * processors) // (lines * self.tiles))
@@ -225,9 +230,13 @@ class Cut:
             **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
             "rho": rho.contiguous(), "tokens": tokens, "length": self.length,
             "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
-            "D": self.d, "DV": self.dv, "BD": power(self.d), "VALID": valid is not None,
+            "D": self.d, "DV": self.dv, "BD": self.width(self.d), "VALID": valid is not None,
             "ACCESS": self.how,
         }  # fmt: skip
+
+    def width(self, channels: int) -> int:
+        """Of a tile that holds so many channels."""
+        return max(self.narrowest, power(channels))
 
     def block(self, rows: int) -> None:
         """Go on in blocks of so many tokens."""
@@ -247,7 +256,7 @@ class Cut:
         """
         arguments: dict[str, Any] = {}
         for name, x in tensors.items():
-            tile = heads, self.rows, columns or power(x.shape[3])
+            tile = heads, self.rows, columns or self.width(x.shape[3])
             arguments |= operand(name, x, tile, self.how)
         return arguments
 
