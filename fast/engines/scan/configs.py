@@ -76,14 +76,13 @@ class LaneConfig:
 class MemoryConfig:
     """Tiles and splits of the memory that is read before it is written.
 
-    The tokens of all heads that read a state are multiplied by it at once, up to `stack` rows:
-    `block` tokens or more of each head, up to `most`. A program keeps at most `items` numbers of a
-    state. Kernels of its gradient
-    keep a whole one, if neither side of that is wider than `whole`, and those of keys and values
-    take `keys` of them at a time, and of the queries behind them `queries`, both multiples or
-    divisors of `most`. Sequences are cut in
-    segments so that about `programs` programs a multiprocessor exist, but not below `least_segment`
-    tokens.
+    The tokens of heads that read a state are multiplied by it at once, up to `stack` rows: `block`
+    tokens of each head, or more where a single head has fewer than `most` rows. A program keeps at
+    most `items` numbers of a state. Kernels of its gradient keep a whole one, if neither side of
+    that is wider than `whole`; they take `most` queries of a head at a time for the gradient of the
+    state, and for those of keys and values `keys` tokens, with `queries` of those that read them.
+    `most` and `queries` divide `keys`. Sequences are cut in segments so that about `programs`
+    programs a multiprocessor exist, but not below `least_segment` tokens.
     """
 
     block: int = 32

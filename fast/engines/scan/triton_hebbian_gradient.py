@@ -214,15 +214,13 @@ def differentiate_writes(
         Y = tl.dot(A, R.to(A.dtype), input_precision="ieee")
         Y *= tl.exp2(bits * (total - upto))[:, None]
         R *= tl.exp2(bits * total)
-        parts: tl.constexpr = C // PART
-        for m in range(GROUP * parts):
-            reader, part = head * GROUP + m // parts, m % parts
-            begin = first + part * PART
-            _real, _upto, before, _total = counts(valid, valid_t, begin, tokens, PART, VALID)
-            if VALID:
-                before += tl.sum(tl.where(real & (tl.arange(0, C) < part * PART), 1.0, 0.0), 0)
-            else:
-                before += tl.minimum(tokens - first, part * PART)
+        passed = tl.full((), 0.0, tl.float32)
+        for m in range(C // PART * GROUP):
+            part, member = m // GROUP, m % GROUP
+            begin, reader = first + part * PART, head * GROUP + member
+            _real, _upto, before, some = counts(valid, valid_t, begin, tokens, PART, VALID)
+            before += passed
+            passed += tl.where(member == GROUP - 1, some, 0.0)
             Q = load_rows(q_source, batch, reader, begin, tokens, 0, 1, PART, BD, D, ACCESS)
             dY = load_rows(dy_source, batch, reader, begin, tokens, 0, 1, PART, BV, DV, ACCESS)
             t = begin + tl.arange(0, PART)
@@ -343,7 +341,7 @@ def backward(
     readers = cut.operands(q=q, dy=dy)
     cut.block(cut.cfg.keys)
     cut.launch(
-        writes_kernel, cut.width(cut.dv), 2, **readers, **cut.operands(k=k, v=v), leaving=states, dk=dk,
-        dv=dv, drho=drho, dinitial=dS0, PART=cut.cfg.queries, **options, **added_to, **unit,
+        writes_kernel, cut.width(cut.dv), 2, **readers, **cut.operands(k=k, v=v), leaving=states,
+        dk=dk, dv=dv, drho=drho, dinitial=dS0, PART=cut.cfg.queries, **options, **added_to, **unit,
     )  # fmt: skip
     return dq, dk, dv, drho, dS0

@@ -213,7 +213,8 @@ class Cut:
         self.cfg = cfg = memory_config(q.element_size(), hopper)
         self.narrowest = NARROWEST if q.element_size() == 2 else 16
         self.rows = cfg.block
-        self.block(min(cfg.most, cfg.stack // self.stack, power(block) if block else cfg.most))
+        rows = max(cfg.block, cfg.most // self.stack)
+        self.block(min(rows, power(block)) if block else rows)
         widest = max(self.narrowest, cfg.items // self.width(self.d))
         self.columns = min(128, self.width(self.dv), widest)
         self.tiles = -(-self.dv // self.columns)
