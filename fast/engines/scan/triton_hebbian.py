@@ -33,20 +33,20 @@ from attnspec.fast.engines.scan.triton_trace import floored
 
 @triton.jit
 def read_state(
-    q_source, onto_source, out, batch, head, first, tokens, column, S, H, X, powers, before, real,
+    q_source, onto_source, out, batch, head, first, tokens, column, S, K, X, powers, before, real,
     bits, scale, member,
     MANY: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
     ACCESS: tl.constexpr,
 ):  # fmt: skip
     """What C tokens of MANY query heads, from `member` of the group on, read: of the state S before
-    them, in the type of X, and of what is written between them, unit keys H and values X, `powers`
-    apart.
+    them, in the type of X, and of what is written between them, keys K and values X, `powers`
+    apart, in which the keys' lengths are.
     """
     reader = head * GROUP + member
     Q = load_rows(q_source, batch, reader, first, tokens, 0, MANY, C, BD, D, ACCESS)
     inverse = 1.0 / floored(row_norms(Q.to(tl.float32)))
-    P = tl.dot(Q, tl.trans(H), input_precision="ieee") * powers * inverse[:, None]
+    P = tl.dot(Q, tl.trans(K), input_precision="ieee") * powers * inverse[:, None]
     aged = tl.exp2(bits * stacked(before, MANY, C)) * inverse
     Y = tl.dot(Q, S, input_precision="ieee") * aged[:, None]
     Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee") * scale
@@ -89,12 +89,11 @@ def hebbian_kernel(
         weights = exchanged(load_gates(rho, line, first, tokens, real, eta, C), C)
         K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
         X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
-        wide = K.to(tl.float32)
-        H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
-        powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
+        shrunk = weights / floored(row_norms(K.to(tl.float32)))
+        powers = read_powers(before, upto, bits, MANY, C) * shrunk[None, :]
         if GROUP == MANY:
             read_state(
-                q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype), H, X,
+                q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype), K, X,
                 powers, before, real, bits, scale, 0,
                 MANY, GROUP, D, DV, BD, BV, C, VALID, ADDED, ACCESS,
             )  # fmt: skip
@@ -102,10 +101,11 @@ def hebbian_kernel(
             for member in range(0, GROUP, MANY):
                 read_state(
                     q_source, onto_source, out, batch, head, first, tokens, column, S.to(K.dtype),
-                    H, X, powers, before, real, bits, scale, member,
+                    K, X, powers, before, real, bits, scale, member,
                     MANY, GROUP, D, DV, BD, BV, C, VALID, ADDED, ACCESS,
                 )  # fmt: skip
-        X = (X * (weights * tl.exp2(bits * (total - upto)))[:, None]).to(X.dtype)
+        # The only rounding of what is stored: keys of unit length are none of the dtype's.
+        H = (K * (shrunk * tl.exp2(bits * (total - upto)))[:, None]).to(K.dtype)
         S = tl.dot(tl.trans(H), X, S * tl.exp2(bits * total), input_precision="ieee")
     if segment == segments - 1:
         tl.store(last + line * D * DV + places, S, mask=inside)
