@@ -72,8 +72,7 @@ def produce(
         place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL)
         b, h, q_begin, k_begin, _k_tokens, first, _stop, _shift = place
         for who in gl.static_range(2):
-            slot = 2 * (turn % 2) + who
-            fetch(q, b, h, q_begin + first + who * ROWS, q_ring, slot, (turn // 2 & 1) ^ 1)
+            fetch(q, b, h, q_begin + first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
         # Rows that see nothing at all look at one tile and find nothing there.
         for i in range(gl.maximum(lengths[0] + lengths[1], 1)):
             key = k_begin + key_at(i, walk, lengths, K_BLOCK, KEYS)
@@ -145,6 +144,7 @@ def consume(
     q_room, q_full, q_empty = q_ring
     k_room, k_full, k_empty = k_ring
     v_room, v_full, v_empty = v_ring
+    q_tile = q_room.index(WHO).reshape([ROWS, WIDTH])
     factor = scale * LOG2E
     doubt = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, VALUES))
     at = 0
@@ -159,10 +159,7 @@ def consume(
         top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, VALUES)
-        # Rows have two places, so that the next ones come while the last are still read.
-        slot = 2 * (turn % 2) + WHO
-        mbarrier.wait(q_full.index(slot), turn // 2 & 1)
-        q_tile = q_room.index(slot).reshape([ROWS, WIDTH])
+        mbarrier.wait(q_full.index(WHO), turn & 1)
         stage = at % STAGES
         mbarrier.wait(k_full.index(stage), at // STAGES & 1)
         mbarrier.wait(turns[WHO], (at & 1) ^ (1 - WHO))
@@ -191,7 +188,7 @@ def consume(
             edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, low, high, walk,
             lengths, rules, factor, ROWS, KEYS, K_BLOCK, STAGES, False, WHO,
         )  # fmt: skip
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        mbarrier.arrive(q_empty.index(WHO), count=1)
         top, total, mixed = sums
         c = at + total_tiles - 1
         mbarrier.wait(v_full.index(c % STAGES), c // STAGES & 1)
@@ -229,7 +226,7 @@ def specialised_forward_kernel(
     mbarrier.init(first_turn, count=1)
     mbarrier.init(second_turn, count=1)
     rings = (
-        ring(q_tiles, 4, 1),
+        ring(q_tiles, 2, 1),
         ring(k_tiles, STAGES, 2),
         ring(v_tiles, STAGES, 2),
         (first_turn, second_turn),
