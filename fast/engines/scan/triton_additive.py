@@ -18,8 +18,8 @@ from torch import Tensor
 from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.recorder import Recorder
-from attnspec.fast.engines.scan.triton_common import load_tile, log1p, offset
-from attnspec.fast.engines.scan.triton_levels import FLAGS, LOG2E, pick_steep
+from attnspec.fast.engines.scan.triton_common import LOG2E, load_tile, log1p, offset
+from attnspec.fast.engines.scan.triton_levels import FLAGS, pick_steep
 from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
 ROWS = 64

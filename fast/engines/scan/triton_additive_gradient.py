@@ -27,6 +27,7 @@ from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_additive_scan import Logits
 from attnspec.fast.engines.scan.triton_common import (
+    LOG2E,
     load_tile,
     locate_block,
     offset,
@@ -34,7 +35,7 @@ from attnspec.fast.engines.scan.triton_common import (
     store_tile,
 )
 from attnspec.fast.engines.scan.triton_gates import pair_gradients, steep_gates_kernel
-from attnspec.fast.engines.scan.triton_levels import LOG2E, group_pairs, load_gates
+from attnspec.fast.engines.scan.triton_levels import group_pairs, load_gates
 from attnspec.fast.engines.scan.triton_plan import (
     chain,
     enter,

@@ -21,13 +21,14 @@ from attnspec.fast.engines.scan.configs import REACH
 from attnspec.fast.engines.scan.replay import kind, known
 from attnspec.fast.engines.scan.triton_additive import Totals
 from attnspec.fast.engines.scan.triton_common import (
+    LOG2E,
     load_tile,
     locate_block,
     offset,
     reciprocal,
     store_tile,
 )
-from attnspec.fast.engines.scan.triton_levels import LOG2E, group_pairs
+from attnspec.fast.engines.scan.triton_levels import group_pairs
 from attnspec.fast.engines.scan.triton_plan import (
     Call,
     Weighted,

@@ -16,6 +16,7 @@ CONSTANT = tl.constexpr(1)
 SCALAR = tl.constexpr(2)
 VECTOR = tl.constexpr(3)
 
+LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-120.0)
 """A log decay below this is taken as this: its float32 exponential is 0 either way, and sums of
 log decays stay finite and precise behind a reset of -inf."""
@@ -166,16 +167,19 @@ def exchanged(x, C: tl.constexpr):
 
 @triton.jit
 def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
-    """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total.
+    """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total,
+    as powers of two: a state that is halved by each token is so exactly.
 
     `g` are those of its rows if there is one number a token. Zeros for a decay per channel, which
     is already in the rows, and for none.
     """
     if DECAY == CONSTANT:
         rows = tl.minimum(left, C)
-        sums = -slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
-        total = -slope * rows.to(tl.float32)
+        slope *= -LOG2E
+        sums = slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
+        total = slope * rows.to(tl.float32)
     elif DECAY == SCALAR:
+        g *= LOG2E
         sums = tl.cumsum(g, 0)
         total = tl.sum(g, 0)
     else:
@@ -192,9 +196,9 @@ def pair_decay(sums, C: tl.constexpr, BACKWARD: tl.constexpr):
     down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     gap = sums[:, None] - sums[None, :]
     if BACKWARD:
-        decay = tl.exp(tl.where(down <= across, -gap, float("-inf")))
+        decay = tl.exp2(tl.where(down <= across, -gap, float("-inf")))
     else:
-        decay = tl.exp(tl.where(down >= across, gap, float("-inf")))
+        decay = tl.exp2(tl.where(down >= across, gap, float("-inf")))
     return decay
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import among, log1p, reciprocal
+from attnspec.fast.engines.scan.triton_common import LOG2E, among, log1p, reciprocal
 from attnspec.fast.engines.scan.triton_elementwise import join, place_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
 VARYING = [
     "f_b", "f_t", "z_b", "z_t", "i_b", "i_t", "o_b", "o_t", "tokens", "length", "segments", "tiles",
     "channels",

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import (
+    LOG2E,
     load_tile,
     locate,
     locate_block,
@@ -23,7 +24,6 @@ from attnspec.fast.engines.scan.triton_common import (
 )
 from attnspec.fast.engines.scan.triton_levels import (
     FLAGS,
-    LOG2E,
     group_pairs,
     level_pairs,
     level_weights,

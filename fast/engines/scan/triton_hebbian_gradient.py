@@ -80,8 +80,7 @@ def differentiate_state(
         seen += tl.where(member == GROUP - 1, total, 0.0)
     places, inside = state_places(0, D, DV, BD, BV)
     tl.store(states + state * D * DV + places, R, mask=inside)
-    # The chain takes natural logarithms.
-    tl.store(decays + state, bits * seen * 0.6931471805599453)
+    tl.store(decays + state, bits * seen)
 
 
 @triton.jit

@@ -173,8 +173,7 @@ def sums_kernel(
     places, inside = state_places(column, D, DV, BD, BV)
     tl.store(states + state * D * DV + places, S, mask=inside)
     if column == 0:
-        # The chain takes natural logarithms.
-        tl.store(decays + state, bits * seen * 0.6931471805599453)
+        tl.store(decays + state, bits * seen)
 
 
 def operand(

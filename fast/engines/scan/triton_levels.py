@@ -20,9 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import LOWEST, load_tile
+from attnspec.fast.engines.scan.triton_common import LOG2E, LOWEST, load_tile
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SOME = tl.constexpr(4)
 """The level of groups of 16 rows."""
 FLAGS = tl.constexpr(128)

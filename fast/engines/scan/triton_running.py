@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
-from attnspec.fast.engines.scan.triton_levels import LOG2E
+from attnspec.fast.engines.scan.triton_common import LOG2E
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 
 MOST_SEGMENTS = 256

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import (
     CONSTANT,
+    LOG2E,
     NONE,
     SCALAR,
     VANISHED,
@@ -64,7 +65,8 @@ def states_kernel(
     INNER: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """states[segment, head] = the segment's weighted sum of a^T b; decays = its log decay.
+    """states[segment, head] = the segment's weighted sum of a^T b; decays = its decay's logarithm
+    to base 2.
 
     a, b are k, v (forward) or q, do (BACKWARD). The last segment of a sequence (the first, if
     BACKWARD) is needed by no other and left out unless EVERY. `inner` weighs the rows if INNER.
@@ -117,19 +119,20 @@ def states_kernel(
         if DECAY == VECTOR:
             block = (segment.to(tl.int64) * blocks_per_segment + i) * heads + head
             total = tl.load(totals + block * D + channels, mask=channels < D, other=0.0)
-            S *= tl.exp(total)[:, None]
+            total *= LOG2E
+            S *= tl.exp2(total)[:, None]
         else:
             g = tl.zeros((C,), tl.float32)
             if DECAY == SCALAR:
                 g = load_decay(gates + at * g_t, g_t, left, C)
             sums, total = block_decay(g, slope, left, C, DECAY)
-            weights = tl.exp(sums) * scale if BACKWARD else tl.exp(total - sums)
+            weights = tl.exp2(sums) * scale if BACKWARD else tl.exp2(total - sums)
             if INNER:
                 weights *= load_weights(inner + at * inner_t, inner_t, left, C)
             if BACKWARD or DECAY != NONE or INNER:
                 B = (B * weights[:, None]).to(B.dtype)
             if DECAY != NONE:
-                S *= tl.exp(total)
+                S *= tl.exp2(total)
         log_decay += total
         S = tl.dot(tl.trans(A), B, S, input_precision="ieee")
     rows, columns = channels[:, None], tile * BV + tl.arange(0, BV)[None, :]
@@ -184,6 +187,6 @@ def chain_kernel(
             decay = tl.load(decays + where * D + items // DV, mask=wanted, other=0.0)
         else:
             decay = tl.where(summed, tl.load(decays + where), 0.0)
-        S = S * tl.exp(decay) + sums
+        S = S * tl.exp2(decay) + sums
     if FINAL:
         tl.store(final + own, S, mask=inside)

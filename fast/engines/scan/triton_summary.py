@@ -14,8 +14,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.triton_additive import spread
-from attnspec.fast.engines.scan.triton_common import load_tile, offset, store_tile
-from attnspec.fast.engines.scan.triton_levels import LOG2E
+from attnspec.fast.engines.scan.triton_common import LOG2E, load_tile, offset, store_tile
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 from attnspec.fast.engines.scan.triton_widths import narrow, padded, padded_state, tiled
 

@@ -175,7 +175,7 @@ def walk_kernel(
                 reading, writing = writing, sums
             P = tl.dot(Q, tl.trans(K), input_precision="ieee")
             P *= pair_decay(sums, C, BACKWARD) * scale
-            kept = tl.exp(writing)
+            kept = tl.exp2(writing)
             if BACKWARD:
                 kept *= scale
             if INNER:
@@ -183,14 +183,14 @@ def walk_kernel(
                 P *= weights[None, :]
                 kept *= weights
             if BACKWARD:
-                Y *= tl.exp(reading)[:, None]
+                Y *= tl.exp2(reading)[:, None]
             else:
-                Y *= (tl.exp(reading) * scale)[:, None]
+                Y *= (tl.exp2(reading) * scale)[:, None]
             Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee")
             if BACKWARD or DECAY != NONE or INNER:
                 X = (X * kept[:, None]).to(X.dtype)
             if DECAY != NONE:
-                S *= tl.exp(total)
+                S *= tl.exp2(total)
         rows_out = Y
         if OUTER:
             rows_out = Y * outer_now[:, None]
