@@ -24,7 +24,12 @@ CLAIMS = {
         "compiled": True,
         "triton": {"configs": SPECIALISED_CONFIGS},
     },
-    "attend_packed": {"gradient": True, "blocks": (16, 64, 128), "compiled": True},
+    "attend_packed": {
+        "gradient": True,
+        "blocks": (16, 64, 128),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
 }
 MOST_DECODED = 16
 """The longest step that the decode engine serves; longer ones fill the flash engine's tiles."""

@@ -33,7 +33,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.select import inverse, take_rows
 from attnspec.fast.growing import append
 from attnspec.fast.heads.moh_routing import (
@@ -69,7 +69,12 @@ __all__ = [
     "topk_mask",
 ]
 
-ATTENTION = {"gradient": True, "blocks": (16, 64), "compiled": True, "triton": {"graph": True}}
+ATTENTION = {
+    "gradient": True,
+    "blocks": (16, 64),
+    "compiled": True,
+    "triton": {"graph": True, "configs": SPECIALISED_CONFIGS},
+}
 CLAIMS: dict[str, dict[str, Any]] = {
     "head_outputs": ATTENTION,
     "moh_attend": ATTENTION,

@@ -24,7 +24,7 @@ from attnspec.fast.backend import (
     product,
     underivable,
 )
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.rows import join_normed, join_read
 from attnspec.fast.engines.select import places, take_tokens
 from attnspec.fast.growing import checkable
@@ -57,7 +57,12 @@ __all__ = [
     "run_layers",
 ]
 CLAIMS: dict[str, dict[str, Any]] = {
-    "composite_attention": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "composite_attention": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "layer_step": {"blocks": (16, 64), "compiled": True},
     "run_layers": {"dtypes": ("float32",)},
     **{name: {"launches": None} for name in ("aligner_update", "composite_mask", "flops")},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_bool, check_size
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.longlora_groups import (
     Results,
@@ -53,7 +53,12 @@ __all__ = [
     "shift_heads",
 ]
 CLAIMS: dict[str, dict[str, Any]] = {
-    "grouped_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "grouped_attend": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "lora_forward": {"gradient": True, "compiled": True, "launches": None},
     "rmsnorm": {"gradient": True, "compiled": True, "launches": None},
     **{

@@ -17,7 +17,7 @@ from attnspec.fast.backend import (
     check_positive,
     check_size,
 )
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.padding import real_tokens, without_padding
 from attnspec.fast.patterns.masformer_decoding import Cache, cache_after, decode_step
 from attnspec.fast.patterns.masformer_spans import (
@@ -51,7 +51,12 @@ __all__ = [
 ]
 CLAIMS: dict[str, dict[str, Any]] = {
     **{
-        name: {"gradient": True, "blocks": (16, 64), "compiled": True}
+        name: {
+            "gradient": True,
+            "blocks": (16, 64),
+            "compiled": True,
+            "triton": {"configs": SPECIALISED_CONFIGS},
+        }
         for name in ("block_attend", "layer_attend", "window_attend")
     },
     **{

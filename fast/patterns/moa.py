@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_choice, check_size
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.patterns.moa_cache import (
     Cache,
     cache_update,
@@ -71,7 +71,12 @@ __all__ = [
 ONCE: dict[str, Any] = {"dtypes": ("float32",), "launches": None, "triton": None}
 """A search runs once, on the host, in float64."""
 CLAIMS: dict[str, dict[str, Any]] = {
-    "moa_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "moa_attend": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "block_influence": {"compiled": True},
     "solve": ONCE,
     "search": ONCE,

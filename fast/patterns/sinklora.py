@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.patterns.longlora_groups import (
     Results,
     head_shares,
@@ -56,7 +56,12 @@ __all__ = [
     "sf_mask",
 ]
 CLAIMS: dict[str, dict[str, Any]] = {
-    "sf_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "sf_attend": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     **{
         name: {"launches": None}
         for name in (

@@ -91,15 +91,15 @@ def test_the_rules_say_how_long_a_walk_is(
     assert rules.walk(q_tokens) == walk
 
 
-def test_only_a_plain_walk_is_specialised() -> None:
+def test_only_a_specialised_walk_is_that() -> None:
     forced, given = flash.SPECIALISED[0], flash.config("forward", "long", 90, 2, 64, 4096)
-    assert not flash.specialises("forward", 4096, 4, plain=True)
-    assert flash.specialises("forward", 4096, 5, plain=True)
-    assert not flash.specialises("dq", 4096, 32, plain=True)
-    assert not flash.specialises("forward", 64, 9999, plain=True)
+    assert not flash.specialises("forward", 4096, 4 * 4096)
+    assert flash.specialises("forward", 4096, 5 * 4096)
+    assert not flash.specialises("dq", 4096, 32 * 4096)
+    assert not flash.specialises("forward", 64, 64 * 9999)
     with flash.use_config(forward=forced):
-        assert flash.specialises("forward", 3, 1, plain=False)
-        assert flash.config("forward", "plain", 90, 2, 64, 3) == forced
+        assert flash.specialises("forward", 3, 3)
+        assert flash.config("forward", "specialised", 90, 2, 64, 3) == forced
         assert flash.config("forward", "long", 90, 2, 64, 4096) == given
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from attnspec.fast.tuning import Table, place, places
 
 KINDS = ("forward", "dq", "dkdv")
-WALKS = ("long", "medium", "short", "brief", "plain")
+WALKS = ("long", "medium", "short", "brief", "specialised")
 """How far a program walks: how many tiles it visits decides what its start and its end cost."""
 BRIEF = 2048
 """Packed sequences that have at most so many rows on average are walked briefly."""
@@ -21,7 +21,7 @@ MEDIUM = range(2049, 8193)
 WIDE = 128
 """Blocks of so many tokens fill the tiles of a medium walk."""
 MANY_ROWS = 128 * 132
-"""So many rows of all heads give every multiprocessor of an H100 a tile of plain rules."""
+"""So many rows of all heads give every multiprocessor of an H100 a specialised tile."""
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -33,7 +33,7 @@ class FlashConfig:
     `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
     registers. `joined` (forward only) walks over full tiles and edges in one loop: its pipeline
     fills once, which pays for few tiles, and the edges are told by a branch. `specialised` (forward
-    only) is the kernel for plain rules, whose warps have trades of their own; other calls take what
+    only) is the kernel whose warps have trades of their own; calls that it does not know take what
     the table has for them.
     """
 
@@ -70,8 +70,8 @@ CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
         FlashConfig(64, 128, 4, 3),
         FlashConfig(128, 128, 8, 3),
     ),
-    ("forward", "plain", 64): (*SPECIALISED, FlashConfig(64, 128, 4, 3)),
-    ("forward", "plain", 128): (
+    ("forward", "specialised", 64): (*SPECIALISED, FlashConfig(64, 128, 4, 3)),
+    ("forward", "specialised", 128): (
         *SPECIALISED,
         FlashConfig(128, 64, 4, 2),
         FlashConfig(64, 64, 4, 2, joined=True),
@@ -184,22 +184,24 @@ def config(
 ) -> FlashConfig:
     """The configuration in force for a kernel of `KINDS`, a walk of `WALKS`, an architecture (90
     is Hopper), bytes an element, the larger head size padded to a power of two, and the number of
-    queries. Only a plain walk is specialised, whatever is forced.
+    queries. Only a specialised walk is that, whatever is forced.
     """
     forced = TABLE.forced(kind)
-    if forced is not None and (walk == "plain" or not forced.specialised):
+    if forced is not None and (walk == "specialised" or not forced.specialised):
         return forced
     chosen = TABLE.choose(kind, walk, *place(arch, element_size, width))
     return chosen if kind == "dkdv" else chosen.fitted(q_tokens)
 
 
-def specialises(kind: str, q_tokens: int, sequences: int, plain: bool) -> bool:
-    """Whether the specialised kernel is to walk over so many queries of all heads."""
+def specialises(kind: str, rows: int, all_rows: int) -> bool:
+    """Whether the specialised kernel is to walk over so many queries of a sequence, on average, and
+    of all heads.
+    """
     forced = TABLE.forced(kind)
-    many = plain and q_tokens > 64 and q_tokens * sequences >= MANY_ROWS
+    many = rows > 64 and all_rows >= MANY_ROWS
     return kind == "forward" and (many or (forced is not None and forced.specialised))
 
 
 use_config = TABLE.use
 SPECIALISED_CONFIGS = {str(c): partial(use_config, forward=c) for c in SPECIALISED}
-"""What forces the kernel for plain rules on calls of any length."""
+"""What forces the specialised kernel on calls of any length."""

@@ -38,22 +38,16 @@ class Rules(NamedTuple):
         return self.window is not None or self.row_start is not None
 
     @property
-    def plain(self) -> bool:
-        """Whether the causal order, a window with sinks and sink logits are all there is."""
-        others = (self.row_start, self.row_end, self.key_mask, self.mask, self.block_index,
-                  self.q_offsets, self.slopes)  # fmt: skip
+    def known(self) -> bool:
+        """Whether the specialised kernel knows all rules: all but masks, slopes and lists."""
+        others = (self.key_mask, self.mask, self.block_index, self.slopes)
         return all(x is None for x in others)
 
-    def known(self, tile: int) -> bool:
-        """Whether the specialised kernel knows all rules: it knows no masks and no slopes, and only
-        lists of blocks of whole tiles that say which are seen whole, or beside no other rule.
-        """
-        masked = any(x is not None for x in (self.key_mask, self.mask, self.slopes))
-        whole = self.q_block % tile == 0 and self.k_block % tile == 0
-        told = self.block_full is not None or not (
-            self.causal or self.ranged or self.row_end is not None
-        )
-        return not masked and (self.block_index is None or (whole and told))
+    @property
+    def plain(self) -> bool:
+        """Whether the causal order, a window with sinks and sink logits are all there is."""
+        others = (self.row_start, self.row_end, self.q_offsets)
+        return self.known and all(x is None for x in others)
 
     @property
     def kept_sinks(self) -> int | None:

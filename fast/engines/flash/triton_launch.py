@@ -20,10 +20,10 @@ from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
 
 SPEAKS_GLUON = triton.__version__.startswith("3.6.")
-"""Whether this Triton has the language of the kernel for plain rules as it is written: it is
+"""Whether this Triton has the language of the specialised kernel as it is written: it is
 experimental, and changes from release to release."""
 SPECIALISED_WIDTH = 128
-"""Channels that the kernel for plain rules has registers for."""
+"""Channels that the specialised kernel has registers for."""
 SHORTEST_DESCRIBED = 32
 """Numbers that fill 128 bytes, to whose multiples descriptors copy: a pipeline lays shorter tiles
 closer together."""
@@ -43,19 +43,18 @@ def padded(size: int, least: int = 16) -> int:
 
 
 def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
-    """Whether the kernel for plain rules on Hopper takes a call."""
+    """Whether the specialised kernel, which is for Hopper, takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
-    return narrow and rules.known(128) and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
+    return narrow and rules.known and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
     width = padded(max(q.shape[3], v.shape[3]))
     walk = rules.walk(q.shape[2])
-    if specialises(kind, q.shape[2], q.shape[:2].numel(), rules.plain) and can_specialise(
-        q, v, rules
-    ):
-        walk = "plain"
+    packs = 1 if rules.q_offsets is None else max(1, rules.q_offsets.shape[0] - 1)
+    if specialises(kind, q.shape[2] // packs, q.shape[:3].numel()) and can_specialise(q, v, rules):
+        walk = "specialised"
     chosen = config(kind, walk, arch(q), q.element_size(), width, q.shape[2])
     return replace(
         chosen, rows=fit(chosen.rows, rules.q_block), keys=fit(chosen.keys, rules.k_block)

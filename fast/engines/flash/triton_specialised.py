@@ -1,12 +1,12 @@
-"""The flash engine's forward kernel for plain rules on Hopper: warps of different trades, in Gluon.
+"""The flash engine's specialised forward kernel for Hopper: warps of different trades, in Gluon.
 
 A program runs two consumers, each with `ROWS` rows of one tile, and a producer that brings keys and
 values. While the matrix units multiply one tile's weights with its values, the consumer that asked
 for it works out the next tile's weights, and the two consumers take turns at the units. Programs
 live as long as there are tiles, so that the producer begins the next one while the last is written.
 
-Plain rules are the causal order, a window with sinks, and sink logits (`Rules.plain`). What is
-computed is what `triton_forward` computes, edges first. Written for Triton 3.6.
+It knows the rules that need no masks, slopes or lists (`Rules.known`). What is computed is what
+`triton_forward` computes, edges first. Written for Triton 3.6.
 """
 
 from __future__ import annotations
@@ -62,20 +62,19 @@ def fetch(x, b, h, first, ring, stage, phase):
 @gluon.jit
 def produce(
     q, k, v, rings, grid, rules, HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Bring the rows of both consumers and the tiles of keys and values, as rings have room."""
     q_ring, k_ring, v_ring, _turns = rings
     at = 0
     for turn in range(rounds(grid)):
-        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL)
+        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, CAUSAL)
         b, h, q_begin, k_begin, _k_tokens, first, _stop, _shift = place
         for who in gl.static_range(2):
             fetch(q, b, h, q_begin + first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
         # Rows that see nothing at all look at one tile and find nothing there.
         for i in range(gl.maximum(lengths[0] + lengths[1], 1)):
-            key = k_begin + key_at(i, walk, lengths, K_BLOCK, KEYS)
+            key = k_begin + key_at(i, walk, lengths, KEYS)
             fetch(k, b, h // GROUP, key, k_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             fetch(v, b, h // GROUP, key, v_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             at += 1
@@ -84,7 +83,7 @@ def produce(
 @gluon.jit
 def attend_tiles(
     first, last, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths, rules,
-    factor, ROWS: gl.constexpr, KEYS: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    factor, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     EDGE: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the walk: the product of the tile before is under way meanwhile."""
@@ -109,7 +108,7 @@ def attend_tiles(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if EDGE:
-            key = key_at(i, walk, lengths, K_BLOCK, KEYS)
+            key = key_at(i, walk, lengths, KEYS)
             scores, _seen = hide(scores, low, high, key, rules)
         new_weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
@@ -129,7 +128,7 @@ def attend_tiles(
 def consume(
     inputs, rings, doubts, WHO: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1; leave a
@@ -149,7 +148,7 @@ def consume(
     doubt = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, VALUES))
     at = 0
     for turn in range(rounds(grid)):
-        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL)
+        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, CAUSAL)
         b, h, q_begin, _k_begin, k_tokens, first, stop, _shift = place
         fulls, edges = lengths
         total_tiles = gl.maximum(fulls + edges, 1)
@@ -169,12 +168,8 @@ def consume(
         mbarrier.arrive(turns[1 - WHO], count=1)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        key = key_at(0, walk, lengths, K_BLOCK, KEYS)
-        hidden, _seen = hide(
-            scores, low, high, gl.where(fulls + edges > 0, key, k_tokens), rules
-        )  # fmt: skip
-        # A listed tile that is full is one whatever the rules are.
-        scores = gl.where((edges > 0) | (fulls == 0), hidden, scores) if K_BLOCK else hidden
+        key = gl.where(fulls + edges > 0, key_at(0, walk, lengths, KEYS), k_tokens)
+        scores, _seen = hide(scores, low, high, key, rules)
         weights, top, _rescale, total = soften(scores, top, factor)
         weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         mbarrier.wait(k_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1, pred=total_tiles > 1)
@@ -182,11 +177,11 @@ def consume(
         edges = gl.maximum(edges, 1)
         sums, weights = attend_tiles(
             1, edges, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths,
-            rules, factor, ROWS, KEYS, K_BLOCK, STAGES, True, WHO,
+            rules, factor, ROWS, KEYS, STAGES, True, WHO,
         )  # fmt: skip
         sums, weights = attend_tiles(
             edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, low, high, walk,
-            lengths, rules, factor, ROWS, KEYS, K_BLOCK, STAGES, False, WHO,
+            lengths, rules, factor, ROWS, KEYS, STAGES, False, WHO,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(WHO), count=1)
         top, total, mixed = sums
@@ -212,13 +207,11 @@ def specialised_forward_kernel(
     q_tiles, k_tiles, v_tiles, q, k, v, out, lse, sink_logit,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
-    block_index, block_count, block_full,
-    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     table, q_offsets, k_offsets, row_start, row_end,
     q_tokens, k_tokens, tiles, sequences, section, window, sinks, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_tiles.dtype
     first_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -235,15 +228,8 @@ def specialised_forward_kernel(
         q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
         v_stride_b, v_stride_h, v_stride_t,
     )  # fmt: skip
-    lists = (
-        block_index, block_count, block_full,
-        index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
-    )  # fmt: skip
     grid = (tiles, sequences, section)
-    rules = (
-        q_tokens, k_tokens, window, sinks, (table, q_offsets, k_offsets), (row_start, row_end),
-        lists,
-    )  # fmt: skip
+    rules = (q_tokens, k_tokens, window, sinks, (table, q_offsets, k_offsets), (row_start, row_end))
     inputs = (out, lse, sink_logit, grid, rules, scale)
     doubts = gl.allocate_shared_memory(
         gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -251,16 +237,16 @@ def specialised_forward_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK,
-                STAGES, CAUSAL, DTYPE,
+                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                DTYPE,
             )),
             (consume, (
-                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK, K_BLOCK,
-                STAGES, CAUSAL, DTYPE,
+                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
+                DTYPE,
             )),
             (produce, (
-                q_tiles, k_tiles, v_tiles, rings, grid, rules, HEADS, GROUP, ROWS, KEYS, Q_BLOCK,
-                K_BLOCK, STAGES, CAUSAL,
+                q_tiles, k_tiles, v_tiles, rings, grid, rules, HEADS, GROUP, ROWS, KEYS, STAGES,
+                CAUSAL,
             )),
         ],
         [4, 1], [240, 24],
@@ -269,6 +255,5 @@ def specialised_forward_kernel(
     doubt = doubts.index(0).load(FLAT) + doubts.index(1).load(FLAT)
     if gl.max((doubt != doubt).to(gl.int32), 0) > 0:
         repair(
-            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK,
-            K_BLOCK, CAUSAL,
+            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
         )  # fmt: skip

@@ -17,8 +17,7 @@ from attnspec.fast.engines.flash.triton_specialised import specialised_forward_k
 from attnspec.fast.engines.prepared import Prepared
 
 KNOWN = (
-    "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "Q_BLOCK",
-    "K_BLOCK", "CAUSAL",
+    "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "CAUSAL",
 )  # fmt: skip
 PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "table")
 MANY_ROUNDS = 64
@@ -92,7 +91,6 @@ class Specialised:
                 for name, x in named.items()
                 for at, axis in enumerate("bht")
             },
-            **host.list_arguments(host.readable_lists(*rules[8:11])),
             **{name: known[name] for name in KNOWN},
             **{name: place[name] for name in PLACED},
             "section": section(place, programs, heads // k.shape[1], rules),
@@ -117,11 +115,9 @@ class Specialised:
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
         if self.copies:
             q, k, v = host.readable(q, k, v)
-        index, count, full = host.readable_lists(*rules[8:11])
         self.launch(
             q_tiles=q, k_tiles=k, v_tiles=v, q=q, k=k, v=v, out=out, lse=lse,
-            sink_logit=rules.sink_logit, block_index=index, block_count=count, block_full=full,
-            row_start=rules.row_start, row_end=rules.row_end, q_offsets=rules.q_offsets,
-            k_offsets=rules.k_offsets, table=self.tiles(rules),
+            sink_logit=rules.sink_logit, row_start=rules.row_start, row_end=rules.row_end,
+            q_offsets=rules.q_offsets, k_offsets=rules.k_offsets, table=self.tiles(rules),
         )  # fmt: skip
         return out, lse
