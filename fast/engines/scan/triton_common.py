@@ -20,8 +20,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-120.0)
 """A log decay below this is taken as this: its float32 exponential is 0 either way, and sums of
 log decays stay finite and precise behind a reset of -inf."""
+LOWEST_BITS = tl.constexpr(-174.0)
+"""The same for logarithms to base 2."""
 VANISHED = tl.constexpr(-88.0)
 """Tokens behind a log decay below this carry the weight 0 in float32 and need not be read."""
+VANISHED_BITS = tl.constexpr(-127.0)
+"""The same for logarithms to base 2."""
 
 
 @triton.jit
@@ -134,10 +138,13 @@ def read_rows(
 
 @triton.jit
 def load_decay(gates, stride_t, left, C: tl.constexpr):
-    """Log decays (C,) of rows 0 .. left - 1, zeros beyond; NaN stays NaN."""
+    """Log decays (C,) to base 2 of rows 0 .. left - 1, zeros beyond; NaN stays NaN. A state that is
+    halved by every token is so exactly, however their logarithms are added up.
+    """
     rows = tl.arange(0, C)
     g = tl.load(gates + rows.to(tl.int64) * stride_t, mask=rows < left, other=0.0).to(tl.float32)
-    return tl.where(g < LOWEST, LOWEST, g)
+    g *= LOG2E
+    return tl.where(g < LOWEST_BITS, LOWEST_BITS, g)
 
 
 @triton.jit
@@ -168,18 +175,16 @@ def exchanged(x, C: tl.constexpr):
 @triton.jit
 def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
     """Inclusive sums (C,) of a block's log decays, constant behind its last row, and their total,
-    as powers of two: a state that is halved by each token is so exactly.
+    for `decay_of`.
 
     `g` are those of its rows if there is one number a token. Zeros for a decay per channel, which
     is already in the rows, and for none.
     """
     if DECAY == CONSTANT:
         rows = tl.minimum(left, C)
-        slope *= -LOG2E
-        sums = slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
-        total = slope * rows.to(tl.float32)
+        sums = -slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
+        total = -slope * rows.to(tl.float32)
     elif DECAY == SCALAR:
-        g *= LOG2E
         sums = tl.cumsum(g, 0)
         total = tl.sum(g, 0)
     else:
@@ -189,16 +194,32 @@ def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(sums, C: tl.constexpr, BACKWARD: tl.constexpr):
+def bits_of(x, DECAY: tl.constexpr):
+    """Logarithms to base 2 of decays from sums of a block's log decays, which are natural for a
+    slope: multiples of a short one are exact.
+    """
+    if DECAY == CONSTANT:
+        x *= LOG2E
+    return x
+
+
+@triton.jit
+def decay_of(x, DECAY: tl.constexpr):
+    """Decays from sums of a block's log decays, or differences of such."""
+    return tl.exp2(bits_of(x, DECAY))
+
+
+@triton.jit
+def pair_decay(sums, C: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr):
     """The decay (C, C) between a row that reads (down) and a row that is read (across): 0 unless
     the latter is not later, or not earlier if BACKWARD.
     """
     down, across = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     gap = sums[:, None] - sums[None, :]
     if BACKWARD:
-        decay = tl.exp2(tl.where(down <= across, -gap, float("-inf")))
+        decay = decay_of(tl.where(down <= across, -gap, float("-inf")), DECAY)
     else:
-        decay = tl.exp2(tl.where(down >= across, gap, float("-inf")))
+        decay = decay_of(tl.where(down >= across, gap, float("-inf")), DECAY)
     return decay
 
 

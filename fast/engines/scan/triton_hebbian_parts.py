@@ -136,10 +136,10 @@ def backward(
     dqh = dgated = None
     if longer:
         state = None if S0 is None else S0.repeat_interleave(group, 1)
-        slopes, log_decay = _decay(lam, rho, heads, valid)
+        log_decay = _decay(lam, rho, heads, valid)
         qh, gated = units(q, valid, None, 1.0), units(k, valid, rho, eta)
         dqh, dgated, dv_inner, _, _, _, behind = triton_host.backward(
-            dy[:, :, 1:], behind, qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], slopes, log_decay,
+            dy[:, :, 1:], behind, qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], None, log_decay,
             None, None, state, None, behind, scale, block, False,
         )  # fmt: skip
         end_v = torch.cat([dv_inner, end_v], 2)
@@ -156,9 +156,11 @@ def _row(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(3)
 
 
-def _decay(
-    lam: float, like: Tensor, heads: int, valid: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Slopes and log decays of all tokens but the last."""
+def _decay(lam: float, like: Tensor, heads: int, valid: Tensor | None) -> Tensor | None:
+    """Log decays of all tokens but the last. The scan adds them up as powers of two, where those of
+    a slope would be natural ones: with lam = 1/2 nothing is rounded.
+    """
     slopes, steps = constant_decay(lam, like, heads, valid)
-    return slopes, None if steps is None else steps[:, :, :-1]
+    if slopes is not None:
+        steps = -slopes[None, :, None].expand(like.shape[0], -1, like.shape[2])
+    return None if steps is None else steps[:, :, :-1]

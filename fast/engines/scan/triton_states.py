@@ -16,8 +16,11 @@ from attnspec.fast.engines.scan.triton_common import (
     NONE,
     SCALAR,
     VANISHED,
+    VANISHED_BITS,
     VECTOR,
+    bits_of,
     block_decay,
+    decay_of,
     load_decay,
     load_weights,
     locate,
@@ -27,7 +30,7 @@ from attnspec.fast.engines.scan.triton_common import (
 )
 
 SEARCH = tl.constexpr(1024)
-"""Rows of log decays read at once to find where they have summed up to VANISHED."""
+"""Rows of log decays read at once to find where they have summed up to VANISHED_BITS."""
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def reach(gates, stride_t, slope, count, DECAY: tl.constexpr, BACKWARD: tl.const
     elif DECAY == SCALAR:
         rows = count * 0
         total = tl.full((), 0.0, tl.float32)
-        while (rows < count) & (total > VANISHED):
+        while (rows < count) & (total > VANISHED_BITS):
             more = tl.minimum(count - rows, SEARCH)
             at = count - rows - more
             if BACKWARD:
@@ -126,13 +129,15 @@ def states_kernel(
             if DECAY == SCALAR:
                 g = load_decay(gates + at * g_t, g_t, left, C)
             sums, total = block_decay(g, slope, left, C, DECAY)
-            weights = tl.exp2(sums) * scale if BACKWARD else tl.exp2(total - sums)
+            weights = decay_of(sums if BACKWARD else total - sums, DECAY)
+            if BACKWARD:
+                weights *= scale
             if INNER:
                 weights *= load_weights(inner + at * inner_t, inner_t, left, C)
             if BACKWARD or DECAY != NONE or INNER:
                 B = (B * weights[:, None]).to(B.dtype)
             if DECAY != NONE:
-                S *= tl.exp2(total)
+                S *= decay_of(total, DECAY)
         log_decay += total
         S = tl.dot(tl.trans(A), B, S, input_precision="ieee")
     rows, columns = channels[:, None], tile * BV + tl.arange(0, BV)[None, :]
@@ -142,7 +147,7 @@ def states_kernel(
         if DECAY == VECTOR:
             tl.store(decays + where * D + channels, log_decay, mask=channels < D)
         else:
-            tl.store(decays + where, log_decay)
+            tl.store(decays + where, bits_of(log_decay, DECAY))
 
 
 @triton.jit(do_not_specialize=["segments"])

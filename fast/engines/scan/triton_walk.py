@@ -18,6 +18,7 @@ from attnspec.fast.engines.scan.triton_common import (
     SCALAR,
     VECTOR,
     block_decay,
+    decay_of,
     exchanged,
     load_decay,
     load_tile,
@@ -174,8 +175,8 @@ def walk_kernel(
             if BACKWARD:
                 reading, writing = writing, sums
             P = tl.dot(Q, tl.trans(K), input_precision="ieee")
-            P *= pair_decay(sums, C, BACKWARD) * scale
-            kept = tl.exp2(writing)
+            P *= pair_decay(sums, C, DECAY, BACKWARD) * scale
+            kept = decay_of(writing, DECAY)
             if BACKWARD:
                 kept *= scale
             if INNER:
@@ -183,14 +184,14 @@ def walk_kernel(
                 P *= weights[None, :]
                 kept *= weights
             if BACKWARD:
-                Y *= tl.exp2(reading)[:, None]
+                Y *= decay_of(reading, DECAY)[:, None]
             else:
-                Y *= (tl.exp2(reading) * scale)[:, None]
+                Y *= (decay_of(reading, DECAY) * scale)[:, None]
             Y = tl.dot(P.to(X.dtype), X, Y, input_precision="ieee")
             if BACKWARD or DECAY != NONE or INNER:
                 X = (X * kept[:, None]).to(X.dtype)
             if DECAY != NONE:
-                S *= tl.exp2(total)
+                S *= decay_of(total, DECAY)
         rows_out = Y
         if OUTER:
             rows_out = Y * outer_now[:, None]
