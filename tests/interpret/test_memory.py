@@ -11,9 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from attnspec.fast.backend import launch_count
-from attnspec.fast.engines.memory import MemoryConfig, memory, scalars, use_config, weight_path
+from attnspec.fast.engines.memory import (
+    MemoryConfig,
+    memory,
+    scalars,
+    triton_deep,
+    triton_deep_walk,
+    use_config,
+    weight_path,
+)
+from attnspec.fast.engines.memory.plan import Pieces, Rates
 from attnspec.fast.linear import titans
 
 SMALL = MemoryConfig(piece=16, walk_items=512, tile=16, deep_piece=16, deep_tile=16, deep_read=16)
@@ -105,6 +116,47 @@ def test_two_layers(
     for got, expected in zip(results[1], results[0], strict=True):
         bound = loose * (1e-3 + float(expected.abs().max()))
         torch.testing.assert_close(got, expected, atol=bound, rtol=0)
+
+
+@triton.jit
+def truncated(x):
+    """float32 numbers as matrix units read them for TF32."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tf32_dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(truncated(a), truncated(b), input_precision="ieee")
+
+
+def test_queries_and_states_of_16_bits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GELU's tail, which is steep relative to its value: an error of z grows by a factor z^2."""
+    monkeypatch.setattr(triton_deep_walk, "dot", tf32_dot)
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 1, 64).half()
+    W = (-4.5 * q.mT / q.float().square().sum()).half(), torch.ones(1, 1, 1, 4).half()
+    S = tuple(0.1 * x for x in W)
+    q = q.expand(1, 1, 12, 64)
+    # Nothing is stored: what is read are the given states times coefficients.
+    rates = [torch.zeros(1, 1, 12).half(), *(torch.rand(2, 1, 1, 12).half() / 8)]
+    expected = memory(
+        [w.double() for w in W], [s.double() for s in S], q.double(), q[..., :4].double(),
+        q.double(), [x.double() for x in rates], 16,
+    )[0]  # fmt: skip
+    y = memory(W, S, q, q[..., :4], q, rates, 16, backend="triton")[0]
+    torch.testing.assert_close(y.double(), expected, atol=0, rtol=2.0**-8)
+
+
+def test_tiles_of_16_bit_inputs_have_sides_of_32() -> None:
+    """Smaller products in TF32 are wrong on Hopper: see `least_side`."""
+    for dtype, least in ((torch.float16, 32), (torch.float32, 16)):
+        k, v, rate = (torch.zeros(1, 1, 3, n, dtype=dtype) for n in (5, 7, 1))
+        rates = Rates.of(*[rate[..., 0]] * 3, None, torch.float32)
+        pieces = Pieces(3, 1, least)
+        with use_config(MemoryConfig()):
+            call = triton_deep.Two.of_inputs((5, 3, 7), pieces, k, v, k, rates, 2.0, False)
+        for options in (call.owning(), call.going_through()):
+            assert {options[side] for side in ("BD", "BV", "BH")} == {least}
 
 
 def test_rows_apart_and_no_tokens() -> None:

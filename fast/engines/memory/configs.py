@@ -52,7 +52,6 @@ DEEP = (
     MemoryConfig(),
     MemoryConfig(deep_tile=32),
     MemoryConfig(deep_tile=32, deep_warps=4),
-    MemoryConfig(deep_read=16),
     MemoryConfig(deep_stages=1),
     MemoryConfig(deep_piece=32, deep_tile=32, deep_warps=4),
 )
@@ -115,6 +114,15 @@ def deep_config(itemsize: int, hopper: bool, widest: int) -> MemoryConfig:
     kind = "16-bit" if itemsize < 4 and hopper else "32-bit"
     key = ("deep", kind, "wide") if widest > 64 else ("deep", kind)
     return TABLE.forced() or TABLE.choose(*key)
+
+
+def least_side(itemsize: int) -> int:
+    """The least side of a tile, for a memory of two layers.
+
+    Products of 16-bit inputs are in TF32. From such products over 16 numbers, outside a loop, ptxas
+    12.8 has made descriptors of shared memory of registers that held something else.
+    """
+    return 16 if itemsize >= 4 else 32
 
 
 use_config = TABLE.use

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.memory import dense, dense_gradients
-from attnspec.fast.engines.memory.configs import config, deep_config
+from attnspec.fast.engines.memory.configs import config, deep_config, least_side
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.operation import operation
 
@@ -43,7 +43,8 @@ def _pieces(k: Tensor, widths: list[int], b: int, backend: str) -> Pieces:
     kind = k.element_size(), _hopper(k)
     widest = max(widths[0], widths[-1])
     size = config(*kind).piece if linear else deep_config(*kind, widest).deep_piece
-    return Pieces(k.shape[2], b, min(size, max(16, 1 << (needed - 1).bit_length())))
+    least = 16 if linear else least_side(k.element_size())
+    return Pieces(k.shape[2], b, min(size, max(least, 1 << (needed - 1).bit_length())))
 
 
 def _deep(

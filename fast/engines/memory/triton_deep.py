@@ -16,16 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from attnspec.fast.engines.memory.configs import MemoryConfig, deep_config
+from attnspec.fast.engines.memory.configs import MemoryConfig, deep_config, least_side
 from attnspec.fast.engines.memory.dense import GROUP
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.memory.triton_deep_walk import begin_kernel, read_kernel, step_kernel
 from attnspec.fast.engines.memory.triton_scalars import scalars
 from attnspec.fast.engines.prepared import Repeated
-
-
-def _power(n: int) -> int:
-    return max(16, int(triton.next_power_of_2(n)))
 
 
 def padded(n: int) -> int:
@@ -58,6 +54,7 @@ class Two:
     of: Scalars
     loss_scale: float
     precision: str
+    least: int
     cfg: MemoryConfig
 
     @classmethod
@@ -71,7 +68,8 @@ class Two:
         d, hidden, dv = map(padded, widths)
         return cls(
             widths, (d, hidden, dv), pieces, in_rows(k), in_rows(v), in_rows(q),
-            scalars(rates, pieces, before), loss_scale, "ieee" if wide else "tf32", cfg,
+            scalars(rates, pieces, before), loss_scale, "ieee" if wide else "tf32",
+            least_side(k.element_size()), cfg,
         )  # fmt: skip
 
     @property
@@ -82,15 +80,19 @@ class Two:
     def group(self) -> int:
         return self.q.shape[0] // max(1, self.memories)
 
+    def tile(self, width: int) -> int:
+        """A side of a tile that holds so many channels."""
+        return max(self.least, int(triton.next_power_of_2(width)))
+
     @property
     def hidden(self) -> int:
         """Hidden channels that a program owns."""
-        return min(self.cfg.deep_tile, _power(self.widths[1]))
+        return min(self.cfg.deep_tile, self.tile(self.widths[1]))
 
     @property
     def reading(self) -> int:
         """As many for kernels that go through them all."""
-        return min(self.cfg.deep_read, _power(self.widths[1]))
+        return min(self.cfg.deep_read, self.tile(self.widths[1]))
 
     @property
     def tiles(self) -> int:
@@ -154,10 +156,22 @@ class Two:
             "size": p.size, "memories": self.memories,
         }  # fmt: skip
 
-    def options(self, stages: int, hidden: int) -> dict[str, Any]:
+    def owning(self) -> dict[str, Any]:
+        """Options of kernels whose programs own hidden channels."""
+        return self._options(1, self.hidden)
+
+    def going_through(self) -> dict[str, Any]:
+        """Options of kernels that go through all hidden channels, and how many there are.
+
+        That number is no constant: a loop of one turn would be none, and from such code ptxas 12.8
+        has made descriptors of shared memory of a register that it had never written.
+        """
+        return self._options(self.cfg.deep_stages, self.reading) | {"hidden": self.widths[1]}
+
+    def _options(self, stages: int, hidden: int) -> dict[str, Any]:
         d, width, dv = self.widths
         return {
-            "D": d, "DV": dv, "HIDDEN": width, "BD": _power(d), "BV": _power(dv),
+            "D": d, "DV": dv, "HIDDEN": width, "BD": self.tile(d), "BV": self.tile(dv),
             "BH": hidden, "C": self.pieces.size, "PRECISION": self.precision,
             "num_warps": self.cfg.deep_warps, "num_stages": stages,
         }  # fmt: skip
@@ -174,7 +188,7 @@ class Group:
         self.Z, self.H, self.D1 = (call.columns(slots, hidden) for _ in range(3))
         self.D2 = call.columns(slots, dv)
         of, programs, place = call.of, call.memories * call.tiles, call.place()
-        options = call.options(1, call.hidden)
+        options = call.owning()
         parts = call.empty(2, call.memories, call.tiles, dv, call.pieces.size)
         self._begin = Repeated(
             begin_kernel, programs, k=call.k, W=self.W, Z=self.Z, H=self.H, parts=parts,
@@ -229,7 +243,7 @@ def forward(
     read = Repeated(
         read_kernel, 0, k=call.k, q=call.q, W=group.W, S=group.S, H=group.H, D1=group.D1,
         D2=group.D2, rows=call.of.rows, G=call.of.G, y=y, many=0, group=call.group, **call.place(),
-        **call.options(call.cfg.deep_stages, call.reading),
+        **call.going_through(),
     )  # fmt: skip
     last_W, last_S = call.spread(W), call.spread(S)
     base = last_W if group.long else None

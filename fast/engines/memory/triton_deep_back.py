@@ -56,7 +56,7 @@ class Back:
         parts = call.empty(2, call.memories, call.tiles, dv_width, p.size)
         of, programs, place = call.of, call.memories * call.tiles, call.place()
         W, Z, H, D1, D2 = group.W, group.Z, group.H, group.D1, group.D2
-        walk, still = call.options(1, call.hidden), call.options(call.cfg.deep_stages, call.reading)
+        walk, still = call.owning(), call.going_through()
         errors: dict[str, Any] = {
             "k": call.k, "W": W, "Z": Z, "H": H, "dW": self.dW, "dS": self.dS,
             "RD1": self.sums["dD1"], "dD1": dD1, "dback": dback, "parts": parts, "end_n": of.end_n,

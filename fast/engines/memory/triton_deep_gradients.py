@@ -49,9 +49,9 @@ def begin_back(
     K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     dW1 = tl.load(dW + behind + one, mask=in_one, other=0.0)
     error = tokens_tile(RD1, line, low, HIDDEN, BH, C)
-    error -= dot(tl.trans(dW1), G * K_T, PRECISION)
+    error -= G * dot(tl.trans(dW1), K_T, PRECISION)
     dS1 = tl.load(dS + behind + one, mask=in_one, other=0.0)
-    error -= dot(tl.trans(dS1), other * K_T, PRECISION)
+    error -= other * dot(tl.trans(dS1), K_T, PRECISION)
     store_tokens(dD1, line, error, low, HIDDEN, BH, C)
     error *= gelu_slope(tokens_tile(Z, line, low, HIDDEN, BH, C))
     store_tokens(dback, line, error, low, HIDDEN, BH, C)
@@ -59,9 +59,9 @@ def begin_back(
     part = dot(tl.trans(base_two), error, PRECISION)
     h = tokens_tile(H, line, low, HIDDEN, BH, C)
     dW2 = tl.load(dW + behind + two, mask=in_two, other=0.0)
-    part -= dot(tl.trans(dW2), G * h, PRECISION)
+    part -= G * dot(tl.trans(dW2), h, PRECISION)
     dS2 = tl.load(dS + behind + two, mask=in_two, other=0.0)
-    part -= dot(tl.trans(dS2), other * h, PRECISION)
+    part -= other * dot(tl.trans(dS2), h, PRECISION)
     own = (slot % 2 * memories + memory) * tiles + low // BH
     store_tokens(parts, own, part, 0, DV, BV, C)
 
@@ -162,7 +162,7 @@ def step_back_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def keys_back_kernel(
     k, W, S, H, D1, D2, dW, dS, RK, dz, dk, dend, dend_n, dend_G, end_n, end_G, first, many, tokens,
-    b, per, count, size, memories,
+    b, per, count, size, memories, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +185,7 @@ def keys_back_kernel(
     dbeta = tl.zeros((), tl.float32)
     dm = tl.zeros((), tl.float32)
     df = tl.zeros((), tl.float32)
-    for low in range(0, HIDDEN, BH):
+    for low in range(0, hidden, BH):
         one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
         delta = tokens_tile(D1, line, low, HIDDEN, BH, C)
         x = tl.load(dW + behind + one, mask=in_one, other=0.0)

@@ -27,7 +27,7 @@ from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 @triton.jit(do_not_specialize=RUNTIME)
 def read_back_kernel(
     k, q, dy, W, S, H, D1, D2, rows, G, pairs, h, dA, drows, dG, dD2, first, many, tokens, b, per,
-    count, size, memories, group,
+    count, size, memories, group, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def read_back_kernel(
     df = tl.zeros((C,), tl.float32)
     weights = W + (line + memories) * N
     momentum = S + line * N
-    for low in range(0, HIDDEN, BH):
+    for low in range(0, hidden, BH):
         one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
         W1 = tl.load(weights + one, mask=in_one, other=0.0)
         S1 = tl.load(momentum + one, mask=in_one, other=0.0)
@@ -139,7 +139,7 @@ def shares_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def queries_back_kernel(
     k, q, W, S, D1, rows, G, dA, dq, drows, dG, dK, first, many, tokens, b, per, count, size,
-    memories, group,
+    memories, group, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,7 @@ def queries_back_kernel(
     dscores = tl.zeros((C, C), tl.float32)
     in_W = tl.zeros((BD, C), tl.float32)
     in_S = tl.zeros((BD, C), tl.float32)
-    for low in range(0, HIDDEN, BH):
+    for low in range(0, hidden, BH):
         one, in_one, _two, _in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
         x = tokens_tile(dA, place, low, HIDDEN, BH, C)
         dscores -= dot(tl.trans(tokens_tile(D1, line, low, HIDDEN, BH, C)), x, PRECISION)

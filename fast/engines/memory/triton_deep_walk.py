@@ -21,7 +21,7 @@ import triton.language as tl
 from attnspec.fast.engines.memory.triton_scalars import PLACE, locate
 from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 
-RUNTIME = [*PLACE, "memories", "first", "i", "many"]
+RUNTIME = [*PLACE, "memories", "first", "i", "many", "hidden"]
 
 
 @triton.jit
@@ -205,6 +205,7 @@ def step_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def read_kernel(
     k, q, W, S, H, D1, D2, rows, G, y, first, many, tokens, b, per, count, size, memories, group,
+    hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -224,16 +225,15 @@ def read_kernel(
     Q_T = tl.trans(rows_tile(q + own * tokens * D, D, start, length, 0, D, C, BD))
     K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
     pairs = dot(K, Q_T, PRECISION) * weight
-    of_W, of_S = beta * Q_T, f * Q_T
     scores = tl.zeros((C, C), tl.float32)
     Y = tl.zeros((BV, C), tl.float32)
     weights = W + (line + memories) * N
     momentum = S + line * N
-    for low in range(0, HIDDEN, BH):
+    for low in range(0, hidden, BH):
         one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
         W1 = tl.load(weights + one, mask=in_one, other=0.0)
         S1 = tl.load(momentum + one, mask=in_one, other=0.0)
-        A = dot(tl.trans(W1), of_W, PRECISION) + dot(tl.trans(S1), of_S, PRECISION)
+        A = beta * dot(tl.trans(W1), Q_T, PRECISION) + f * dot(tl.trans(S1), Q_T, PRECISION)
         A -= dot(tokens_tile(D1, line, low, HIDDEN, BH, C), pairs, PRECISION)
         h = gelu(A)
         scores += dot(tl.trans(tokens_tile(H, line, low, HIDDEN, BH, C)), h, PRECISION)
