@@ -15,6 +15,8 @@ NONE = tl.constexpr(0)
 CONSTANT = tl.constexpr(1)
 SCALAR = tl.constexpr(2)
 VECTOR = tl.constexpr(3)
+BITS = tl.constexpr(4)
+"""One number a token, whose logarithm is to base 2."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-120.0)
@@ -137,14 +139,12 @@ def read_rows(
 
 
 @triton.jit
-def load_decay(gates, stride_t, left, C: tl.constexpr):
-    """Log decays (C,) to base 2 of rows 0 .. left - 1, zeros beyond; NaN stays NaN. A state that is
-    halved by every token is so exactly, however their logarithms are added up.
-    """
+def load_decay(gates, stride_t, left, C: tl.constexpr, DECAY: tl.constexpr):
+    """Log decays (C,) of rows 0 .. left - 1, zeros beyond; NaN stays NaN."""
+    lowest: tl.constexpr = LOWEST_BITS if DECAY == BITS else LOWEST
     rows = tl.arange(0, C)
     g = tl.load(gates + rows.to(tl.int64) * stride_t, mask=rows < left, other=0.0).to(tl.float32)
-    g *= LOG2E
-    return tl.where(g < LOWEST_BITS, LOWEST_BITS, g)
+    return tl.where(g < lowest, lowest, g)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
         rows = tl.minimum(left, C)
         sums = -slope * tl.minimum(tl.arange(0, C) + 1, rows).to(tl.float32)
         total = -slope * rows.to(tl.float32)
-    elif DECAY == SCALAR:
+    elif (DECAY == SCALAR) | (DECAY == BITS):
         sums = tl.cumsum(g, 0)
         total = tl.sum(g, 0)
     else:
@@ -195,10 +195,10 @@ def block_decay(g, slope, left, C: tl.constexpr, DECAY: tl.constexpr):
 
 @triton.jit
 def bits_of(x, DECAY: tl.constexpr):
-    """Logarithms to base 2 of decays from sums of a block's log decays, which are natural for a
-    slope: multiples of a short one are exact.
+    """Logarithms to base 2 of decays from sums of log decays as they came in: what is exact there,
+    such as multiples of a short slope or of a bit, is not rounded before.
     """
-    if DECAY == CONSTANT:
+    if DECAY != BITS:
         x *= LOG2E
     return x
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan import triton_host
-from attnspec.fast.engines.scan.hebbian import constant_decay
 from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import floored, real_rows
+from attnspec.fast.engines.scan.triton_trace import bits_lost, floored, real_rows
 from attnspec.fast.engines.scan.triton_units import rows_of, units, units_backward
 
 PART = 32
@@ -136,11 +135,11 @@ def backward(
     dqh = dgated = None
     if longer:
         state = None if S0 is None else S0.repeat_interleave(group, 1)
-        log_decay = _decay(lam, rho, heads, valid)
+        log_decay = _log_decay(lam, rho, heads, valid)
         qh, gated = units(q, valid, None, 1.0), units(k, valid, rho, eta)
         dqh, dgated, dv_inner, _, _, _, behind = triton_host.backward(
             dy[:, :, 1:], behind, qh[:, :, 1:], gated[:, :, :-1], v[:, :, :-1], None, log_decay,
-            None, None, state, None, behind, scale, block, False,
+            None, None, state, None, behind, scale, block, False, bits=True,
         )  # fmt: skip
         end_v = torch.cat([dv_inner, end_v], 2)
     if S0 is not None:
@@ -156,11 +155,13 @@ def _row(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(3)
 
 
-def _decay(lam: float, like: Tensor, heads: int, valid: Tensor | None) -> Tensor | None:
-    """Log decays of all tokens but the last. The scan adds them up as powers of two, where those of
-    a slope would be natural ones: with lam = 1/2 nothing is rounded.
+def _log_decay(lam: float, like: Tensor, heads: int, valid: Tensor | None) -> Tensor | None:
+    """Logarithms of decays to base 2 (batch, heads, tokens - 1), of all tokens but the last: their
+    sums are exact for lam = 1/2.
     """
-    slopes, steps = constant_decay(lam, like, heads, valid)
-    if slopes is not None:
-        steps = -slopes[None, :, None].expand(like.shape[0], -1, like.shape[2])
-    return None if steps is None else steps[:, :, :-1]
+    if lam == 1:
+        return None
+    step = like.new_full((), -bits_lost(lam))
+    if valid is None:
+        return step.expand(like.shape[0], heads, like.shape[2] - 1)
+    return torch.where(valid, step, 0.0)[:, None, :-1].expand(-1, heads, -1)

@@ -7,7 +7,6 @@ Decays are powers of a constant: their exponents are counts of real tokens, whic
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import memory_config
 from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power
 from attnspec.fast.engines.scan.triton_states import chain_kernel
-from attnspec.fast.engines.scan.triton_trace import FORGETS, floored, real_rows
+from attnspec.fast.engines.scan.triton_trace import bits_lost, floored, real_rows
 
 VARYING = [
     "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "one_b",
@@ -224,12 +223,12 @@ class Cut:
         self.segments = -(-tokens // self.length)
         self.cuts = lines * self.segments
         self.how = access(*tensors)
-        bits = min(-math.log2(lam), FORGETS) if lam > 0 else FORGETS
         placed = (k, 0, 0) if valid is None else (valid, *valid.stride())
         self.arguments: dict[str, Any] = {
             **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
             "rho": rho.contiguous(), "tokens": tokens, "length": self.length,
-            "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta, "bits": -bits,
+            "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta,
+            "bits": -bits_lost(lam),
             "D": self.d, "DV": self.dv, "BD": self.width(self.d), "VALID": valid is not None,
             "ACCESS": self.how,
         }  # fmt: skip

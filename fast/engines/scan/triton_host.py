@@ -145,9 +145,10 @@ def backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     log_decay: Tensor | None, reads: Tensor | None, writes: Tensor | None, state: Tensor | None,
     offsets: Tensor | None, final: Tensor, scale: float, block: int, decay_gradient: bool,
+    bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradients of the decay (empty unless wanted), of reads and writes (empty
-    where there are none) and of the initial state.
+    where there are none) and of the initial state. `bits` says that log decays are to base 2.
     """
     if narrow(q, v):
         d, dv_width = q.shape[3], v.shape[3]
@@ -155,7 +156,7 @@ def backward(
         dq, dk, dv, ddecay, dreads, dwrites, dstate = backward(
             padded(do), padded_state(dfinal), padded(q), padded(k), padded(v), slopes,
             padded_decay(log_decay), reads, writes, start, offsets, padded_state(final), scale,
-            block, decay_gradient,
+            block, decay_gradient, bits,
         )  # fmt: skip
         ddecay = _first(ddecay, d) if ddecay.dim() == 4 else ddecay
         return (
@@ -164,8 +165,9 @@ def backward(
         )  # fmt: skip
     do, q, k, v = tiled(do, q, k, v)
     call = Call.plan(
-        q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient
-    )
+        q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient,
+        bits=bits,
+    )  # fmt: skip
     dfinal = dfinal.contiguous()
     dstate = call.last_states(dfinal, offsets)
     given = slopes if slopes is not None else log_decay

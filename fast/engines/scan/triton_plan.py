@@ -17,7 +17,7 @@ from attnspec.fast.engines.scan.triton_pairs import pairs_kernel, steep_pairs_ke
 from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
 
-NONE, CONSTANT, SCALAR, VECTOR = range(4)
+NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
 
 
 @cache
@@ -83,17 +83,18 @@ class Call:
     def plan(
         cls, q: Tensor, v: Tensor, heads: int, slopes: Tensor | None, log_decay: Tensor | None,
         offsets: Tensor | None, scale: float, block: int, *, segment: int | None = None,
-        gradient: bool = False, follows: bool = False,
+        gradient: bool = False, follows: bool = False, bits: bool = False,
     ) -> Call:  # fmt: skip
         """`segment` fixes the rows of a segment; `gradient` if a decay's gradient is wanted;
-        `follows` if the launches are to be recorded.
+        `follows` if the launches are to be recorded; `bits` if log decays a token are to base 2.
         """
         batch, _, tokens, d = q.shape
         decay, gates = NONE, None
         if slopes is not None:
             decay, gates = CONSTANT, slopes.to(torch.float32).contiguous()
         elif log_decay is not None:
-            decay, gates = (SCALAR if log_decay.dim() == 3 else VECTOR), log_decay
+            scalar = BITS if bits else SCALAR
+            decay, gates = (scalar if log_decay.dim() == 3 else VECTOR), log_decay
         processors, hopper = device_of(q)
         cfg = config(q.element_size(), d, hopper)
         rows = min(cfg.most, power(block)) if block else cfg.block

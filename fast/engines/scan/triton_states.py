@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import (
+    BITS,
     CONSTANT,
-    LOG2E,
     NONE,
     SCALAR,
     VANISHED,
@@ -30,7 +30,7 @@ from attnspec.fast.engines.scan.triton_common import (
 )
 
 SEARCH = tl.constexpr(1024)
-"""Rows of log decays read at once to find where they have summed up to VANISHED_BITS."""
+"""Rows of log decays read at once to find where they have summed up to VANISHED."""
 
 
 @triton.jit
@@ -40,15 +40,17 @@ def reach(gates, stride_t, slope, count, DECAY: tl.constexpr, BACKWARD: tl.const
     if DECAY == CONSTANT:
         far = -VANISHED / tl.maximum(slope, 1e-30)
         rows = tl.minimum(far, count.to(tl.float32)).to(tl.int32) + 1
-    elif DECAY == SCALAR:
+    elif (DECAY == SCALAR) | (DECAY == BITS):
+        vanished: tl.constexpr = VANISHED_BITS if DECAY == BITS else VANISHED
         rows = count * 0
         total = tl.full((), 0.0, tl.float32)
-        while (rows < count) & (total > VANISHED_BITS):
+        while (rows < count) & (total > vanished):
             more = tl.minimum(count - rows, SEARCH)
             at = count - rows - more
             if BACKWARD:
                 at = rows
-            total += tl.sum(load_decay(gates + at.to(tl.int64) * stride_t, stride_t, more, SEARCH))
+            g = load_decay(gates + at.to(tl.int64) * stride_t, stride_t, more, SEARCH, DECAY)
+            total += tl.sum(g)
             rows += more
     return tl.minimum(rows, count)
 
@@ -95,7 +97,7 @@ def states_kernel(
     slope = 0.0
     if DECAY == CONSTANT:
         slope = tl.load(gates + head)
-    if DECAY == SCALAR:
+    if (DECAY == SCALAR) | (DECAY == BITS):
         gates += batch * g_b + head * g_h + start * g_t
     if INNER:
         inner += batch * inner_b + head // inner_group * inner_h + start * inner_t
@@ -122,12 +124,11 @@ def states_kernel(
         if DECAY == VECTOR:
             block = (segment.to(tl.int64) * blocks_per_segment + i) * heads + head
             total = tl.load(totals + block * D + channels, mask=channels < D, other=0.0)
-            total *= LOG2E
-            S *= tl.exp2(total)[:, None]
+            S *= decay_of(total, DECAY)[:, None]
         else:
             g = tl.zeros((C,), tl.float32)
-            if DECAY == SCALAR:
-                g = load_decay(gates + at * g_t, g_t, left, C)
+            if (DECAY == SCALAR) | (DECAY == BITS):
+                g = load_decay(gates + at * g_t, g_t, left, C, DECAY)
             sums, total = block_decay(g, slope, left, C, DECAY)
             weights = decay_of(sums if BACKWARD else total - sums, DECAY)
             if BACKWARD:
@@ -145,7 +146,7 @@ def states_kernel(
     tl.store(states + where * D * DV + rows * DV + columns, S, mask=inside)
     if tile == 0:
         if DECAY == VECTOR:
-            tl.store(decays + where * D + channels, log_decay, mask=channels < D)
+            tl.store(decays + where * D + channels, bits_of(log_decay, DECAY), mask=channels < D)
         else:
             tl.store(decays + where, bits_of(log_decay, DECAY))
 

@@ -31,6 +31,11 @@ FORGETS = 1e4
 """Bits of decay that stand for a decay of 0: exp2 of it is 0, and 0 times it is 0."""
 
 
+def bits_lost(kept: float) -> float:
+    """Bits of decay of a state of which a token keeps a share."""
+    return min(-math.log2(kept), FORGETS) if kept > 0 else FORGETS
+
+
 @triton.jit
 def floored(norm):
     """A norm, or the floor if that is larger; NaN stays NaN."""
@@ -310,9 +315,8 @@ class Pass:
         self.tiles = self.segments * (length // rows)
         given = (k, 0, 0) if valid is None else (valid, *valid.stride())
         self.keys = (k, *k.stride(), *given)
-        bits = min(-math.log2(mu), FORGETS) if mu > 0 else FORGETS
         self.sizes = (tokens, heads, length, self.segments, d)
-        self.decay = (mu, 1.0 - mu, -bits)
+        self.decay = (mu, 1.0 - mu, -bits_lost(mu))
         self.options: dict[str, Any] = {
             "ROWS": rows, "BD": width, "VALID": valid is not None, "ALIGNED": aligned(k),
             "num_warps": 1,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import (
+    BITS,
     CONSTANT,
     NONE,
     SCALAR,
@@ -56,8 +57,8 @@ def numbers(
     at = tl.cast(i, tl.int64) * C
     g = tl.zeros((C,), tl.float32)
     read, written = g, g
-    if DECAY == SCALAR:
-        g = load_decay(gates + at * g_t, g_t, left, C)
+    if (DECAY == SCALAR) | (DECAY == BITS):
+        g = load_decay(gates + at * g_t, g_t, left, C, DECAY)
     if INNER:
         written = load_weights(inner + at * inner_t, inner_t, left, C)
     if OUTER:
@@ -119,7 +120,7 @@ def walk_kernel(
     slope = 0.0
     if DECAY == CONSTANT:
         slope = tl.load(gates + head)
-    if DECAY == SCALAR:
+    if (DECAY == SCALAR) | (DECAY == BITS):
         gates += batch * g_b + head * g_h + start * g_t
     if INNER:
         inner += batch * inner_b + head // inner_group * inner_h + start * inner_t
@@ -164,11 +165,11 @@ def walk_kernel(
             if TRANSPOSED:
                 channels = tile * BV + tl.arange(0, BV)
                 total = tl.load(totals + block * V + channels, mask=channels < V, other=0.0)
-                S *= tl.exp(total)[None, :]
+                S *= decay_of(total, DECAY)[None, :]
             else:
                 channels = tl.arange(0, BR)
                 total = tl.load(totals + block * R + channels, mask=channels < R, other=0.0)
-                S *= tl.exp(total)[:, None]
+                S *= decay_of(total, DECAY)[:, None]
         else:
             sums, total = block_decay(g, slope, left, C, DECAY)
             reading, writing = sums, total - sums
