@@ -174,8 +174,8 @@ def softplus_rows_kernel(
     MASKED: tl.constexpr = key_mask is not None or mask is not None
     all_rows = q_tokens
     place, walk, lengths = plan_rows(
-        tiles, sequences, section, 0, None, None, None, q_tokens, k_tokens, None, None, None,
-        None, key_bounds, None, None, None, 0, 0, 0, 0, 0,
+        tl.program_id(0), tiles, sequences, section, 0, None, None, None, q_tokens, k_tokens, None,
+        None, None, None, key_bounds, None, None, None, 0, 0, 0, 0, 0,
         HEADS, ROWS, KEYS, 0, 0, CAUSAL, ALL_EDGE,
     )  # fmt: skip
     b, h, _, _, k_tokens, first, stop, shift = place
