@@ -12,11 +12,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnspec.fast.backend import choose_by_dtype
-from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.scan import MEMORY, use_config
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 from attnspec.fast.linear.synaptic_resonance_decode import (
@@ -35,7 +33,7 @@ from attnspec.fast.linear.synaptic_resonance_memory import (
     remember,
     resonate,
 )
-from attnspec.fast.linear.synaptic_resonance_whole import resonance
+from attnspec.fast.linear.synaptic_resonance_whole import attend_real, resonance
 
 __all__ = [
     "State",
@@ -88,20 +86,6 @@ def synaptic_resonance(
         numbers: dict[str, Any] = {"eta": eta, "lam": lam, "mu": mu, "beta": beta}
         return resonance(q, k, v, S0, c0, valid, **numbers, window=window)
     rho, c = resonate(k, mu, valid, c0, backend)
-    o = _softmax(q, k, v, window, valid, backend)
+    o, _ = attend_real(q, k, v, valid, window, backend)
     y, S = remember(q, k, v, rho, eta, lam, S0, valid, backend, onto=o, share=beta)
     return y, (S, c)
-
-
-def _softmax(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None, backend: str | None
-) -> Tensor:
-    """Causal attention to the real tokens, or to the last `window` of them."""
-    if valid is None or window is None:
-        return flash(q, k, v, causal=True, window=window, key_mask=valid, backend=backend)[0]
-    # A window counts places: real tokens are moved together, padding behind them is never seen.
-    order = torch.argsort(valid.logical_not().to(torch.int8), dim=1, stable=True)
-    packed = (torch.take_along_dim(x, order[:, None, :, None], 2) for x in (q, k, v))
-    o = flash(*packed, causal=True, window=window, backend=backend)[0]
-    place = (valid.cumsum(1) - 1).clamp(min=0)
-    return torch.take_along_dim(o, place[:, None, :, None], 2)

@@ -39,11 +39,7 @@ def run_resonance(
     """y, S, c and, for the gradient, attention's output and lse, and rho."""
     with torch.no_grad():
         rho, c = run_trace(k, valid, c0, mu)
-        packing = _packing(valid, window)
-        masked = valid if packing is None else None
-        Q, K, V = _gather(packing, 0, q, k, v)
-        o, lse = flash(Q, K, V, causal=True, window=window, key_mask=masked, backend="triton")
-        (o,) = _gather(packing, 1, o)
+        o, lse = attend_real(q, k, v, valid, window, "triton")
         y, S = run_hebbian(q, k, v, rho, S0, valid, o, eta, lam, beta, 0)
     return y, S, c, o, lse, rho
 
@@ -97,6 +93,19 @@ def _(
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dS.new_empty(dS.shape),
         dc.new_empty(dc.shape),
     )  # fmt: skip
+
+
+def attend_real(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention to the real tokens, or the last `window` of them; and the lse of tokens as
+    they were packed.
+    """
+    packing = _packing(valid, window)
+    masked = valid if packing is None else None
+    Q, K, V = _gather(packing, 0, q, k, v)
+    o, lse = flash(Q, K, V, causal=True, window=window, key_mask=masked, backend=backend)
+    return _gather(packing, 1, o)[0], lse
 
 
 def _packing(valid: Tensor | None, window: int | None) -> tuple[Tensor, Tensor] | None:
