@@ -8,7 +8,6 @@ to permute its heads once. A window over all of the text is plain causal attenti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -128,13 +127,20 @@ def moa_attend(
     T, kv_heads = q.shape[2], k.shape[1]
     group = q.shape[1] // kv_heads
     plan = check_plan(s, c, kv_heads, block if in_blocks else 1)
-    heads_of: dict[tuple[int, int], list[int]] = {}
-    for head, (static, local) in enumerate(zip(*plan, strict=True)):
+    runs: list[tuple[tuple[int, int], int]] = []
+    for static, local in zip(*plan, strict=True):
         rule = (static, local) if static + local < T else (0, T)
-        heads_of.setdefault(rule, []).append(head)
-    outs: list[Tensor] = [q] * kv_heads
-    lses: list[Tensor] = [q] * kv_heads
-    for (static, local), heads in sorted(heads_of.items(), key=lambda item: -sum(item[0])):
+        if runs and runs[-1][0] == rule:
+            runs[-1] = (rule, runs[-1][1] + group)
+        else:
+            runs.append((rule, group))
+    # Split, not sliced: the gradient of all parts is one concatenation.
+    sizes = [size for _, size in runs]
+    kv_sizes = [size // group for size in sizes]
+    parts = list(zip(q.split(sizes, 1), k.split(kv_sizes, 1), v.split(kv_sizes, 1), strict=True))
+    outs: list[Tensor] = [q] * len(runs)
+    lses: list[Tensor] = [q] * len(runs)
+    for static, local in sorted({rule for rule, _ in runs}, key=lambda rule: (-sum(rule), rule)):
         options: dict[str, Any] = {"causal": True, "scale": scale, "backend": backend}
         if local < T and not in_blocks:
             options |= {"window": local, "sinks": static}
@@ -142,28 +148,17 @@ def moa_attend(
             row = torch.arange(T, dtype=torch.int32, device=q.device) // block
             starts = ((row + (1 - local // block)) * block).clamp(min=0)
             options |= {"row_start": starts, "sinks": static}
-        if len(heads) == kv_heads:
-            return flash(q, k, v, **options)
-        keys, values = _heads(k, heads, 1), _heads(v, heads, 1)
-        out, lse = flash(_heads(q, heads, group), keys, values, **options)
-        for n, head in enumerate(heads):
-            own = slice(n * group, (n + 1) * group)
-            outs[head], lses[head] = out[:, own], lse[:, own]
+        own = [n for n, (rule, _) in enumerate(runs) if rule == (static, local)]
+        Q, K, V = (_joined([parts[n][i] for n in own]) for i in range(3))
+        out, lse = flash(Q, K, V, **options)
+        if len(runs) == 1:
+            return out, lse
+        lengths = [sizes[n] for n in own]
+        for n, o, log_sum in zip(own, out.split(lengths, 1), lse.split(lengths, 1), strict=True):
+            outs[n], lses[n] = o, log_sum
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
-def _heads(x: Tensor, heads: list[int], group: int) -> Tensor:
-    """The groups of ascending `heads` of x (batch, kv_heads * group, ...): a view if they touch."""
-    parts = [x[:, first * group : last * group] for first, last in _runs(heads)]
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Heads side by side: no copy of one part alone."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """The ranges [first, last) that ascending `numbers` consist of."""
-    runs: list[tuple[int, int]] = []
-    for n in numbers:
-        if runs and runs[-1][1] == n:
-            runs[-1] = (runs[-1][0], n + 1)
-        else:
-            runs.append((n, n + 1))
-    return runs
