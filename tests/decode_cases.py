@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ def plain(
     lengths: Tensor | None = None,
     causal: bool = True,
     index: Tensor | None = None,
+    counts: Tensor | None = None,
     page: int = 1,
     block_table: Tensor | None = None,
     bias: Tensor | None = None,
@@ -57,6 +58,9 @@ def plain(
         keys = torch.arange(room)
         if index is not None:
             entries = index[b, head].long()[:, None]
+            if counts is not None:
+                listed = torch.arange(len(entries))[:, None] < counts[b, head]
+                entries = torch.where(listed, entries, -1)
             keys = torch.where(entries < 0, room, entries * page + torch.arange(page)).reshape(-1)
         extra = torch.zeros(len(keys)) if bias is None else bias[b, head]
         seen = (keys < length) & (extra > -INF)
@@ -91,7 +95,9 @@ def ragged(*lengths: int, heads: bool = False, sink: bool = False, **options: An
     return Case(q, k, v, {"lengths": n, **options}, unread)
 
 
-def gathered(page: int, with_bias: bool = False) -> Case:
+def gathered(
+    page: int, with_bias: bool = False, counts: Sequence[int] | None = None, **how: Any
+) -> Case:
     """Unsorted pages, -1 among them, some beyond the length; one list chooses nothing."""
     q, k, v = draw(2, 4, 2, 2, 128, 16, 16)
     entries = min(11, 128 // page)
@@ -99,13 +105,17 @@ def gathered(page: int, with_bias: bool = False) -> Case:
     index = index.view(2, 2, entries).int()
     index[0, 0, entries // 3] = -1
     index[1, 1] = -1
-    options = {"index": index, "page": page, "lengths": torch.tensor([50, 127]), "workers": 3}
+    options = {"index": index, "page": page, "lengths": torch.tensor([50, 127])}
+    options |= {"workers": 3, **how}
     if with_bias:
         options["bias"] = torch.randn(2, 2, entries * page)
         options["bias"][0, 1, 2] = -INF
     unread = torch.ones(2, 2, 128, dtype=torch.bool)
+    if counts is not None:
+        options["counts"] = torch.tensor(counts).view(2, 2)
     for b, head in np.ndindex(2, 2):
-        for entry in index[b, head].tolist():
+        end = None if counts is None else max(counts[2 * b + head], 0)
+        for entry in index[b, head, :end].tolist():
             unread[b, head, entry * page : (entry + 1) * page] &= entry < 0
     return Case(q, k, v, options, unread)
 
@@ -179,6 +189,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "lengths of each head": partial(ragged, 5, 0, 33, 40, heads=True, workers=3, rows=3),
     **{f"gathered, pages of {n}": partial(gathered, n) for n in (1, 4, 16, 64)},
     "gathered, with bias": partial(gathered, 4, with_bias=True),
+    "counted": partial(gathered, 4, counts=(7, 0, 11, 11)),
+    "counted, with bias": partial(gathered, 16, with_bias=True, counts=(1, 8, 0, 3)),
+    "counts beyond the list": partial(gathered, 1, counts=(-3, 99, 4, 2), rows=3, workers=7),
     "paged": paged,
     "paged and gathered": partial(paged, 4),
     "fused": fused,

@@ -33,26 +33,6 @@ float32_from_bits: Any = _float32_from_bits
 """The float32 whose bit pattern is the low 32 bits of an integer."""
 
 
-@intrinsic
-def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        address = ir.IntType(8).as_pointer()
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), address)
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [address], kind)
-        to_read, into_every_cache, data_cache = number(0), number(3), number(1)
-        builder.call(function, [place, to_read, into_every_cache, data_cache])
-        return context.get_dummy_value()
-
-    return types.void(array, index), generate
-
-
-prefetch: Any = _prefetch
-"""prefetch(array, index) asks for the cache line of array[index], a flat contiguous array."""
-
-
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def exp_f32(x: Any) -> Any:
     """e^x of a float32 to about one ulp; 0 below -87.3 (no subnormals), so -inf gives 0; NaN stays.

@@ -113,7 +113,7 @@ def test_the_custom_op_is_well_formed() -> None:
     q, k, v = draw(2, 4, 2, 1, 20, 16, 8)
     lengths = torch.tensor([3, 20])
     options = (0.25, True, 1, 0, 0, 0, False, "numba")
-    for rest in ((lengths, None, None, None, None), (None,) * 5):
+    for rest in ((lengths, None, None, None, None, None), (None,) * 6):
         torch.library.opcheck(torch.ops.attnspec.decode, (q, k, v, *rest, *options))
 
 
@@ -134,6 +134,7 @@ WRONG = {
     "v": [(torch.zeros(2, 2, 8, 16), ValueError), (torch.zeros(2, 2, 9, 16).half(), TypeError)],
     "lengths": [(torch.zeros(2), TypeError), (torch.zeros(3).int(), ValueError), (3, TypeError)],
     "index": [(torch.zeros(2, 4, 5).int(), ValueError), (torch.zeros(2, 2, 5), TypeError)],
+    "counts": [(torch.zeros(2, 2).int(), ValueError), (torch.zeros(2, 2), TypeError)],
     "page": [(0, ValueError), (1.5, TypeError)],
     "bias": [(torch.zeros(2, 2, 8), ValueError), (torch.zeros(2, 2, 9).int(), TypeError)],
     "sink_logit": [(torch.zeros(2), ValueError)],
@@ -154,6 +155,13 @@ def test_wrong_arguments_are_named(name: str, value: Any, error: type[Exception]
     q, k, v = draw(2, 4, 2, 1, 9, 16, 16)
     with pytest.raises(error, match=f"^{name}: got"):
         decode(**{"q": q, "k": k, "v": v, name: value})
+
+
+def test_there_is_a_count_for_each_list() -> None:
+    q, k, v = draw(2, 4, 2, 1, 9, 16, 16)
+    index = torch.zeros(2, 2, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^counts: got shape \(2, 4\), expected \(2, 2\)"):
+        decode(q, k, v, index=index, counts=torch.zeros(2, 4).int())
 
 
 def test_heads_are_at_most_256_wide() -> None:

@@ -68,6 +68,8 @@ def test_a_graph_serves_other_data(name: str) -> None:
         options["lengths"].copy_(options["lengths"] // 2)
     if "index" in options:
         options["index"].copy_(options["index"].flip(-1))
+    if "counts" in options:
+        options["counts"].copy_(options["counts"].flip(0))
     here = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in options.items()}
     for _ in range(3):
         got[0].fill_(7)

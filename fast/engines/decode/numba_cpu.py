@@ -28,7 +28,8 @@ from attnspec.fast.engines.decode.numba_loops import (
     widen,
 )
 
-TILE = 64
+TILE = 512
+"""Keys a tile: a stream long enough for hardware to run ahead of, and short enough for the L2."""
 ROWS = 64
 
 
@@ -57,6 +58,7 @@ class Shape(NamedTuple):
     d: int
     dv: int
     page: int
+    entries: int
     pool: int
     pages: int
     rows: int
@@ -89,12 +91,20 @@ def _keys(output: int, shape: Any, lengths: Any) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _line(shape: Any, lengths: Any, index: Any) -> Any:
+def _listed(output: int, shape: Any, counts: Any) -> int:
+    """Slots of the list that `output` reads: those of its first `counts` entries."""
+    pair = output // shape.blocks
+    return min(max(counts[pair % shape.batch, pair // shape.batch], 0), shape.entries) * shape.page
+
+
+@njit(cache=True, nogil=True)
+def _line(shape: Any, lengths: Any, counts: Any) -> Any:
     """base (U + 1): where each output starts on the line of tiles, and its end."""
     outputs = shape.batch * shape.kv_heads * shape.blocks
     base = np.zeros(outputs + 1, np.int64)
     for output in range(outputs):
-        keys = index.shape[2] * shape.page if shape.gathered else _keys(output, shape, lengths)
+        gathered = shape.gathered
+        keys = _listed(output, shape, counts) if gathered else _keys(output, shape, lengths)
         base[output + 1] = base[output] + (keys + shape.tile - 1) // shape.tile
     return base
 
@@ -140,60 +150,42 @@ def _tile_keys(
 @njit(cache=True, nogil=True)
 def _segment(
     output: int, lo: int, hi: int, q: Any, k: Any, v: Any, bias: Any, scale: Any, lengths: Any,
-    index: Any, table: Any, shape: Any, m: Any, den: Any, o: Any,
+    index: Any, counts: Any, table: Any, shape: Any, m: Any, den: Any, o: Any,
 ) -> None:  # fmt: skip
     """The triple m (rows), den (rows), o (rows, dv) of tiles lo .. hi - 1 of `output`."""
     pair, block = output // shape.blocks, _block(output, shape)
     b, head = pair % shape.batch, pair // shape.batch
     length = min(max(lengths[b, head], 0), shape.k_tokens)
     keys = _keys(output, shape, lengths)
-    slots = index.shape[2] * shape.page if shape.gathered else keys
+    slots = _listed(output, shape, counts) if shape.gathered else keys
     rows = min(shape.rows, shape.q_tokens * shape.group - block * shape.rows)
-    # Two tiles' worth of lists: while one is computed on, rows of the next are fetched.
-    key, gain = np.empty((2, shape.tile), np.int64), np.empty((2, shape.tile), q.dtype)
-    scores, at = np.empty(shape.tile, q.dtype), np.empty((2, 2, shape.tile), np.uint64)
+    key, gain = np.empty(shape.tile, np.int64), np.empty(shape.tile, q.dtype)
+    scores, at = np.empty(shape.tile, q.dtype), np.empty((2, shape.tile), np.uint64)
     in_place = shape.kind == NATIVE and k.channel == 1 and v.channel == 1
     held = 0 if in_place else shape.tile
     k_buffer, v_buffer = np.empty(held * shape.d, q.dtype), np.empty(held * shape.dv, q.dtype)
     k_source, v_source = (k.wide, v.wide) if in_place else (k_buffer, v_buffer)
     m[:], den[:], o[:] = -np.inf, 0, 0
-    following = 0
-    for tile in range(lo - 1, hi):
-        now, then = tile % 2, (tile + 1) % 2
-        count, following = following, 0
-        if tile + 1 < hi:
-            first = (tile + 1) * shape.tile
-            following = _tile_keys(
-                first, min(first + shape.tile, slots), b, head, keys, shape, index, table, bias,
-                k, v, key[then], gain[then], at[then],
-            )  # fmt: skip
-        if count == 0:
-            continue
+    for tile in range(lo, hi):
+        first = tile * shape.tile
+        count = _tile_keys(
+            first, min(first + shape.tile, slots), b, head, keys, shape, index, table, bias,
+            k, v, key, gain, at,
+        )  # fmt: skip
         if not in_place:
-            if shape.kind == NATIVE:
-                widen(k, at[now, 0], count, shape.d, shape.kind, k_buffer,
-                      v.wide, at[now, 1], count, shape.dv)  # fmt: skip
-                widen(v, at[now, 1], count, shape.dv, shape.kind, v_buffer,
-                      k.wide, at[then, 0], following, shape.d)  # fmt: skip
-            else:
-                widen(k, at[now, 0], count, shape.d, shape.kind, k_buffer,
-                      v.half, at[now, 1], count, shape.dv)  # fmt: skip
-                widen(v, at[now, 1], count, shape.dv, shape.kind, v_buffer,
-                      k.half, at[then, 0], following, shape.d)  # fmt: skip
-        for r in range(rows):
+            widen(k, at[0], count, shape.d, shape.kind, k_buffer)
+            widen(v, at[1], count, shape.dv, shape.kind, v_buffer)
+        for r in range(rows if count else 0):
             row = block * shape.rows + r
             token, h = row // shape.group, head * shape.group + row % shape.group
-            fetched = in_place and r == 0
-            dots(q[b, h, token], k_source, at[now, 0], count, shape.d, scores,
-                 v_source, at[now, 1], count if fetched else 0, shape.dv)  # fmt: skip
+            dots(q[b, h, token], k_source, at[0], count, shape.d, scores)
             newest = length - shape.q_tokens + token if shape.causal else length
-            scale_and_mask(scores, count, scale, gain[now], key[now], newest)
+            scale_and_mask(scores, count, scale, gain, key, newest)
             m[r], total, keep = softmax_row(scores, count, m[r])
             den[r] = den[r] * keep + total
             if keep != 1:
                 o[r] *= keep
-            accumulate(scores, v_source, at[now, 1], count, shape.dv, o[r],
-                       k_source, at[then, 0], following if fetched else 0, shape.d)  # fmt: skip
+            accumulate(scores, v_source, at[1], count, shape.dv, o[r])
 
 
 @njit(cache=True, nogil=True)
@@ -230,10 +222,10 @@ def _write(
 
 @njit(cache=True, nogil=True, parallel=True)
 def _run(
-    q: Any, k: Any, v: Any, bias: Any, sink: Any, scale: Any, lengths: Any, index: Any, table: Any,
-    shape: Any, workers: int, out: Any, lse: Any,
+    q: Any, k: Any, v: Any, bias: Any, sink: Any, scale: Any, lengths: Any, index: Any, counts: Any,
+    table: Any, shape: Any, workers: int, out: Any, lse: Any,
 ) -> None:  # fmt: skip
-    base = _line(shape, lengths, index)
+    base = _line(shape, lengths, counts)
     tiles = base[-1]
     # Slot 2g holds worker g's first triple if another hosts its output, 2g + 1 the one it hosts.
     m, den = (
@@ -247,7 +239,7 @@ def _run(
         while start < end:
             lo, hi = start - base[output], min(end, base[output + 1]) - base[output]
             slot = 2 * worker + (1 if lo == 0 else 0)
-            _segment(output, lo, hi, q, k, v, bias, scale, lengths, index, table, shape,
+            _segment(output, lo, hi, q, k, v, bias, scale, lengths, index, counts, table, shape,
                      m[slot], den[slot], o[slot])  # fmt: skip
             if lo == 0 and base[output] + hi == base[output + 1]:
                 _write(output, m[slot], den[slot], o[slot], sink, shape, out, lse)
@@ -310,6 +302,7 @@ def forward(
     v: Tensor,
     lengths: Tensor | None,
     index: Tensor | None,
+    counts: Tensor | None,
     block_table: Tensor | None,
     bias: Tensor | None,
     sink_logit: Tensor | None,
@@ -335,13 +328,15 @@ def forward(
         lengths = torch.tensor(k_tokens)
     elif lengths.dim() == 1:
         lengths = lengths[:, None]
+    entries = 0 if index is None else index.shape[2]
+    listed = torch.tensor(entries) if counts is None else counts
     packed = heads // kv_heads * q_tokens
     rows = min(packed, rows or ROWS)
     kinds = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
     shape = Shape(
-        batch, kv_heads, heads // kv_heads, q_tokens, k_tokens, d, dv, page, pool, k.shape[0], rows,
-        -(-packed // rows), tile or TILE, causal and q_tokens > 1, paired, index is not None,
-        kinds.get(q.dtype, NATIVE),
+        batch, kv_heads, heads // kv_heads, q_tokens, k_tokens, d, dv, page, entries, pool,
+        k.shape[0], rows, -(-packed // rows), tile or TILE, causal and q_tokens > 1, paired,
+        index is not None, kinds.get(q.dtype, NATIVE),
     )  # fmt: skip
     scalar = out.numpy().dtype.type
     count_launch()
@@ -349,13 +344,13 @@ def forward(
         _array(q, 4, wide), _flat(k, scalar), _flat(v, scalar), _array(bias, 3, wide),
         _array(sink_logit, 1, wide), scalar(scale),
         _array(lengths.expand(batch, kv_heads), 2, torch.int64), _array(index, 3, torch.int64),
-        _array(block_table, 2, torch.int64), shape, workers or numba.get_num_threads(),
-        out.numpy(), lse.numpy(),
+        _array(listed.expand(batch, kv_heads), 2, torch.int64), _array(block_table, 2, torch.int64),
+        shape, workers or numba.get_num_threads(), out.numpy(), lse.numpy(),
     )  # fmt: skip
     return out.to(q.dtype), lse
 
 
 def prepare(*arguments: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """What serves every call of this kind: `forward` with the options of these arguments."""
-    options = arguments[8:]
+    options = arguments[9:]
     return lambda *tensors: forward(*tensors, *options)

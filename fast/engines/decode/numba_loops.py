@@ -7,32 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from attnspec.fast.engines.numba_math import exp, float32_from_bits, prefetch
+from attnspec.fast.engines.numba_math import exp, float32_from_bits
 
 FAST: Any = {"contract", "reassoc", "nsz"}
 """Fast-math flags that leave NaN and infinities alone."""
 NATIVE, BFLOAT16, FLOAT16 = 0, 1, 2
 """What a cache holds: numbers to be read as they are, or the bits of 16-bit ones."""
-
-
-LINE = 64
-"""Bytes of a cache line."""
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _fetch(source: Any, at: Any, first: int, count: int, width: int) -> None:
-    """Ask for rows first .. first + 3, of the `count` of `width` numbers from source[at] on.
-
-    While one tile of rows is computed on, the next one comes: hardware does not guess that a tile
-    of keys and a tile of values take turns.
-    """
-    if first + 4 <= count:
-        a0, a1, a2, a3 = at[first], at[first + 1], at[first + 2], at[first + 3]
-        for c in range(np.uint64(0), np.uint64(width), np.uint64(LINE // source.itemsize)):
-            prefetch(source, a0 + c)
-            prefetch(source, a1 + c)
-            prefetch(source, a2 + c)
-            prefetch(source, a3 + c)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -55,19 +35,11 @@ def _widen_row(halves: Any, kind: int, row: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def widen(
-    cache: Any, at: Any, count: int, width: int, kind: int, buffer: Any,
-    ahead: Any, ahead_at: Any, ahead_count: int, ahead_width: int,
-) -> None:  # fmt: skip
-    """Rows at offsets `at` of a cache that cannot be read in place, into `buffer`; `at` follows.
-
-    The rows `ahead` are fetched meanwhile, as in `dots` and `accumulate`.
-    """
+def widen(cache: Any, at: Any, count: int, width: int, kind: int, buffer: Any) -> None:
+    """Rows at offsets `at` of a cache that cannot be read in place, into `buffer`; `at` follows."""
     channels, step = np.uint64(width), np.uint64(cache.channel)
     gathered = np.empty(width, np.uint16)
     for n in range(count):
-        if n % 4 == 0:
-            _fetch(ahead, ahead_at, n, ahead_count, ahead_width)
         first, row = at[n], buffer[n * width : (n + 1) * width]
         at[n] = n * width
         if kind == NATIVE:
@@ -82,17 +54,13 @@ def widen(
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def dots(
-    query: Any, source: Any, at: Any, count: int, d: int, scores: Any,
-    ahead: Any, ahead_at: Any, ahead_count: int, ahead_width: int,
-) -> None:  # fmt: skip
+def dots(query: Any, source: Any, at: Any, count: int, d: int, scores: Any) -> None:
     """scores[n] = query . source[at[n] : at[n] + d], four rows at a time.
 
     Unsigned, because an index that might count from the end keeps LLVM from vectorising.
     """
     zero, channels = query.dtype.type(0), np.uint64(d)
     for n in range(0, count - 3, 4):
-        _fetch(ahead, ahead_at, n, ahead_count, ahead_width)
         a0, a1, a2, a3 = at[n], at[n + 1], at[n + 2], at[n + 3]
         s0, s1, s2, s3 = zero, zero, zero, zero
         for c in range(channels):
@@ -110,14 +78,10 @@ def dots(
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def accumulate(
-    weights: Any, source: Any, at: Any, count: int, dv: int, o: Any,
-    ahead: Any, ahead_at: Any, ahead_count: int, ahead_width: int,
-) -> None:  # fmt: skip
+def accumulate(weights: Any, source: Any, at: Any, count: int, dv: int, o: Any) -> None:
     """o += weights[n] source[at[n] : at[n] + dv], four rows at a time."""
     channels = np.uint64(dv)
     for n in range(0, count - 3, 4):
-        _fetch(ahead, ahead_at, n, ahead_count, ahead_width)
         a0, a1, a2, a3 = at[n], at[n + 1], at[n + 2], at[n + 3]
         w0, w1, w2, w3 = weights[n], weights[n + 1], weights[n + 2], weights[n + 3]
         for c in range(channels):

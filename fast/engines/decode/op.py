@@ -51,6 +51,7 @@ def _decode(
     v: Tensor,
     lengths: Tensor | None,
     index: Tensor | None,
+    counts: Tensor | None,
     block_table: Tensor | None,
     bias: Tensor | None,
     sink_logit: Tensor | None,
@@ -63,7 +64,7 @@ def _decode(
     paired: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (q, k, v, lengths, index, block_table, bias, sink_logit)
+    tensors = (q, k, v, lengths, index, counts, block_table, bias, sink_logit)
     options = (scale, causal, page, rows, tile, workers, paired, backend)
     kind = _kind(*tensors, options)
     return (_known(kind) or _plan(kind, tensors, options))(*tensors)
@@ -94,6 +95,7 @@ def _kind(
     v: Tensor,
     lengths: Tensor | None,
     index: Tensor | None,
+    counts: Tensor | None,
     block_table: Tensor | None,
     bias: Tensor | None,
     sink_logit: Tensor | None,
@@ -103,7 +105,7 @@ def _kind(
     k_pages, k_heads, k_tokens, k_d = k.shape
     v_pages, v_heads, v_tokens, v_d = v.shape
     rest: list[Any] = [TABLE.state()]
-    for x in (lengths, index, block_table, sink_logit):
+    for x in (lengths, index, counts, block_table, sink_logit):
         rest.append(None if x is None else (x.shape, x.dtype, x.device))
     if bias is not None:
         grows = index is None and block_table is None and bias.shape[2:] == k.shape[2:3]
@@ -139,6 +141,7 @@ def decode(
     scale: float | None = None,
     causal: bool = True,
     index: Tensor | None = None,
+    counts: Tensor | None = None,
     page: int = 1,
     block_table: Tensor | None = None,
     bias: Tensor | None = None,
@@ -164,7 +167,8 @@ def decode(
 
     `index` int (B, Hk, n) restricts the reading to chosen tokens, or with `page` > 1 to chosen runs
     of `page` tokens aligned to it, in any order; -1 chooses nothing, tokens beyond the length are
-    skipped, and a token listed twice counts twice.
+    skipped, and a token listed twice counts twice. `counts` int (B, Hk): how many entries of each
+    list there are, from the first; the others are not read and cost nothing.
 
     `bias` (B, Hk, slots), floating, is added to the scores of all heads of the group; a slot is
     a token of the cache, or with `index` a place in the list (n * page slots); -inf hides the key.
@@ -179,7 +183,7 @@ def decode(
     no host synchronisation. Numba also takes float64, with lse in float64. For inference: there is
     no gradient.
     """
-    tensors = (q, k, v, lengths, index, block_table, bias, sink_logit)
+    tensors = (q, k, v, lengths, index, counts, block_table, bias, sink_logit)
     direct = unobserved(*tensors)
     kind: Hashable = None
     if direct and q is not None and k is not None and v is not None and k.dim() == v.dim() == 4:
@@ -208,6 +212,12 @@ def decode(
         check_size("index", index.shape[0], batch, "batch, as in q")
         check_size("index", index.shape[1], kv_heads, "kv_heads, as in k")
         slots = index.shape[2] * page
+    if counts is not None:
+        _check_integers("counts", counts, q)
+        if index is None:
+            raise ValueError("counts: got a tensor without index, expected both or neither")
+        if tuple(counts.shape) != (batch, kv_heads):
+            raise ValueError(f"counts: got shape {tuple(counts.shape)}, expected {batch, kv_heads}")
     if bias is not None:
         check_tensor("bias", bias, ("batch", "kv_heads", "slots"), FLOATS)
         check_device("bias", bias, "q", q)

@@ -26,7 +26,7 @@ from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 LOG2E = 1 / math.log(2)
 JOINED = 8192
 """Numbers of partial outputs that four warps hold in registers while they join them."""
-NOTHING: list[int | None] = [None] * 5
+NOTHING: list[int | None] = [None] * 6
 KEPT = 1 << 20
 """Partial numbers that a stream keeps from launch to launch; larger scratch is allocated anew."""
 SLAB = 1 << 16
@@ -119,6 +119,7 @@ class Launch:
         v: Tensor,
         lengths: Tensor | None,
         index: Tensor | None,
+        counts: Tensor | None,
         block_table: Tensor | None,
         bias: Tensor | None,
         sink_logit: Tensor | None,
@@ -140,7 +141,9 @@ class Launch:
         group = heads // kv_heads
         packed = group * q_tokens
         self.empty = batch * packed == 0
-        self.optional = any(x is not None for x in (lengths, index, block_table, bias, sink_logit))
+        self.optional = any(
+            x is not None for x in (lengths, index, counts, block_table, bias, sink_logit)
+        )
         indirect = index is not None or block_table is not None
         settings = config(
             _architecture(q.device), q.element_size(), max(dp, dvp), packed, indirect, rows, tile
@@ -151,9 +154,11 @@ class Launch:
         blocks = triton.cdiv(packed, rows)
         per_head = lengths is not None and lengths.dim() == 2
         alone = batch == 1 and not (per_head and kv_heads > 1)
-        uniform = index is not None or ((lengths is None or alone) and (not causal or blocks == 1))
+        uniform = (lengths is None or alone) and (not causal or blocks == 1)
+        if index is not None:
+            uniform = counts is None or (batch == 1 and kv_heads == 1)
         self.outputs = batch * kv_heads * blocks
-        scanned = batch * blocks * (kv_heads if per_head else 1)
+        scanned = batch * blocks * (kv_heads if per_head or counts is not None else 1)
         span = next((size for size in (32, 256) if scanned <= size), 1024)
         lanes = min(_power(rows, 1), 8)
         parts = min(32, max(1, JOINED * settings.warps // 4 // (lanes * dvp)))
@@ -178,6 +183,7 @@ class Launch:
         v: Tensor,
         lengths: Tensor | None,
         index: Tensor | None,
+        counts: Tensor | None,
         block_table: Tensor | None,
         bias: Tensor | None,
         sink_logit: Tensor | None,
@@ -188,7 +194,7 @@ class Launch:
         if device.index is not None:
             if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
-                    return self(q, k, v, lengths, index, block_table, bias, sink_logit)
+                    return self(q, k, v, lengths, index, counts, block_table, bias, sink_logit)
             stream = driver.active.get_current_stream(device.index)
         out = q.new_empty(self.out_shape)
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
@@ -211,13 +217,14 @@ class Launch:
         others: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
         if self.optional:
             lengths = None if lengths is None else lengths.contiguous()
+            counts = None if counts is None else counts.contiguous()
             index, block_table, sink_logit = map(_packed, (index, block_table, sink_logit))
             others = (
                 *((0, 0, 0) if bias is None else bias.stride()),
                 *((0, 0) if index is None else index.stride()[:2]),
                 0 if block_table is None else block_table.stride(0),
             )
-        optional = (lengths, index, block_table, bias, sink_logit)
+        optional = (lengths, index, counts, block_table, bias, sink_logit)
         addresses = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
             scratch.data_ptr(), arrivals.data_ptr(),

@@ -8,6 +8,7 @@ import triton.language as tl
 from attnspec.fast.engines.decode.triton_schedule import (
     cache_length,
     causal_end,
+    listed_slots,
     locate,
     output_tiles,
     owner,
@@ -109,7 +110,7 @@ def _join(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def attend_kernel(
-    q, k, v, out, lse, scratch, arrivals, lengths, index, table, bias, sink,
+    q, k, v, out, lse, scratch, arrivals, lengths, index, counts, table, bias, sink,
     scale,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_t, index_b, index_h, table_b,
@@ -128,8 +129,8 @@ def attend_kernel(
     worker = tl.program_id(0)
     workers = tl.num_programs(0)
     tiles, position, end, output, base = locate(
-        worker, workers, lengths, batch, kv_heads, q_tokens, k_tokens, chosen,
-        rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, UNIFORM, SPAN,
+        worker, workers, lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen,
+        rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE, UNIFORM, SPAN,
     )  # fmt: skip
     blocks = tl.cdiv(q_tokens * GROUP, rows)
     lane = tl.arange(0, M)
@@ -141,8 +142,8 @@ def attend_kernel(
 
     while position < end:
         n = output_tiles(
-            output, lengths, output >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
-            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
+            output, lengths, counts, output >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
+            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
         )  # fmt: skip
         lo, hi = position - base, tl.minimum(n, end - base)
         pair, block = output // blocks, query_block(output, blocks, PAIRED)
@@ -155,6 +156,8 @@ def attend_kernel(
         if CAUSAL:
             keys = causal_end(length, block, q_tokens, rows, GROUP)
         newest = length - q_tokens + token
+        if GATHERED:
+            slots = listed_slots(counts, b, head, kv_heads, chosen, output >= 0, PAGE)
 
         q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + token.to(tl.int64) * q_t
         q_tile = tl.load(
@@ -185,7 +188,7 @@ def attend_kernel(
             if GATHERED:
                 entry = tl.load(
                     index + b.to(tl.int64) * index_b + head.to(tl.int64) * index_h + slot // PAGE,
-                    mask=slot < chosen,
+                    mask=slot < slots,
                     other=-1,
                 ).to(tl.int32)
                 key = entry * PAGE + slot % PAGE
@@ -245,7 +248,7 @@ def attend_kernel(
                 GROUP, DV, DVP, PAIRED,
             )  # fmt: skip
         else:
-            slots = 2 * workers * rows
+            parts = 2 * workers * rows
             part = (2 * worker + tl.where(lo == 0, 1, 0)) * rows + lane
             stored = lane < rows
             tl.store(
@@ -253,8 +256,8 @@ def attend_kernel(
                 acc,
                 mask=stored[:, None] & (value[None, :] < DV),
             )
-            tl.store(scratch + slots * DV + part, m, mask=stored)
-            tl.store(scratch + slots * (DV + 1) + part, den, mask=stored)
+            tl.store(scratch + parts * DV + part, m, mask=stored)
+            tl.store(scratch + parts * (DV + 1) + part, den, mask=stored)
             first, last = owner(base, tiles, workers), owner(base + n - 1, tiles, workers)
             # One thread counts for the whole worker, so all have to have stored.
             tl.debug_barrier()
@@ -270,8 +273,8 @@ def attend_kernel(
 
     for empty in tl.range(worker, batch * kv_heads * blocks, workers, num_stages=1):
         n = output_tiles(
-            empty, lengths, empty >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
-            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
+            empty, lengths, counts, empty >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
+            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
         )  # fmt: skip
         if n == 0:
             _write(

@@ -52,6 +52,17 @@ def cache_length(lengths, b, head, kv_heads, k_tokens, mask, PER_HEAD: tl.conste
 
 
 @triton.jit
+def listed_slots(counts, b, head, kv_heads, chosen, mask, PAGE: tl.constexpr):
+    """Slots of the list of (b, head): those of its first `counts` entries, or all `chosen`."""
+    if counts is None:
+        slots = chosen + b * 0
+    else:
+        entries = tl.load(counts + b * kv_heads + head, mask=mask, other=0)
+        slots = tl.minimum(tl.maximum(entries, 0), chosen // PAGE).to(tl.int32) * PAGE
+    return slots
+
+
+@triton.jit
 def causal_end(length, block, q_tokens, rows, GROUP: tl.constexpr):
     """One past the last key that the last row of query block `block` sees (K3)."""
     last = tl.minimum((block + 1) * rows, q_tokens * GROUP) - 1
@@ -63,6 +74,7 @@ def causal_end(length, block, q_tokens, rows, GROUP: tl.constexpr):
 def output_tiles(
     output,
     lengths,
+    counts,
     mask,
     batch,
     kv_heads,
@@ -76,14 +88,15 @@ def output_tiles(
     PAIRED: tl.constexpr,
     PER_HEAD: tl.constexpr,
     GATHERED: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Key tiles of `output` (a scalar or a block of them); outputs off `mask` have none."""
+    blocks = tl.cdiv(q_tokens * GROUP, rows)
+    pair = output // blocks
+    b, head = pair % batch, pair // batch
     if GATHERED:
-        keys = chosen + output * 0
+        keys = listed_slots(counts, b, head, kv_heads, chosen, mask, PAGE)
     else:
-        blocks = tl.cdiv(q_tokens * GROUP, rows)
-        pair = output // blocks
-        b, head = pair % batch, pair // batch
         keys = cache_length(lengths, b, head, kv_heads, k_tokens, mask, PER_HEAD)
         if CAUSAL:
             keys = causal_end(keys, query_block(output, blocks, PAIRED), q_tokens, rows, GROUP)
@@ -95,6 +108,7 @@ def locate(
     worker,
     workers,
     lengths,
+    counts,
     batch,
     kv_heads,
     q_tokens,
@@ -107,20 +121,21 @@ def locate(
     PAIRED: tl.constexpr,
     PER_HEAD: tl.constexpr,
     GATHERED: tl.constexpr,
+    PAGE: tl.constexpr,
     UNIFORM: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     """The stretch of `worker`: all tiles, its start and end, its first output and that one's start.
 
     UNIFORM: all outputs have equally many tiles, so a division finds the output. Otherwise the
-    outputs are scanned SPAN at a time; where lengths do not depend on the kv head, one head's
+    outputs are scanned SPAN at a time; where tiles do not depend on the kv head, one head's
     outputs are scanned and the others repeat them.
     """
     outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
     if UNIFORM:
         each = output_tiles(
-            0, lengths, worker >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
-            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
+            0, lengths, counts, worker >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
+            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
         )  # fmt: skip
         tiles = each * outputs * kv_heads
         start = share_start(worker, tiles, workers)
@@ -128,15 +143,15 @@ def locate(
         base = output * each
     else:
         repeats = kv_heads
-        if PER_HEAD:
+        if PER_HEAD or counts is not None:
             outputs = outputs * kv_heads
             repeats = 1
         lanes = tl.arange(0, SPAN)
         span = 0
         for first in tl.range(0, outputs, SPAN, num_stages=1):
             n = output_tiles(
-                first + lanes, lengths, first + lanes < outputs, batch, kv_heads, q_tokens,
-                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
+                first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
+                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
             )  # fmt: skip
             span += tl.sum(n, 0)
         tiles = span * repeats
@@ -148,8 +163,8 @@ def locate(
         before = 0
         for first in tl.range(0, outputs, SPAN, num_stages=1):
             n = output_tiles(
-                first + lanes, lengths, first + lanes < outputs, batch, kv_heads, q_tokens,
-                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED,
+                first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
+                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
             )  # fmt: skip
             end = before + tl.cumsum(n, 0)
             passed = end <= within
