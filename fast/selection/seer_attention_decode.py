@@ -159,8 +159,5 @@ def _attend_listed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention to the blocks of M, of which no row has more than `most`."""
     lists = mask_lists(M[:, :, None], 1, b, backend=backend)
-    index = lists.index[:, :, 0, :most]
-    listed = torch.arange(most, device=M.device) < lists.count
-    return decode(
-        q, k, v, scale=scale, index=index.masked_fill(~listed, -1), page=b, backend=backend
-    )
+    index, counts = lists.index[:, :, 0, :most], lists.count[:, :, 0]
+    return decode(q, k, v, scale=scale, index=index, counts=counts, page=b, backend=backend)

@@ -92,8 +92,10 @@ def test_top_k(n: int, config: SelectConfig, dtype: torch.dtype) -> None:
             assert mask.tolist() == spec.top_k_mask(exact, k).tolist()
 
 
-def test_mask_lists() -> None:
-    mask = torch.rand(1, 2, 35, 5).transpose(2, 3) > 0.5
+@pytest.mark.parametrize("shape", [(1, 2, 35, 5), (2, 1, 4100, 1), (1, 1, 2049, 2)])
+def test_mask_lists(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape).transpose(2, 3) > 0.5
+    mask[0, 0, 0] = False
     got = select.mask_lists(mask, 8, 8, backend="triton")
     rows = zip(mask.flatten(0, 2), got.index.flatten(0, 2), got.count.flatten(), strict=True)
     for row, index, count in rows:

@@ -16,6 +16,9 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
 
 LENGTHS = ["heads", "rows", "n", "k", "length"]
+FEW = 128
+"""So many rows keep a GPU busy if one program has one of them."""
+MASK_CHUNK = 2048
 
 
 @triton.jit
@@ -166,6 +169,32 @@ def _mask_lists(
     tl.store(count + line, found)
 
 
+@triton.jit(do_not_specialize=["heads", "rows", "n", "chunks"])
+def _mask_chunks(
+    mask, index, count, stride_b, stride_h, stride_r, stride_n, heads, rows, n, chunks,
+    N: tl.constexpr,
+):  # fmt: skip
+    """The lists of a few long rows, whose tails are 0 already: a program has N entries of one.
+
+    It counts those before its own itself, which is faster than to wait for others.
+    """
+    line = (tl.program_id(0) // chunks).to(tl.int64)
+    own = tl.program_id(0) % chunks * N
+    b, h, r = line // rows // heads, line // rows % heads, line % rows
+    mask += b * stride_b + h * stride_h + r * stride_r
+    before = tl.zeros([4 * N], tl.int32)
+    for start in range(0, own, 4 * N):
+        entry = start + tl.arange(0, 4 * N)
+        flag = tl.load(mask + entry.to(tl.int64) * stride_n, mask=entry < own, other=0)
+        before += (flag != 0).to(tl.int32)
+    found = tl.sum(before, axis=0)
+    entry = own + tl.arange(0, N)
+    chosen = tl.load(mask + entry.to(tl.int64) * stride_n, mask=entry < n, other=0) != 0
+    _emit(index + line * n, entry, chosen, chosen, found, False)
+    if own + N >= n:
+        tl.store(count + line, found + tl.sum(chosen.to(tl.int32), axis=0))
+
+
 def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
     batch, heads, rows, n = scores.shape
     lines = batch * heads * rows
@@ -225,12 +254,14 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 def mask_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, rows, n = mask.shape
-    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
-    count = torch.zeros(mask.shape[:3], dtype=torch.int32, device=mask.device)
-    if mask.numel():
-        launch(
-            _mask_lists, batch * heads * rows,
-            mask.view(torch.uint8), index, count, *mask.stride(), heads, rows, n,
-            N=min(1024, max(32, triton.next_power_of_2(n))), num_warps=2,
-        )  # fmt: skip
+    lines, chunks = batch * heads * rows, triton.cdiv(n, MASK_CHUNK)
+    split = chunks > 1 and lines < FEW
+    index = (mask.new_zeros if split else mask.new_empty)(mask.shape, dtype=torch.int32)
+    count = (mask.new_empty if n else mask.new_zeros)(mask.shape[:3], dtype=torch.int32)
+    given = mask.view(torch.uint8), index, count, *mask.stride(), heads, rows, n
+    if split:
+        launch(_mask_chunks, lines * chunks, *given, chunks, N=MASK_CHUNK, num_warps=4)
+    elif mask.numel():
+        size = min(1024, max(32, triton.next_power_of_2(n)))
+        launch(_mask_lists, lines, *given, N=size, num_warps=2)
     return index, count
