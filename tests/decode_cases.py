@@ -48,6 +48,7 @@ def plain(
         k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
     batch, heads, q_tokens, d = q.shape
     kv_heads, room = k.shape[1:3]
+    v_group = heads // v.shape[1]
     out = torch.zeros(batch, heads, q_tokens, v.shape[3], dtype=torch.float64)
     lse = torch.full((batch, heads, q_tokens), -INF, dtype=torch.float64)
     for b, h, i in np.ndindex(batch, heads, q_tokens):
@@ -70,7 +71,7 @@ def plain(
         x += extra[seen].double()
         sink = torch.zeros(0) if sink_logit is None else sink_logit[h : h + 1]
         lse[b, h, i] = torch.cat([x, sink.double()]).logsumexp(0)
-        out[b, h, i] = torch.exp(x - lse[b, h, i]) @ v[b, head, keys[seen]].double()
+        out[b, h, i] = torch.exp(x - lse[b, h, i]) @ v[b, h // v_group, keys[seen]].double()
     return out, lse
 
 
@@ -157,6 +158,18 @@ def expanded() -> Case:
     )
 
 
+def several_values(keys: int = 90, *lengths: int, **how: Any) -> Case:
+    """Two value heads a key head, each of which serves two query heads."""
+    q, k, v = draw(2, 8, 4, 3, keys, 16, 24)
+    options = {"lengths": torch.tensor(lengths)} if lengths else {}
+    return Case(q, k[:, ::2], v, {**options, **how})
+
+
+def paged_values() -> Case:
+    q, k, v, options, _ = paged(4)
+    return Case(q.repeat(1, 2, 1, 1), k[:, :1], v, {**options, "index": options["index"][:, :1]})
+
+
 def left_padded() -> Case:
     q, k, v = draw(1, 4, 2, 1, 50, 16, 16)
     hidden = torch.arange(50) < 7
@@ -198,6 +211,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "transposed": transposed,
     "expanded": expanded,
     "left padded": left_padded,
+    "several value heads": partial(several_values, workers=3, rows=5),
+    "several value heads, ragged": partial(several_values, 70, 33, 70, workers=7),
+    "several value heads of a pool": paged_values,
 }
 
 
@@ -220,6 +236,21 @@ def compare(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     assert lse.dtype == exact
     torch.testing.assert_close(lse.cpu(), expected[1].to(exact), atol=5e-6, rtol=1e-6)
+
+
+def check_values_apart(dtype: torch.dtype, device: str = "cpu", **how: Any) -> None:
+    """What is not finite in a value head reaches its own query heads alone."""
+    q, k, v = (x.to(dtype) for x in several_values()[:3])
+    expected = plain(q, k, v)
+    v[:, 2, :40] = NAN
+    v[:, 3, 5, 7] = INF
+    q, k, v = (x.to(device) for x in (q, k, v))
+    out, lse = decode(q, k, v, workers=3, **how)
+    assert out[:, 4:6].isnan().all()
+    assert out[:, 6:, :, 7].isinf().all()
+    out[:, 4:6], out[:, 6:, :, 7] = 0, 0
+    expected[0][:, 4:6], expected[0][:, 6:, :, 7] = 0, 0
+    compare((out, lse), expected, dtype)
 
 
 def check(name: str, dtype: torch.dtype, device: str = "cpu", **how: Any) -> None:

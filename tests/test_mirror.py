@@ -15,6 +15,7 @@ from attnspec.conformance.contract import contracts
 from attnspec.conformance.laws import laws
 from attnspec.conformance.mutants import mutants
 from attnspec.fast import mechanism_modules
+from attnspec.fast.kernels import kernels
 from attnspec.reference import find_operation, mechanisms
 
 ROOT = Path(__file__).parent.parent
@@ -133,3 +134,12 @@ def test_contracts_fit_their_operations(slug: str) -> None:
             assert names <= set(operation.signature.parameters), operation.name
             gradients = {f"d{name}" for name in operation.differentiable}
             assert set(contract.cancelling) <= gradients, operation.name
+
+
+def test_every_operation_has_a_kernel_that_claims_its_gradient() -> None:
+    """Tasks of text have none."""
+    text = {"first_integer", "place_answer", "presence", "score_lines"}
+    offered = {kernel.operation: kernel for kernel in kernels()}
+    assert set(contracts()) - set(offered) == {f"giraffe.{name}" for name in text}
+    for name, kernel in offered.items():
+        assert kernel.gradient or not contracts()[name].differentiable, name

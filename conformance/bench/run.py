@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from attnspec.conformance.bench.model import Benchmark, Unavailable
-from attnspec.conformance.bench.timing import Ceilings, measure_ceilings, time_call
+from attnspec.conformance.bench.timing import (
+    Ceilings,
+    measure_ceilings,
+    peak_memory,
+    time_call,
+)
 from attnspec.conformance.certification import certify
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.report import environment
@@ -125,11 +130,15 @@ def _measure(
     against: Sequence[str] | None,
 ) -> None:
     try:
-        timing = time_call(benchmark.timed(kernel.call, arguments), benchmark.device)
+        call = benchmark.timed(kernel.call, arguments)
+        timing = time_call(call, benchmark.device)
+        memory = peak_memory(call, benchmark.device)
     except Exception as error:
         row |= _said(error)
         return
     row["timing"] = timing.to_dict()
+    if memory is not None:
+        row["peak_bytes"] = memory
     row["flops_per_second"] = row["flops"] / timing.median
     row["bytes_per_second"] = row["bytes"] / timing.median
     row["of_roofline"] = row["floor_seconds"] / timing.median
@@ -139,8 +148,12 @@ def _measure(
             continue
         entry: dict[str, Any] = {"name": rival.name}
         try:
-            measured = time_call(rival.prepare(arguments), benchmark.device)
+            call = rival.prepare(arguments)
+            measured = time_call(call, benchmark.device)
+            memory = peak_memory(call, benchmark.device)
             entry["timing"] = measured.to_dict()
+            if memory is not None:
+                entry["peak_bytes"] = memory
             entry["ratio"] = measured.median / timing.median
         except Unavailable as reason:
             entry["unavailable"] = str(reason)

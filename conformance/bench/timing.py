@@ -66,6 +66,23 @@ def _cuda_samples(call: Callable[[], Any], budget: float) -> list[float]:
     return [first.elapsed_time(last) / 1e3 for first, last in events]
 
 
+def peak_memory(call: Callable[[], Any], device: str) -> int | None:
+    """Bytes that one call holds at most beyond what was there before it; None where nobody counts.
+
+    What it returns is among them.
+    """
+    if device != "cuda":
+        return None
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine can do, measured in the same run: the roofline's two numbers."""

@@ -156,7 +156,17 @@ def benchmarks(mechanism: Mechanism, folder: Path = DOCS / "benchmarks") -> str:
     for record, rows in benchmark_files(mechanism.slug, folder):
         where, when, environment = _provenance(record)
         versions = ", ".join(f"{name} {value}" for name, value in environment.items())
-        header = ("Benchmark", "Kernel", "Dtype", "ms", "TFLOP/s", "TB/s", "Of roofline", "Rivals")
+        header = (
+            "Benchmark",
+            "Kernel",
+            "Dtype",
+            "ms",
+            "TFLOP/s",
+            "TB/s",
+            "Roofline",
+            "MB",
+            "Rivals",
+        )
         blocks += [
             f"**{where}**, {when}. {rest.escape(versions)}.",
             rest.table(header, map(_benchmark_row, rows), css="figures"),
@@ -166,7 +176,8 @@ def benchmarks(mechanism: Mechanism, folder: Path = DOCS / "benchmarks") -> str:
     return rest.page(
         "Medians. A kernel is measured only after it has passed the suite's smoke profile. The "
         "roofline is the time that the operation's arithmetic or its traffic must take on this "
-        "machine, by the rates measured on it; a rival's figure is its time over ours.",
+        "machine, by the rates measured on it; a rival's figure is its time over ours. MB is the "
+        "memory that a call holds at most beyond its arguments, where it was recorded.",
         *blocks,
     )
 
@@ -201,13 +212,14 @@ def _benchmark_row(row: dict[str, Any]) -> list[str]:
     ]
     if "timing" not in row:
         reason = row.get("error") or f"gate {row.get('gate', 'unknown')}"
-        return [*names, "", "", "", "", f"not measured: {rest.escape(reason)}"]
+        return [*names, "", "", "", "", "", f"not measured: {rest.escape(reason)}"]
     return [
         *names,
         f"{row['timing']['median'] * 1e3:.3g}",
         f"{row['flops_per_second'] / 1e12:.3g}",
         f"{row['bytes_per_second'] / 1e12:.3g}",
         f"{row['of_roofline']:.0%}",
+        _megabytes(row),
         "; ".join(map(_rival, row.get("rivals", []))),
     ]
 
@@ -216,4 +228,9 @@ def _rival(entry: dict[str, Any]) -> str:
     name = rest.escape(entry["name"])
     if "timing" not in entry:
         return f"{name} unavailable"
-    return f"{name} {entry['timing']['median'] * 1e3:.3g} ms ({entry['ratio']:.2f} x)"
+    memory = f", {_megabytes(entry)} MB" if "peak_bytes" in entry else ""
+    return f"{name} {entry['timing']['median'] * 1e3:.3g} ms ({entry['ratio']:.2f} x{memory})"
+
+
+def _megabytes(entry: dict[str, Any]) -> str:
+    return f"{entry['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in entry else ""

@@ -29,18 +29,43 @@ from attnspec.fast.backend import (
 from attnspec.fast.dense.attention import MOST_DECODED, State
 from attnspec.fast.engines.columns import selected_attention, weight_rows
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.select import top_k
 from attnspec.fast.growing import append, checkable
+from attnspec.fast.heads.diffqkv_steps import attend, scores, softmax_rows
+
+__all__ = [
+    "attend",
+    "attend_selected",
+    "cache_bytes",
+    "contract_query",
+    "diffqkv_attend",
+    "head_maps",
+    "scores",
+    "select_values",
+    "selective_attend",
+    "softmax_rows",
+    "step",
+    "union_indices",
+]
 
 CLAIMS: dict[str, dict[str, Any]] = {
-    "diffqkv_attend": {"blocks": (16, 64), "compiled": True, "triton": {"graph": True}},
+    "diffqkv_attend": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"graph": True, "configs": SPECIALISED_CONFIGS},
+    },
+    "contract_query": {"gradient": True, "launches": None},
     "attend_selected": {"launches": None, "triton": {"reads_values": False}},
     **{
         name: {"launches": None}
-        for name in ("head_maps", "contract_query", "union_indices", "cache_bytes")
+        for name in (
+            "head_maps", "scores", "softmax_rows", "attend", "union_indices",
+            "cache_bytes",
+        )
     },
-}
+}  # fmt: skip
 """A contraction is one batched product, and torch sums the few rows that were gathered."""
 
 
@@ -229,10 +254,15 @@ def step(
     (keys, values), room = append(room, (state.k, state.v), (k.detach(), v.detach()))
     if c is None:
         attention = decode if q.shape[2] <= MOST_DECODED else flash
-        out, _ = attention(
-            *_one_head_count(q.detach(), keys, values), causal=True, scale=scale, backend=backend
-        )
-        out = out.unflatten(0, (k.shape[0], _shared_heads(k, v))).flatten(1, 2)
+        rows = q.detach()
+        if attention is decode and v.shape[1] % k.shape[1] == 0:
+            # A key head is read once for its value heads.
+            out, _ = decode(rows, keys, values, scale=scale, backend=backend)
+        else:
+            out, _ = attention(
+                *_one_head_count(rows, keys, values), causal=True, scale=scale, backend=backend
+            )
+            out = out.unflatten(0, (k.shape[0], _shared_heads(k, v))).flatten(1, 2)
     else:
         out = selective_attend(
             q, keys, values, c, causal=True, scale=scale, renormalise=renormalise, backend=backend

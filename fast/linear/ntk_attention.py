@@ -37,6 +37,7 @@ POSITIVITY = ("abs", "softplus")
 CONFIGS = {str(c): functools.partial(use_config, forward=c) for c in CANDIDATES["forward", 128]}
 CLAIMS = {
     "ntk_attend": {
+        "gradient": True,
         "blocks": (16, 64),
         "compiled": True,
         "triton": {"graph": True, "configs": CONFIGS},

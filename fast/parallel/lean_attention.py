@@ -57,7 +57,7 @@ CLAIMS = {
     **{name: {"launches": None} for name in __all__ if name != "attend"},
 }
 """Only `attend` launches a kernel: the other steps are arithmetic on a triple or on integers."""
-LARGEST_TILE = 64
+LARGEST_TILE = {"numba": 1024, "triton": 64}
 LARGEST_BLOCK = 128
 
 
@@ -157,14 +157,14 @@ def attend(
 
     q (B, H, Tq, d), k (B, Hkv, Tk, d), v (B, Hkv, Tk, dv); `lengths` int (B,) on their device:
     the first so many keys of a sequence exist, and the last query stands at the last of them.
-    N keys a tile (at most 64, and for Triton the next power of two from 16 on), M queries a block
-    (of at most 128 packed rows; all if None). None of them changes the result beyond rounding.
+    N keys a tile (at most 1024, or for Triton the next power of two from 16 to 64), M queries a
+    block (of at most 128 packed rows; all if None). They change the result by rounding alone.
     """
     check_integer("N", N, least=1)
     check_integer("G", G, least=1)
     backend = choose_backend(backend, q) if isinstance(q, Tensor) else backend
     check_kind("lengths", lengths, ("batch",), "int")
-    tile = min(N, LARGEST_TILE)
+    tile = min(N, LARGEST_TILE.get(str(backend), N))
     if backend == "triton":
         tile = max(16, 1 << (tile - 1).bit_length())
     rows = None

@@ -25,7 +25,7 @@ from attnspec.fast.backend import (
     product,
     wide_dtype,
 )
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.flash.checks import check_masks
 from attnspec.fast.engines.rows import turn
 from attnspec.fast.engines.weights import average
@@ -54,7 +54,10 @@ CLAIMS = {
     "entropy_growth": {"launches": None},
     "extended_attention": {
         "gradient": True,
-        "triton": {"draws": {"d": (16, 64, 80), "dv": (16, 64, 96), "group": (1, 2, 3)}},
+        "triton": {
+            "draws": {"d": (16, 64, 80), "dv": (16, 64, 96), "group": (1, 2, 3)},
+            "configs": SPECIALISED_CONFIGS,
+        },
     },
 }
 

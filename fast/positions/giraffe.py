@@ -21,7 +21,7 @@ from attnspec.fast.backend import (
 )
 from attnspec.fast.dense.attention import MOST_DECODED
 from attnspec.fast.engines.decode import decode
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.flash.checks import check_masks
 from attnspec.fast.engines.rows import turn
 from attnspec.fast.growing import Room, append, check_continues
@@ -52,7 +52,11 @@ __all__ = [
     "xpos_attend",
     "xpos_scale",
 ]
-ATTENTION: dict[str, Any] = {"gradient": True, "blocks": (16, 64)}
+ATTENTION: dict[str, Any] = {
+    "gradient": True,
+    "blocks": (16, 64),
+    "triton": {"configs": SPECIALISED_CONFIGS},
+}
 CLAIMS: dict[str, dict[str, Any]] = {
     "rope_basis": {"launches": None},
     "positions": {"launches": None},

@@ -26,6 +26,7 @@ from attnspec.fast.engines.additive import (
     project,
 )
 from attnspec.fast.growing import checkable
+from attnspec.fast.scores.pointer_networks_decoding import constraint_mask
 from attnspec.fast.scores.pointer_networks_polygons import convex_clip_area, is_simple_polygon
 from attnspec.fast.scores.pointer_networks_tasks import (
     hull_metrics,
@@ -40,6 +41,7 @@ from attnspec.fast.scores.pointer_networks_tasks import (
 from attnspec.fast.scores.pointer_networks_triangles import delaunay_target, is_delaunay
 
 __all__ = [
+    "constraint_mask",
     "convex_clip_area",
     "delaunay_target",
     "glimpse",
@@ -69,7 +71,7 @@ CLAIMS = {
     "pointer_log_probs": {"gradient": True, **_PLAIN},
     "pointer_loss": {"gradient": True, **_PLAIN},
     "glimpse": {"gradient": True, **_PLAIN},
-    **dict.fromkeys(("is_permutation", "triangle_coverage"), _PLAIN),
+    **dict.fromkeys(("constraint_mask", "is_permutation", "triangle_coverage"), _PLAIN),
     **dict.fromkeys(("incenter", "polygon_area", "tour_length"), _GEOMETRY),
     **dict.fromkeys(
         (

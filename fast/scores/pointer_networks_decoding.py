@@ -31,6 +31,24 @@ def step_limit(task: str, n: int, *, backend: str | None = None) -> int:
     return {"hull": n + 1, "tsp": n, "delaunay": 3 * (2 * n - 5) + 1}[task]
 
 
+def constraint_mask(
+    slots: tuple[int, ...], n: int, constraint: str | None, *, backend: str | None = None
+) -> Tensor:
+    """bool (n + 1) on the CPU, True where the next slot may be, after `slots`.
+
+    ValueError for another constraint or for what is no slot of `n` points.
+    """
+    check_integer("n", n, least=1)
+    check_choice("constraint", constraint, CONSTRAINTS)
+    for slot in slots:
+        check_integer("slots", slot, least=0)
+        if slot > n:
+            raise ValueError(f"slots: got {slot}, expected 0 to {n}")
+    visited = torch.zeros(1, n + 1, dtype=torch.bool)
+    visited[0, list(slots)] = True
+    return _open_slots(visited, constraint)[0]
+
+
 def greedy_decode(
     step_fn: StepFn,
     state: Any,
@@ -137,10 +155,7 @@ def _next(
     logp, state = step_fn(state, last)
     if tuple(logp.shape) != (len(last), n + 1):
         raise ValueError(f"step_fn: got shape {tuple(logp.shape)}, expected {(len(last), n + 1)}")
-    allowed = torch.ones_like(visited)
-    if constraint is not None:
-        allowed = ~visited
-        allowed[:, 0] = True if constraint == "hull" else visited[:, 1:].all(1)
+    allowed = _open_slots(visited, constraint)
     # A masked slot may hold anything, NaN too.
     scores = logp.double().masked_fill(~allowed, float("-inf"))
     if checkable(scores):
@@ -150,6 +165,15 @@ def _next(
     scores = torch.log_softmax(scores, -1).masked_fill(finished[:, None], float("-inf"))
     scores[:, 0] = scores[:, 0].masked_fill(finished, 0)
     return scores, state
+
+
+def _open_slots(visited: Tensor, constraint: str | None) -> Tensor:
+    """Where each row may point next, shaped as what it `visited`, bool (rows, n + 1)."""
+    if constraint is None:
+        return torch.ones_like(visited)
+    allowed = ~visited
+    allowed[:, 0] = True if constraint == "hull" else visited[:, 1:].all(1)
+    return allowed
 
 
 def _rows(state: Any) -> tuple[int, torch.device]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_positive, wide_dtype
-from attnspec.fast.engines.flash import flash, mask_options
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash, mask_options
 from attnspec.fast.scores.tempscale_collapse import (
     attention_entropy,
     centre_distance,
@@ -48,7 +48,11 @@ __all__ = [
 CLAIMS: dict[str, dict[str, Any]] = {
     **{name: {"launches": None} for name in __all__},
     "temper": {"gradient": True, "launches": None},
-    "tempered_attention": {"gradient": True, "limits": {"bias": (False,)}},
+    "tempered_attention": {
+        "gradient": True,
+        "limits": {"bias": (False,)},
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
 }
 
 

@@ -125,7 +125,7 @@ def ntk_attend(
     """
     check_inputs(q, K, V, Z, scale)
     num, den = prefix_terms(q, Z, k, positivity=positivity)
-    weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    weights, unit, total, _ = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
     return combine(weights, V) + unit[..., None] * num / total[..., None]
 
 
@@ -152,7 +152,10 @@ def ntk_backward(
     num, den = prefix_terms(q, Z, k, positivity=positivity)
     check_shaped("dout", dout, num.shape)
     factor = default_scale(q.shape[-1]) if scale is None else scale
-    weights, unit, total = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
+    scores = visible_scores(q, K, causal, key_mask, scale)
+    _, unit, total, m = shares(scores, num, den)
+    # Formed again from the log of D, which is all that has to be kept of them.
+    weights = np.exp(scores - (m + np.log(total))[..., None])
     unread = np.all(weights == 0, axis=-2)[..., None]
     keys, values = (
         np.where(unread, np.zeros_like(x), x)

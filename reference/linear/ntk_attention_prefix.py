@@ -75,7 +75,7 @@ def merge_prefix(
         check_array(name, x, ("q_tokens", "dv")[: len(shape) - len(rows) + 1])
         if x.shape != shape:
             raise ValueError(f"{name}: got shape {x.shape}, expected {shape}, as softmax_out")
-    weights, unit, total = shares(lse[..., None], num, den)
+    weights, unit, total, _ = shares(lse[..., None], num, den)
     return weights * softmax_out + unit[..., None] * num / total[..., None]
 
 
@@ -120,14 +120,14 @@ def row_top(scores: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 def shares(
     scores: np.ndarray, num: np.ndarray, den: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S4, S5: weights e^s / D (..., keys) of the keys, e^-m (...) and e^-m D (...).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S4, S5: weights e^s / D (..., keys) of the keys, and e^-m, e^-m D and m (...).
 
-    scores (..., keys), hidden ones -inf; num (..., dv), den (...). Where D is 0 the three are 0, 0
-    and 1.
+    scores (..., keys), hidden ones -inf; num (..., dv), den (...). Where D is 0 the first three are
+    0, 0 and 1.
 
     >>> shares(np.array([[0.0, -np.inf]]), np.array([[1.0]]), np.array([3.0]))
-    (array([[0.25, 0.  ]]), array([1.]), array([4.]))
+    (array([[0.25, 0.  ]]), array([1.]), array([4.]), array([0.]))
     """
     held = (den != 0) | np.any(num != 0, axis=-1)
     m = row_top(scores, held)
@@ -137,7 +137,7 @@ def shares(
     total = np.sum(weights, axis=-1) + unit * den
     empty = total == 0
     total = np.where(empty, np.ones_like(total), total)
-    return weights / total[..., None], np.where(empty, np.zeros_like(unit), unit), total
+    return weights / total[..., None], np.where(empty, np.zeros_like(unit), unit), total, m
 
 
 def check_prefix(q: np.ndarray, Z: Any, k: Any, positivity: Any) -> None:

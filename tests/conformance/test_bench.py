@@ -53,6 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None
         return Timing(1.0, 1.0, 1.0, 5)
 
     monkeypatch.setattr(run, "time_call", time_call)
+    monkeypatch.setattr(run, "peak_memory", lambda call, device: 5)
     monkeypatch.setattr(run, "measure_ceilings", lambda *key: Ceilings(150.0, 120.0))
     return before.append
 
@@ -73,6 +74,7 @@ def test_a_row_has_rates_roofline_and_rivals(clock: Any) -> None:
     assert row["floor_seconds"] == row["of_roofline"] == 1.0
     same, other = row["rivals"]
     assert same["ratio"] == 1.0
+    assert row["peak_bytes"] == same["peak_bytes"] == 5
     assert other == {"name": "missing", "unavailable": "not installed"}
     assert not result["interrupted"]
 

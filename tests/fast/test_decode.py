@@ -16,7 +16,17 @@ from attnspec.fast.engines.decode import CANDIDATES, configs, decode, use_config
 from attnspec.fast.engines.numba_math import exp_f32
 from attnspec.fast.parallel import lean_attention as fast
 from attnspec.reference.parallel import lean_attention as spec
-from tests.decode_cases import CASES, INF, NAN, TOLERANCE, check, compare, draw, plain
+from tests.decode_cases import (
+    CASES,
+    INF,
+    NAN,
+    TOLERANCE,
+    check,
+    check_values_apart,
+    compare,
+    draw,
+    plain,
+)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -43,6 +53,10 @@ def test_the_same_token_twice_counts_twice() -> None:
     _, once = decode(q, k, v, index=torch.tensor([[[3]]]))
     _, twice = decode(q, k, v, index=torch.tensor([[[3, 3]]]))
     torch.testing.assert_close(twice - once, torch.full_like(once, math.log(2)))
+
+
+def test_values_of_one_key_head_do_not_meet() -> None:
+    check_values_apart(torch.float32)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -131,7 +145,11 @@ def test_compiles_without_a_break() -> None:
 WRONG = {
     "q": [(torch.zeros(2, 4, 16), ValueError), (None, TypeError)],
     "k": [(torch.zeros(2, 3, 9, 16), ValueError), (torch.zeros(2, 2, 9, 8), ValueError)],
-    "v": [(torch.zeros(2, 2, 8, 16), ValueError), (torch.zeros(2, 2, 9, 16).half(), TypeError)],
+    "v": [
+        (torch.zeros(2, 3, 9, 16), ValueError),
+        (torch.zeros(2, 2, 8, 16), ValueError),
+        (torch.zeros(2, 2, 9, 16).half(), TypeError),
+    ],
     "lengths": [(torch.zeros(2), TypeError), (torch.zeros(3).int(), ValueError), (3, TypeError)],
     "index": [(torch.zeros(2, 4, 5).int(), ValueError), (torch.zeros(2, 2, 5), TypeError)],
     "counts": [(torch.zeros(2, 2).int(), ValueError), (torch.zeros(2, 2), TypeError)],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnspec.fast import attention
 from attnspec.fast.engines.decode import decode
-from tests.decode_cases import CASES, Case, arguments, check, compare, plain
+from tests.decode_cases import CASES, Case, arguments, check, check_values_apart, compare, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAUNCHING = [name for name in CASES if name not in ("no queries", "no batch")]
@@ -53,6 +53,11 @@ LONG = {
 def test_cases(name: str, dtype: torch.dtype) -> None:
     for _ in range(2):
         check(name, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_one_key_head_do_not_meet(dtype: torch.dtype) -> None:
+    check_values_apart(dtype, "cuda")
 
 
 @pytest.mark.parametrize("name", LAUNCHING)

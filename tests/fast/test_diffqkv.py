@@ -99,6 +99,55 @@ def test_what_is_not_chosen_is_not_read() -> None:
     torch.testing.assert_close(diffqkv.selective_attend(q, k, poisoned, 4), expected)
 
 
+@pytest.mark.parametrize("hv", [[0, 0, 1, 1, 2, 2], [2, 0, 2, 1, 0, 0]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_steps_put_together_are_attention(causal: bool, hv: list[int]) -> None:
+    """With maps of any order: those of attention are brought into it by ordering the heads."""
+    q, k, v = (x.requires_grad_() for x in tensors((6, 2, 3), 5, 9))
+    hk, values = torch.tensor([1, 0, 0, 1, 1, 0]), torch.tensor(hv, dtype=torch.int32)
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4) if causal else None
+    P, lse = diffqkv.softmax_rows(diffqkv.scores(q, k, hk, scale=0.5), mask)
+    out = diffqkv.attend(P, v, values)
+    expected, norms = diffqkv.diffqkv_attend(
+        q, k[:, hk], v[:, values.long()], causal=causal, scale=0.5
+    )
+    torch.testing.assert_close((out, lse), (expected, norms))
+    dout, arguments = draw(*out.shape), (q, k, v)
+    for got, truth in zip(
+        torch.autograd.grad(out, arguments, dout), torch.autograd.grad(expected, arguments, dout),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(got, truth)
+
+
+def test_hidden_scores_and_rows_that_see_nothing() -> None:
+    s = draw(2, 3, 4, 5).requires_grad_()
+    mask = torch.ones(2, 1, 4, 5, dtype=torch.bool)
+    mask[0, 0, 1], mask[1, 0, :, 2] = False, False
+    hidden = torch.where(mask, s, torch.nan)
+    P, lse = diffqkv.softmax_rows(hidden, mask)
+    assert (P[0, :, 1] == 0).all()
+    assert lse[0, :, 1].isneginf().all()
+    torch.testing.assert_close(P, torch.where(mask, (s - lse[..., None]).exp(), 0.0))
+    (ds,) = torch.autograd.grad((P * P).sum() + lse[1].sum(), s)
+    assert ds.isfinite().all()
+    assert (ds[~mask.expand_as(ds)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_float32_meet_values_of_16_bits(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tensors((6, 2, 3), 5, 9))
+    hk, hv = diffqkv.head_maps(6, 2, 3)
+    s = diffqkv.scores(q, k, hk)
+    P, lse = diffqkv.softmax_rows(s)
+    assert s.dtype == P.dtype == lse.dtype == torch.float32
+    out = diffqkv.attend(P, v, hv)
+    assert out.dtype == dtype
+    wide = (x.double() for x in (q, k, v))
+    torch.testing.assert_close(out, diffqkv.diffqkv_attend(*wide)[0].to(dtype))
+    assert diffqkv.softmax_rows(s.to(dtype))[0].dtype == dtype
+
+
 X = torch.zeros(1, 4, 3, 2)
 P0, IDX, MAP = torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 3, 1, dtype=torch.int64), torch.arange(4)
 FULL = dense.State(X, X)
@@ -110,6 +159,17 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (diffqkv.diffqkv_attend, (X, X, X), {"causal": 1}, TypeError, "causal"),
     (diffqkv.diffqkv_attend, (X, X, X), {"key_mask": MAP[None] > 0}, ValueError, "key_mask"),
     (diffqkv.diffqkv_attend, (X, X, X), {"backend": "cuda"}, ValueError, "backend"),
+    (diffqkv.scores, (X, X[:, :2], MAP), {}, ValueError, "hk"),
+    (diffqkv.scores, (X, X, MAP.float()), {}, TypeError, "hk"),
+    (diffqkv.scores, (X, X[..., :1], MAP), {}, ValueError, "k"),
+    (diffqkv.scores, (X, X, MAP), {"scale": "1"}, TypeError, "scale"),
+    (diffqkv.softmax_rows, (P0, P0), {}, TypeError, "mask"),
+    (diffqkv.softmax_rows, (P0, P0[..., :2] > 0), {}, ValueError, "mask"),
+    (diffqkv.softmax_rows, (P0, (P0 > 0).to("meta")), {}, ValueError, "mask"),
+    (diffqkv.attend, (P0.half(), X, MAP), {}, TypeError, "v"),
+    (diffqkv.attend, (P0, X.double(), MAP), {}, TypeError, "v"),
+    (diffqkv.attend, (P0, X[:, :, :2], MAP), {}, ValueError, "v"),
+    (diffqkv.attend, (P0, X, MAP - 1), {}, ValueError, "hv"),
     (diffqkv.select_values, (P0, 0), {}, ValueError, "c"),
     (diffqkv.attend_selected, (P0, IDX + 3, X, MAP), {}, ValueError, "idx"),
     (diffqkv.attend_selected, (P0, IDX, X, MAP + 1), {}, ValueError, "hv"),

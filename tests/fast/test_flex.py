@@ -15,6 +15,7 @@ TEN, HALF = torch.arange(10), torch.ones(3, dtype=torch.float16)
 R, TRUE = torch.zeros(1, 2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
 MODULES = [stem for stem in mechanism_modules() if stem.endswith("_flex")]
 PACKED = "attention_flex.packed_mask_mod"
+SHARPENED = "softplus_attention_flex.reweighted_score_mod"
 
 REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("attention_flex.mask_mod", (-1, 3), "q_tokens: got -1, expected an integer >= 0"),
@@ -62,6 +63,12 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("entropy_abf_flex.score_mod", (TEN,), "lam: got dtype torch.int64, expected one of"),
     ("softplus_attention_flex.score_mod", (TRUE, 8), "n: got dtype torch.bool, expected"),
     ("softplus_attention_flex.score_mod", (TEN, 0), "d: got 0, expected an integer >= 1"),
+    (SHARPENED, (TEN[:3], 8, TRUE), r"lse: got shape \(2, 3\), expected \(batch, heads"),
+    (SHARPENED, (TEN, 8, R[0]), r"lse: got 4, expected 10 \(q_tokens, as in n\)"),
+    (SHARPENED, (TEN[None, :4].expand(2, 4), 8, R[0, :1]), "lse: got 1, expected 2"),
+    (SHARPENED, (TEN[:4], 8, R[0], 0.5), r"p: got 0\.5, expected a finite number >= 1"),
+    (SHARPENED, (TEN[:4], 8, R[0], 15, -1e-8), "eps: got -1e-08, expected a finite number >= 0"),
+    (SHARPENED, (TEN[:4], 8, R[0], 15, 0.0, 0), "warm: got 0, expected an integer >= 1"),
     ("ee_mllm_flex.mask_mod", (TRUE, TEN), r"is_visual: got shape \(2, 3\), expected \(S\)"),
     ("ee_mllm_flex.mask_mod", (TRUE[0], TEN[:3], "none"), "image_visible: got 'none', expected"),
     ("moh_flex.mask_mod", (TRUE,), r"active: got shape \(2, 3\), expected \(batch, q_tokens"),

@@ -165,6 +165,14 @@ def test_decoders(constraint: str | None, tied: bool, n: int) -> None:
             assert score[row][len(beam) :].isneginf().all()
 
 
+@pytest.mark.parametrize("constraint", [None, "hull", "tsp"])
+@pytest.mark.parametrize("slots", [(), (2,), (3, 1), (3, 2, 1), (2, 1, 3, 0)])
+def test_constraints(constraint: str | None, slots: tuple[int, ...]) -> None:
+    allowed = decoding.constraint_mask(slots, 3, constraint)
+    assert allowed.dtype == torch.bool
+    assert allowed.tolist() == spec_decoding.constraint_mask(slots, 3, constraint).tolist()
+
+
 POINTS = point_sets(1, 5)[0]
 SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
 TRIANGLE = torch.tensor([[0, 1, 2]])
@@ -202,6 +210,11 @@ TRIANGLE = torch.tensor([[0, 1, 2]])
             "true",
         ),
         (lambda: decoding.step_limit("tour", 3), ValueError, "task"),
+        (lambda: decoding.constraint_mask((), 3, "any"), ValueError, "constraint"),
+        (lambda: decoding.constraint_mask((), 0, None), ValueError, "n"),
+        (lambda: decoding.constraint_mask((4,), 3, "tsp"), ValueError, "slots"),
+        (lambda: decoding.constraint_mask((-1,), 3, "hull"), ValueError, "slots"),
+        (lambda: decoding.constraint_mask((True,), 3, "hull"), TypeError, "slots"),
         (lambda: decoding.greedy_decode(None, None, 3, "tsp", 2), ValueError, "max_steps"),
         (lambda: decoding.beam_decode(None, None, 3, 0, None, 2), ValueError, "width"),
         (

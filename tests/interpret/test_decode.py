@@ -11,7 +11,7 @@ import torch
 
 from attnspec.fast.engines.decode import DecodeConfig, decode, use_config
 from attnspec.fast.parallel import lean_attention
-from tests.decode_cases import CASES, check, compare, draw, plain
+from tests.decode_cases import CASES, check, check_values_apart, compare, draw, plain
 
 HALF = ("one token", "paired", "ragged, three workers", "gathered, pages of 16", "paged", "fused")
 
@@ -36,6 +36,11 @@ def test_a_batch_too_large_to_be_scanned_at_once() -> None:
         call: Any = (q[:n], k[:n], v[:n])
         got = decode(*call, **options, tile=16, backend="triton")
         compare(got, plain(*call, **options), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_of_one_key_head_do_not_meet(dtype: torch.dtype) -> None:
+    check_values_apart(dtype, backend="triton", tile=16)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -33,6 +33,15 @@ def make_map(axis: str) -> Any:
     return make
 
 
+def make_any_map(axis: str) -> Any:
+    """A map of query heads to any heads of `axis`: what a kernel is given, it must look at."""
+
+    def make(rng: np.random.Generator, case: Case) -> np.ndarray:
+        return rng.integers(0, case.sizes[axis], case.heads)
+
+    return make
+
+
 def make_mask(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Three of four pairs visible; one row in five sees nothing."""
     shape = case.shape("batch 1 queries keys")
@@ -58,17 +67,23 @@ def make_chosen(rng: np.random.Generator, case: Case) -> np.ndarray:
 def poison_unread(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
     """NaN in the values that no row of the query heads which read them weighs, or has chosen."""
     P, v = arguments["P"], arguments["v"].copy()
-    batch, heads, _, keys = P.shape
     used = P != 0
     if "idx" in arguments:
         chosen = np.zeros(P.shape, bool)
         np.put_along_axis(chosen, arguments["idx"], True, axis=-1)
         used &= chosen
     by_head: np.ndarray = np.any(used, axis=2)
-    groups = by_head.reshape(batch, v.shape[1], heads // v.shape[1], keys)
-    read: np.ndarray = np.any(groups, axis=2)
-    v[np.logical_not(read)] = np.nan
+    for g in range(v.shape[1]):
+        unread: np.ndarray = np.logical_not(np.any(by_head[:, arguments["hv"] == g], axis=1))
+        v[:, g][unread] = np.nan
     return {**arguments, "v": v}
+
+
+def poison_hidden_scores(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
+    """NaN in the scores that the mask hides."""
+    if "mask" not in arguments:
+        return arguments
+    return {**arguments, "s": np.where(arguments["mask"], arguments["s"], np.nan)}
 
 
 def _counts(sizes: Any) -> dict[str, st.SearchStrategy[Any]]:
@@ -121,7 +136,7 @@ CONTRACTS = (
     Contract(
         operation="diffqkv.scores",
         sizes=without("v_heads", "dv"),
-        arrays=(Q, K, Array("hk", "heads", make=make_map("kv_heads"))),
+        arrays=(Q, K, Array("hk", "heads", make=make_any_map("kv_heads"))),
         outputs=(Output("s", dtype="float32"),),
         parameters=lambda sizes: {"scale": st.sampled_from([None, 0.5])},
         linear_in=("q", "k"),
@@ -136,10 +151,11 @@ CONTRACTS = (
         operation="diffqkv.softmax_rows",
         sizes=without("v_heads", "d", "dv"),
         arrays=(
-            Array("s", "batch heads queries keys"),
+            Array("s", "batch heads queries keys", role="query"),
             Array("mask", "batch 1 queries keys", make=make_mask, optional=True),
         ),
         outputs=(Output("P"), Output("lse", dtype="float32", row_axes=0)),
+        poison=poison_hidden_scores,
         neutral={"mask": lambda case: np.ones(case.shape("batch 1 queries keys"), bool)},
         bad_inputs=(
             ("an integer mask", "mask", lambda a: np.ones((1, 1, 1, 1), np.int64)),
@@ -150,7 +166,7 @@ CONTRACTS = (
         operation="diffqkv.attend",
         sizes=without("d"),
         fix=fit_heads,
-        arrays=(P, V, HV),
+        arrays=(P, V, Array("hv", "heads", make=make_any_map("v_heads"))),
         outputs=(Output("out"),),
         linear_in=("v", "P"),
         key_arrays=("P", "v"),

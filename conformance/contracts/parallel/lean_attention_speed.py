@@ -28,7 +28,8 @@ def decode(
     def make(device: str, dtype: str) -> dict[str, Any]:
         import torch
 
-        arguments = qkv(len(lengths), heads, kv_heads, 1, keys, d, N=128, G=264)(device, dtype)
+        shares = {"N": 128, "G": 264} if device == "cuda" else {"N": 512, "G": 2}
+        arguments = qkv(len(lengths), heads, kv_heads, 1, keys, d, **shares)(device, dtype)
         counts = torch.tensor(lengths, dtype=torch.int32, device=device)
         q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))
         return {"q": q, "k": k, "v": v, "lengths": counts, **arguments}

@@ -40,6 +40,8 @@ SHARED_BYTES = {80: 160000, 90: 220000, 100: 220000, 103: 220000}
 TILE_BYTES = 32768
 """The most a tile of keys or of queries takes."""
 LARGEST_BLOCK = 128
+SHARED_TILE = 32
+"""Keys a tile where a key head has several value heads."""
 
 SINGLE = (
     DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=2),
@@ -75,13 +77,15 @@ for every GPU, cut to what fits on chip."""
 
 
 def config(
-    arch: int, element_size: int, d: int, packed: int, indirect: bool, rows: int = 0, tile: int = 0
-) -> DecodeConfig:
+    arch: int, element_size: int, d: int, packed: int, indirect: bool, rows: int = 0, tile: int = 0,
+    share: int = 1,
+) -> DecodeConfig:  # fmt: skip
     """The configuration in force, cut to what fits on chip.
 
     `arch` is 90 for Hopper, `d` the larger head size as a power of two, `packed` the query rows of
     a kv head; `indirect`: keys are found through an index or a block table, whose loads take stages
-    too; `rows` and `tile`, unless 0, are the caller's own.
+    too; `rows` and `tile`, unless 0, are the caller's own; `share`: value heads of a key head, all
+    of whose tiles are loaded together.
     """
     chosen = TABLE.forced()
     if chosen is None and element_size >= 4:
@@ -90,10 +94,12 @@ def config(
         found, width = "indirect" if indirect else "direct", d if d in (128, 256) else 64
         chosen = TABLE.choose("many" if packed > 32 else "few", found, width)
     largest = max(16, TILE_BYTES // (d * element_size))
-    tile = min(tile or chosen.tile, largest)
+    tile = min(tile or (chosen.tile if share == 1 else SHARED_TILE), largest)
     rows = min(rows or chosen.rows, largest, LARGEST_BLOCK)
     room = SHARED_BYTES.get(arch, 98304) - rows * d * element_size
-    buffers = max(1, room // (2 * tile * d * element_size))
+    if share > 1:
+        room //= chosen.workers
+    buffers = max(1, room // ((1 + share) * tile * d * element_size))
     stages = min(chosen.stages, (2 * buffers if indirect else buffers) + 1)
     return replace(chosen, tile=tile, rows=rows, stages=max(stages, 2))
 

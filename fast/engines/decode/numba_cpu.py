@@ -53,6 +53,7 @@ class Shape(NamedTuple):
     batch: int
     kv_heads: int
     group: int
+    share: int
     q_tokens: int
     k_tokens: int
     d: int
@@ -114,11 +115,15 @@ def _tile_keys(
     lo: int, hi: int, b: int, head: int, keys: int, shape: Any, index: Any, table: Any, bias: Any,
     k: Any, v: Any, key: Any, gain: Any, at: Any,
 ) -> int:  # fmt: skip
-    """The keys of slots lo .. hi - 1 that may be read: number, bias and offsets; their count."""
+    """The keys of slots lo .. hi - 1 that may be read: number, bias, offsets; their count.
+
+    The values' offsets are those of the key head's first value head.
+    """
     count = 0
     if not (shape.gathered or shape.pool or bias.shape[2]):
         count = max(min(hi, keys) - lo, 0)
-        k_next, v_next = b * k.batch + head * k.head, b * v.batch + head * v.head
+        k_next = b * k.batch + head * k.head
+        v_next = b * v.batch + head * shape.share * v.head
         k_next, v_next = k_next + lo * k.token, v_next + lo * v.token
         gain[:count] = 0
         for n in range(count):
@@ -142,7 +147,7 @@ def _tile_keys(
                 continue
         key[count], gain[count] = j, extra
         at[0, count] = first * k.batch + head * k.head + token * k.token
-        at[1, count] = first * v.batch + head * v.head + token * v.token
+        at[1, count] = first * v.batch + head * shape.share * v.head + token * v.token
         count += 1
     return count
 
@@ -160,10 +165,11 @@ def _segment(
     slots = _listed(output, shape, counts) if shape.gathered else keys
     rows = min(shape.rows, shape.q_tokens * shape.group - block * shape.rows)
     key, gain = np.empty(shape.tile, np.int64), np.empty(shape.tile, q.dtype)
-    scores, at = np.empty(shape.tile, q.dtype), np.empty((2, shape.tile), np.uint64)
+    scores, at = np.empty(shape.tile, q.dtype), np.empty((1 + shape.share, shape.tile), np.uint64)
     in_place = shape.kind == NATIVE and k.channel == 1 and v.channel == 1
     held = 0 if in_place else shape.tile
-    k_buffer, v_buffer = np.empty(held * shape.d, q.dtype), np.empty(held * shape.dv, q.dtype)
+    k_buffer = np.empty(held * shape.d, q.dtype)
+    v_buffer = np.empty(shape.share * held * shape.dv, q.dtype)
     k_source, v_source = (k.wide, v.wide) if in_place else (k_buffer, v_buffer)
     m[:], den[:], o[:] = -np.inf, 0, 0
     for tile in range(lo, hi):
@@ -172,9 +178,13 @@ def _segment(
             first, min(first + shape.tile, slots), b, head, keys, shape, index, table, bias,
             k, v, key, gain, at,
         )  # fmt: skip
+        for j in range(1, shape.share):
+            at[1 + j, :count] = at[1, :count] + np.uint64(j * v.head)
         if not in_place:
             widen(k, at[0], count, shape.d, shape.kind, k_buffer)
-            widen(v, at[1], count, shape.dv, shape.kind, v_buffer)
+            for j in range(shape.share):
+                buffer = v_buffer[j * held * shape.dv :]
+                widen(v, at[1 + j], count, shape.dv, shape.kind, buffer)
         for r in range(rows if count else 0):
             row = block * shape.rows + r
             token, h = row // shape.group, head * shape.group + row % shape.group
@@ -185,7 +195,8 @@ def _segment(
             den[r] = den[r] * keep + total
             if keep != 1:
                 o[r] *= keep
-            accumulate(scores, v_source, at[1], count, shape.dv, o[r])
+            j = row % shape.group * shape.share // shape.group
+            accumulate(scores, v_source[j * held * shape.dv :], at[1 + j], count, shape.dv, o[r])
 
 
 @njit(cache=True, nogil=True)
@@ -334,9 +345,9 @@ def forward(
     rows = min(packed, rows or ROWS)
     kinds = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
     shape = Shape(
-        batch, kv_heads, heads // kv_heads, q_tokens, k_tokens, d, dv, page, entries, pool,
-        k.shape[0], rows, -(-packed // rows), tile or TILE, causal and q_tokens > 1, paired,
-        index is not None, kinds.get(q.dtype, NATIVE),
+        batch, kv_heads, heads // kv_heads, v.shape[1] // kv_heads, q_tokens, k_tokens, d, dv,
+        page, entries, pool, k.shape[0], rows, -(-packed // rows), tile or TILE,
+        causal and q_tokens > 1, paired, index is not None, kinds.get(q.dtype, NATIVE),
     )  # fmt: skip
     scalar = out.numpy().dtype.type
     count_launch()

@@ -156,7 +156,8 @@ def decode(
 
     q (B, H, Tq, d); any strides everywhere. The cache is one of
 
-    - contiguous: k (B, Hk, Tk, d), v (B, Hk, Tk, dv);
+    - contiguous: k (B, Hk, Tk, d), v (B, Hv, Tk, dv); a key head serves Hv / Hk value heads, one
+      as a rule, and these serve H / Hv query heads each;
     - paged: `block_table` int (B, max_pages) names the pages of each sequence in k
       (pages, Hk, page size, d) and v likewise; a (pages, page size, Hk, d) pool is passed as
       ``pool.transpose(1, 2)``. Entries beyond the length are not read.
@@ -267,8 +268,13 @@ def _check_cache(q: Any, k: Any, v: Any, block_table: Any, backend: str) -> tupl
         raise ValueError(
             f"k: got {kv_heads} kv heads for {heads} query heads, expected a divisor of {heads}"
         )
-    for axis, what in enumerate(("first axis", "kv_heads", "tokens")):
+    for axis, what in ((0, "first axis"), (2, "tokens")):
         check_size("v", v.shape[axis], k.shape[axis], f"{what}, as in k")
+    if v.shape[1] % kv_heads or heads % max(v.shape[1], 1):
+        raise ValueError(
+            f"v: got {v.shape[1]} heads beside {kv_heads} of k, expected a multiple of these that "
+            f"divides {heads}"
+        )
     pages = 1 if block_table is None else block_table.shape[1]
     return kv_heads, pages * k.shape[2]
 

@@ -136,9 +136,9 @@ class Launch:
         self.device = q.device
         self.out_shape, self.lse_shape = (batch, heads, q_tokens, dv), (batch, heads, q_tokens)
         self.pool = 0 if block_table is None else k.shape[2]
-        self.one_page, self.one_head = k.shape[0] == 1, kv_heads == 1
+        self.one_page, self.one_head = k.shape[0] == 1, v.shape[1] == 1
         dp, dvp = _power(d, 16), _power(dv, 16)
-        group = heads // kv_heads
+        group, share = heads // kv_heads, v.shape[1] // kv_heads
         packed = group * q_tokens
         self.empty = batch * packed == 0
         self.optional = any(
@@ -146,7 +146,14 @@ class Launch:
         )
         indirect = index is not None or block_table is not None
         settings = config(
-            _architecture(q.device), q.element_size(), max(dp, dvp), packed, indirect, rows, tile
+            _architecture(q.device),
+            q.element_size(),
+            max(dp, dvp),
+            packed,
+            indirect,
+            rows,
+            tile,
+            share,
         )
         rows = max(1, min(packed, settings.rows))
         workers = workers or settings.workers * _processors(q.device)
@@ -168,8 +175,8 @@ class Launch:
         chosen = 0 if index is None else index.shape[2] * page
         self.sizes = (batch, kv_heads, q_tokens)
         self.constants = (
-            chosen, rows, k.shape[0], group, _power(rows, 16), settings.tile, d, dv, dp, dvp, page,
-            self.pool,
+            chosen, rows, k.shape[0], group, share, _power(rows, 16), settings.tile, d, dv, dp, dvp,
+            page, self.pool,
         )  # fmt: skip
         self.flags = (causal, paired, per_head, index is not None, uniform, span, lanes, parts)
         self.options = {"num_warps": settings.warps, "num_stages": settings.stages}

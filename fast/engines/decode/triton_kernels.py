@@ -14,8 +14,9 @@ from attnspec.fast.engines.decode.triton_schedule import (
     owner,
     query_block,
 )
+from attnspec.fast.engines.decode.triton_tiles import LOG2E, attend_tiles
+from attnspec.fast.engines.flash.triton_visible import has_nan
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 RUNTIME = ["batch", "kv_heads", "q_tokens", "k_tokens", "chosen", "rows", "pages"]
 RUNTIME += [f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in "bhtd"[: 4 - (x == "bias")]]
@@ -115,13 +116,15 @@ def attend_kernel(
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_t, index_b, index_h, table_b,
     batch, kv_heads, q_tokens, k_tokens, chosen, rows, pages,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PAGE: tl.constexpr, POOL: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
     CAUSAL: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, GATHERED: tl.constexpr,
     UNIFORM: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One worker: walks its stretch of the line, output by output.
+
+    A key head serves GROUP query heads and SHARE value heads, and these serve a part of them each.
 
     `arrivals` int32, one an output, is 0 before and after: it counts the workers that have stored
     their part of an output. Whoever comes last joins them; nobody waits.
@@ -135,10 +138,6 @@ def attend_kernel(
     blocks = tl.cdiv(q_tokens * GROUP, rows)
     lane = tl.arange(0, M)
     channel, value = tl.arange(0, DP), tl.arange(0, DVP)
-    if ADJACENT:
-        k_channel, v_channel = channel, value
-    else:
-        k_channel, v_channel = channel.to(tl.int64) * k_d, value.to(tl.int64) * v_d
 
     while position < end:
         n = output_tiles(
@@ -156,8 +155,7 @@ def attend_kernel(
         if CAUSAL:
             keys = causal_end(length, block, q_tokens, rows, GROUP)
         newest = length - q_tokens + token
-        if GATHERED:
-            slots = listed_slots(counts, b, head, kv_heads, chosen, output >= 0, PAGE)
+        slots = listed_slots(counts, b, head, kv_heads, chosen, output >= 0, PAGE)
 
         q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + token.to(tl.int64) * q_t
         q_tile = tl.load(
@@ -167,7 +165,7 @@ def attend_kernel(
         )
         if POOL > 0:
             k_at = k + head.to(tl.int64) * (k_h.to(tl.int64) * UNIT)
-            v_at = v + head.to(tl.int64) * (v_h.to(tl.int64) * UNIT)
+            v_at = v + head.to(tl.int64) * (SHARE * v_h.to(tl.int64) * UNIT)
         else:
             k_at = (
                 k
@@ -177,70 +175,34 @@ def attend_kernel(
             v_at = (
                 v
                 + b.to(tl.int64) * (v_b.to(tl.int64) * UNIT)
-                + head.to(tl.int64) * (v_h.to(tl.int64) * UNIT)
+                + head.to(tl.int64) * (SHARE * v_h.to(tl.int64) * UNIT)
             )
 
-        m = tl.full([M], float("-inf"), tl.float32)
-        den = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, DVP], tl.float32)
-        for tile in tl.range(lo, hi):
-            slot = tile * N + tl.arange(0, N)
-            if GATHERED:
-                entry = tl.load(
-                    index + b.to(tl.int64) * index_b + head.to(tl.int64) * index_h + slot // PAGE,
-                    mask=slot < slots,
-                    other=-1,
-                ).to(tl.int32)
-                key = entry * PAGE + slot % PAGE
-                seen = (entry >= 0) & (key < keys)
-            else:
-                key = slot
-                seen = key < keys
-            if bias is not None:
-                gain = tl.load(
-                    bias + b.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
-                    + slot.to(tl.int64) * bias_t,
-                    mask=seen,
-                    other=float("-inf"),
-                ).to(tl.float32)  # fmt: skip
-                seen = seen & (gain > float("-inf"))
-            if POOL > 0:
-                page = tl.load(
-                    table + b.to(tl.int64) * table_b + key // POOL, mask=seen, other=-1
-                ).to(tl.int64)
-                seen = seen & (page >= 0) & (page < pages)
-                spot = (key % POOL).to(tl.int64)
-                k_row = page * (k_b.to(tl.int64) * UNIT) + spot * (k_t.to(tl.int64) * UNIT)
-                v_row = page * (v_b.to(tl.int64) * UNIT) + spot * (v_t.to(tl.int64) * UNIT)
-            else:
-                k_row = key.to(tl.int64) * (k_t.to(tl.int64) * UNIT)
-                v_row = key.to(tl.int64) * (v_t.to(tl.int64) * UNIT)
-            k_tile = tl.load(
-                k_at + k_row[:, None] + k_channel[None, :],
-                mask=seen[:, None] & (channel[None, :] < D),
-                other=0.0,
-            )
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-            if bias is not None:
-                scores += gain[None, :] * LOG2E
-            visible = seen[None, :]
-            if CAUSAL:
-                visible = visible & (key[None, :] <= newest[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-            top = tl.maximum(m, tl.max(scores, 1))
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            weights = tl.exp2(scores - shift[:, None])
-            keep = tl.exp2(m - shift)
-            den = den * keep + tl.sum(weights, 1)
-            v_tile = tl.load(
-                v_at + v_row[:, None] + v_channel[None, :],
-                mask=seen[:, None] & (value[None, :] < DV),
-                other=0.0,
-            )
-            acc = tl.dot(
-                weights.to(v_tile.dtype), v_tile, acc * keep[:, None], input_precision="ieee"
-            )
-            m = top
+        at_list, at_bias, at_table = index, bias, table
+        if GATHERED:
+            at_list = index + b.to(tl.int64) * index_b + head.to(tl.int64) * index_h
+        if bias is not None:
+            at_bias = bias + b.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
+        if POOL > 0:
+            at_table = table + b.to(tl.int64) * table_b
+        part = row % GROUP // (GROUP // SHARE)
+        next_v = v_h.to(tl.int64) * UNIT
+        seen = (keys, slots, newest)
+        strides = (k_b, k_t, k_d, v_b, v_t, v_d, bias_t)
+        m, den, acc = attend_tiles(
+            lo, hi, q_tile, k_at, v_at, next_v, part, seen, strides, at_list, at_bias, at_table,
+            pages, scale, M, N, D, DV, DP, DVP, PAGE, POOL, UNIT, ADJACENT, CAUSAL, GATHERED, SHARE,
+        )  # fmt: skip
+        if SHARE > 1:
+            # The product spreads 0 * NaN to rows of other value heads: then one head at a time.
+            again = tl.where(has_nan(acc), SHARE, 0)
+            for j in tl.range(again):
+                _, _, alone = attend_tiles(
+                    lo, hi, q_tile, k_at, v_at + j * next_v, next_v, part, seen, strides, at_list,
+                    at_bias, at_table, pages, scale, M, N, D, DV, DP, DVP, PAGE, POOL, UNIT,
+                    ADJACENT, CAUSAL, GATHERED, 1,
+                )  # fmt: skip
+                acc = tl.where((part == j)[:, None], alone, acc)
 
         if (lo == 0) & (hi == n):
             _write(
