@@ -30,6 +30,7 @@ from attnspec.fast.dense.attention_module import AttentionBlock
 from attnspec.fast.linear.based_module import ConvolutionBlock, TaylorBlock, WindowBlock
 from attnspec.fast.linear.flowformer_module import FlowBlock
 from attnspec.fast.linear.lightnet_module import LightNetBlock
+from attnspec.fast.linear.lightning_attention_1_module import TransNormerBlock
 from attnspec.fast.linear.lightning_attention_2_module import LightningBlock
 from attnspec.fast.linear.titans_module import TitansBlock
 
@@ -82,17 +83,36 @@ WINDOW = 8
 """Tokens of a window, the own one included, of a segment of MAC and of a chunk of a memory."""
 
 
-def mixers(run: Run) -> list[Block]:
+class TNL(nn.Module):
+    """TransNormerLLM's block as one layer among others: rows alone, the state left behind.
+
+    It is no `Block`, because it brings a norm and a channel mixer of its own.
+    """
+
+    def __init__(self, width: int, *, heads: int, layer: int, n_layers: int) -> None:
+        super().__init__()
+        self.block = TransNormerBlock(width, heads, layer=layer, n_layers=n_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (batch, tokens, width) of rows x, likewise."""
+        return self.block(x)[0]
+
+    def state_size(self, tokens: int) -> int:
+        return self.block.state_size(tokens)
+
+
+def mixers(run: Run) -> list[Block | TNL]:
     """The two mixers of a model."""
     width, heads = run.width, run.width // run.d
     if run.model == "Based":
         heads = max(1, width // 64)
         taylor = TaylorBlock(width, heads=heads, feature_dim=run.d)
         return [taylor, WindowBlock(width, heads=heads, left=WINDOW - 1)]
-    make: dict[str, Callable[[int], Block]] = {
+    make: dict[str, Callable[[int], Block | TNL]] = {
         "attention": lambda layer: AttentionBlock(width, heads=heads),
         "window": lambda layer: WindowBlock(width, heads=heads, left=WINDOW - 1),
         "lightning": lambda layer: LightningBlock(width, heads=heads, layer=layer, n_layers=2),
+        "TNL block": lambda layer: TNL(width, heads=heads, layer=layer, n_layers=2),
         "LightNet": lambda layer: LightNetBlock(width, heads=heads),
         "Flowformer": lambda layer: FlowBlock(width, heads=heads),
         "Titans": lambda layer: TitansBlock(
@@ -103,14 +123,16 @@ def mixers(run: Run) -> list[Block]:
     return [make[run.model](layer) for layer in range(2)]
 
 
-LINEAR = ("lightning", "LightNet", "Flowformer")
 RUNS = (
     Run("attention"),
     Run("window"),
     Run("Based", d=8),
-    *(Run(name) for name in LINEAR),
+    Run("lightning"),
+    Run("TNL block"),
+    Run("LightNet"),
+    Run("Flowformer"),
     *(Run("Titans", layout=layout) for layout in ("mag", "mal", "mac", "memory")),
-    *(Run(name, d=8) for name in LINEAR),
+    *(Run(name, d=8) for name in ("lightning", "LightNet", "Flowformer")),
     Run("Based", d=4),
     Run("attention", width=32),
 )

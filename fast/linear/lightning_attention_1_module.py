@@ -16,7 +16,7 @@ from attnspec.fast.linear.lightning_attention_1 import (
     srms_norm,
     tnl_block,
 )
-from attnspec.fast.linear.lightning_attention_1_layers import Options, check_options
+from attnspec.fast.linear.lightning_attention_1_layers import Options, check_options, state_shape
 
 WEIGHTS = ("Wqkvu", "Wo", "Wv", "Wu", "Wd")
 
@@ -51,6 +51,7 @@ class TransNormerBlock(nn.Module):
             raise ValueError(f"layer: got {layer}, expected an integer below {n_layers} (n_layers)")
         slopes = layer_slopes(heads, layer, n_layers, decay_rule=decay_rule)
         check_options(Options(v_activation, gate, norm, eps))
+        self.width = width
         inner = 8 * math.ceil(width / 3) if hidden is None else hidden
         shapes = {
             "Wqkvu": (width, 4 * width),
@@ -92,6 +93,14 @@ class TransNormerBlock(nn.Module):
         check_tensor("x", x, ("batch", "T", "width"))
         check_size("x", x.shape[1], 1, "one token")
         return self(x, state, offset)
+
+    def state_size(self, tokens: int) -> int:
+        """How many numbers the state of one sequence holds after `tokens` tokens: always as many.
+
+        One matrix (d', d) a head, d = width / heads, d' = 2 d with LRPE.
+        """
+        params = {"slopes": self.slopes, "theta": self.theta}
+        return math.prod(state_shape(params, self.width))
 
 
 class TransNormer(nn.Module):

@@ -83,6 +83,14 @@ def test_steps_are_the_whole(lrpe: bool) -> None:
     torch.testing.assert_close(state, last, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("lrpe", "numbers"), [(False, 3 * 4 * 4), (True, 3 * 8 * 4)])
+def test_state_size_is_that_of_the_state(lrpe: bool, numbers: int) -> None:
+    block = block_of(lrpe=lrpe)
+    for tokens in (1, 11):
+        _, state = block(torch.randn(1, tokens, 12, dtype=torch.float64))
+        assert block.state_size(tokens) == state.numel() == numbers
+
+
 def test_decoder_trains_and_decodes() -> None:
     torch.manual_seed(0)
     model = TransNormer(11, 16, 2, 3)
