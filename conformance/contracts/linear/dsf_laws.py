@@ -13,6 +13,7 @@ from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.judge import expect, out_dtype
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.controls import check_apart
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.linear.dsf import (
@@ -126,13 +127,22 @@ def check_matrix(trial: Trial) -> None:
 
 
 def check_rows(trial: Trial) -> None:
-    """Values that are all 1 come back from linear attention, and not from normalised attention."""
+    """Values that are all 1 come back from linear attention, and not from normalised attention.
+
+    That is not so where a sum of scores happens to be e^n: scores of 2 under n = 0 sum to 2, 4...
+    """
     arguments = trial.arguments()
     ones = arguments["v"] = np.ones_like(arguments["v"])
     if trial.contract.spec.function is linear_attention:
         _judge(trial, arguments, "sums of weights", ones, lambda made: made["y"])
-    else:
-        trial.judge(trial.run(arguments), arguments)
+        return
+    q, k, n = (np.zeros_like(arguments[name]) for name in ("q", "k", "n"))
+    q[..., 0], k[..., 0] = 2, 1
+    even = {**arguments, "q": q, "k": k, "n": n}
+    got = trial.run(even)
+    check_apart("y", got["y"], ones, 0.5, "means of the values, by weights that sum to 1")
+    trial.judge(got, even)
+    trial.judge(trial.run(arguments), arguments)
 
 
 def check_shift(trial: Trial) -> None:

@@ -1,4 +1,4 @@
-"""Laws of NTK-Attention alone: prefixes add, a state of zeros is none, Z counts without k."""
+"""Laws of NTK-Attention alone: prefixes add and stay, zeros are none, Z counts without k."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import numpy as np
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.controls import check_apart
 from attnspec.conformance.trial import Trial
 from attnspec.reference.linear.ntk_attention import ntk_attend, prefix_state
 
 
 def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, cross=True)
+
+
+def _square(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    """Every row sees a key: one that sees none is not moved by keys."""
+    return draw_case(contract, kernel, dtype, options=())
 
 
 def check_addition(trial: Trial) -> None:
@@ -44,6 +50,27 @@ def check_numerator_alone(trial: Trial) -> None:
     trial.check({**arguments, "k": np.zeros_like(arguments["k"]), "positivity": "abs"})
 
 
+def check_shift(trial: Trial) -> None:
+    """Keys moved along all queries take the prefix's share; in a softmax they would not.
+
+    Values of 1 beside Z = 0 make an output the share of the keys: small at scores of -8, nearly
+    all at 8.
+    """
+    arguments = trial.arguments()
+    scale = arguments["scale"] or trial.case.sizes["d"] ** -0.5
+    q, K = (np.zeros_like(arguments[name]) for name in ("q", "K"))
+    q[..., 0], K[..., 0] = 1, -np.ceil(8 / scale)
+    V, k, Z = np.ones_like(arguments["V"]), np.ones_like(arguments["k"]), 0 * arguments["Z"]
+    low = {**arguments, "q": q, "K": K, "V": V, "Z": Z, "k": k}
+    high = {**low, "K": -K}
+    before, after = trial.run(low), trial.run(high)
+    check_apart(
+        "out", after["out"], before["out"], 0.2, "a softmax, which feels no vector added to all"
+    )
+    trial.judge(before, low)
+    trial.judge(after, high)
+
+
 LAWS = (
     Law(
         "prefix-addition",
@@ -71,5 +98,14 @@ LAWS = (
         check_numerator_alone,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.3,
+    ),
+    Law(
+        "prefix-shift",
+        "Adding a vector to all keys is felt: the prefix does not move along.",
+        ("K4",),
+        _square,
+        check_shift,
+        applies=lambda contract, kernel: contract.spec.function is ntk_attend,
+        examples=0.2,
     ),
 )

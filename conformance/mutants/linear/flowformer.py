@@ -178,6 +178,24 @@ def no_slope(x: np.ndarray, kind: str) -> np.ndarray:
     return np.ones_like(x)
 
 
+def queries_apart(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+    """As if every query were the only one."""
+    out = ATTEND(q, k, v, *args, **options)
+    if out.shape[-2] < 2 or options.get("query_mask") is not None:
+        return out
+    rows = [q[..., i : i + 1, :] for i in range(q.shape[-2])]
+    return np.concatenate([ATTEND(row, k, v, *args, **options) for row in rows], axis=-2)
+
+
+def prefixes(q: Any, k: Any, v: Any, state: Any = None, **options: Any) -> Any:
+    """Causal, as softmax attention is: each row is the last one of the other form's prefix."""
+    out, last = CAUSAL(q, k, v, state, **options)
+    if state is not None or not out.shape[-2]:
+        return out, last
+    parts = [[x[..., : t + 1, :] for x in (q, k, v)] for t in range(q.shape[-2])]
+    return np.concatenate([ATTEND(*part, **options)[..., -1:, :] for part in parts], -2), last
+
+
 def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
     return Mutant(f"flowformer.{name}", f"flowformer.{operation}", law, bug, call, **rest)
 
@@ -190,6 +208,8 @@ MUTANTS = (
        replacing(ATTEND, allocation=no_ratio)),
     of("flow_attend", "padded-sinks", "flow-padding", "padded queries are counted in n",
        replacing(ATTEND, _tokens=padded_sinks)),
+    of("flow_attend", "queries-apart", "flow-others", "every query has the flows of one alone",
+       queries_apart),
     of("flow_attend", "eps-in-features", "agreement", "eps is in the aggregated features too",
        replacing(ATTEND, _tokens=eps_in_features)),
     of("flow_attend", "no-ratio", "lengths", "n / m is left out of the gate",
@@ -226,6 +246,8 @@ MUTANTS = (
        by_stages(flows=all_sinks)),
     of("flow_attend_causal", "weights-again", "prefix", "a source's weight changes with later ones",
        by_stages(competition=renormalised)),
+    of("flow_attend_causal", "prefixes", "flow-order", "each row is the form without an order, on "
+       "the tokens so far", prefixes),
     of("flow_attend_causal", "crossing", "refusal", "another number of keys is answered by the "
        "form without an order", crossing),
     of("flow_attend_causal", "forgets-N", "stream", "a step counts from 1 again",

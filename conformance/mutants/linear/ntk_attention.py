@@ -129,6 +129,13 @@ def skip_tail(arguments: dict[str, Any]) -> None:
             arguments[name] = arguments[name][..., :whole, :]
 
 
+def smoothed_keys(arguments: dict[str, Any]) -> None:
+    """The mean key is taken away first, as softmax would allow."""
+    K = arguments["K"]
+    if K.shape[-2]:
+        arguments["K"] = K - K.mean(axis=-2, keepdims=True)
+
+
 def masked_prefix(arguments: dict[str, Any]) -> None:
     """The causal rule hides the prefix from the first query."""
     if arguments["causal"]:
@@ -232,6 +239,8 @@ MUTANTS = (
            replacing(ATTEND, combine=leaks_masked_values)),
     mutant("skip-tail", "ragged", "keys after the last whole block are skipped",
            altering(ATTEND, skip_tail)),
+    mutant("smoothed-keys", "prefix-shift", "the mean key is taken away, as if it were softmax",
+           altering(ATTEND, smoothed_keys)),
     mutant("masked-prefix", "agreement", "the causal rule hides the prefix from the first query",
            altering(ATTEND, masked_prefix)),
     mutant("hidden-keys-learn", "gradient", "hidden keys take part in the gradient", ATTEND,
