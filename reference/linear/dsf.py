@@ -78,9 +78,10 @@ of attention; normalised attention only learns the scale of what it reads. The r
 S8 once :math:`\sigma(i)` is replaced by :math:`\Delta b` and :math:`\sigma(o)` by c.
 
 S16. **Recurrence.** The state alone, for vectors: :math:`h_t = a_t \odot h_{t-1} + x_t` for any a,
-also 0, negative or above 1. Gradient, from the end: :math:`g_t = dh_t + a_{t+1} g_{t+1}`,
-:math:`dx = g`, :math:`da_t = g_t h_{t-1}`. The gradients of all the others follow by the chain
-rule.
+also 0, negative or above 1. Gradient, from the end: :math:`g_t = dh_t + a_{t+1} g_{t+1}`, to which
+the gradient of the returned state is added undecayed at the last token, :math:`dx = g`,
+:math:`da_t = g_t h_{t-1}` and :math:`dh_{-1} = a_0 g_0`. The gradients of all the others follow by
+the chain rule.
 
 S17. **Recall task.** P keys from [1, V/2) and P values from [V/2, V), distinct: k1 v1 k2 v2 ... and
 then L - 2P + 1 fillers 0. P of the (L - 2P) // 2 slots are drawn without replacement with
@@ -206,20 +207,25 @@ MECHANISM = Mechanism(
         Operation(from_qlstm, ("S10", "S11")),
         Operation(from_rg_lru, ("S12",)),
         Operation(softmax_attention, ("S6",), softmax_attention_backward, ("q", "k", "v")),
-        Operation(linear_attention, ("S5",), linear_attention_backward, ("q", "k", "v")),
         Operation(
-            normalised_attention, ("S7",), normalised_attention_backward, ("q", "k", "v", "n")
+            linear_attention, ("S5",), linear_attention_backward, ("q", "k", "v", "state")
+        ),
+        Operation(
+            normalised_attention, ("S7",), normalised_attention_backward,
+            ("q", "k", "v", "n", "h0"),
         ),
         Operation(
             s6_scan, ("S8",), s6_scan_backward, ("Delta", "A", "b", "c", "u", "D", "h0")
         ),
-        Operation(ssd_scan, ("S9", "S13"), ssd_scan_backward, ("Delta", "a", "b", "c", "u")),
+        Operation(
+            ssd_scan, ("S9", "S13"), ssd_scan_backward, ("Delta", "a", "b", "c", "u", "h0")
+        ),
         Operation(ssd_as_attention, ("S13",)),
         Operation(ssd_as_normalised, ("S14",)),
         Operation(is_ssd, ("S14", "S15")),
-        Operation(qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z")),
+        Operation(qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z", "h0")),
         Operation(qlstm_layer, ("S11",)),
-        Operation(rg_lru, ("S12",), rg_lru_backward, ("u", "r", "g", "lam")),
+        Operation(rg_lru, ("S12",), rg_lru_backward, ("u", "r", "g", "lam", "h0")),
         Operation(
             elementwise_scan, ("S16",), elementwise_scan_backward, ("a", "x", "h0")
         ),

@@ -19,6 +19,7 @@ from attnspec.reference.conventions import (
 )
 from attnspec.reference.dense.attention import attend_backward
 from attnspec.reference.linear.dsf_recurrence import (
+    check_given,
     flat_scan,
     flat_scan_backward,
 )
@@ -71,26 +72,48 @@ def linear_attention(
 
 
 def linear_attention_backward(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, state: Pair | None, dy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S16: dq, dk, dv of `linear_attention`; a state that is handed over counts as a constant.
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    state: Pair | None,
+    dy: np.ndarray,
+    dh: np.ndarray | None = None,
+    dz: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Pair | None]:
+    """S16: dq, dk, dv and the pair dstate of `linear_attention`, None without a state.
+
+    dy (..., heads, T, dv), dh (..., heads, dv, d) and dz (..., heads, d), or None, are the
+    gradients of its outputs.
 
     >>> one = np.ones((1, 1, 1))
-    >>> [float(g.squeeze()) for g in linear_attention_backward(one, one, one, None, 3 * one)]
-    [0.0, 0.0, 3.0]
+    >>> dq, dk, dv, _ = linear_attention_backward(one, one, one, None, 3 * one)
+    >>> float(dq.squeeze()), float(dk.squeeze()), float(dv.squeeze())
+    (0.0, 0.0, 3.0)
+    >>> pair = 0 * one, 2 * one[0]
+    >>> *_, (dh0, dz0) = linear_attention_backward(one, one, one, pair, 4 * one, one, one[0])
+    >>> dh0.ravel(), dz0.ravel()
+    (array([2.]), array([0.5]))
     """
     check_tokens(q, k, v)
     check_shaped("dy", dy, v.shape)
     h0, z0 = check_pair(state, q, v)
+    dh, dz = check_given("dh", dh, h0.shape), check_given("dz", dz, z0.shape)
     phi, psi = feature_map(q), feature_map(k)
     ones = np.ones_like(v[..., :1])
     numerator, _ = read_scan(phi, psi, v, h0)
     eta, _ = read_scan(phi, psi, ones, z0[..., None, :])
     share = _divide(dy, eta)
     deta = -_divide(np.einsum("...v,...v->...", share, numerator)[..., None], eta)
-    dphi, dpsi, dv = read_scan_backward(phi, psi, v, h0, share)
-    dphi_eta, dpsi_eta, _ = read_scan_backward(phi, psi, ones, z0[..., None, :], deta)
-    return (dphi + dphi_eta) * feature_slope(q), (dpsi + dpsi_eta) * feature_slope(k), dv
+    dphi, dpsi, dv, dh0 = read_scan_backward(phi, psi, v, h0, share, dh)
+    dphi_eta, dpsi_eta, _, dz0 = read_scan_backward(
+        phi, psi, ones, z0[..., None, :], deta, None if dz is None else dz[..., None, :]
+    )
+    return (
+        (dphi + dphi_eta) * feature_slope(q),
+        (dpsi + dpsi_eta) * feature_slope(k),
+        dv,
+        None if state is None else (dh0, dz0[..., 0, :]),
+    )
 
 
 def normalised_attention(
@@ -122,18 +145,27 @@ def normalised_attention_backward(
     n: np.ndarray,
     h0: np.ndarray | None,
     dy: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S16: dq, dk, dv, dn of `normalised_attention`.
+    dh: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """S16: dq, dk, dv, dn, dh0 of `normalised_attention`; dh0 is None without an h0.
+
+    dy (..., heads, T, dv) and dh (..., heads, dv, d), or None, are the gradients of its outputs.
 
     >>> one = np.ones((1, 1, 1))
     >>> [float(g.squeeze()) for g in normalised_attention_backward(
-    ...     2 * one, 3 * one, one, 0 * one[..., 0], None, one)]
-    [3.0, 2.0, 6.0, -6.0]
+    ...     2 * one, 3 * one, one, 0 * one[..., 0], 0 * one, one)]
+    [3.0, 2.0, 6.0, -6.0, 2.0]
+    >>> [float(g.squeeze()) for g in normalised_attention_backward(
+    ...     2 * one, 3 * one, one, 0 * one[..., 0], 0 * one, one, one)]
+    [3.0, 3.0, 9.0, -6.0, 3.0]
     """
     y, _ = normalised_attention(q, k, v, n, h0)
     check_shaped("dy", dy, v.shape)
-    dq, dk, dv = read_scan_backward(q, k, v, check_state(h0, q, v), np.exp(-n)[..., None] * dy)
-    return dq, dk, dv, -np.einsum("...v,...v->...", y, dy)
+    state = check_state(h0, q, v)
+    dh = check_given("dh", dh, state.shape)
+    dq, dk, dv, dstate = read_scan_backward(q, k, v, state, np.exp(-n)[..., None] * dy, dh)
+    dn = -np.einsum("...v,...v->...", y, dy)
+    return dq, dk, dv, dn, None if h0 is None else dstate
 
 
 def read_scan(
@@ -158,22 +190,25 @@ def read_scan_backward(
     v: np.ndarray,
     h0: np.ndarray,
     dy: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S16: dq, dk, dv of `read_scan` without decay.
+    dh: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S16: dq, dk, dv, dh0 of `read_scan` without decay; dh (..., dv, n) is 0 if absent.
 
     >>> one = np.ones((1, 1))
-    >>> [float(g.squeeze()) for g in read_scan_backward(2 * one, 3 * one, one, 0 * one, one)]
-    [3.0, 2.0, 6.0]
+    >>> [float(g.squeeze()) for g in read_scan_backward(2 * one, 3 * one, one, 0 * one, one, one)]
+    [3.0, 3.0, 9.0, 3.0]
     """
     new = v[..., :, None] * k[..., None, :]
     a = np.ones_like(new)
     states, _ = flat_scan(a, new, h0)
     dq = np.einsum("...v,...vn->...n", dy, states)
-    _, dnew, _ = flat_scan_backward(a, new, h0, dy[..., :, None] * q[..., None, :])
+    _, dnew, dh0 = flat_scan_backward(a, new, h0, dy[..., :, None] * q[..., None, :], dh)
+    assert dh0 is not None
     return (
         dq,
         np.einsum("...vn,...v->...n", dnew, v),
         np.einsum("...vn,...n->...v", dnew, k),
+        dh0,
     )
 
 

@@ -29,19 +29,29 @@ def elementwise_scan(
 
 
 def elementwise_scan_backward(
-    a: np.ndarray, x: np.ndarray, h0: np.ndarray | None, dh: np.ndarray
+    a: np.ndarray,
+    x: np.ndarray,
+    h0: np.ndarray | None,
+    dh: np.ndarray,
+    dlast: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """S16: da, dx (..., T, N) and dh0 (..., N) of `elementwise_scan`, or None without an h0.
+
+    dh (..., T, N) and dlast (..., N), or None, are the gradients of its outputs.
 
     >>> one = np.ones((2, 1))
     >>> [g.ravel() for g in elementwise_scan_backward(3 * one, one, one[0], one)]
     [array([4., 4.]), array([4., 1.]), array([12.])]
+    >>> [g.ravel() for g in elementwise_scan_backward(3 * one, one, one[0], one, one[0])]
+    [array([7., 8.]), array([7., 2.]), array([21.])]
     """
     first = check_scan(a, x, h0)
     check_shaped("dh", dh, x.shape)
+    dlast = check_given("dlast", dlast, first.shape)
     states, _ = elementwise_scan(a, x, h0)
     before = np.concatenate([first[..., None, :], states], axis=-2)
-    da, dx, carry = np.zeros_like(a), np.zeros_like(x), np.zeros_like(first)
+    da, dx = np.zeros_like(a), np.zeros_like(x)
+    carry = np.zeros_like(first) if dlast is None else dlast
     for t in reversed(range(x.shape[-2])):
         g = dh[..., t, :] + carry
         da[..., t, :], dx[..., t, :] = g * before[..., t, :], g
@@ -61,16 +71,23 @@ def flat_scan(a: np.ndarray, x: np.ndarray, h0: np.ndarray | None) -> tuple[np.n
 
 
 def flat_scan_backward(
-    a: np.ndarray, x: np.ndarray, h0: np.ndarray | None, dh: np.ndarray
+    a: np.ndarray,
+    x: np.ndarray,
+    h0: np.ndarray | None,
+    dh: np.ndarray,
+    dlast: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """S16: da, dx and dh0 of `flat_scan`.
+    """S16: da, dx and dh0 of `flat_scan`; dlast (..., dv, n) or None.
 
     >>> one = np.ones((1, 1, 1))
     >>> [float(g.squeeze()) for g in flat_scan_backward(2 * one, one, 5 * one[0], one)]
     [5.0, 1.0, 2.0]
+    >>> [float(g.squeeze()) for g in flat_scan_backward(2 * one, one, 5 * one[0], one, 3 * one[0])]
+    [20.0, 4.0, 8.0]
     """
     first = None if h0 is None else _flat(h0)
-    da, dx, dh0 = elementwise_scan_backward(_flat(a), _flat(x), first, _flat(dh))
+    last = None if dlast is None else _flat(dlast)
+    da, dx, dh0 = elementwise_scan_backward(_flat(a), _flat(x), first, _flat(dh), last)
     back = None if h0 is None or dh0 is None else dh0.reshape(h0.shape)
     return da.reshape(a.shape), dx.reshape(x.shape), back
 
@@ -111,6 +128,18 @@ def check_scan(a: Any, x: Any, h0: Any) -> np.ndarray:
         return np.zeros_like(x, shape=(*x.shape[:-2], x.shape[-1]))
     check_shaped("h0", h0, (*x.shape[:-2], x.shape[-1]))
     return np.asanyarray(h0)
+
+
+def check_given(name: str, x: Any, shape: tuple[int, ...]) -> Any:
+    """K14: what may be None, once its shape is right.
+
+    >>> check_given("dh", np.ones(2), (3,))
+    Traceback (most recent call last):
+    ValueError: dh: got shape (2,), expected (3,)
+    """
+    if x is not None:
+        check_shaped(name, x, shape)
+    return x
 
 
 def check_number(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from attnspec.reference.conventions import check_array, check_bool, check_shaped, check_size
 from attnspec.reference.linear.dsf_recurrence import (
+    check_given,
     check_number,
     elementwise_scan,
     elementwise_scan_backward,
@@ -39,7 +40,7 @@ def qlstm(
     check_gates(f, i, o, alpha, reversed)
     check_shaped("z", z, f.shape)
     states, last = elementwise_scan(
-        forget_gate(f, alpha, reversed), sigmoid_power(i) * z, _given(h0, z)
+        forget_gate(f, alpha, reversed), sigmoid_power(i) * z, check_given("h0", h0, _last(z))
     )
     return sigmoid_power(o) * states, last
 
@@ -51,28 +52,37 @@ def qlstm_backward(
     z: np.ndarray,
     h0: np.ndarray | None,
     dy: np.ndarray,
+    dh: np.ndarray | None = None,
     *,
     alpha: float = 1.0,
     reversed: bool = False,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S16: df, di, do, dz of `qlstm`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """S16: df, di, do, dz, dh0 of `qlstm`; dh0 is None without an h0.
+
+    dy (..., T, N) and dh (..., N), or None, are the gradients of its outputs.
 
     >>> zero = np.zeros((1, 1))
-    >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 + zero, None, 1 + zero)]
-    [0.0, 1.0, 1.0, 0.25]
+    >>> start, one = zero[0], 1 + zero
+    >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 * one, start, one)]
+    [0.0, 1.0, 1.0, 0.25, 0.25]
+    >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 * one, start, one, one[0])]
+    [0.0, 3.0, 1.0, 0.75, 0.75]
     """
     check_gates(f, i, o, alpha, reversed)
     check_shaped("z", z, f.shape)
     check_shaped("dy", dy, z.shape)
+    dh = check_given("dh", dh, _last(z))
     a, enter, read = forget_gate(f, alpha, reversed), sigmoid_power(i), sigmoid_power(o)
-    states, _ = elementwise_scan(a, enter * z, _given(h0, z))
-    da, dx, _ = elementwise_scan_backward(a, enter * z, _given(h0, z), read * dy)
+    first = check_given("h0", h0, _last(z))
+    states, _ = elementwise_scan(a, enter * z, first)
+    da, dx, dh0 = elementwise_scan_backward(a, enter * z, first, read * dy, dh)
     slope = -max(alpha, 0.0) * sigmoid_power(f) if reversed else sigmoid_power(-f)
     return (
         da * a * slope,
         dx * z * enter * sigmoid_power(-i),
         dy * states * read * sigmoid_power(-o),
         dx * enter,
+        dh0,
     )
 
 
@@ -158,7 +168,7 @@ def rg_lru(
     check_array("u", u, ("T", "N"))
     check_rg_lru(r, g, lam, c, u)
     log_decay, strength = rg_lru_gates(r, g, lam, c)
-    return elementwise_scan(np.exp(log_decay), strength * u, _given(h0, u))
+    return elementwise_scan(np.exp(log_decay), strength * u, check_given("h0", h0, _last(u)))
 
 
 def rg_lru_gates(
@@ -180,23 +190,28 @@ def rg_lru_backward(
     g: np.ndarray,
     lam: np.ndarray,
     dy: np.ndarray,
+    dh: np.ndarray | None = None,
     *,
     c: float = 8.0,
     h0: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S16: du, dr, dg, dlam of `rg_lru`; a root of 0 counts as a constant (ours).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """S16: du, dr, dg, dlam, dh0 of `rg_lru`; dh0 is None without an h0.
+
+    dy (..., T, N) and dh (..., N), or None, are the gradients of its outputs. A root of 0 counts as
+    a constant (ours).
 
     >>> zero = np.zeros((1, 1))
     >>> [float(np.round(x, 3).squeeze()) for x in rg_lru_backward(
-    ...     2 + zero, zero, zero, np.full(1, 50.0), 1 + zero)]
-    [0.5, 0.0, 0.5, 0.0]
+    ...     2 + zero, zero, zero, np.full(1, 50.0), 1 + zero, 2 + zero[0], h0=zero[0])]
+    [1.5, 0.0, 1.5, 0.0, 0.0]
     """
     check_array("u", u, ("T", "N"))
     check_rg_lru(r, g, lam, c, u)
     check_shaped("dy", dy, u.shape)
+    first, dh = check_given("h0", h0, _last(u)), check_given("dh", dh, _last(u))
     log_decay, strength = rg_lru_gates(r, g, lam, c)
     decay = np.exp(log_decay)
-    da, dx, _ = elementwise_scan_backward(decay, strength * u, _given(h0, u), dy)
+    da, dx, dh0 = elementwise_scan_backward(decay, strength * u, first, dy, dh)
     lost = -np.expm1(2 * log_decay)
     forgets = lost > 0
     droot = dx * u * sigmoid_power(g) / np.sqrt(np.where(forgets, lost, np.ones_like(lost)))
@@ -208,13 +223,12 @@ def rg_lru_backward(
         dr,
         dx * u * strength * sigmoid_power(-g),
         np.sum(dlam, axis=tuple(range(u.ndim - 1))),
+        dh0,
     )
 
 
-def _given(h0: Any, x: np.ndarray) -> Any:
-    if h0 is not None:
-        check_shaped("h0", h0, (*x.shape[:-2], x.shape[-1]))
-    return h0
+def _last(x: np.ndarray) -> tuple[int, ...]:
+    return *x.shape[:-2], x.shape[-1]
 
 
 def check_gates(f: Any, i: Any, o: Any, alpha: Any, reversed: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from attnspec.reference.conventions import check_array, check_shaped
 from attnspec.reference.linear.dsf_mixers import read_scan
 from attnspec.reference.linear.dsf_recurrence import (
+    check_given,
     flat_scan,
     flat_scan_backward,
 )
@@ -51,21 +52,28 @@ def s6_scan_backward(
     D: np.ndarray | None,
     h0: np.ndarray | None,
     dy: np.ndarray,
+    dh: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, ...]:
     """S16: dDelta, dA, db, dc, du, dD, dh0 of `s6_scan`; None where the argument was None.
+
+    dy (..., T, dv) and dh (..., dv, n), or None, are the gradients of its outputs.
 
     >>> one = np.ones((1, 1))
     >>> [float(g.squeeze()) for g in s6_scan_backward(
     ...     one, 0 * one, 2 * one, 3 * one, one, one[0], one, one)]
     [6.0, -3.0, 3.0, 3.0, 7.0, 1.0, 3.0]
+    >>> [float(g.squeeze()) for g in s6_scan_backward(
+    ...     one, 0 * one, 2 * one, 3 * one, one, one[0], one, one, one)]
+    [8.0, -4.0, 4.0, 3.0, 9.0, 1.0, 4.0]
     """
     _check_s6_scan(Delta, A, b, c, u, D, h0)
     check_shaped("dy", dy, u.shape)
+    dh = check_given("dh", dh, (*Delta.shape[:-2], *A.shape))
     decay, new = _s6_system(Delta, A, b, u)
     states, _ = flat_scan(decay, new, h0)
     dc = np.einsum("...vn,...v->...n", states, dy)
     dstates = dy[..., None] * c[..., None, :]
-    ddecay, dnew, dh0 = flat_scan_backward(decay, new, h0, dstates)
+    ddecay, dnew, dh0 = flat_scan_backward(decay, new, h0, dstates, dh)
     rate = -ddecay * decay
     strength = np.einsum("...vn,...n->...v", dnew, b)
     dDelta = np.einsum("...vn,vn->...v", rate, A) + strength * u
@@ -108,22 +116,30 @@ def ssd_scan_backward(
     u: np.ndarray,
     h0: np.ndarray | None,
     dy: np.ndarray,
-) -> tuple[np.ndarray, ...]:
-    """S16: dDelta, da, db, dc, du of `ssd_scan`.
+    dh: np.ndarray | None = None,
+) -> tuple[np.ndarray | None, ...]:
+    """S16: dDelta, da, db, dc, du, dh0 of `ssd_scan`; dh0 is None without an h0.
+
+    dy (..., heads, T, dv) and dh (..., heads, dv, n), or None, are the gradients of its outputs.
 
     >>> one = np.ones((1, 1, 1))
     >>> [float(g.squeeze()) for g in ssd_scan_backward(
     ...     one[..., 0], 0 * one[0, 0], 2 * one, 3 * one, one, one, one)]
-    [6.0, -3.0, 3.0, 3.0, 6.0]
+    [6.0, -3.0, 3.0, 3.0, 6.0, 3.0]
+    >>> [float(g.squeeze()) for g in ssd_scan_backward(
+    ...     one[..., 0], 0 * one[0, 0], 2 * one, 3 * one, one, one, one, one)]
+    [8.0, -4.0, 4.0, 3.0, 8.0, 4.0]
     """
     q, k, v, log_decay = ssd_as_attention(Delta, a, b, c, u)
     check_shaped("dy", dy, u.shape)
     state = _ssd_state(h0, b, u)
+    dh = check_given("dh", dh, state.shape)
     new = v[..., :, None] * k[..., None, :]
     decay = np.exp(log_decay)[..., None, None] * np.ones_like(new)
     states, _ = flat_scan(decay, new, state)
     dc = np.einsum("...v,...vn->...n", dy, states)
-    _, dnew, _ = flat_scan_backward(decay, new, state, dy[..., :, None] * q[..., None, :])
+    dstates = dy[..., :, None] * q[..., None, :]
+    _, dnew, dstate = flat_scan_backward(decay, new, state, dstates, dh)
     # What decays is h less what token i has just added.
     rate = np.einsum("...vn,...vn->...", dnew, new) - np.einsum("...vn,...vn->...", dnew, states)
     dv = np.einsum("...vn,...n->...v", dnew, k)
@@ -131,7 +147,7 @@ def ssd_scan_backward(
     db = np.einsum("...vn,...v->...n", dnew, v)
     leading = tuple(range(Delta.ndim - 2))
     da = np.sum(np.einsum("...t,...t->...", rate, Delta), axis=leading)
-    return dDelta, da, db, dc, Delta[..., None] * dv
+    return dDelta, da, db, dc, Delta[..., None] * dv, None if h0 is None else dstate
 
 
 def ssd_as_attention(

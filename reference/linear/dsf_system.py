@@ -9,6 +9,7 @@ import numpy as np
 
 from attnspec.reference.conventions import check_array, check_shaped, check_size
 from attnspec.reference.linear.dsf_recurrence import (
+    check_given,
     elementwise_scan,
     elementwise_scan_backward,
 )
@@ -22,19 +23,27 @@ def dsf_scan_backward(
     u: np.ndarray,
     h0: np.ndarray | None,
     dy: np.ndarray,
+    dh: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, ...]:
-    """S16: dLam, dB, dC, dD, du, dh0 of `dsf_scan` from the gradient of y; None where it was None.
+    """S16: dLam, dB, dC, dD, du, dh0 of `dsf_scan`; None where the argument was None.
+
+    dy (..., T, dv) and dh (..., N), or None, are the gradients of its outputs.
 
     >>> one = np.ones((1, 1))
     >>> [float(g.squeeze()) for g in dsf_scan_backward(
     ...     one, 2 * one[..., None], 3 * one[..., None], one[..., None], one, one[0], one)]
     [3.0, 3.0, 3.0, 1.0, 7.0, 3.0]
+    >>> [float(g.squeeze()) for g in dsf_scan_backward(
+    ...     one, 2 * one[..., None], 3 * one[..., None], None, one, one[0], one, one[0])
+    ...     if g is not None]
+    [4.0, 4.0, 3.0, 8.0, 4.0]
     """
     check_shaped("dy", dy, u.shape)
+    dh = check_given("dh", dh, (*Lam.shape[:-2], Lam.shape[-1]))
     x = np.einsum("...nv,...v->...n", B, u)
     states, _ = elementwise_scan(Lam, x, h0)
     dstates = np.einsum("...vn,...v->...n", C, dy)
-    dLam, dx, dh0 = elementwise_scan_backward(Lam, x, h0, dstates)
+    dLam, dx, dh0 = elementwise_scan_backward(Lam, x, h0, dstates, dh)
     dB = np.einsum("...n,...v->...nv", dx, u)
     dC = np.einsum("...v,...n->...vn", dy, states)
     du = np.einsum("...nv,...n->...v", B, dx)

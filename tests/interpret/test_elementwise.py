@@ -7,13 +7,14 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnspec.conformance import Kernel, certify
+from attnspec.conformance import Kernel, Profile, certify
 from attnspec.fast.backend import launch_count
 from attnspec.fast.engines.scan import (
     LaneConfig,
@@ -192,3 +193,16 @@ def test_the_suite() -> None:
     )  # fmt: skip
     report = certify(kernel, profile="smoke")
     assert report.passed, report.failures[0]
+
+
+@pytest.mark.parametrize("name", ["rg_lru", "s6_scan", "dsf_scan", "elementwise_scan"])
+def test_gradients_of_the_suite(name: str) -> None:
+    """Those of what these scans are part of, in the state at the start and through the last."""
+    kernel = Kernel(
+        "interpreted", f"dsf.{name}", partial(getattr(dsf, name), backend="triton"),
+        array="torch", dtypes=("float32",), gradient=True, reads_values=False,
+        draws={"tokens": (1, 4, 9), "batch": (1,)},
+    )  # fmt: skip
+    report = certify(kernel, profile=Profile("few", examples=6, shrink=False), laws=["gradient"])
+    assert report.passed, report.failures[0]
+    assert any("dh0" in result.used for result in report.results)

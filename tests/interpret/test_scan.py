@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnspec.conformance import Kernel, Profile, certify
 from attnspec.fast.engines.scan import (
     ScanConfig,
     scan,
@@ -21,7 +22,9 @@ from attnspec.fast.engines.scan import (
     step,
     use_config,
 )
+from attnspec.fast.linear.dsf import linear_attention
 
+FEW = Profile("few", examples=6, shrink=False)
 DECAYS = ("none", "constant", "scalar", "vector")
 SMALL = ScanConfig(
     block=16,
@@ -221,6 +224,24 @@ def test_poison_beyond_the_end() -> None:
     torch.testing.assert_close(got, (expected, last))
     torch.testing.assert_close(packed[0][:, :, :21], expected)
     torch.testing.assert_close(packed[1][:1], last)
+
+
+def test_gradients_of_the_suite() -> None:
+    """Those of the linear attention of `dsf`, in the state it starts from and through its last."""
+    started = []
+
+    def call(q: Tensor, k: Tensor, v: Tensor, state: Any = None) -> Any:
+        started.append(state is not None)
+        return linear_attention(q, k, v, state, backend="triton")
+
+    kernel = Kernel(
+        "interpreted", "dsf.linear_attention", call, array="torch", dtypes=("float32",),
+        gradient=True, reads_values=False,
+    )  # fmt: skip
+    with use_config(SMALL):
+        report = certify(kernel, profile=FEW, laws=["gradient"])
+    assert report.passed, report.failures[0]
+    assert any(started)
 
 
 def test_bfloat16_raises() -> None:

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from attnspec.reference.linear import dsf, dsf_mixers, dsf_rnn, dsf_ssm
 from attnspec.reference.linear.based import taylor_weights
 from attnspec.reference.linear.dsf_mixers import feature_map
-from attnspec.reference.linear.dsf_recurrence import sigmoid_power, softplus
+from attnspec.reference.linear.dsf_recurrence import (
+    elementwise_scan_backward,
+    sigmoid_power,
+    softplus,
+)
 from attnspec.reference.linear.dsf_system import dsf_scan_backward
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
@@ -145,7 +149,7 @@ def test_a_gate_that_never_forgets_has_no_gradient() -> None:
     u, g, lam = numbers(31, (1, 4, 3), (1, 4, 3), (3,))
     r = np.full_like(u, -1e3)
     assert not dsf.rg_lru(u, r, g, lam)[0].any()
-    for slope in dsf_rnn.rg_lru_backward(u, r, g, lam, np.ones_like(u)):
+    for slope in dsf_rnn.rg_lru_backward(u, r, g, lam, np.ones_like(u), np.ones((1, 3)))[:4]:
         assert not slope.any()
 
 
@@ -242,8 +246,17 @@ def test_states_are_handed_over_and_nothing_looks_ahead(name: str, cut: int) -> 
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-def differences(function: Callable[..., Any], inputs: list[np.ndarray], do: np.ndarray) -> Any:
-    """Central finite differences of sum(do * function(*inputs)) in every input."""
+def flat(result: Any) -> list[np.ndarray]:
+    """The arrays of a result or of gradients, without those that are absent."""
+    if isinstance(result, tuple):
+        return [x for part in result for x in flat(part)]
+    return [] if result is None else [result]
+
+
+def differences(
+    function: Callable[..., Any], inputs: list[np.ndarray], upstream: list[np.ndarray]
+) -> Any:
+    """Central finite differences of sum(upstream * function(*inputs)) in every input."""
     made = []
     for x in inputs:
         slope = np.zeros_like(x)
@@ -251,7 +264,8 @@ def differences(function: Callable[..., Any], inputs: list[np.ndarray], do: np.n
             kept, values = x[at], []
             for sign in (1, -1):
                 x[at] = kept + sign * 1e-6
-                values.append(np.sum(do * function(*inputs)))
+                outputs = flat(function(*inputs))
+                values.append(sum(np.sum(g * y) for g, y in zip(upstream, outputs, strict=True)))
             x[at] = kept
             slope[at] = (values[0] - values[1]) / 2e-6
         made.append(slope)
@@ -261,6 +275,7 @@ def differences(function: Callable[..., Any], inputs: list[np.ndarray], do: np.n
 def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
     q, k, v, n = numbers(20, (2, 3, 2), (2, 3, 2), (2, 3, 2), (2, 3))
     h, z = np.abs(numbers(21, (2, 2, 2))[0]), np.ones((2, 2))
+    linear_back = dsf_mixers.linear_attention_backward
     s6 = s6_inputs(22, 3, 2, 2)
     s6_names = ("Delta", "A", "b", "c", "u", "D")
     f, i, o, x = numbers(23, *4 * [(2, 3, 2)])
@@ -272,36 +287,36 @@ def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
             lambda *a: (dsf.softmax_attention(*a),),
             dsf_mixers.softmax_attention_backward, [q, k, v]),
         "linear": (
-            lambda q, k, v: dsf.linear_attention(q, k, v, (h, z)),
-            lambda q, k, v, dy: dsf_mixers.linear_attention_backward(q, k, v, (h, z), dy),
-            [q, k, v]),
+            lambda q, k, v, h, z: dsf.linear_attention(q, k, v, (h, z)),
+            lambda q, k, v, h, z, *d: linear_back(q, k, v, (h, z), *d), [q, k, v, h, z]),
+        "linear without a state": (
+            dsf.linear_attention, lambda q, k, v, *d: linear_back(q, k, v, None, *d), [q, k, v]),
         "normalised": (
-            lambda *a: dsf.normalised_attention(*a, h),
-            lambda *a: dsf_mixers.normalised_attention_backward(*a[:-1], h, a[-1]), [q, k, v, n]),
+            dsf.normalised_attention, dsf_mixers.normalised_attention_backward, [q, k, v, n, h]),
         "s6": (dsf.s6_scan, dsf_ssm.s6_scan_backward, [*(s6[x] for x in s6_names), h]),
         "ssd": (
-            lambda *a: dsf.ssd_scan(*a, h),
-            lambda *a: dsf_ssm.ssd_scan_backward(*a[:-1], h, a[-1]),
-            [np.abs(n) + 0.1, np.array([0.3, 2.0]), q, k, v]),
+            dsf.ssd_scan, dsf_ssm.ssd_scan_backward,
+            [np.abs(n) + 0.1, np.array([0.3, 2.0]), q, k, v, h]),
         "qlstm": (
-            lambda *a: dsf.qlstm(*a, h0=first),
-            lambda *a: dsf_rnn.qlstm_backward(*a[:-1], first, a[-1]), [f, i, o, x]),
+            lambda *a: dsf.qlstm(*a[:4], h0=a[4]), dsf_rnn.qlstm_backward, [f, i, o, x, first]),
         "qlstm reversed": (
             lambda *a: dsf.qlstm(*a, **back),
-            lambda *a: dsf_rnn.qlstm_backward(*a[:-1], None, a[-1], **back), [f, i, o, x]),
+            lambda *a: dsf_rnn.qlstm_backward(*a[:4], None, *a[4:], **back), [f, i, o, x]),
         "rg_lru": (
-            lambda *a: dsf.rg_lru(*a, h0=first),
-            lambda *a: dsf_rnn.rg_lru_backward(*a, h0=first), [x, f, i, first[0].copy()]),
+            lambda *a: dsf.rg_lru(*a[:4], h0=a[4]),
+            lambda *a: dsf_rnn.rg_lru_backward(*a[:4], *a[5:], h0=a[4]),
+            [x, f, i, first[0].copy(), first]),
+        "elementwise_scan": (
+            dsf.elementwise_scan, elementwise_scan_backward, [2 * f, x, first]),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", gradient_cases())
 def test_gradients_are_finite_differences(name: str) -> None:
     function, backward, inputs = gradient_cases()[name]
-    y = function(*inputs)[0]
-    (do,) = numbers(30, y.shape)
-    got = backward(*inputs, do)
-    expected = differences(lambda *a: function(*a)[0], inputs, do)
+    upstream = numbers(30, *(y.shape for y in flat(function(*inputs))))
+    got = flat(backward(*inputs, *upstream))
+    expected = differences(function, inputs, upstream)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 

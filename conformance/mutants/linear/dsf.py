@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.linear import dsf_maps, dsf_mixers, dsf_rnn, dsf_ssm, dsf_system
-from attnspec.reference.linear.dsf_recurrence import elementwise_scan, softplus
+from attnspec.reference.linear import dsf_maps, dsf_mixers, dsf_rnn
+from attnspec.reference.linear.dsf_recurrence import softplus
 
 SCAN = right("dsf.dsf_scan")
 MATRIX = right("dsf.dsf_matrix")
@@ -147,31 +147,6 @@ def log_decays(arguments: dict[str, Any]) -> None:
     arguments["Lam"] = np.abs(arguments["Lam"])
 
 
-def da_of_new_state(a: Any, x: Any, h0: Any, dh: Any) -> Any:
-    """da = g h_t, not g h_(t-1)."""
-    _, dx, dh0 = dsf_system.elementwise_scan_backward(a, x, h0, dh)
-    return dx * elementwise_scan(a, x, h0)[0], dx, dh0
-
-
-def delta_only_decays(
-    Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, h0: Any, dy: Any
-) -> tuple[Any, ...]:
-    """The gradient of Delta through the input is lost."""
-    dDelta, *rest = dsf_ssm.s6_scan_backward(Delta, A, b, c, u, D, h0, dy)
-    du = rest[3] if D is None else rest[3] - D * dy
-    return dDelta - du * u / np.where(Delta == 0, 1, Delta), *rest
-
-
-def detached_eta(q: Any, k: Any, v: Any, state: Any, dy: Any) -> tuple[Any, ...]:
-    """The normaliser of linear attention counts as a constant."""
-    h0, z0 = dsf_mixers.check_pair(state, q, v)
-    phi, psi = dsf_mixers.feature_map(q), dsf_mixers.feature_map(k)
-    ones = np.ones_like(v[..., :1])
-    eta, _ = dsf_mixers.read_scan(phi, psi, ones, z0[..., None, :])
-    dphi, dpsi, dv = dsf_mixers.read_scan_backward(phi, psi, v, h0, dy / eta)
-    return dphi * dsf_mixers.feature_slope(q), dpsi * dsf_mixers.feature_slope(k), dv
-
-
 def without_order(chosen: tuple[int, ...]) -> int:
     """Packed features forget how often a product occurs."""
     return 1
@@ -199,9 +174,9 @@ SEPARABLE = dsf_maps._separable
 RATES = dsf_rnn.rg_lru_gates
 
 
-def mutant(name: str, call: Any, law: str, bug: str, **settings: Any) -> Mutant:
+def mutant(name: str, call: Any, law: str, bug: str) -> Mutant:
     operation, _, short = name.partition(":")
-    return Mutant(f"dsf.{short}", f"dsf.{operation}", law, bug, call, **settings)
+    return Mutant(f"dsf.{short}", f"dsf.{operation}", law, bug, call)
 
 
 MUTANTS = (
@@ -218,8 +193,6 @@ MUTANTS = (
            "The state handed in is ignored."),
     mutant("elementwise_scan:clamped", altering(STEPS, reset_is_kept), "agreement",
            "A decay of 0 does not reset."),
-    mutant("elementwise_scan:new-state", STEPS, "gradient",
-           "da is formed with the state after the token.", backward=da_of_new_state),
     mutant("from_attention:upside-down", upside_down, "dsf-map", "The ratio is upside down."),
     mutant("from_attention:last-eta", divides_by_the_last, "dsf-map",
            "B is divided by the normaliser before."),
@@ -239,8 +212,6 @@ MUTANTS = (
            "The normaliser is not handed over."),
     mutant("linear_attention:elu", replacing(LINEAR, feature_map=elu_only), "agreement",
            "elu plus a half."),
-    mutant("linear_attention:detached", LINEAR, "gradient", "eta counts as a constant.",
-           backward=detached_eta),
     mutant("normalised_attention:positive", altering(NORMALISED, positive_features), "dsf-shift",
            "Features are made positive."),
     mutant("normalised_attention:own-sum", altering(NORMALISED, own_sum), "dsf-rows",
@@ -249,8 +220,6 @@ MUTANTS = (
            "softplus is applied twice."),
     mutant("s6_scan:exact-hold", replacing(S6, _s6_system=exact_hold), "agreement",
            "b enters by the exact integral."),
-    mutant("s6_scan:delta-decays", S6, "gradient", "Delta has no gradient through the input.",
-           backward=delta_only_decays),
     mutant("ssd_scan:uncoupled", replacing(SSD, ssd_as_attention=lambda Delta, a, b, c, u:
            (*AS_ATTENTION(Delta, a, b, c, u)[:2], u, AS_ATTENTION(Delta, a, b, c, u)[3])),
            "agreement", "Delta does not scale the input."),
