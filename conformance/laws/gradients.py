@@ -19,11 +19,14 @@ from attnspec.conformance.violation import Violation
 
 
 def upstream_names(contract: Contract) -> list[tuple[str, int]]:
-    """Names of the reference gradient's upstream arguments, with the output each belongs to."""
+    """Names of the reference gradient's upstream arguments, with the output each belongs to.
+
+    That of an output ``state.k`` is dk.
+    """
     gradient = contract.spec.gradient
     assert gradient is not None
     parameters = inspect.signature(gradient).parameters
-    outputs = [output.name for output in contract.outputs]
+    outputs = [output.name.rpartition(".")[2] for output in contract.outputs]
     return [(f"d{name}", i) for i, name in enumerate(outputs) if f"d{name}" in parameters]
 
 
@@ -138,6 +141,8 @@ def _autograd(
             (outputs[contract.outputs[index].name], above[name])
             for name, index in upstream_names(contract)
         ]
+        # A number of tokens depends on none of them; without any that does, torch says so.
+        pairs = [pair for pair in pairs if pair[0].requires_grad] or pairs
         gradients = torch.autograd.grad(
             [out for out, _ in pairs],
             leaves,

@@ -70,11 +70,11 @@ CLAIMS = {
         "blocks": (16, 64, 128),
         "triton": {"graph": True, "dtypes": ("float32",)},
     },
-    "based_packed": {"triton": {"dtypes": ("float32",)}},
+    "based_packed": {"gradient": True, "triton": {"dtypes": ("float32",)}},
     "based_decode_step": {"compiled": True, "triton": {"graph": True}},
     "based_state_update": {"numba": {"launches": None}, "triton": {"dtypes": ("float32",)}},
     "based_read": {"numba": {"launches": None}},
-    "sliding_window_attend": {"blocks": (16, 64)},
+    "sliding_window_attend": {"gradient": True, "blocks": (16, 64)},
 }
 """What the suite is told beyond the defaults; what launches nothing is a few products in torch. On
 CUDA the states of 16-bit keys are sums of rounded features, which the suite does not allow: there

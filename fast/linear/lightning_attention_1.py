@@ -77,6 +77,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
     "decay_attend_tiled": {"gradient": True},
     "norm_attention": {"gradient": True},
     "tnl_gla": {"gradient": True, "compiled": True, "triton": {"graph": True}},
+    "tnl_gla_packed": {"gradient": True},
+    "tnl_gla_padded": {"gradient": True},
     "tnl_block": {"gradient": True, "compiled": True, "triton": {"graph": True}},
 }
 """What the suite is told beyond the defaults; what is tables or torch products launches nothing."""

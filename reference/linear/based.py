@@ -48,7 +48,8 @@ dnum^T` and rz sums :math:`\phi(q)\, dden`.
 
 S10. **Window layer.** Softmax attention with the scale :math:`1/\sqrt{d}` of its own head width, in
 which the query at position p sees the keys p - left .. p, so left + 1 of them (K8). Cached queries
-stand at the end (K3). The authors' `window_size` of W is left = W // 2.
+stand at the end (K3). The authors' `window_size` of W is left = W // 2. The gradient is softmax
+attention's own, under the same mask.
 
 S11. **Convolution layer.** :math:`[u_1, u_2] = x W_{in}`, then :math:`y = (\mathrm{silu}(c(u_1))
 \odot u_2) W_{out}` with c a causal convolution of 3 taps for each channel, zeros in front.
@@ -63,7 +64,8 @@ S14. **Heads.** Query head h reads kv head h // group (K7). The state belongs to
 
 S15. **Edges.** One token: :math:`o = v\, w / (w + \epsilon)`. No queries give no rows.
 
-S16. **Packing** (ours). Sequences laid end to end start each from an empty state.
+S16. **Packing** (ours). Sequences laid end to end start each from an empty state, and have the
+gradients of S9 each by itself.
 
 Complexity
 ----------
@@ -102,6 +104,7 @@ from attnspec.reference.conventions import (
 )
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.linear.based_batches import based_packed, based_packed_backward
 from attnspec.reference.linear.based_features import (
     check_eps,
     taylor_features,
@@ -109,12 +112,15 @@ from attnspec.reference.linear.based_features import (
     taylor_weights,
     taylor_weights_backward,
 )
-from attnspec.reference.linear.based_layers import gated_convolution, sliding_window_attend
+from attnspec.reference.linear.based_layers import (
+    gated_convolution,
+    sliding_window_attend,
+    sliding_window_backward,
+)
 from attnspec.reference.linear.based_state import (
     based_chunk,
     based_chunk_backward,
     based_decode_step,
-    based_packed,
     based_read,
     based_state_update,
     divide,
@@ -274,8 +280,8 @@ MECHANISM = Mechanism(
             differentiable=("q", "k", "v", "S0", "zk0"),
         ),
         Operation(based_decode_step, clauses=("S6", "S13", "S14")),
-        Operation(based_packed, clauses=("S16",)),
-        Operation(sliding_window_attend, clauses=("S10",)),
+        Operation(based_packed, ("S16",), based_packed_backward, ("q", "k", "v")),
+        Operation(sliding_window_attend, ("S10",), sliding_window_backward, ("q", "k", "v")),
         Operation(gated_convolution, clauses=("S11",)),
     ),
     headline="based_attend",

@@ -9,9 +9,11 @@ from attnspec.reference.conventions import (
     check_attention_inputs,
     check_choice,
     check_integer,
+    check_shaped,
     check_size,
 )
 from attnspec.reference.dense.attention import attend
+from attnspec.reference.dense.attention_gradient import attend_backward
 
 PATTERNS = {
     27: ((1, 6, 11, 16, 21), (2, 7, 12, 17, 22)),
@@ -27,10 +29,29 @@ def sliding_window_attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, left: int
     >>> sliding_window_attend(x, x, v, 1).ravel()
     array([1., 2., 4.])
     """
+    return attend(q, k, v, causal=True, mask=_window(q, k, v, left))[0]
+
+
+def sliding_window_backward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, left: int, do: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """S10: dq, dk, dv of `sliding_window_attend`; do (..., heads, q_tokens, dv).
+
+    >>> x, v = np.zeros((1, 3, 1)), np.array([[[1.0], [3.0], [5.0]]])
+    >>> sliding_window_backward(x, x, v, 1, np.ones_like(v))[2].ravel()
+    array([1.5, 1. , 0.5])
+    """
+    mask = _window(q, k, v, left)
+    check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
+    return attend_backward(q, k, v, do, causal=True, mask=mask)
+
+
+def _window(q: np.ndarray, k: np.ndarray, v: np.ndarray, left: int) -> np.ndarray:
+    """S10: True (q_tokens, k_tokens) where a key is not too old for a query (later ones aside)."""
     check_attention_inputs(q, k, v)
     check_integer("left", left, least=0)
     place = np.arange(q.shape[-2])[:, None] + k.shape[-2] - q.shape[-2]
-    return attend(q, k, v, causal=True, mask=np.arange(k.shape[-2]) >= place - left)[0]
+    return np.arange(k.shape[-2]) >= place - left
 
 
 def gated_convolution(

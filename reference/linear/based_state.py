@@ -6,15 +6,12 @@ the sum of features, so zk[0] counts the tokens. It belongs to a kv head and ser
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_integer,
-    check_offsets,
     check_shaped,
     check_size,
     repeat_heads,
@@ -194,36 +191,6 @@ def based_chunk_backward(
         to_z = np.sum(phi_q * dden[..., None], axis=-2)[..., None]
         rz = rz + sum_groups(to_z, kv_heads)[..., 0]
     return dq, dk, dv, R, rz
-
-
-def based_packed(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    offsets: np.ndarray,
-    *,
-    eps: float = 1e-12,
-    scale: float | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S16: causal attention inside each of the sequences laid end to end, and their last states.
-
-    q (heads, total, d), k (kv_heads, total, d), v (kv_heads, total, dv), offsets int (sequences +
-    1) increasing from 0 to total. Returns o (heads, total, dv), S (sequences, kv_heads, D, dv) and
-    zk (sequences, kv_heads, D).
-
-    >>> x = np.ones((1, 2, 1))
-    >>> based_packed(x, x, x, np.array([0, 2]))[2].round(2)
-    array([[[2.  , 2.  , 1.41]]])
-    """
-    check_attention_inputs(q, k, v)
-    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_offsets("offsets", offsets, q.shape[-2])
-    parts = []
-    for first, last in pairwise(offsets):
-        Q, K, V = (x[..., first:last, :] for x in (q, k, v))
-        parts.append(based_chunk(Q, K, V, 64, eps=eps, scale=scale))
-    outs, states, sums = zip(*parts, strict=True)
-    return np.concatenate(outs, axis=-2), np.stack(states), np.stack(sums)
 
 
 def read(features: np.ndarray, S: np.ndarray, zk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

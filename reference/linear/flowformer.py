@@ -54,7 +54,8 @@ counted for each batch entry, a quotient of a padded token is 0 and never 0 / 0;
 of 0, which :math:`\epsilon = 0` allows (ours). No real key means outputs of 0. The causal form
 takes no mask: a padded token would advance N and every sum, so the caller skips it.
 
-S13. **Gradient.** Through all of S1 to S10, none through :math:`\hat O` where it is clamped.
+S13. **Gradient.** Through all of S1 to S10, none through :math:`\hat O` where it is clamped, and
+through every part of the states before and behind, N among them.
 
 S14. **Heads.** A flow belongs to a query head and the kv head it reads: keys and values are
 repeated for the group (K7).
@@ -256,7 +257,7 @@ MECHANISM = Mechanism(
             flow_attend_causal,
             clauses=("S7", "S8", "S9", "S10", "S11", "S14"),
             gradient=flow_causal_backward,
-            differentiable=("q", "k", "v"),
+            differentiable=("q", "k", "v", "state"),
         ),
         Operation(flow_decode_step, clauses=("S11",)),
     ),

@@ -8,6 +8,7 @@ import numpy as np
 
 from attnspec.reference.conventions import (
     check_attention_inputs,
+    check_shaped,
     check_size,
     repeat_heads,
 )
@@ -115,12 +116,22 @@ def flow_causal_backward(
     v: np.ndarray,
     state: FlowState | None,
     dout: np.ndarray,
+    dsb: np.ndarray | None = None,
+    dsa: np.ndarray | None = None,
+    dsbO: np.ndarray | None = None,
+    dsaI: np.ndarray | None = None,
+    dse: np.ndarray | None = None,
+    dKV: np.ndarray | None = None,
+    dN: np.ndarray | None = None,
     *,
     eps: float = 1e-6,
     kind: str = "sigmoid",
     clamp: Clamp = (-1.0, 1.0),
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S13: dq, dk, dv of `flow_attend_causal`'s outputs, the state before being a constant.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, FlowState]:
+    """S13: dq, dk, dv of `flow_attend_causal` and the gradient of the state before.
+
+    dout is shaped as out; behind it come the gradients of the parts of the state behind the last
+    token, in their order, each None if it is not used. No state means an empty one.
 
     >>> x = np.zeros((1, 2, 1))
     >>> flow_causal_backward(x, x, x, None, x + 1)[2].ravel().round(3)
@@ -129,6 +140,7 @@ def flow_causal_backward(
     check_causal(q, k, v, eps)
     first = empty_state(q, v) if state is None else state
     check_state(first, q, v)
+    last = _upstream(first, (dsb, dsa, dsbO, dsaI, dse, dKV, dN))
     heads = q.shape[-3]
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     a, b = flow_features(q, kind), flow_features(keys, kind)
@@ -153,7 +165,7 @@ def flow_causal_backward(
         y[..., now, :] = quotient(a[..., now, :] @ S, I[..., now])
         dr[..., now, :] = quotient(g[..., now, None] * dout[..., now, :], I[..., now])
         da[..., now, :] = dr[..., now, :] @ np.swapaxes(S, -1, -2)
-    R = np.zeros_like(S)
+    R = last.KV
     for t in reversed(range(q.shape[-2])):
         now = slice(t, t + 1)
         R = R + np.swapaxes(a[..., now, :], -1, -2) @ dr[..., now, :]
@@ -162,19 +174,34 @@ def flow_causal_backward(
     dI = -dot(dr, y)
     dIh = dot(dout, y) * g * sigmoid(-Ih) / N
     dc = dot(values, du)
-    dx = dc * c + e * _backward_sum(-dc * c / E, -1)
+    dE = -dc * c / E
+    dx = dc * c + e * (_backward_sum(dE, -1) + last.se[..., None])
     dOh = np.where(x == Oh, dx, np.zeros_like(dx)) / N
-    dinto, dout_of = _backward_sum(dIh[..., None] * A), _backward_sum(dOh[..., None] * B)
+    dinto = _backward_sum(dIh[..., None] * A) + last.sbO[..., None, :]
+    dout_of = _backward_sum(dOh[..., None] * B) + last.saI[..., None, :]
     dA, dB = dIh[..., None] * (into + eps), dOh[..., None] * (out_of + eps)
     da, db = da + quotient(dout_of, I / N), db + quotient(dinto, O / N)
-    dI, dO = dI - over_square(N * dot(dout_of, a), I), -over_square(N * dot(dinto, b), O)
+    by_I, by_O = dot(dout_of, a), dot(dinto, b)
+    dI, dO = dI - over_square(N * by_I, I), -over_square(N * by_O, O)
     dA, dB = dA + dI[..., None] * (sb + eps), dB + dO[..., None] * (sa + eps)
-    da = da + dA + _backward_sum(dO[..., None] * B)
-    db = db + dB + _backward_sum(dI[..., None] * A)
+    da = da + dA + _backward_sum(dO[..., None] * B) + last.sa[..., None, :]
+    db = db + dB + _backward_sum(dI[..., None] * A) + last.sb[..., None, :]
+    shares = _shares(by_I, I) + _shares(by_O, O)
+    counts = shares + dc * e / E - dIh * Ih - dOh * Oh
+    before = FlowState(
+        sb=last.sb + np.sum(dI[..., None] * A, axis=-2),
+        sa=last.sa + np.sum(dO[..., None] * B, axis=-2),
+        sbO=last.sbO + np.sum(dIh[..., None] * A, axis=-2),
+        saI=last.saI + np.sum(dOh[..., None] * B, axis=-2),
+        se=last.se + np.sum(dE, axis=-1),
+        KV=R,
+        N=last.N + np.sum(counts, axis=-1),
+    )
     return (
         da * features_slope(q, kind),
         sum_groups(db * features_slope(keys, kind), k.shape[-3]),
         sum_groups(c[..., None] * du, v.shape[-3]),
+        before,
     )
 
 
@@ -218,6 +245,20 @@ def check_state(state: FlowState, q: np.ndarray, v: np.ndarray) -> None:
             raise TypeError(f"state.{name}: got {type(x).__name__}, expected {q.dtype} numbers")
         if x.shape != expected.shape:
             raise ValueError(f"state.{name}: got shape {x.shape}, expected {expected.shape}")
+
+
+def _upstream(state: FlowState, given: tuple[np.ndarray | None, ...]) -> FlowState:
+    """K14: gradients of the parts of a state, zeros for those that are None."""
+    parts = []
+    for name, dx, x in zip(FlowState._fields, given, state, strict=True):
+        parts.append(np.zeros_like(x) if dx is None else dx)
+        check_shaped(f"d{name}", parts[-1], x.shape)
+    return FlowState(*parts)
+
+
+def _shares(x: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """x / flow, both (..., tokens), and 0 where the flow is 0."""
+    return quotient(x[..., None], flow)[..., 0]
 
 
 def _running(first: np.ndarray, x: np.ndarray) -> np.ndarray:

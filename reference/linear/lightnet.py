@@ -40,14 +40,18 @@ S7. **General rule**, g and k apart: with a running maximum m of g, :math:`s \le
 S8. **One scan.** Without a causal order: P = softmax of k over time, per channel, :math:`KV = P^T
 v`, and :math:`o_i = scale\, KV^T q_i` for any number of queries.
 
-S9. **Gradient of S5**, with :math:`R_t = scale\, q_t do_t^T + \mathrm{diag}(e^{w_{t+1}}) R_{t+1}`:
-:math:`dq_t = scale\, S_t do_t`, :math:`d\bar k_t = R_t v_t`, :math:`dv_t = R_t^T \bar k_t`, and
-:math:`dw_t = \sum_{t' \ge t} (q_{t'} dq_{t'} - \bar k_{t'} d\bar k_{t'})`, elementwise.
+S9. **Gradient of S5**, with :math:`R_t = scale\, q_t do_t^T + \mathrm{diag}(e^{w_{t+1}}) R_{t+1}`,
+the last of which adds dS, that of the state behind the last token: :math:`dq_t = scale\, S_t do_t`,
+:math:`d\bar k_t = R_t v_t`, :math:`dv_t = R_t^T \bar k_t`, and :math:`dw_t = (S_T\, dS) 1 +
+\sum_{t' \ge t} (q_{t'} dq_{t'} - \bar k_{t'} d\bar k_{t'})`, elementwise. :math:`dS_0 =
+\mathrm{diag}(e^{w_1}) R_1`.
 
 S10. **Gradient of S3.** The weights sum to 1, so only what differs from the mean counts:
-:math:`dk_t = \bar k_t (d\bar k_t - r_t)` with :math:`r_t = q_t\, dq_t + e^{w_{t+1}} r_{t+1}`. In
-S8: :math:`dKV = scale\, q^T do`, :math:`dv = P\, dKV`, :math:`dP = v\, dKV^T`, :math:`dk = P (dP -
-\sum_t P\, dP)`. A state that is handed over counts as a constant.
+:math:`dk_t = \bar k_t (d\bar k_t - r_t)` with :math:`r_t = q_t\, dq_t + e^{w_{t+1}} r_{t+1}`, the
+last of which adds :math:`(S_T\, dS) 1 - dz`. The z handed over is the logit of a key whose value is
+:math:`S_0`: :math:`dz_0 = (S_0\, dS_0) 1 - e^{w_1} r_1`, and 0 for a channel that has seen nothing.
+In S8: :math:`dKV = scale\, q^T do`, :math:`dv = P\, dKV`, :math:`dP = v\, dKV^T`, :math:`dk = P (dP
+- \sum_t P\, dP)`.
 
 S11. **Heads.** Query head h reads kv head h // group (K7); states belong to query heads.
 
@@ -66,8 +70,7 @@ layer's form. A third party's, which has no position encodings, scales by :math:
 follows the output, so scale matters only beside its epsilon. Around the mechanism stand a gate,
 :math:`(Norm(o) \odot act(x W_1 W_2)) W_o` with an RMSNorm over all heads at once, and pre-norm
 blocks: they are the caller's. The rank of :math:`W_1 W_2` is d and act a sigmoid in the first
-author's layer, 128 and swish in the third party's. Handing a gradient through a state is left out
-(ours).
+author's layer, 128 and swish in the third party's.
 """
 
 from __future__ import annotations
@@ -126,14 +129,19 @@ def lightnet_causal_backward(
     v: np.ndarray,
     state: State | None,
     do: np.ndarray,
+    dS: np.ndarray | None = None,
+    dz: np.ndarray | None = None,
     *,
     scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """S9, S10: dq, dk, dv of `lightnet_causal` from the gradient of o.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, State]:
+    """S9, S10: dq, dk, dv of `lightnet_causal` and the gradient (dS0, dz0) of the state before.
+
+    do, dS and dz are shaped as its outputs. No state means S = 0 and z = -inf.
 
     >>> one = np.ones((1, 1, 1))
-    >>> [float(x.squeeze()) for x in lightnet_causal_backward(one, one, 5 * one, None, one)]
-    [5.0, 0.0, 1.0]
+    >>> dq, dk, dv, (dS0, dz0) = lightnet_causal_backward(one, one, 5 * one, None, one)
+    >>> [float(x.squeeze()) for x in (dq, dk, dv, dz0)]
+    [5.0, 0.0, 1.0, 0.0]
     """
     S0, z0 = check_state(state, q, k, v)
     check_scale(scale)
@@ -141,14 +149,23 @@ def lightnet_causal_backward(
     kv_heads = k.shape[-3]
     k, v = repeat_heads(k, q.shape[-3]), repeat_heads(v, q.shape[-3])
     kbar, log_decay, _ = additive_gates(k, z0)
-    dq, dkbar, dv, _ = vector_decay_backward(q, kbar, v, log_decay, S0, do, scale=scale)
-    dk = np.zeros_like(k)
-    mean = np.zeros_like(k[..., 0, :])
+    S = vector_decay_attend(q, kbar, v, log_decay, S0, scale=scale)[1]
+    dq, dkbar, dv, _, dS0 = vector_decay_backward(q, kbar, v, log_decay, S0, do, dS, scale=scale)
+    dk, mean = np.zeros_like(k), np.zeros_like(S[..., 0])
+    if dS is not None:
+        mean = mean + np.sum(S * dS, axis=-1)
+    if dz is not None:
+        check_shaped("dz", dz, mean.shape)
+        mean = mean - dz
     for t in reversed(range(k.shape[-2])):
         mean = q[..., t, :] * dq[..., t, :] + mean
         dk[..., t, :] = kbar[..., t, :] * (dkbar[..., t, :] - mean)
         mean = np.exp(log_decay[..., t, :]) * mean
-    return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
+    dz0 = np.zeros_like(mean)
+    if state is not None:
+        seen = ~np.isneginf(state[1])
+        dz0 = np.where(seen, np.sum(state[0] * dS0, axis=-1) - mean, dz0)
+    return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads), (dS0, dz0)
 
 
 def time_softmax(k: np.ndarray) -> np.ndarray:
@@ -260,24 +277,11 @@ MECHANISM = Mechanism(
     operations=(
         Operation(additive_gates, clauses=("S1", "S4")),
         Operation(additive_rule, clauses=("S1", "S2", "S7")),
-        Operation(
-            vector_decay_attend,
-            clauses=("S5",),
-            gradient=vector_decay_backward,
-            differentiable=("q", "kbar", "v", "log_decay"),
-        ),
-        Operation(
-            lightnet_causal,
-            clauses=("S3", "S4", "S5", "S6", "S11"),
-            gradient=lightnet_causal_backward,
-            differentiable=("q", "k", "v"),
-        ),
-        Operation(
-            lightnet_noncausal,
-            clauses=("S8", "S11"),
-            gradient=lightnet_noncausal_backward,
-            differentiable=("q", "k", "v"),
-        ),
+        Operation(vector_decay_attend, ("S5",), vector_decay_backward,
+                  ("q", "kbar", "v", "log_decay", "S0")),
+        Operation(lightnet_causal, ("S3", "S4", "S5", "S6", "S11"), lightnet_causal_backward,
+                  ("q", "k", "v", "state")),
+        Operation(lightnet_noncausal, ("S8", "S11"), lightnet_noncausal_backward, ("q", "k", "v")),
         Operation(decode_step, clauses=("S6",)),
         Operation(md_angles, clauses=("S12",)),
         Operation(md_lrpe, clauses=("S12", "S13")),

@@ -122,24 +122,27 @@ def vector_decay_backward(
     log_decay: np.ndarray,
     S0: np.ndarray | None,
     do: np.ndarray,
+    dS: np.ndarray | None = None,
     *,
     scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S9: dq, dkbar, dv, dlog_decay of `vector_decay_attend` from the gradient of o.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """S9: dq, dkbar, dv, dlog_decay and dS0 of `vector_decay_attend`; do and dS are shaped as its
+    outputs. No S0 means zeros, for which dS0 is returned all the same.
 
     >>> one = np.ones((1, 1, 1))
     >>> gradients = vector_decay_backward(one, 2 * one, 3 * one, 0 * one, None, one)
     >>> [float(x.squeeze()) for x in gradients]
-    [6.0, 3.0, 2.0, 0.0]
+    [6.0, 3.0, 2.0, 0.0, 1.0]
     """
     S = first_state(q, kbar, v, log_decay, S0, scale)
     check_shaped("do", do, v.shape)
+    R = np.zeros_like(S) if dS is None else dS
+    check_shaped("dS", R, S.shape)
     dq, dkbar, dv, dlog_decay = (np.zeros_like(x) for x in (q, kbar, v, log_decay))
     for t in range(q.shape[-2]):
         S = step_state(S, kbar, v, log_decay, t)
         dq[..., t, :] = scale * np.einsum("...de,...e->...d", S, do[..., t, :])
-    R = np.zeros_like(S)
-    suffix = np.zeros_like(S[..., 0])
+    suffix = np.sum(S * R, axis=-1)
     for t in reversed(range(q.shape[-2])):
         R = scale * (q[..., t, :, None] @ do[..., t, None, :]) + R
         dkbar[..., t, :] = np.einsum("...de,...e->...d", R, v[..., t, :])
@@ -148,7 +151,7 @@ def vector_decay_backward(
         read, written = q[..., t, :] * dq[..., t, :], kbar[..., t, :] * dkbar[..., t, :]
         suffix = suffix + read - written
         dlog_decay[..., t, :] = suffix
-    return dq, dkbar, dv, dlog_decay
+    return dq, dkbar, dv, dlog_decay, R
 
 
 def first_state(q: Any, kbar: Any, v: Any, log_decay: Any, S0: Any, scale: Any) -> np.ndarray:

@@ -58,6 +58,7 @@ padding on the left); its place is counted by S5, and its output is 0.
 S13. **Heads** are equal in q, k and v.
 
 S14. **Gradient of a layer**: S1, S3, S5 and S10 joined by the chain rule; the slopes get one too.
+In a batch (S12) weights get the sum over its sequences, and what is padded gets and gives nothing.
 
 Complexity
 ----------
@@ -81,19 +82,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import (
-    check_array,
-    check_integer,
-    check_offsets,
-    check_shaped,
-    check_size,
+from attnspec.reference.linear.lightning_attention_1_batches import (
+    tnl_gla_packed,
+    tnl_gla_packed_backward,
+    tnl_gla_padded,
+    tnl_gla_padded_backward,
 )
 from attnspec.reference.linear.lightning_attention_1_checks import (
     BLOCK_WEIGHTS,
     Params,
     check_block,
     check_gla,
-    state_shape,
 )
 from attnspec.reference.linear.lightning_attention_1_decay import (
     decay_attend,
@@ -146,84 +145,6 @@ def tnl_gla(
     """
     check_gla(x, params, state, offset, v_activation, gate, norm, eps)
     return mix(x, params, state, offset, v_activation=v_activation, gate=gate, norm=norm, eps=eps)
-
-
-def tnl_gla_packed(
-    x: np.ndarray,
-    params: Params,
-    offsets: np.ndarray,
-    states: np.ndarray | None = None,
-    starts: np.ndarray | None = None,
-    *,
-    v_activation: bool = False,
-    gate: str = "linear",
-    norm: str = "srms",
-    eps: float = 1e-6,
-) -> tuple[np.ndarray, np.ndarray]:
-    """S12: y (..., total, D) and the states (..., sequences, H, d', d) of sequences end to end.
-
-    offsets int (sequences + 1), increasing from 0 to the total; `starts` int (sequences,) are the
-    positions of their first tokens, 0 by default.
-
-    >>> weights = {"Wqkvu": np.ones((1, 4)), "Wo": np.ones((1, 1)), "slopes": np.zeros(1)}
-    >>> tnl_gla_packed(np.ones((3, 1)), weights, np.array([0, 1, 3]))[1].ravel().round(4)
-    array([0.7311, 1.4621])
-    """
-    check_gla(x, params, None, 0, v_activation, gate, norm, eps)
-    check_offsets("offsets", offsets, x.shape[-2])
-    sequences, shape = len(offsets) - 1, state_shape(params, x.shape[-1])
-    if states is not None:
-        check_shaped("states", states, (*x.shape[:-2], sequences, *shape))
-    if starts is None:
-        starts = np.zeros(sequences, int)
-    check_array("starts", starts, ("sequences",), dtype="int")
-    check_size("starts", starts.size, sequences, "sequences, as in offsets")
-    for start in starts:
-        check_integer("starts", start, least=0)
-    outputs, last = [x[..., :0, :]], [np.zeros_like(x, shape=(*x.shape[:-2], 0, *shape))]
-    for n in range(sequences):
-        y, state = mix(
-            x[..., offsets[n] : offsets[n + 1], :],
-            params,
-            None if states is None else states[..., n, :, :, :],
-            int(starts[n]),
-            v_activation=v_activation,
-            gate=gate,
-            norm=norm,
-            eps=eps,
-        )
-        outputs.append(y)
-        last.append(state[..., None, :, :, :])
-    return np.concatenate(outputs, axis=-2), np.concatenate(last, axis=-4)
-
-
-def tnl_gla_padded(
-    x: np.ndarray,
-    params: Params,
-    valid: np.ndarray,
-    state: np.ndarray | None = None,
-    offset: int = 0,
-    *,
-    v_activation: bool = False,
-    gate: str = "linear",
-    norm: str = "srms",
-    eps: float = 1e-6,
-) -> tuple[np.ndarray, np.ndarray]:
-    """S12: y (..., T, D), 0 where `valid` (..., T) is False, and the state of the real tokens.
-
-    >>> weights = {"Wqkvu": np.ones((1, 4)), "Wo": np.ones((1, 1)), "slopes": np.zeros(1)}
-    >>> tnl_gla_padded(np.ones((2, 1)), weights, np.array([False, True]), eps=0.0)[0].ravel()
-    array([0., 1.])
-    """
-    check_gla(x, params, state, offset, v_activation, gate, norm, eps)
-    check_array("valid", valid, ("T",), dtype="bool")
-    if valid.shape != x.shape[:-1]:
-        raise ValueError(f"valid: got shape {valid.shape}, expected {x.shape[:-1]}")
-    y, state = mix(
-        np.where(valid[..., None], x, np.zeros_like(x)), params, state, offset, valid,
-        v_activation=v_activation, gate=gate, norm=norm, eps=eps,
-    )  # fmt: skip
-    return np.where(valid[..., None], y, np.zeros_like(y)), state
 
 
 def tnl_block(
@@ -282,8 +203,10 @@ MECHANISM = Mechanism(
         Operation(decay_attend_backward, clauses=("S10",)),
         Operation(norm_attention, ("S9", "S13"), norm_attention_backward, ("q", "k", "v")),
         Operation(tnl_gla, ("S4", "S5", "S6", "S8", "S11", "S13", "S14"), tnl_gla_backward, _LAYER),
-        Operation(tnl_gla_packed, clauses=("S12",)),
-        Operation(tnl_gla_padded, clauses=("S12",)),
+        Operation(
+            tnl_gla_packed, ("S12", "S14"), tnl_gla_packed_backward, ("x", "params", "states")
+        ),
+        Operation(tnl_gla_padded, ("S12", "S14"), tnl_gla_padded_backward, _LAYER),
         Operation(tnl_block, ("S2", "S3", "S14"), tnl_block_backward, _LAYER),
     ),
     headline="tnl_gla",

@@ -30,7 +30,10 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     srms_norm_backward,
     weight_gradient,
 )
-from attnspec.reference.linear.lightning_attention_2_batches import attend_padded
+from attnspec.reference.linear.lightning_attention_2_batches import (
+    attend_padded,
+    attend_padded_backward,
+)
 
 
 class Heads(NamedTuple):
@@ -119,38 +122,12 @@ def tnl_gla_backward(
     >>> tnl_gla_backward(one, weights, None, 0, one, eps=0.0)[1]["Wo"]
     array([[1.]])
     """
-    H = check_gla(x, params, state, offset, v_activation, gate, norm, eps)
+    check_gla(x, params, state, offset, v_activation, gate, norm, eps)
     check_shaped("dy", dy, x.shape)
-    Wqkvu, Wo, theta = params["Wqkvu"], params["Wo"], params.get("theta")
-    heads = project(x, Wqkvu, H)
-    q, k = silu(heads.q), silu(heads.k)
-    v = silu(heads.v) if v_activation else heads.v
-    lifted_q, lifted_k = (
-        (q, k) if theta is None else (lrpe(q, theta, offset), lrpe(k, theta, offset))
-    )
-    o, _ = decay_attend(lifted_q, lifted_k, v, params["slopes"], state)
-    rows = _centred(merge_heads(o), norm)
-    normed, opened = srms_norm(rows, eps), gate_of(heads.u, gate)
-    dh = dy @ np.swapaxes(Wo, 0, 1)
-    du = dh * normed
-    if gate == "sigmoid":
-        du = du * opened * sigmoid(-heads.u)
-    drows = _centred(srms_norm_backward(rows, eps, dh * opened), norm)
-    dq, dk, dv, dslopes, dS0 = decay_attend_recurrence_backward(
-        lifted_q, lifted_k, v, params["slopes"], state, split_heads(drows, H), dstate
-    )
-    gradients = {"Wo": weight_gradient(opened * normed, dy), "slopes": dslopes}
-    if theta is not None:
-        dq, from_q = lrpe_backward(q, theta, offset, dq)
-        dk, from_k = lrpe_backward(k, theta, offset, dk)
-        gradients["theta"] = from_q + from_k
-    dq, dk = dq * silu_slope(heads.q), dk * silu_slope(heads.k)
-    if v_activation:
-        dv = dv * silu_slope(heads.v)
-    dz = np.concatenate([merge_heads(dq), merge_heads(dk), merge_heads(dv), du], axis=-1)
-    gradients["Wqkvu"] = weight_gradient(x, dz)
-    dx = dz @ np.swapaxes(Wqkvu, 0, 1)
-    return dx, {name: gradients.get(name) for name in params}, dS0
+    return mix_backward(
+        x, params, state, offset, dy, dstate, v_activation=v_activation, gate=gate, norm=norm,
+        eps=eps,
+    )  # fmt: skip
 
 
 def tnl_block_backward(
@@ -219,3 +196,69 @@ def mix(
     else:
         o, state = attend_padded(q, k, v, params["slopes"], valid, state)
     return gated_norm(o, u, gate=gate, norm=norm, eps=eps) @ params["Wo"], state
+
+
+def mix_backward(
+    x: np.ndarray,
+    params: Params,
+    state: np.ndarray | None,
+    offset: int,
+    dy: np.ndarray,
+    dstate: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
+    *,
+    v_activation: bool,
+    gate: str,
+    norm: str,
+    eps: float,
+) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """S14: the gradients of `mix`, whose arguments are taken as right.
+
+    With `valid` (S12), x and dy are 0 at padded tokens, and so is what they get.
+
+    >>> weights = {"Wqkvu": np.ones((1, 4)), "Wo": np.ones((1, 1)), "slopes": np.zeros(1)}
+    >>> flags = {"v_activation": False, "gate": "linear", "norm": "srms", "eps": 0.0}
+    >>> one = np.ones((1, 1))
+    >>> mix_backward(one, weights, None, 0, one, valid=np.array([True]), **flags)[1]["Wo"]
+    array([[1.]])
+    """
+    H = params["slopes"].shape[0]
+    Wqkvu, Wo, theta = params["Wqkvu"], params["Wo"], params.get("theta")
+    heads = project(x, Wqkvu, H)
+    q, k = silu(heads.q), silu(heads.k)
+    v = silu(heads.v) if v_activation else heads.v
+    lifted_q, lifted_k = (
+        (q, k) if theta is None else (lrpe(q, theta, offset), lrpe(k, theta, offset))
+    )
+    if valid is None:
+        o, _ = decay_attend(lifted_q, lifted_k, v, params["slopes"], state)
+    else:
+        o, _ = attend_padded(lifted_q, lifted_k, v, params["slopes"], valid, state)
+    rows = _centred(merge_heads(o), norm)
+    normed, opened = srms_norm(rows, eps), gate_of(heads.u, gate)
+    dh = dy @ np.swapaxes(Wo, 0, 1)
+    du = dh * normed
+    if gate == "sigmoid":
+        du = du * opened * sigmoid(-heads.u)
+    drows = _centred(srms_norm_backward(rows, eps, dh * opened), norm)
+    do = split_heads(drows, H)
+    if valid is None:
+        dq, dk, dv, dslopes, dS0 = decay_attend_recurrence_backward(
+            lifted_q, lifted_k, v, params["slopes"], state, do, dstate
+        )
+    else:
+        dq, dk, dv, dslopes, dS0 = attend_padded_backward(
+            lifted_q, lifted_k, v, params["slopes"], valid, state, do, dstate
+        )
+    gradients = {"Wo": weight_gradient(opened * normed, dy), "slopes": dslopes}
+    if theta is not None:
+        dq, from_q = lrpe_backward(q, theta, offset, dq)
+        dk, from_k = lrpe_backward(k, theta, offset, dk)
+        gradients["theta"] = from_q + from_k
+    dq, dk = dq * silu_slope(heads.q), dk * silu_slope(heads.k)
+    if v_activation:
+        dv = dv * silu_slope(heads.v)
+    dz = np.concatenate([merge_heads(dq), merge_heads(dk), merge_heads(dv), du], axis=-1)
+    gradients["Wqkvu"] = weight_gradient(x, dz)
+    dx = dz @ np.swapaxes(Wqkvu, 0, 1)
+    return dx, {name: gradients.get(name) for name in params}, dS0

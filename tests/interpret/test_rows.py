@@ -30,6 +30,7 @@ from attnspec.fast.linear.lightning_attention_1 import (
     lrpe_frequencies,
     tnl_block,
     tnl_gla_packed,
+    tnl_gla_padded,
 )
 
 
@@ -155,6 +156,31 @@ def test_a_block_and_packed_sequences() -> None:
         strict=True,
     ):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gradients_of_batches(packed: bool) -> None:
+    """Those of tokens, weights and the state before, through the state behind too."""
+    torch.manual_seed(3)
+    names = ("Wqkvu", "Wo", "slopes", "theta")
+    weights = [torch.randn(8, 32) / 8**0.5, torch.randn(8, 8) / 8**0.5]
+    weights += [layer_slopes(2, 0, 3).float(), lrpe_frequencies(2, 4).float()]
+    x, states = torch.randn(2, 6, 8), torch.randn(2, 2, 8, 4)
+    valid = torch.tensor([[False, True, True, True, True, True], [True] * 4 + [False] * 2])
+    offsets, starts = torch.tensor([0, 4, 6]), torch.tensor([5, 2])
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("numba", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, states, *weights)]
+        params = dict(zip(names, leaves[2:], strict=True))
+        if packed:
+            outs = tnl_gla_packed(leaves[0][0], params, offsets, leaves[1], starts, backend=backend)
+        else:
+            outs = tnl_gla_padded(leaves[0], params, valid, leaves[1], 3, backend=backend)
+        torch.manual_seed(4)
+        ups = [torch.randn(out.shape).to(out.dtype) for out in outs]
+        results.append([*outs, *torch.autograd.grad(outs, leaves, ups)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

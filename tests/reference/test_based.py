@@ -20,10 +20,12 @@ from attnspec.reference.linear.based import (
     based_chunk_backward,
     based_decode_step,
     based_packed,
+    based_packed_backward,
     based_read,
     based_state_update,
     gated_convolution,
     sliding_window_attend,
+    sliding_window_backward,
     taylor_features,
     taylor_features_backward,
     taylor_weights,
@@ -246,6 +248,32 @@ def test_gradients_are_slopes(causal: bool, use_norm: bool) -> None:
             return based_attend(*rest[:n], x, *rest[n + 1 :], **options)
 
         np.testing.assert_allclose(got, numerical(along, inputs[n], do), atol=1e-7)
+
+
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize("lengths", [(3, 5), (5, 3)])
+def test_gradients_of_the_window_are_slopes(lengths: tuple[int, int], left: int) -> None:
+    inputs = list(tensors(*lengths, d=2, dv=2))
+    do = np.random.default_rng(5).standard_normal((1, 4, lengths[0], 2))
+    for n, got in enumerate(sliding_window_backward(*inputs, left, do)):
+
+        def along(x: np.ndarray, n: int = n) -> np.ndarray:
+            return sliding_window_attend(*inputs[:n], x, *inputs[n + 1 :], left)
+
+        np.testing.assert_allclose(got, numerical(along, inputs[n], do), atol=1e-7)
+
+
+def test_gradients_of_packed_sequences_are_theirs_alone() -> None:
+    q, k, v = (x[0] for x in tensors(8, 8))
+    offsets = np.array([0, 3, 3, 8])
+    random = np.random.default_rng(6)
+    do, dS, dzk = (random.standard_normal(x.shape) for x in based_packed(q, k, v, offsets))
+    together = based_packed_backward(q, k, v, offsets, do, dS, dzk)
+    for n, (a, b) in enumerate(pairwise(offsets)):
+        own = (x[:, a:b] for x in (q, k, v))
+        alone = based_chunk_backward(*own, 2, None, None, do[:, a:b], dS[n], dzk[n])
+        for got, expected in zip(together, alone[:3], strict=True):
+            np.testing.assert_allclose(got[:, a:b], expected, atol=EXACT)
 
 
 def test_gradients_through_states_are_slopes() -> None:

@@ -26,7 +26,7 @@ from attnspec.reference.linear.flowformer import (
     flows,
     flows_causal,
 )
-from attnspec.reference.linear.flowformer_causal import empty_state
+from attnspec.reference.linear.flowformer_causal import FlowState, empty_state
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 EXACT = 1e-10
@@ -56,7 +56,8 @@ def test_it_is_the_authors(name: str, golden: Callable[[str], Any]) -> None:
         got = [*flows_causal(a, b)]
         got += conserved_flows_causal(a, b, *got)
         got += [competition_causal(got[3]), allocation(got[2], 1, 1)]
-        out, gradients = flow_attend_causal(q, k, v)[0], flow_causal_backward(q, k, v, None, do)
+        out = flow_attend_causal(q, k, v)[0]
+        gradients: tuple[Any, ...] = flow_causal_backward(q, k, v, None, do)[:3]
     else:
         got = [*flows(a, b)]
         got += conserved_flows(a, b, *got)
@@ -213,7 +214,7 @@ def test_gradients_are_slopes(kind: str, clamp: Any, causal: bool) -> None:
     if causal:
         past = [x[:1] for x in tensors(2, 2, d=3, dv=2, H=2, Hk=1, seed=1)]
         _, state = flow_attend_causal(*past, **options)
-        gradients = flow_causal_backward(*inputs, state, do, **options)
+        gradients: tuple[Any, ...] = flow_causal_backward(*inputs, state, do, **options)[:3]
     else:
         gradients = flow_backward(*inputs, do, **options)
     for n, got in enumerate(gradients):
@@ -225,6 +226,34 @@ def test_gradients_are_slopes(kind: str, clamp: Any, causal: bool) -> None:
             return flow_attend(*given, **options)
 
         np.testing.assert_allclose(got, numerical(along, inputs[n], do), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "relu"])
+@pytest.mark.parametrize("clamp", [(-1.0, 0.6), None])
+@pytest.mark.parametrize("T", [0, 1, 3])
+def test_gradients_through_states_are_slopes(T: int, clamp: Any, kind: str) -> None:
+    """Every part of the state before has one, from every part of the state behind."""
+    options: dict[str, Any] = {"kind": kind, "clamp": clamp, "eps": 0.05}
+    past = [x[:1] for x in tensors(2, 2, d=3, dv=2, H=2, Hk=1, seed=1)]
+    state = flow_attend_causal(*past, **options)[1]
+    inputs = [*(x[:1] for x in tensors(T, T, d=3, dv=2, H=2, Hk=1)), *state]
+    out, last = flow_attend_causal(*inputs[:3], state, **options)
+    random = np.random.default_rng(5)
+    ups = [random.standard_normal(x.shape) for x in (out, *last)]
+
+    def total(*given: np.ndarray) -> np.ndarray:
+        out, last = flow_attend_causal(*given[:3], FlowState(*given[3:]), **options)
+        pairs = zip(ups, (out, *last), strict=True)
+        return np.array(sum(np.sum(up * x) for up, x in pairs))
+
+    *tokens, before = flow_causal_backward(*inputs[:3], state, *ups, **options)
+    for n, got in enumerate((*tokens, *before)):
+
+        def along(x: np.ndarray, n: int = n) -> np.ndarray:
+            return total(*inputs[:n], x, *inputs[n + 1 :])
+
+        expected = numerical(along, inputs[n], np.ones(()))
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_no_tokens() -> None:
@@ -240,8 +269,8 @@ def test_no_tokens() -> None:
 def test_float32_stays_float32() -> None:
     q, k, v = (x.astype(np.float32) for x in tensors(9, 9))
     out, state = flow_attend_causal(q, k, v)
-    gradients = (*flow_backward(q, k, v, out), *flow_causal_backward(q, k, v, None, out))
-    every = (out, *state, flow_attend(q, k, v), *gradients)
+    *tokens, before = flow_causal_backward(q, k, v, state, out, *state)
+    every = (out, *state, flow_attend(q, k, v), *flow_backward(q, k, v, out), *tokens, *before)
     assert {x.dtype for x in every} == {np.dtype(np.float32)}
 
 
@@ -261,6 +290,7 @@ state0 = empty_state(q0, v0)
         (lambda: flow_attend(q0, k0, v0, key_mask=np.ones((2, 9))), "key_mask"),
         (lambda: flow_attend(q0, k0, v0, query_mask=np.ones((2, 3), bool)), "query_mask"),
         (lambda: flow_backward(q0, k0, v0, v0), "dout"),
+        (lambda: flow_causal_backward(q0, k0, v0, None, q0, dN=q0), "dN"),
         (lambda: flow_attend_causal(q0[:, :, :2], k0, v0), "q"),
         (lambda: flow_attend_causal(q0, k0, v0, (1, 2)), "state"),
         (lambda: flow_attend_causal(q0, k0, v0, state0._replace(N=None)), "state.N"),

@@ -253,30 +253,52 @@ def differences(f: Callable[..., np.ndarray], inputs: list[np.ndarray], up: np.n
 @pytest.mark.parametrize("started", [False, True])
 def test_gradients(started: bool) -> None:
     q, k, v = (x[:1] for x in tensors(5, d=2, e=2, H=2, Hk=1))
-    do = np.random.default_rng(5).standard_normal((1, 2, 5, 2))
-    state = lightnet_causal(q, k[::-1], v)[1] if started else None
-    for function, gradient in (
-        (
-            lambda *x: lightnet_causal(*x, state, scale=0.7)[0],
-            lightnet_causal_backward(q, k, v, state, do, scale=0.7),
-        ),
-        (
-            lambda *x: lightnet_noncausal(*x, scale=0.7),
-            lightnet_noncausal_backward(q, k, v, do, scale=0.7),
-        ),
-    ):
-        expected = differences(function, [q, k, v], do)
-        for got, wanted in zip(gradient, expected, strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
-    w = -np.abs(tensors(5, d=2, H=2, seed=7)[0][:1]) - 1e-3
-    keys, values = k.repeat(2, 1), v.repeat(2, 1)
-    S0 = state[0] if state else None
-    gradient = vector_decay_backward(q, keys, values, w, S0, do, scale=0.7)
-    expected = differences(
-        lambda *x: vector_decay_attend(*x, S0, scale=0.7)[0], [q, keys, values, w], do
+    random = np.random.default_rng(5)
+    do, dS, dz = (
+        random.standard_normal(shape) for shape in ((1, 2, 5, 2), (1, 2, 2, 2), (1, 2, 2))
     )
+    state = lightnet_causal(q, k[::-1], v)[1] if started else None
+    first = [] if state is None else list(state)
+
+    def every(q: np.ndarray, k: np.ndarray, v: np.ndarray, *before: np.ndarray) -> np.ndarray:
+        o, (S, z) = lightnet_causal(q, k, v, before or None, scale=0.7)  # type: ignore[arg-type]
+        return np.array(np.sum(o * do) + np.sum(S * dS) + np.sum(z * dz))
+
+    *tokens, before = lightnet_causal_backward(q, k, v, state, do, dS, dz, scale=0.7)
+    expected = differences(every, [q, k, v, *first], np.ones(()))
+    for got, wanted in zip([*tokens, *before][: 3 + len(first)], expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+    of_output = lightnet_causal_backward(q, k, v, state, do, scale=0.7)
+    zeros = lightnet_causal_backward(q, k, v, state, do, 0 * dS, 0 * dz, scale=0.7)
+    for got, wanted in zip(of_output[:3], zeros[:3], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    expected = differences(lambda *x: lightnet_noncausal(*x, scale=0.7), [q, k, v], do)
+    gradient = lightnet_noncausal_backward(q, k, v, do, scale=0.7)
     for got, wanted in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+    w = -np.abs(tensors(5, d=2, H=2, seed=7)[0][:1]) - 1e-3
+    inputs = [q, k.repeat(2, 1), v.repeat(2, 1), w, *first[:1]]
+
+    def scanned(*x: np.ndarray) -> np.ndarray:
+        o, S = vector_decay_attend(*x, scale=0.7)
+        return np.array(np.sum(o * do) + np.sum(S * dS))
+
+    gradients = vector_decay_backward(*inputs[:4], first[0] if first else None, do, dS, scale=0.7)
+    expected = differences(scanned, inputs, np.ones(()))
+    for got, wanted in zip(gradients[: len(inputs)], expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_through_channels_without_a_key() -> None:
+    """z stays -inf there, and what it gets goes nowhere."""
+    q, k, v = tensors(4)
+    k[..., 0] = -np.inf
+    state = np.zeros((2, 4, 4, 3)), np.full((2, 4, 4), -np.inf)
+    do, dS, dz = np.ones((2, 4, 4, 3)), np.ones((2, 4, 4, 3)), np.ones((2, 4, 4))
+    dq, dk, dv, (dS0, dz0) = lightnet_causal_backward(q, k, v, state, do, dS, dz)
+    assert all(np.all(np.isfinite(x)) for x in (dq, dk, dv, dS0))
+    assert not dk[..., 0].any()
+    assert not dz0.any()
 
 
 @pytest.mark.parametrize(("lrpe_type", "d"), [("cosine", 6), ("cosine", 5), ("rotary", 6)])

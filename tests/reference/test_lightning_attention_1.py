@@ -275,6 +275,39 @@ def test_gradients_of_layers(name: str, flags: dict[str, Any]) -> None:
     assert short[1]["theta"] is None
 
 
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("name", ["tnl_gla_packed", "tnl_gla_padded"])
+def test_gradients_of_batches(name: str, flags: dict[str, Any]) -> None:
+    """Those of the losses, through every state and weight; padding gets nothing."""
+    random = np.random.default_rng(7)
+    params = {n: w for n, w in weights(4, 2).items() if n in ("Wqkvu", "Wo", "slopes", "theta")}
+    if name == "tnl_gla_packed":
+        x, place = rows(5, 4)[0], np.array([0, 2, 2, 5])
+        state, start = random.standard_normal((3, 2, 4, 2)), np.array([4, 0, 1])
+        places: tuple[Any, ...] = (place, state, start)
+    else:
+        x, place = rows(4, 4), np.array([[False, True, True, False], [True, False, True, True]])
+        state = random.standard_normal((2, 2, 4, 2))
+        places = (place, state, 3)
+    layer, backward = getattr(tnl, name), getattr(tnl, f"{name}_backward")
+    ups = [random.standard_normal(out.shape) for out in layer(x, params, *places, **flags)]
+
+    def loss() -> Any:
+        outs = layer(x, params, *places, **flags)
+        return sum(np.sum(up * out) for up, out in zip(ups, outs, strict=True))
+
+    dx, dparams, dS0 = backward(x, params, *places, *ups, **flags)
+    agree(dx, loss, x)
+    agree(dS0, loss, state)
+    assert list(dparams) == list(params)
+    for weight, value in params.items():
+        agree(dparams[weight], loss, value)
+    if name == "tnl_gla_padded":
+        assert not dx[~place].any()
+        unread = np.where(place[..., None], x, np.nan)
+        np.testing.assert_array_equal(backward(unread, params, *places, *ups, **flags)[0], dx)
+
+
 def test_gradients_of_steps() -> None:
     x, dy = rows(3, 4), rows(3, 4, seed=1)
     agree(srms_norm_backward(x, 0.1, dy), lambda: np.sum(dy * srms_norm(x, 0.1)), x)

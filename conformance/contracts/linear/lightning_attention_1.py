@@ -204,6 +204,7 @@ CONTRACTS = (
         queries="tokens",
         keys="tokens",
         fix=not_two_channels,
+        cancelling=("dparams",),
         cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
         bad_inputs=(
             *BAD_PARAMS,
@@ -230,6 +231,7 @@ CONTRACTS = (
         outputs=(Output("y"), STATE),
         parameters=layers,
         poison=poison_padding,
+        cancelling=("dparams",),
         neutral={"state": _zero_state},
         fix=not_two_channels,
         cells={side: padded_on(side) for side in ("left", "right")},

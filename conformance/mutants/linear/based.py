@@ -8,7 +8,7 @@ import numpy as np
 
 from attnspec.conformance.dtypes import round_to
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.linear import based, based_features, based_state
+from attnspec.reference.linear import based, based_batches, based_features, based_state
 
 ATTEND = right("based.based_attend")
 BACKWARD = based.based_backward
@@ -20,7 +20,9 @@ UPDATE = right("based.based_state_update")
 READ = right("based.based_read")
 STEP = right("based.based_decode_step")
 PACKED = right("based.based_packed")
+PACKED_BACKWARD = based_batches.based_packed_backward
 WINDOW = right("based.sliding_window_attend")
+WINDOW_BACKWARD = based.sliding_window_backward
 CONVOLUTION = right("based.gated_convolution")
 # Names that mutants replace while they run are kept here as they are.
 masked_weights, read = based.masked_weights, based_state.read
@@ -253,8 +255,12 @@ MUTANTS = (
        read_then_update),
     of("based_packed", "running-on", "taylor-alone", "a sequence sees the one before it",
        one_sequence),
+    of("based_packed", "packed-no-dS", "gradient", "the gradients of the last states are dropped",
+       PACKED, backward=altering(PACKED_BACKWARD, forget_upstream)),
     of("sliding_window_attend", "one-key-less", "agreement", "the query's own key is not counted "
        "besides", altering(WINDOW, one_key_less)),
+    of("sliding_window_attend", "one-key-less-back", "gradient", "the gradient does not count the "
+       "query's own key besides", WINDOW, backward=altering(WINDOW_BACKWARD, one_key_less)),
     of("gated_convolution", "reversed", "agreement", "the taps are in the other order",
        altering(CONVOLUTION, reversed_taps)),
     of("gated_convolution", "swapped", "agreement", "the gate is the convolved half",

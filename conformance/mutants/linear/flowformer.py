@@ -196,6 +196,28 @@ def prefixes(q: Any, k: Any, v: Any, state: Any = None, **options: Any) -> Any:
     return np.concatenate([ATTEND(*part, **options)[..., -1:, :] for part in parts], -2), last
 
 
+def no_last_state(arguments: dict[str, Any]) -> None:
+    """Nothing comes back from the matrix of the last state."""
+    arguments["dKV"] = None
+
+
+def sums_alone(arguments: dict[str, Any]) -> None:
+    """Nothing comes back from what later sources divide their weights by."""
+    arguments["dse"] = None
+
+
+def counted(result: Any) -> Any:
+    """The number of tokens before is a constant."""
+    *tokens, before = result
+    return *tokens, before._replace(N=np.zeros_like(before.N))
+
+
+def constant_shares(result: Any) -> Any:
+    """The sums that conserved flows go on from are constants."""
+    *tokens, before = result
+    return *tokens, before._replace(sbO=np.zeros_like(before.sbO))
+
+
 def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
     return Mutant(f"flowformer.{name}", f"flowformer.{operation}", law, bug, call, **rest)
 
@@ -256,6 +278,14 @@ MUTANTS = (
        spoiling(CAUSAL, coarse_sums)),
     of("flow_attend_causal", "causal-slope", "gradient", "the feature map is not differentiated",
        CAUSAL, backward=replacing(CAUSAL_BACKWARD, features_slope=no_slope)),
+    of("flow_attend_causal", "no-dKV", "gradient", "nothing comes back from the last state",
+       CAUSAL, backward=altering(CAUSAL_BACKWARD, no_last_state)),
+    of("flow_attend_causal", "no-dse", "gradient", "nothing comes back from the last sum of "
+       "weights", CAUSAL, backward=altering(CAUSAL_BACKWARD, sums_alone)),
+    of("flow_attend_causal", "constant-N", "gradient", "the number of tokens is a constant",
+       CAUSAL, backward=spoiling(CAUSAL_BACKWARD, counted)),
+    of("flow_attend_causal", "constant-shares", "gradient", "the state's shares are constants",
+       CAUSAL, backward=spoiling(CAUSAL_BACKWARD, constant_shares)),
     of("flow_decode_step", "step-forgets-N", "stream", "a step counts from 1 again",
        altering(STEP, no_state)),
 )  # fmt: skip

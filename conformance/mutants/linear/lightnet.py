@@ -20,6 +20,8 @@ LRPE = right("lightnet.md_lrpe")
 TPE = right("lightnet.tpe")
 MD_TPE = right("lightnet.md_tpe")
 TIME_SOFTMAX = lightnet.time_softmax
+CAUSAL_BACKWARD = lightnet.lightnet_causal_backward
+SCAN_BACKWARD = lightnet.vector_decay_backward
 
 
 def phantom_key(k: np.ndarray, z0: Any = None) -> Any:
@@ -118,15 +120,39 @@ def skip_tail(arguments: dict[str, Any]) -> None:
 
 
 def detached_gates(
-    q: Any, k: Any, v: Any, state: Any, do: Any, *, scale: float = 1.0
-) -> tuple[np.ndarray, ...]:
+    q: Any, k: Any, v: Any, state: Any, do: Any, dS: Any = None, dz: Any = None, *,
+    scale: float = 1.0,
+) -> tuple[Any, ...]:  # fmt: skip
     """The mean is not taken off: the gradient through z is lost."""
-    dq, _, dv = lightnet.lightnet_causal_backward(q, k, v, state, do, scale=scale)
+    dq, _, dv, before = CAUSAL_BACKWARD(q, k, v, state, do, dS, dz, scale=scale)
     keys, values = (lightnet.repeat_heads(x, q.shape[-3]) for x in (k, v))
     S0, z0 = state if state is not None else (None, None)
     kbar, log_decay, _ = GATES(keys, z0)
-    dkbar = lightnet.vector_decay_backward(q, kbar, values, log_decay, S0, do, scale=scale)[1]
-    return dq, lightnet.sum_groups(kbar * dkbar, k.shape[-3]), dv
+    dkbar = lightnet.vector_decay_backward(q, kbar, values, log_decay, S0, do, dS, scale=scale)[1]
+    return dq, lightnet.sum_groups(kbar * dkbar, k.shape[-3]), dv, before
+
+
+def constant_state(arguments: dict[str, Any]) -> None:
+    """Nothing comes back from the state behind the last token."""
+    arguments["dS"] = None
+
+
+def constant_sums(arguments: dict[str, Any]) -> None:
+    """Nothing comes back from the last z."""
+    arguments["dz"] = None
+
+
+def constant_first_sums(result: Any) -> Any:
+    """The z handed over is a constant."""
+    *tokens, (dS0, dz0) = result
+    return *tokens, (dS0, np.zeros_like(dz0))
+
+
+def undecayed_state(arguments: dict[str, Any]) -> None:
+    """The gradient of the last state meets no decay of the last token."""
+    if arguments["dS"] is not None and arguments["log_decay"].shape[-2]:
+        last = arguments["log_decay"][..., -1, :, None]
+        arguments["dS"] = arguments["dS"] * np.exp(-np.maximum(last, -1))
 
 
 def uncentred(q: Any, k: Any, v: Any, do: Any, *, scale: float = 1.0) -> tuple[np.ndarray, ...]:
@@ -220,6 +246,12 @@ MUTANTS = (
              "The second half of the channels does not decay."),
     tampered("vector_decay_attend:scaled-state", scale_in_state, "agreement",
              "The state contains scale."),
+    tampered("vector_decay_attend:constant-state", SCAN, "gradient",
+             "Nothing comes back from the last state.",
+             backward=altering(SCAN_BACKWARD, constant_state)),
+    tampered("vector_decay_attend:undecayed-back", SCAN, "gradient",
+             "The last token's decay is skipped on the way back.",
+             backward=altering(SCAN_BACKWARD, undecayed_state)),
     tampered("lightnet_causal:starts-afresh", altering(CAUSAL, starts_afresh), "agreement",
              "z is not carried into the first decay."),
     tampered("lightnet_causal:causal-phantom-key", replacing(CAUSAL, additive_gates=phantom_key),
@@ -228,6 +260,12 @@ MUTANTS = (
              "Two halves do not make the whole."),
     tampered("lightnet_causal:detached", CAUSAL, "gradient",
              "The gradient through z is lost.", backward=detached_gates),
+    tampered("lightnet_causal:constant-last-z", CAUSAL, "gradient",
+             "Nothing comes back from the last z.",
+             backward=altering(CAUSAL_BACKWARD, constant_sums)),
+    tampered("lightnet_causal:constant-first-z", CAUSAL, "gradient",
+             "The z handed over is a constant.",
+             backward=spoiling(CAUSAL_BACKWARD, constant_first_sums)),
     tampered("lightnet_noncausal:over-channels", replacing(WHOLE, time_softmax=over_channels),
              "agreement", "softmax over channels."),
     tampered("lightnet_noncausal:late-mask",

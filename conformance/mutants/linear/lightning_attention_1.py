@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.linear import lightning_attention_1_batches as batches
 from attnspec.reference.linear import lightning_attention_1_layers as layers
 from attnspec.reference.linear.lightning_attention_1_rows import (
     _inverse_rms,
@@ -133,6 +134,16 @@ def leaking(x: Any, params: Any, offsets: Any, *rest: Any, **options: Any) -> An
     return y + np.sum(0 * x), last
 
 
+def unplaced_gradient(arguments: dict[str, Any]) -> None:
+    """The way back places every sequence from 0 on."""
+    arguments["starts"] = None
+
+
+def no_last_state(arguments: dict[str, Any]) -> None:
+    """What the state behind the last token gets is not handed back."""
+    arguments["dstate"] = None
+
+
 def no_residual(result: Any) -> Any:
     y, state = result
     return y - y[..., :1] * np.asarray(1e-2, y.dtype), state
@@ -215,6 +226,12 @@ MUTANTS = (
              "Positions run on through packed sequences."),
     tampered("tnl_gla_packed:leak", leaking, "packed-alone",
              "NaN in a neighbour reaches all sequences."),
+    tampered("tnl_gla_packed:unplaced-gradient", PACKED, "gradient",
+             "The way back places every sequence from 0 on.",
+             backward=altering(batches.tnl_gla_packed_backward, unplaced_gradient)),
+    tampered("tnl_gla_padded:no-dstate", PADDED, "gradient",
+             "The gradient of the last state is dropped.",
+             backward=altering(batches.tnl_gla_padded_backward, no_last_state)),
     tampered("tnl_gla_padded:ageing", state_of_pads, "agreement", "Padded tokens age the state."),
     tampered("tnl_gla_padded:pads-read", pads_are_read, "poison",
              "0 times what is stored at a padded token."),
