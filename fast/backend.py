@@ -148,6 +148,18 @@ def check_broadcast(name: str, x: torch.Tensor, shape: Sequence[int]) -> None:
         )
 
 
+def check_mask(
+    name: str, mask: Any, other_name: str, other: torch.Tensor, shape: Sequence[int]
+) -> None:
+    """`mask` is bool, on the device of `other`, and broadcasts to `shape`."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, expected torch.Tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool")
+    check_device(name, mask, other_name, other)
+    check_broadcast(name, mask, shape)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

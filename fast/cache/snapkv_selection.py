@@ -12,9 +12,9 @@ from torch import Tensor
 
 from attnspec.fast.backend import (
     check_attention_inputs,
-    check_broadcast,
     check_choice,
     check_integer,
+    check_mask,
     check_size,
     check_tensor,
 )
@@ -79,10 +79,7 @@ def select(m: Tensor, n: int, mask: Tensor | None = None, *, backend: str | None
     check_tensor("m", m, ("batch", "heads", "P"))
     check_integer("n", n, least=1)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: got {got}, expected a bool torch.Tensor")
-        check_broadcast("mask", mask, m.shape)
+        check_mask("mask", mask, "m", m, m.shape)
         m = m.masked_fill(~mask, float("-inf"))
     return top_k(m, n, backend=backend)
 

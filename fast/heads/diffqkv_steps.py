@@ -15,8 +15,8 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     INTEGERS,
-    check_broadcast,
     check_device,
+    check_mask,
     check_same,
     check_scale,
     check_size,
@@ -62,11 +62,7 @@ def softmax_rows(
     check_tensor("s", s, ("batch", "heads", "q_tokens", "k_tokens"), FLOATS)
     rows = wide(s)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: got {got}, expected a bool torch.Tensor")
-        check_device("mask", mask, "s", s)
-        check_broadcast("mask", mask, s.shape)
+        check_mask("mask", mask, "s", s, s.shape)
         rows = torch.where(mask, rows, -torch.inf)
     lse = torch.logsumexp(rows, -1)
     P = torch.softmax(rows, -1).masked_fill(torch.isneginf(lse)[..., None], 0.0)

@@ -11,6 +11,7 @@ from attnspec.fast.backend import (
     check_bool,
     check_group,
     check_integer,
+    check_mask,
     check_same,
     check_scale,
     check_size,
@@ -160,14 +161,7 @@ def attend(logits: Tensor, mask: Tensor | None, v: Tensor) -> tuple[Tensor, Tens
     check_size("v", v.shape[2], logits.shape[3], "L tokens, as in logits")
     check_group("v", v, logits.shape[1])
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: got {type(mask).__name__}, expected a bool tensor")
-        shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-        if len(shape) > 4 or any(a not in (1, n) for a, n in zip(shape, logits.shape, strict=True)):
-            raise ValueError(
-                f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to "
-                f"{tuple(logits.shape)}"
-            )
+        check_mask("mask", mask, "logits", logits, logits.shape)
         logits = torch.where(mask, logits, -float("inf"))
     return average(logits, v.repeat_interleave(logits.shape[1] // v.shape[1], 1))
 

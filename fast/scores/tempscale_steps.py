@@ -10,7 +10,7 @@ from torch import Tensor
 from attnspec.fast.backend import (
     FLOATS,
     check_broadcast,
-    check_device,
+    check_mask,
     check_positive,
     check_same,
     check_size,
@@ -71,12 +71,7 @@ def softmax_rows(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     check_tensor("scores", scores, MATRIX, FLOATS)
     seen = wide(scores)
     if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
-        check_device("mask", mask, "scores", scores)
-        check_broadcast("mask", mask, scores.shape)
+        check_mask("mask", mask, "scores", scores, scores.shape)
         seen = torch.where(mask, seen, -torch.inf)
     if not scores.shape[3]:
         return torch.zeros_like(scores)

@@ -187,10 +187,10 @@ def attend_kernel(
             at_table = table + b.to(tl.int64) * table_b
         part = row % GROUP // (GROUP // SHARE)
         next_v = v_h.to(tl.int64) * UNIT
-        seen = (keys, slots, newest)
+        ends = (keys, slots, newest)
         strides = (k_b, k_t, k_d, v_b, v_t, v_d, bias_t)
         m, den, acc = attend_tiles(
-            lo, hi, q_tile, k_at, v_at, next_v, part, seen, strides, at_list, at_bias, at_table,
+            lo, hi, q_tile, k_at, v_at, next_v, part, ends, strides, at_list, at_bias, at_table,
             pages, scale, M, N, D, DV, DP, DVP, PAGE, POOL, UNIT, ADJACENT, CAUSAL, GATHERED, SHARE,
         )  # fmt: skip
         if SHARE > 1:
@@ -198,7 +198,7 @@ def attend_kernel(
             again = tl.where(has_nan(acc), SHARE, 0)
             for j in tl.range(again):
                 _, _, alone = attend_tiles(
-                    lo, hi, q_tile, k_at, v_at + j * next_v, next_v, part, seen, strides, at_list,
+                    lo, hi, q_tile, k_at, v_at + j * next_v, next_v, part, ends, strides, at_list,
                     at_bias, at_table, pages, scale, M, N, D, DV, DP, DVP, PAGE, POOL, UNIT,
                     ADJACENT, CAUSAL, GATHERED, 1,
                 )  # fmt: skip

@@ -14,9 +14,9 @@ from attnspec.fast.backend import (
     INTEGERS,
     check_attention_inputs,
     check_bool,
-    check_broadcast,
     check_device,
     check_integer,
+    check_mask,
     check_size,
     check_tensor,
 )
@@ -60,13 +60,8 @@ def check_masks(q: Tensor, k: Tensor, key_mask: Any, mask: Any) -> Tensor | None
         check_device("key_mask", key_mask, "q", q)
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: got {type(mask).__name__}, expected torch.Tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: got dtype {mask.dtype}, expected bool")
-    check_device("mask", mask, "q", q)
     shape = (batch, heads, q_tokens, k_tokens)
-    check_broadcast("mask", mask, shape)
+    check_mask("mask", mask, "q", q, shape)
     return mask.expand(shape)
 
 
