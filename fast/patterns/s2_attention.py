@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import FLOATS, check_attention_inputs, check_integer
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.patterns.s2_attention_blocks import block_sparse_attend, for_heads, order
 from attnspec.fast.patterns.s2_attention_decoding import (
     State,
@@ -53,7 +53,12 @@ __all__ = [
     "union_coverage",
 ]
 CLAIMS: dict[str, dict[str, Any]] = {
-    "s2_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
+    "s2_attend": {
+        "gradient": True,
+        "blocks": (16, 64),
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "block_sparse_attend": {"gradient": True, "blocks": (16, 64), "compiled": True},
     **{
         name: {"launches": None}
@@ -116,11 +121,14 @@ def s2_attend(
     rows, columns = -(-q.shape[2] // b), -(-k.shape[2] // b)
     starts = None
     if causal:
-        mergeable = ahead >= 0 and "causal" in common and key_mask is None
-        merged = rows_a_tile(b, left, mergeable)
+        # Blocks seen whole are for tiles of a multiple of 16 tokens, and for no other rule.
+        alone = ahead >= 0 and "causal" in common and key_mask is None and b % 16 == 0
+        merged = rows_a_tile(b, left, alone)
         c = torch.arange(1 if homo_head else sparse, device=q.device)
         phases = -(c * step + (offset + kv_start // b)) % v_stride
-        lists, starts = stride_lists(phases, rows, columns, b, left, v_stride, ahead // b, merged)
+        lists, starts = stride_lists(
+            phases, rows, columns, b, left, v_stride, ahead // b, merged, alone
+        )
     else:
         lists = distance_lists(rows, columns, b, left, right, v_stride, ahead // b, q.device)
     cut = sparse * (heads // kv_heads)

@@ -18,22 +18,31 @@ TILE = 128
 """Queries that fill a tile of the flash engine."""
 
 
-def rows_a_tile(b: int, local: int, mergeable: bool) -> int:
-    """How many rows of blocks share the lists: two where they fit a tile and the engine allows it.
+def rows_a_tile(b: int, local: int, alone: bool) -> int:
+    """How many rows of blocks share the lists: two where they fit a tile and the order is `alone`.
 
     Two rows need a window of two blocks, so that the second row sees the first one's diagonal.
     """
-    return 2 if mergeable and b % 16 == 0 and 2 * b <= TILE and local >= 2 else 1
+    return 2 if alone and 2 * b <= TILE and local >= 2 else 1
 
 
 def stride_lists(
-    phases: Tensor, rows: int, columns: int, b: int, local: int, v: int, first: int, merged: int
+    phases: Tensor,
+    rows: int,
+    columns: int,
+    b: int,
+    local: int,
+    v: int,
+    first: int,
+    merged: int,
+    alone: bool,
 ) -> tuple[BlockLists, Tensor | None]:
     """The lists (1, heads, tiles, most) of a causal pattern, and the row starts that merged ones
     need.
 
     `phases` int (heads,) is the first column of each head's stride; row 0 stands `first` columns
-    after column 0. `merged` rows share a tile: 1, or 2 as `rows_a_tile` says.
+    after column 0. `merged` rows share a tile: 1, or 2 as `rows_a_tile` says. `alone` says that the
+    causal order is the only rule, so that a row sees whole what is listed before its diagonal.
     """
     device = phases.device
     top = first + merged * torch.arange(-(-rows // merged), device=device, dtype=torch.int32)
@@ -49,7 +58,9 @@ def stride_lists(
     progression = phases[..., None] + v * place
     index = torch.where(place < strided, progression, window[:, None] + place - strided)
     if merged == 1:
-        return BlockLists(index[None], whole[None], b, b), None
+        count = whole[None]
+        seen = count - (top < columns).to(torch.int32) if alone else None
+        return BlockLists(index[None], count, b, b, seen), None
     # Behind what both rows see: the block that left the second row's window, and the diagonal.
     left = top - (local - 1)
     kept = ((left >= 0) & ((left - phases) % v != 0)).to(torch.int32)

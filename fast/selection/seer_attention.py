@@ -8,13 +8,14 @@ attention inside a given mask is differentiable too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnspec.fast.backend import check_attention_inputs, check_integer, check_size, check_tensor
-from attnspec.fast.engines.flash import flash
+from attnspec.fast.engines.flash import SPECIALISED_CONFIGS, flash
 from attnspec.fast.engines.select import mask_lists
 from attnspec.fast.selection.seer_attention_decode import (
     State,
@@ -77,8 +78,12 @@ __all__ = [
 
 
 CLAIMS: dict[str, dict[str, Any]] = {
-    "attend": {"compiled": True},
-    "block_sparse_attend": {"gradient": True, "compiled": True},
+    "attend": {"compiled": True, "triton": {"configs": SPECIALISED_CONFIGS}},
+    "block_sparse_attend": {
+        "gradient": True,
+        "compiled": True,
+        "triton": {"configs": SPECIALISED_CONFIGS},
+    },
     "gate_scores": {"gradient": True, "compiled": True},
     "distill_loss": {"gradient": True, "launches": None, "compiled": True},
     "gate_rope": {"launches": None, "dtypes": ("float32",), "triton": None},
@@ -120,7 +125,11 @@ def block_sparse_attend(
     nb = -(-q.shape[2] // b)
     if tuple(M.shape) != (*q.shape[:2], nb, nb):
         raise ValueError(f"M: got shape {tuple(M.shape)}, expected {(*q.shape[:2], nb, nb)}")
-    blocks = mask_lists(M, b, b, backend=backend)
+    blocks = mask_lists(M.tril(), b, b, backend=backend)
+    if b % 16 == 0:
+        # Rows see their diagonal block in part, and whole those before it.
+        before = blocks.count - M.diagonal(dim1=-2, dim2=-1).to(torch.int32)
+        blocks = replace(blocks, full=before)
     return flash(q, k, v, causal=True, blocks=blocks, scale=scale, backend=backend)
 
 

@@ -41,6 +41,21 @@ def test_heads_go_together_where_they_would_not_be_shared_out_evenly() -> None:
     assert specialised.section({**even, "tiles": 10**6}, 132, 4, PLAIN) == 4
 
 
+def test_lists_are_known_by_blocks_that_fill_tiles_and_counts_of_whole_ones() -> None:
+    lists = dict.fromkeys(("block_index", "block_count"), torch.zeros(1, 1, 1, 1))
+    whole = torch.zeros(1, 1, 1)
+    for q_block, k_block, fit in (
+        (128, 64, True),
+        (256, 128, True),
+        (64, 64, False),
+        (128, 32, False),
+    ):
+        listed = PLAIN._replace(**lists, q_block=q_block, k_block=k_block)
+        assert not listed.known
+        assert listed._replace(block_full=whole).known == fit
+        assert not listed._replace(block_full=whole).plain
+
+
 def test_later_calls_launch_the_same_with_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.launches import launches
 

@@ -89,7 +89,7 @@ def _more_queries(a: Mapping[str, Any]) -> np.ndarray:
 
 def attend_parameters(sizes: Mapping[str, int]) -> Drawn:
     return {
-        "b": st.sampled_from([1, 2, 3, 8, 16, 32, 64]),
+        "b": st.sampled_from([1, 2, 3, 8, 16, 32, 64, 128]),
         "scale": SCALE,
     }
 

@@ -20,6 +20,8 @@ MEDIUM = range(2049, 8193)
 """Texts so long are walked at medium length."""
 WIDE = 128
 """Blocks of so many tokens fill the tiles of a medium walk."""
+SPECIAL_ROWS, SPECIAL_KEYS = 128, 64
+"""Tokens of which listed blocks must be multiples, for the specialised kernel."""
 MANY_ROWS = 128 * 132
 """So many rows of all heads give every multiprocessor of an H100 a specialised tile."""
 L2_BYTES = 24 << 20

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnspec.fast.engines.flash.configs import BRIEF, MEDIUM, WIDE
+from attnspec.fast.engines.flash.configs import BRIEF, MEDIUM, SPECIAL_KEYS, SPECIAL_ROWS, WIDE
 
 
 class Rules(NamedTuple):
@@ -39,14 +39,19 @@ class Rules(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether the specialised kernel knows all rules: all but masks, slopes and lists."""
-        others = (self.key_mask, self.mask, self.block_index, self.slopes)
-        return all(x is None for x in others)
+        """Whether the specialised kernel knows all rules: all but masks and slopes, and lists only
+        of blocks that fill its tiles and with counts of those seen whole.
+        """
+        if self.block_index is not None and (
+            self.block_full is None or self.q_block % SPECIAL_ROWS or self.k_block % SPECIAL_KEYS
+        ):
+            return False
+        return all(x is None for x in (self.key_mask, self.mask, self.slopes))
 
     @property
     def plain(self) -> bool:
         """Whether the causal order, a window with sinks and sink logits are all there is."""
-        others = (self.row_start, self.row_end, self.q_offsets)
+        others = (self.row_start, self.row_end, self.q_offsets, self.block_index)
         return self.known and all(x is None for x in others)
 
     @property

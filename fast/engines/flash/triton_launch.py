@@ -56,9 +56,10 @@ def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     if specialises(kind, q.shape[2] // packs, q.shape[:3].numel()) and can_specialise(q, v, rules):
         walk = "specialised"
     chosen = config(kind, walk, arch(q), q.element_size(), width, q.shape[2])
-    return replace(
-        chosen, rows=fit(chosen.rows, rules.q_block), keys=fit(chosen.keys, rules.k_block)
-    )
+    keys, stages = fit(chosen.keys, rules.k_block), chosen.stages
+    if chosen.specialised:
+        stages *= chosen.keys // keys
+    return replace(chosen, rows=fit(chosen.rows, rules.q_block), keys=keys, stages=stages)
 
 
 def fit(tile: int, block: int) -> int:

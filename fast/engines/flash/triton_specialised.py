@@ -5,8 +5,9 @@ values. While the matrix units multiply one tile's weights with its values, the 
 for it works out the next tile's weights, and the two consumers take turns at the units. Programs
 live as long as there are tiles, so that the producer begins the next one while the last is written.
 
-It knows the rules that need no masks, slopes or lists (`Rules.known`). What is computed is what
-`triton_forward` computes, edges first. Written for Triton 3.6.
+It knows the rules that need no masks or slopes, and lists with counts of what is seen whole
+(`Rules.known`). What is computed is what `triton_forward` computes, edges first. Written for Triton
+3.6.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from attnspec.fast.engines.flash.triton_specialised_parts import (
     finish,
     hide,
     key_at,
+    opened,
     plan,
     repair,
     rounds,
@@ -62,19 +64,26 @@ def fetch(x, b, h, first, ring, stage, phase):
 @gluon.jit
 def produce(
     q, k, v, rings, grid, rules, HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Bring the rows of both consumers and the tiles of keys and values, as rings have room."""
     q_ring, k_ring, v_ring, _turns = rings
     at = 0
     for turn in range(rounds(grid)):
-        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, CAUSAL)
+        place, walk, lengths = plan(
+            turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL
+        )  # fmt: skip
         b, h, q_begin, k_begin, _k_tokens, first, _stop, _shift = place
         for who in gl.static_range(2):
             fetch(q, b, h, q_begin + first + who * ROWS, q_ring, who, (turn & 1) ^ 1)
         # Rows that see nothing at all look at one tile and find nothing there.
-        for i in range(gl.maximum(lengths[0] + lengths[1], 1)):
-            key = k_begin + key_at(i, walk, lengths, KEYS)
+        count = gl.maximum(lengths[0] + lengths[1], 1)
+        following = key_at(0, walk, lengths, KEYS, K_BLOCK)
+        for i in range(count):
+            key = k_begin + following
+            # A list is read one tile ahead, while the rings are full.
+            following = key_at(gl.minimum(i + 1, count - 1), walk, lengths, KEYS, K_BLOCK)
             fetch(k, b, h // GROUP, key, k_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             fetch(v, b, h // GROUP, key, v_ring, at % STAGES, (at // STAGES & 1) ^ 1)
             at += 1
@@ -84,7 +93,7 @@ def produce(
 def attend_tiles(
     first, last, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths, rules,
     factor, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    EDGE: gl.constexpr, WHO: gl.constexpr,
+    K_BLOCK: gl.constexpr, EDGE: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of the walk: the product of the tile before is under way meanwhile."""
     top, total, mixed = sums
@@ -97,6 +106,9 @@ def attend_tiles(
     for i in range(first, last):
         c = at + i
         stage, before = c % STAGES, (c - 1) % STAGES
+        key = 0
+        if EDGE:
+            key = key_at(i, walk, lengths, KEYS, K_BLOCK)
         mbarrier.wait(v_full.index(before), (c - 1) // STAGES & 1)
         mbarrier.wait(turns[WHO], (c & 1) ^ (1 - WHO))
         nothing = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
@@ -108,7 +120,6 @@ def attend_tiles(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if EDGE:
-            key = key_at(i, walk, lengths, KEYS)
             scores, _seen = hide(scores, low, high, key, rules)
         new_weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
@@ -128,7 +139,7 @@ def attend_tiles(
 def consume(
     inputs, rings, doubts, WHO: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend for `ROWS` rows of every tile, those behind the other consumer's if WHO is 1; leave a
@@ -148,7 +159,9 @@ def consume(
     doubt = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, VALUES))
     at = 0
     for turn in range(rounds(grid)):
-        place, walk, lengths = plan(turn, grid, rules, HEADS, ROWS, KEYS, CAUSAL)
+        place, walk, lengths = plan(
+            turn, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL
+        )  # fmt: skip
         b, h, q_begin, _k_begin, k_tokens, first, stop, _shift = place
         fulls, edges = lengths
         total_tiles = gl.maximum(fulls + edges, 1)
@@ -158,6 +171,7 @@ def consume(
         top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         mixed = gl.zeros([ROWS, WIDTH_V], gl.float32, VALUES)
+        key = gl.where(fulls + edges > 0, key_at(0, walk, lengths, KEYS, K_BLOCK), k_tokens)
         mbarrier.wait(q_full.index(WHO), turn & 1)
         stage = at % STAGES
         mbarrier.wait(k_full.index(stage), at // STAGES & 1)
@@ -168,8 +182,8 @@ def consume(
         mbarrier.arrive(turns[1 - WHO], count=1)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        key = gl.where(fulls + edges > 0, key_at(0, walk, lengths, KEYS), k_tokens)
-        scores, _seen = hide(scores, low, high, key, rules)
+        low_0, high_0 = opened(low, high, edges > 0, k_tokens, rules)
+        scores, _seen = hide(scores, low_0, high_0, key, rules)
         weights, top, _rescale, total = soften(scores, top, factor)
         weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         mbarrier.wait(k_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1, pred=total_tiles > 1)
@@ -177,11 +191,11 @@ def consume(
         edges = gl.maximum(edges, 1)
         sums, weights = attend_tiles(
             1, edges, total_tiles, at, sums, weights, q_tile, rings, low, high, walk, lengths,
-            rules, factor, ROWS, KEYS, STAGES, True, WHO,
+            rules, factor, ROWS, KEYS, STAGES, K_BLOCK, True, WHO,
         )  # fmt: skip
         sums, weights = attend_tiles(
             edges, total_tiles, total_tiles, at, sums, weights, q_tile, rings, low, high, walk,
-            lengths, rules, factor, ROWS, KEYS, STAGES, False, WHO,
+            lengths, rules, factor, ROWS, KEYS, STAGES, K_BLOCK, False, WHO,
         )  # fmt: skip
         mbarrier.arrive(q_empty.index(WHO), count=1)
         top, total, mixed = sums
@@ -208,10 +222,12 @@ def specialised_forward_kernel(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
     table, q_offsets, k_offsets, row_start, row_end,
+    block_index, block_count, block_full,
+    index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     q_tokens, k_tokens, tiles, sequences, section, window, sinks, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_tiles.dtype
     first_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -229,7 +245,14 @@ def specialised_forward_kernel(
         v_stride_b, v_stride_h, v_stride_t,
     )  # fmt: skip
     grid = (tiles, sequences, section)
-    rules = (q_tokens, k_tokens, window, sinks, (table, q_offsets, k_offsets), (row_start, row_end))
+    lists = (
+        block_index, block_count, block_full, index_stride_b, index_stride_h, index_stride_q,
+        count_stride_b, count_stride_h,
+    )  # fmt: skip
+    rules = (
+        q_tokens, k_tokens, window, sinks, (table, q_offsets, k_offsets), (row_start, row_end),
+        lists,
+    )  # fmt: skip
     inputs = (out, lse, sink_logit, grid, rules, scale)
     doubts = gl.allocate_shared_memory(
         gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -237,16 +260,16 @@ def specialised_forward_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
-                DTYPE,
+                inputs, rings, doubts, 0, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, Q_BLOCK,
+                K_BLOCK, CAUSAL, DTYPE,
             )),
             (consume, (
-                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, CAUSAL,
-                DTYPE,
+                inputs, rings, doubts, 1, HEADS, DV, WIDTH, WIDTH_V, ROWS, KEYS, STAGES, Q_BLOCK,
+                K_BLOCK, CAUSAL, DTYPE,
             )),
             (produce, (
                 q_tiles, k_tiles, v_tiles, rings, grid, rules, HEADS, GROUP, ROWS, KEYS, STAGES,
-                CAUSAL,
+                Q_BLOCK, K_BLOCK, CAUSAL,
             )),
         ],
         [4, 1], [240, 24],
@@ -255,5 +278,6 @@ def specialised_forward_kernel(
     doubt = doubts.index(0).load(FLAT) + doubts.index(1).load(FLAT)
     if gl.max((doubt != doubt).to(gl.int32), 0) > 0:
         repair(
-            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
+            q, k, v, inputs, strides, HEADS, GROUP, D, DV, WIDTH, WIDTH_V, ROWS, KEYS, Q_BLOCK,
+            K_BLOCK, CAUSAL,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from attnspec.fast.engines.prepared import Prepared
 
 KNOWN = (
     "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "CAUSAL",
+    "Q_BLOCK", "K_BLOCK",
 )  # fmt: skip
 PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "table")
 MANY_ROUNDS = 64
@@ -93,6 +94,7 @@ class Specialised:
             },
             **{name: known[name] for name in KNOWN},
             **{name: place[name] for name in PLACED},
+            **host.list_arguments(host.readable_lists(*rules[8:11])),
             "section": section(place, programs, heads // k.shape[1], rules),
             "HEADS": heads,
             "GROUP": heads // k.shape[1],
@@ -115,9 +117,11 @@ class Specialised:
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
         if self.copies:
             q, k, v = host.readable(q, k, v)
+        index, count, full = host.readable_lists(*rules[8:11])
         self.launch(
             q_tiles=q, k_tiles=k, v_tiles=v, q=q, k=k, v=v, out=out, lse=lse,
             sink_logit=rules.sink_logit, row_start=rules.row_start, row_end=rules.row_end,
             q_offsets=rules.q_offsets, k_offsets=rules.k_offsets, table=self.tiles(rules),
+            block_index=index, block_count=count, block_full=full,
         )  # fmt: skip
         return out, lse

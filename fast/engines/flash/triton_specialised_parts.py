@@ -37,37 +37,48 @@ def turned(turn):
 @gluon.jit
 def plan(
     turn, grid, rules, HEADS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """This program's tile in a round: `plan_rows` of twice `ROWS`."""
     tiles, sequences, section = grid
-    q_tokens, k_tokens, window, sinks, packed, ranges = rules
+    q_tokens, k_tokens, window, sinks, packed, ranges, lists = rules
     table, q_offsets, k_offsets = packed
     row_start, row_end = ranges
+    index, count, full, at_b, at_h, at_q, count_at_b, count_at_h = lists
     program = turn * gl.num_programs(0) + turned(turn)
     return plan_rows(
         program, tiles, sequences, section, 0, table, q_offsets, k_offsets, q_tokens, k_tokens,
-        window, sinks, row_start, row_end, None, None, None, None, 0, 0, 0, 0, 0, HEADS, 2 * ROWS,
-        KEYS, 0, 0, CAUSAL, False,
+        window, sinks, row_start, row_end, None, index, count, full, at_b, at_h, at_q, count_at_b,
+        count_at_h, HEADS, 2 * ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, False,
     )  # fmt: skip
 
 
 @gluon.jit
-def key_at(i, walk, lengths, KEYS: gl.constexpr):
+def key_at(i, walk, lengths, KEYS: gl.constexpr, K_BLOCK: gl.constexpr):
     """First key of the i-th tile, edges before full ones."""
     fulls, edges = lengths
     i = gl.where(i < edges, fulls + i, i - edges)
-    at, _stop = key_tile(i, 2, walk, 0, KEYS)
+    at, _stop = key_tile(i, 2, walk, K_BLOCK, KEYS)
     return at
 
 
 @gluon.jit
 def bounds(row, place, rules, CAUSAL: gl.constexpr):
     """The lowest key that each of `row` sees but for the sinks, and where its keys end."""
-    _q_tokens, _k_tokens, window, _sinks, _packed, ranges = rules
+    _q_tokens, _k_tokens, window, _sinks, _packed, ranges, _lists = rules
     _b, _h, q_begin, _k_begin, k_tokens, _first, stop, shift = place
     low = lowest_key(row, q_begin, stop, shift, window, ranges[0])
     return low, end_key(row, q_begin, stop, shift, k_tokens, ranges[1], CAUSAL)
+
+
+@gluon.jit
+def opened(low, high, edge, k_tokens, rules):
+    """The bounds of a tile: those of the rows if it is an edge; a listed tile that is none is seen
+    whole, whatever they say.
+    """
+    if rules[6][0] is not None:
+        low, high = gl.where(edge, low, 0), gl.where(edge, high, k_tokens)
+    return low, high
 
 
 @gluon.jit
@@ -77,7 +88,7 @@ def hide(scores, low, high, at, rules):
     Columns are compared by eights, of which each thread knows its own when it is compiled. Compared
     one by one they are as many numbers, which the compiler keeps in registers for the whole loop.
     """
-    _q_tokens, _k_tokens, window, sinks, _packed, ranges = rules
+    _q_tokens, _k_tokens, window, sinks, _packed, ranges, _lists = rules
     column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     eights, within = (column >> 3)[None, :], (column & 7)[None, :]
     # A column is below a bound if its eight is below the bound less its place, in eights.
@@ -151,7 +162,7 @@ def store_rows(out, tile, at, row, q_tokens, DV: gl.constexpr):
 def attend_with_care(
     q, k, v, out, at_row, first, place, walk, lengths, rules, factor, sink_logit, strides,
     D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr,
-    ROWS: gl.constexpr, KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Write the rows that see no value that is not finite again: the product has spread 0 * NaN to
     rows that do not see the NaN's key.
@@ -173,11 +184,12 @@ def attend_with_care(
     v += k_begin * strides[2]
     for i in range((lengths[0] + lengths[1]) * (KEYS // PIECE)):
         tile = i // (KEYS // PIECE)
-        at = key_at(tile, walk, lengths, KEYS) + i % (KEYS // PIECE) * PIECE
+        at = key_at(tile, walk, lengths, KEYS, K_BLOCK) + i % (KEYS // PIECE) * PIECE
         keys = load_rows(k, at, k_tokens, strides[1], D, READ, PIECE, WIDTH)
         nothing = gl.zeros([ROWS, PIECE], gl.float32, SUMS)
         product = mma_v2(q_tile, gl.convert_layout(keys.permute((1, 0)), RIGHT), nothing)
-        scores, seen = hide(product, low, high, at, rules)
+        lowest, end = opened(low, high, tile < lengths[1], k_tokens, rules)
+        scores, seen = hide(product, lowest, end, at, rules)
         weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
         values = load_rows(v, at, k_tokens, strides[2], DV, READ, PIECE, WIDTH_V)
@@ -197,14 +209,16 @@ def attend_with_care(
 def repair(
     q, k, v, inputs, strides, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+    KEYS: gl.constexpr, Q_BLOCK: gl.constexpr, K_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Look at this program's tiles again, and do those that hold a NaN with care."""
     out, _lse, sink_logit, grid, rules, scale = inputs
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t = strides
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for i in range(2 * rounds(grid)):
-        place, walk, lengths = plan(i // 2, grid, rules, HEADS, ROWS, KEYS, CAUSAL)
+        place, walk, lengths = plan(
+            i // 2, grid, rules, HEADS, ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL
+        )  # fmt: skip
         b, h, q_begin, _k_begin, _k_tokens, first, stop, _shift = place
         first += i % 2 * ROWS
         b, kv = b.to(gl.int64), (h // GROUP).to(gl.int64)
@@ -214,5 +228,5 @@ def repair(
             attend_with_care(
                 q + b * q_b + h.to(gl.int64) * q_h, k + b * k_b + kv * k_h, v + b * v_b + kv * v_h,
                 out, at_row, first, place, walk, lengths, rules, scale * LOG2E, sink_logit,
-                (q_t, k_t, v_t), D, DV, WIDTH, WIDTH_V, ROWS, KEYS, CAUSAL,
+                (q_t, k_t, v_t), D, DV, WIDTH, WIDTH_V, ROWS, KEYS, K_BLOCK, CAUSAL,
             )  # fmt: skip
