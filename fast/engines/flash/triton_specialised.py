@@ -27,12 +27,12 @@ from attnspec.fast.engines.flash.triton_specialised_parts import (
     finish,
     hide,
     key_at,
-    opened,
     plan,
     repair,
     rounds,
     soften,
     store_rows,
+    tile_bounds,
 )
 from attnspec.fast.engines.flash.triton_tiles import VARYING
 
@@ -120,7 +120,8 @@ def attend_tiles(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if EDGE:
-            scores, _seen = hide(scores, low, high, key, rules)
+            lowest, end = tile_bounds(low, high, key, True, rules)
+            scores, _seen = hide(scores, lowest, end, key, rules)
         new_weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more
         new_weights = gl.convert_layout(new_weights.to(q_tile.dtype), WEIGHTS)
@@ -182,8 +183,8 @@ def consume(
         mbarrier.arrive(turns[1 - WHO], count=1)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        low_0, high_0 = opened(low, high, edges > 0, k_tokens, rules)
-        scores, _seen = hide(scores, low_0, high_0, key, rules)
+        lowest, end = tile_bounds(low, high, key, edges > 0, rules)
+        scores, _seen = hide(scores, lowest, end, key, rules)
         weights, top, _rescale, total = soften(scores, top, factor)
         weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         mbarrier.wait(k_full.index((at + 1) % STAGES), (at + 1) // STAGES & 1, pred=total_tiles > 1)

@@ -49,7 +49,7 @@ def plan(
     return plan_rows(
         program, tiles, sequences, section, 0, table, q_offsets, k_offsets, q_tokens, k_tokens,
         window, sinks, row_start, row_end, None, index, count, full, at_b, at_h, at_q, count_at_b,
-        count_at_h, HEADS, 2 * ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, False,
+        count_at_h, HEADS, 2 * ROWS, KEYS, Q_BLOCK, K_BLOCK, CAUSAL, False, True,
     )  # fmt: skip
 
 
@@ -72,12 +72,18 @@ def bounds(row, place, rules, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def opened(low, high, edge, k_tokens, rules):
-    """The bounds of a tile: those of the rows if it is an edge; a listed tile that is none is seen
-    whole, whatever they say.
+def tile_bounds(low, high, at, edge, rules):
+    """The bounds of the rows in the tile of keys from `at` on.
+
+    A listed tile that is no edge is seen whole; tiles of sinks show no more than those, and all
+    others begin behind them.
     """
-    if rules[6][0] is not None:
+    _q_tokens, k_tokens, _window, sinks, _packed, _ranges, lists = rules
+    if lists[0] is not None:
         low, high = gl.where(edge, low, 0), gl.where(edge, high, k_tokens)
+    elif sinks is not None:
+        high = gl.where(at < sinks, gl.minimum(high, sinks), high)
+        low = gl.where(at < sinks, 0, low)
     return low, high
 
 
@@ -88,14 +94,14 @@ def hide(scores, low, high, at, rules):
     Columns are compared by eights, of which each thread knows its own when it is compiled. Compared
     one by one they are as many numbers, which the compiler keeps in registers for the whole loop.
     """
-    _q_tokens, _k_tokens, window, sinks, _packed, ranges, _lists = rules
+    _q_tokens, _k_tokens, window, sinks, _packed, ranges, lists = rules
     column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     eights, within = (column >> 3)[None, :], (column & 7)[None, :]
     # A column is below a bound if its eight is below the bound less its place, in eights.
     seen = eights < ((high - at)[:, None] - within + 7) >> 3
     if window is not None or ranges[0] is not None:
         late = eights >= ((low - at)[:, None] - within + 7) >> 3
-        if sinks is not None:
+        if sinks is not None and lists[0] is not None:
             late = late | (eights < (sinks - at - within + 7) >> 3)
         seen = seen & late
     return gl.where(seen, scores, -float("inf")), seen
@@ -184,11 +190,12 @@ def attend_with_care(
     v += k_begin * strides[2]
     for i in range((lengths[0] + lengths[1]) * (KEYS // PIECE)):
         tile = i // (KEYS // PIECE)
-        at = key_at(tile, walk, lengths, KEYS, K_BLOCK) + i % (KEYS // PIECE) * PIECE
+        at = key_at(tile, walk, lengths, KEYS, K_BLOCK)
+        lowest, end = tile_bounds(low, high, at, tile < lengths[1], rules)
+        at += i % (KEYS // PIECE) * PIECE
         keys = load_rows(k, at, k_tokens, strides[1], D, READ, PIECE, WIDTH)
         nothing = gl.zeros([ROWS, PIECE], gl.float32, SUMS)
         product = mma_v2(q_tile, gl.convert_layout(keys.permute((1, 0)), RIGHT), nothing)
-        lowest, end = opened(low, high, tile < lengths[1], k_tokens, rules)
         scores, seen = hide(product, lowest, end, at, rules)
         weights, top, rescale, more = soften(scores, top, factor)
         total = total * rescale + more

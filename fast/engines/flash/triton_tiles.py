@@ -146,9 +146,10 @@ def key_ends(first, stop, begin, shift, k_tokens, row_end, CAUSAL: tl.constexpr)
 @triton.jit
 def key_tiles(
     end, full_end, low_first, low_last, sinks, key_bounds, b,
-    TILE: tl.constexpr, RANGED: tl.constexpr, ALL_EDGE: tl.constexpr,
+    TILE: tl.constexpr, RANGED: tl.constexpr, ALL_EDGE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles of a tile of rows: those of the sinks from key 0 on, others from `base` on.
+    """The key tiles of a tile of rows: those of the sinks from key 0 on, others from `base` on:
+    behind the last of the former, or APART, right behind the sinks, where those end for the kernel.
 
     `key_bounds` holds for each batch row the first key its key mask keeps, the end of the kept keys
     and whether all between are kept. Returns base, count, full_from, full_to (the full ones among
@@ -172,7 +173,7 @@ def key_tiles(
         sink_count = tl.cdiv(tl.minimum(sinks, end), TILE)
         if not ALL_EDGE:
             sink_full = tl.where(solid, tl.minimum(sinks, full_end) // TILE, 0)
-        base = tl.maximum(base, sink_count * TILE)
+        base = tl.maximum(base, tl.minimum(sinks, end) if APART else sink_count * TILE)
     # Tiles start at the first visible key, not at a multiple of TILE: no unseen key before it.
     count, full_from, full_to = split_tiles(base, end, full_base, full_end, TILE, ALL_EDGE)
     return base, count, full_from, full_to, sink_full, sink_count
@@ -313,6 +314,7 @@ def plan_rows(
     index_stride_b, index_stride_h, index_stride_q, count_stride_b, count_stride_h,
     HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, ALL_EDGE: tl.constexpr,
+    APART: tl.constexpr = False,
 ):  # fmt: skip
     """The tile of rows that a program owns, and the key tiles it visits: how many in each pass."""
     RANGED: tl.constexpr = window is not None or row_start is not None
@@ -328,7 +330,7 @@ def plan_rows(
     low_last = lowest_key(stop - 1, q_begin, q_tokens, shift, window, row_start)
     end, full_end = key_ends(first, stop, q_begin, shift, k_tokens, row_end, CAUSAL)
     base, count, full_from, full_to, sink_full, sink_count = key_tiles(
-        end, full_end, low_first, low_last, sinks, key_bounds, b, KEYS, RANGED, ALL_EDGE
+        end, full_end, low_first, low_last, sinks, key_bounds, b, KEYS, RANGED, ALL_EDGE, APART
     )
     fulls = sink_full + full_to - full_from
     edges = sink_count + count - fulls

@@ -1,4 +1,4 @@
-"""Lists of blocks in the specialised kernel on a CUDA device: against a mask, with a NaN."""
+"""The specialised kernel on a CUDA device: lists and sinks against a mask, with a NaN."""
 
 from __future__ import annotations
 
@@ -17,13 +17,31 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HEADS, KV_HEADS = 4, 2
 
 
+def tokens(blocks: Tensor, b: int, T: int) -> Tensor:
+    """The mask of tokens of a mask of blocks, causal."""
+    return blocks.repeat_interleave(b, -1).repeat_interleave(b, -2)[..., :T, :T].tril()
+
+
+def windowed(window: int, sinks: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A window with sinks, and its mask of tokens."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, _ = flash(q, k, v, causal=True, window=window, sinks=sinks)
+        key = torch.arange(q.shape[2], device=q.device)
+        seen = (key > key[:, None] - window) | (key < sinks)
+        return out, seen.expand(*q.shape[:2], -1, -1).tril()
+
+    return attend
+
+
 def strided(b: int, local: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """S2-Attention, and its mask of tokens."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n = -(-q.shape[2] // b)
         blocks = block_pattern(n, n, HEADS, KV_HEADS, local, 3)
-        return s2_attend(q, k, v, b, local, 3)[0], blocks.to(q.device)[None]
+        seen = tokens(blocks.to(q.device)[None], b, q.shape[2])
+        return s2_attend(q, k, v, b, local, 3)[0], seen.expand(q.shape[0], -1, -1, -1)
 
     return attend
 
@@ -36,7 +54,7 @@ def chosen(b: int, empty: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         blocks = torch.rand(q.shape[0], HEADS, n, n, device=q.device) < 0.4
         if empty:
             blocks[:, :, ::2] = False
-        return block_sparse_attend(q, k, v, blocks, b)[0], blocks
+        return block_sparse_attend(q, k, v, blocks, b)[0], tokens(blocks, b, q.shape[2])
 
     return attend
 
@@ -44,18 +62,22 @@ def chosen(b: int, empty: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("config", list(SPECIALISED_CONFIGS))
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize(
-    ("T", "d", "b", "attend"),
+    ("T", "d", "attend"),
     [
-        (1300, 128, 64, strided(64, 2)),
-        (1300, 64, 64, strided(64, 4)),
-        (900, 80, 128, strided(128, 1)),
-        (1300, 128, 128, chosen(128, empty=False)),
-        (1300, 128, 128, chosen(128, empty=True)),
-        (2000, 64, 256, chosen(256, empty=True)),
+        (1300, 128, strided(64, 2)),
+        (1300, 64, strided(64, 4)),
+        (900, 80, strided(128, 1)),
+        (1300, 128, chosen(128, empty=False)),
+        (1300, 128, chosen(128, empty=True)),
+        (2000, 64, chosen(256, empty=True)),
+        (1300, 128, windowed(300, 64)),
+        (1300, 128, windowed(100, 200)),
+        (900, 80, windowed(700, 5)),
+        (900, 64, windowed(1, 1)),
     ],
 )
-def test_lists_are_their_mask(
-    T: int, d: int, b: int, attend: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype,
+def test_whoever_is_seen_counts(
+    T: int, d: int, attend: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype,
     config: str,
 ) -> None:  # fmt: skip
     torch.manual_seed(T)
@@ -65,8 +87,7 @@ def test_lists_are_their_mask(
     )
     v[:, 1, T // 2, 3] = torch.nan
     with SPECIALISED_CONFIGS[config]():
-        out, blocks = attend(q, k, v)
-    seen = blocks.repeat_interleave(b, -1).repeat_interleave(b, -2)[..., :T, :T].tril()
+        out, seen = attend(q, k, v)
     K, V = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     scores = (q.double() @ K.transpose(2, 3) * d**-0.5).masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)
