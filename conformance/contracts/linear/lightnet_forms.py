@@ -47,8 +47,8 @@ def decay_in_sequences(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     parts = []
     for n, (first, last) in enumerate(pairwise(offsets)):
-        rows = (x[:, first:last] for x in (q, kbar, v, log_decay))
-        parts.append(decay_in_chunks(*rows, None if S0 is None else S0[n], scale))
+        Q, K, V, g = (x[:, first:last] for x in (q, kbar, v, log_decay))
+        parts.append(decay_in_chunks(Q, K, V, g, None if S0 is None else S0[n], scale))
     o, S = zip(*parts, strict=True)
     return np.concatenate(o, axis=1), np.stack(S)
 

@@ -20,7 +20,14 @@ from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.segments import Segments, cut
-from attnspec.fast.engines.scan.triton_common import LOG2E, load_tile, locate, log1p, offset
+from attnspec.fast.engines.scan.triton_common import (
+    LOG2E,
+    links,
+    load_tile,
+    locate,
+    log1p,
+    offset,
+)
 from attnspec.fast.engines.scan.triton_levels import FLAGS, pick_steep
 from attnspec.fast.engines.scan.triton_plan import odd_programs, power
 
@@ -139,19 +146,6 @@ def join(top, total, later_top, later_total):
     base = spread(above)
     old, new = tl.exp2((top - base) * LOG2E), tl.exp2((later_top - base) * LOG2E)
     return above, total * old + later_total * new
-
-
-@triton.jit
-def links(bounds, row, segments, heads, PACKED: tl.constexpr):
-    """Of a sequence and head `row`: the line its segments lie in, the first of them, how many."""
-    line = row
-    low = row * 0
-    many = segments
-    if PACKED:
-        line = row % heads
-        low = tl.load(bounds + row // heads)
-        many = (tl.load(bounds + row // heads + 1) - low).to(tl.int32)
-    return line, low, many
 
 
 @triton.jit(do_not_specialize=["segments"])
