@@ -78,8 +78,10 @@ CLAIMS = {
         "compiled": True,
         "triton": {"graph": True, "exact_prefix": False},
     },
-    "vector_decay_packed": {"gradient": True, "compiled": True},
-    "lightnet_packed": {"gradient": True, "compiled": True},
+    **{
+        name: {"gradient": True, "compiled": True, "triton": {"exact_prefix": False}}
+        for name in ("vector_decay_packed", "lightnet_packed")
+    },
     "lightnet_noncausal": {"gradient": True, "compiled": True, "triton": {"graph": True}},
     "decode_step": {"triton": {"graph": True}},
 }

@@ -135,6 +135,10 @@ def test_the_op() -> None:
         torch.library.opcheck(
             flows_gradient.kept_flows_op, (q, k, v, None, first, *options), test_utils=checks
         )
+        offsets, parts = torch.tensor([0, 2, 2, 5]), [x.repeat_interleave(3, 0) for x in first]
+        torch.library.opcheck(
+            flows_gradient.kept_flows_op, (q, k, v, offsets, parts, *options), test_utils=checks
+        )
 
 
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
