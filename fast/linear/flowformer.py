@@ -10,6 +10,7 @@ scan engine walks the sources once) or everything up to itself (its causal outpu
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from attnspec.fast.backend import (
     check_attention_inputs,
     check_choice,
     check_size,
+    check_tensor,
     choose_backend,
+    choose_by_dtype,
     product,
     wide,
 )
-from attnspec.fast.engines.scan import DirectFlows, scan, step
+from attnspec.fast.engines.scan import DirectFlows, packed_flows, scan, step
 from attnspec.fast.linear.flowformer_flows import (
     KINDS,
     Clamp,
@@ -53,6 +56,7 @@ from attnspec.fast.linear.flowformer_state import (
     checked_state,
     no_tokens,
 )
+from attnspec.fast.packing import check_offsets
 
 __all__ = [
     "allocation",
@@ -62,6 +66,7 @@ __all__ = [
     "conserved_flows_causal",
     "flow_attend",
     "flow_attend_causal",
+    "flow_attend_packed",
     "flow_decode_step",
     "flow_features",
     "flows",
@@ -76,6 +81,7 @@ CLAIMS = {
     **{name: {"launches": None} for name in STEPS},
     "flow_attend": {"gradient": True, "compiled": True, "triton": {"graph": True}},
     "flow_attend_causal": {"gradient": True, "compiled": True, "triton": {"graph": True}},
+    "flow_attend_packed": {"gradient": True, "triton": {"compiled": True}},
     "flow_decode_step": {"triton": {"graph": True}},
 }
 """What the suite is told beyond the defaults; the steps alone are arithmetic in torch."""
@@ -187,6 +193,51 @@ def flow_attend_causal(
     if not q.shape[2]:
         return out.to(q.dtype), first
     return out.to(q.dtype), FlowState(sb, sa, sbO, saI, se[:, :, -1], KV, N[:, :, -1])
+
+
+def flow_attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    state: FlowState | None = None,
+    *,
+    eps: float = 1e-6,
+    kind: str = "sigmoid",
+    clamp: Clamp = (-1.0, 1.0),
+    backend: str | None = None,
+) -> tuple[Tensor, FlowState]:
+    """out (heads, total, dv), and the float32 states, whose parts have an axis of sequences in
+    front, behind the last token of each.
+
+    q (heads, total, d), k (kv_heads, total, d), v (kv_heads, total, dv), offsets int (sequences +
+    1) increasing from 0 to total; `state` is likewise. Differentiable in q, k, v and the state.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, ("heads", "total", "d"), FLOATS)
+    check_tokens(q[None], k[None], v[None], eps)
+    check_choice("kind", kind, KINDS)
+    bounds = check_clamp(clamp)
+    check_offsets(offsets, q, q.shape[1])
+    like = q.new_empty(offsets.shape[0] - 1, q.shape[0], 0, q.shape[2])
+    first = None if state is None else checked_state(state, like, v[None])
+    if not q.numel():
+        first = no_tokens(like, v[None]) if first is None else first
+        return q.new_empty(*q.shape[:2], v.shape[2]), first
+    if choose_by_dtype(backend, "q", q) == "triton":
+        out, *last = packed_flows(q, k, v, offsets, first, eps=eps, kind=kind, clamp=bounds)
+        return out, FlowState(*last)
+    first = no_tokens(like, v[None]) if first is None else first
+    outputs, states = [], []
+    for n, (start, end) in enumerate(pairwise(offsets.tolist())):
+        Q, K, V = (x[None, :, start:end] for x in (q, k, v))
+        before = FlowState(*(x[n, None] for x in first))
+        options: dict[str, Any] = {"eps": eps, "kind": kind, "clamp": clamp, "backend": backend}
+        out, after = flow_attend_causal(Q, K, V, before, **options)
+        outputs.append(out[0])
+        states.append(after)
+    parts = (torch.cat(x) for x in zip(*states, strict=True))
+    return torch.cat(outputs, 1), FlowState(*parts)
 
 
 def flow_decode_step(

@@ -34,6 +34,14 @@ from attnspec.fast.engines.scan import (
     use_config,
 )
 from attnspec.fast.engines.scan import additive_gates as gates
+from attnspec.fast.linear.lightnet_batches import lightnet_packed, vector_decay_packed
+from attnspec.fast.linear.lightnet_checks import (
+    check_channels,
+    check_scale,
+    check_shape,
+    given_state,
+    repeated,
+)
 from attnspec.fast.linear.lightnet_positions import md_angles, md_lrpe, md_tpe, tpe
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 
@@ -43,15 +51,19 @@ __all__ = [
     "decode_step",
     "lightnet_causal",
     "lightnet_noncausal",
+    "lightnet_packed",
     "md_angles",
     "md_lrpe",
     "md_tpe",
     "tpe",
     "vector_decay_attend",
+    "vector_decay_packed",
 ]
 
 CLAIMS = {
-    **{name: {"launches": None} for name in ("md_angles", "md_lrpe")},
+    "md_angles": {"launches": None},
+    "md_lrpe": {"gradient": True, "launches": None},
+    **{name: {"gradient": True} for name in ("additive_rule", "tpe", "md_tpe")},
     "vector_decay_attend": {
         "gradient": True,
         "compiled": True,
@@ -66,10 +78,14 @@ CLAIMS = {
         "compiled": True,
         "triton": {"graph": True, "exact_prefix": False},
     },
+    **{
+        name: {"gradient": True, "compiled": True, "triton": {"exact_prefix": False}}
+        for name in ("vector_decay_packed", "lightnet_packed")
+    },
     "lightnet_noncausal": {"gradient": True, "compiled": True, "triton": {"graph": True}},
     "decode_step": {"triton": {"graph": True}},
 }
-"""What the suite is told beyond the defaults; the first two are tables of cosines."""
+"""What the suite is told beyond the defaults; the first two are tables of cosines and their use."""
 
 
 def additive_gates(
@@ -79,7 +95,7 @@ def additive_gates(
     d) in float32, of logits k; z0 (batch, heads, d), in any float dtype, precedes the first token.
     """
     check_tensor("k", k, ("batch", "heads", "T", "d"), FLOATS)
-    _check_channels("k", k)
+    check_channels("k", k)
     z0 = as_state("z0", z0, (*k.shape[:2], k.shape[3]), k)
     return gates(k, z0, backend=choose_backend(backend, k))
 
@@ -97,26 +113,31 @@ def additive_rule(
 
     q, k, g (batch, heads, T, d), v (batch, heads, T, e); s (batch, heads, d, e), Delta and m
     (batch, heads, d), in any float dtype. Computed in float32 at least: keys that carry weights
-    have no room for them in 16 bits.
+    have no room for them in 16 bits. Differentiable, in the state too; the last m, to which the
+    other two are relative, counts as a constant.
     """
     _check_tokens(q, k, v)
     check_tensor("g", g, ("batch", "heads", "T", "d"), FLOATS)
     check_same("g", g, "q", q)
-    _check_shape("g", g, tuple(q.shape))
+    check_shape("g", g, tuple(q.shape))
     shape = (*q.shape[:2], q.shape[3])
     top, S0, z0 = g.new_full(shape, -torch.inf, dtype=wide(q).dtype), None, None
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 3:
             raise TypeError(f"state: got {type(state).__name__}, expected (s, Delta, m)")
         s, Delta, top = (
-            _state("state", x, expected, q)
+            given_state("state", x, expected, q)
             for x, expected in zip(state, ((*shape, v.shape[3]), shape, shape), strict=True)
         )
-        S0 = s / torch.where(Delta == 0, 1.0, Delta)[..., None]
-        z0 = torch.where(Delta == 0, -torch.inf, top + Delta.log())
+        empty = Delta == 0
+        total = torch.where(empty, 1.0, Delta)
+        S0 = torch.where(empty[..., None], 0.0, s / total[..., None])
+        z0 = torch.where(empty, -torch.inf, top + total.log())
     weights, log_decay, z = gates(wide(g), z0, backend=choose_backend(backend, q))
     o, S = scan(wide(q), weights * k, wide(v), log_decay=log_decay, state=S0, backend=backend)
-    m = torch.maximum(top, wide(g).amax(2)) if g.shape[2] else top
+    m = top.detach()
+    if g.shape[2]:
+        m = torch.maximum(m, wide(g.detach()).amax(2))
     Delta = torch.where(z == -torch.inf, 0.0, torch.exp(z - torch.where(m == -torch.inf, 0.0, m)))
     return o.to(q.dtype), (Delta[..., None] * S, Delta, m)
 
@@ -138,8 +159,8 @@ def vector_decay_attend(
     """
     _check_tokens(q, kbar, v, "kbar")
     check_tensor("log_decay", log_decay, ("batch", "heads", "T", "d"), FLOATS)
-    _check_shape("log_decay", log_decay, tuple(q.shape))
-    _check_scale(scale)
+    check_shape("log_decay", log_decay, tuple(q.shape))
+    check_scale(scale)
     S0 = as_state("S0", S0, (*q.shape[:2], q.shape[3], v.shape[3]), q)
     return scan(q, kbar, v, log_decay=log_decay, state=S0, scale=scale, backend=backend)
 
@@ -159,7 +180,7 @@ def lightnet_causal(
     the state too.
     """
     S0, z0 = _check_causal(q, k, v, state, scale)
-    k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+    k, v = (repeated(x, q.shape[1]) for x in (k, v))
     o, S, z = additive_scan(q, k, v, S0, z0, scale=scale, backend=backend)
     return o, (S, z)
 
@@ -172,12 +193,12 @@ def lightnet_noncausal(
     q (batch, heads, q_tokens, d), k (batch, kv_heads, T, d), v (batch, kv_heads, T, e).
     """
     check_attention_inputs(q, k, v, FLOATS)
-    _check_scale(scale)
+    check_scale(scale)
     for name, x in (("k", k), ("v", v)):
-        _check_channels(name, x)
+        check_channels(name, x)
     backend = choose_by_dtype(backend, "q", q)
     KV, _ = time_summary(k, v, backend=backend)
-    small = _repeated((scale * KV).to(q.dtype), q.shape[1])
+    small = repeated((scale * KV).to(q.dtype), q.shape[1])
     return read_summary(q, small, backend=backend)
 
 
@@ -201,7 +222,7 @@ def decode_step(
     S, z = _check_causal(q, k, v, state, scale)
     assert S is not None
     assert z is not None
-    k, v = (_repeated(x, q.shape[1]) for x in (k, v))
+    k, v = (repeated(x, q.shape[1]) for x in (k, v))
     new = k[:, :, 0].to(z.dtype)
     last = torch.logaddexp(z, new)
     base = torch.where(last == -torch.inf, 0.0, last)
@@ -211,31 +232,21 @@ def decode_step(
     return o, (S, last)
 
 
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _state(name: str, x: Any, shape: tuple[int, ...], q: Tensor) -> Tensor:
-    state = as_state(name, x, shape, q)
-    if state is None:
-        raise TypeError(f"{name}: got NoneType, expected torch.Tensor")
-    return state
-
-
 def _check_causal(
     q: Any, k: Any, v: Any, state: Any, scale: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """S and z of a state, or None and None, once all arguments fit one another."""
     check_attention_inputs(q, k, v, FLOATS)
     check_size("q", q.shape[2], k.shape[2], "tokens, as in k")
-    _check_channels("k", k)
-    _check_scale(scale)
+    check_channels("k", k)
+    check_scale(scale)
     if state is None:
         return None, None
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"state: got {type(state).__name__}, expected (S, z)")
+    S, z = state
     shape = (*q.shape[:2], q.shape[3])
-    return _state("state", state[0], (*shape, v.shape[3]), q), _state("state", state[1], shape, q)
+    return given_state("state", S, (*shape, v.shape[3]), q), given_state("state", z, shape, q)
 
 
 def _check_tokens(q: Any, k: Any, v: Any, name: str = "k") -> None:
@@ -243,20 +254,3 @@ def _check_tokens(q: Any, k: Any, v: Any, name: str = "k") -> None:
     check_attention_inputs(q, k, v, FLOATS)
     check_size(name, k.shape[1], q.shape[1], "heads, as in q")
     check_size(name, k.shape[2], q.shape[2], "tokens, as in q")
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
-
-
-def _check_channels(name: str, x: Tensor) -> None:
-    if not 1 <= x.shape[3] <= 256:
-        raise ValueError(f"{name}: got {x.shape[3]} channels, expected 1 to 256")
-
-
-def _check_scale(scale: Any) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: got {type(scale).__name__}, expected a number > 0")
-    if not scale > 0:
-        raise ValueError(f"scale: got {scale}, expected a number > 0")

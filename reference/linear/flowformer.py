@@ -60,6 +60,10 @@ through every part of the states before and behind, N among them.
 S14. **Heads.** A flow belongs to a query head and the kv head it reads: keys and values are
 repeated for the group (K7).
 
+S15. **Packed sequences** lie end to end; token ranges come from offsets. Each has a state of its
+own before and behind it, and all of S7 to S11 restarts in it, the count N too. Results and
+gradients are those of each sequence alone.
+
 Complexity
 ----------
 Time :math:`O((n + m)\, d\, dv)` a head, memory :math:`O(d\, dv)` beside the tokens.
@@ -86,6 +90,10 @@ import numpy as np
 
 from attnspec.reference.conventions import check_attention_inputs, repeat_heads
 from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.linear.flowformer_batches import (
+    flow_attend_packed,
+    flow_packed_backward,
+)
 from attnspec.reference.linear.flowformer_causal import (
     flow_attend_causal,
     flow_causal_backward,
@@ -111,7 +119,7 @@ from attnspec.reference.linear.flowformer_flows import (
     quotient,
     share,
 )
-from attnspec.reference.spec import HEADS, PHASES, Coverage, Mechanism, Operation, Paper
+from attnspec.reference.spec import HEADS, PADDINGS, PHASES, Coverage, Mechanism, Operation, Paper
 
 
 def flow_attend(
@@ -259,13 +267,19 @@ MECHANISM = Mechanism(
             gradient=flow_causal_backward,
             differentiable=("q", "k", "v", "state"),
         ),
+        Operation(
+            flow_attend_packed,
+            clauses=("S7", "S8", "S9", "S10", "S11", "S13", "S14", "S15"),
+            gradient=flow_packed_backward,
+            differentiable=("q", "k", "v", "state"),
+        ),
         Operation(flow_decode_step, clauses=("S11",)),
     ),
     headline="flow_attend",
     coverage=Coverage(
         patterns=("noncausal self", "noncausal cross", "causal self"),
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=PADDINGS,
         heads=HEADS,
         gradient=True,
     ),

@@ -55,6 +55,16 @@ In S8: :math:`dKV = scale\, q^T do`, :math:`dv = P\, dKV`, :math:`dP = v\, dKV^T
 
 S11. **Heads.** Query head h reads kv head h // group (K7); states belong to query heads.
 
+S16. **Gradient of S7**, which is S5 with :math:`\bar k_t = i_t k_t`, :math:`i_t = e^{g_t - z_t}`:
+S9 gives :math:`d\bar k_t` and :math:`dw_t`, so that :math:`dk_t = i_t\, d\bar k_t`, and with
+:math:`di_t = k_t\, d\bar k_t` and :math:`dz_t = e^{w_{t+1}} dz_{t+1} + dw_{t+1} - i_t\, di_t -
+dw_t` it is :math:`dg_t = i_t (di_t + dz_t)`. Behind the last token dz adds :math:`(s\, ds) 1 +
+\Delta\, d\Delta`. m is a point of reference and no more: nothing comes back from the last one, and
+what is computed from (s, :math:`\Delta`, m) has the right gradient without.
+
+S17. **Packed sequences** lie end to end; token ranges come from offsets, and every one starts from
+a state of its own: S5 and S3 restart in each, z with S. The gradients are those of each alone.
+
 Complexity
 ----------
 Time :math:`O(T d e)` and a state of :math:`d e + d` numbers a head, however long the sequence. As t
@@ -85,17 +95,41 @@ from attnspec.reference.conventions import (
     repeat_heads,
 )
 from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.linear.lightnet_batches import (
+    lightnet_packed,
+    lightnet_packed_backward,
+    vector_decay_packed,
+    vector_decay_packed_backward,
+)
+from attnspec.reference.linear.lightnet_gradient import (
+    State,
+    check_state,
+    lightnet_causal_backward,
+)
 from attnspec.reference.linear.lightnet_positions import md_angles, md_lrpe, md_tpe, tpe
+from attnspec.reference.linear.lightnet_positions_gradients import (
+    md_lrpe_backward,
+    md_tpe_backward,
+    tpe_backward,
+)
 from attnspec.reference.linear.lightnet_scan import (
     additive_gates,
     additive_rule,
+    additive_rule_backward,
     check_scale,
     vector_decay_attend,
     vector_decay_backward,
 )
-from attnspec.reference.spec import HEADS, PATTERNS, PHASES, Coverage, Mechanism, Operation, Paper
-
-State = tuple[np.ndarray, np.ndarray]
+from attnspec.reference.spec import (
+    HEADS,
+    PADDINGS,
+    PATTERNS,
+    PHASES,
+    Coverage,
+    Mechanism,
+    Operation,
+    Paper,
+)
 
 
 def lightnet_causal(
@@ -121,51 +155,6 @@ def lightnet_causal(
     kbar, log_decay, z = additive_gates(k, z0)
     o, S = vector_decay_attend(q, kbar, v, log_decay, S0, scale=scale)
     return o, (S, z)
-
-
-def lightnet_causal_backward(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    state: State | None,
-    do: np.ndarray,
-    dS: np.ndarray | None = None,
-    dz: np.ndarray | None = None,
-    *,
-    scale: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, State]:
-    """S9, S10: dq, dk, dv of `lightnet_causal` and the gradient (dS0, dz0) of the state before.
-
-    do, dS and dz are shaped as its outputs. No state means S = 0 and z = -inf.
-
-    >>> one = np.ones((1, 1, 1))
-    >>> dq, dk, dv, (dS0, dz0) = lightnet_causal_backward(one, one, 5 * one, None, one)
-    >>> [float(x.squeeze()) for x in (dq, dk, dv, dz0)]
-    [5.0, 0.0, 1.0, 0.0]
-    """
-    S0, z0 = check_state(state, q, k, v)
-    check_scale(scale)
-    check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
-    kv_heads = k.shape[-3]
-    k, v = repeat_heads(k, q.shape[-3]), repeat_heads(v, q.shape[-3])
-    kbar, log_decay, _ = additive_gates(k, z0)
-    S = vector_decay_attend(q, kbar, v, log_decay, S0, scale=scale)[1]
-    dq, dkbar, dv, _, dS0 = vector_decay_backward(q, kbar, v, log_decay, S0, do, dS, scale=scale)
-    dk, mean = np.zeros_like(k), np.zeros_like(S[..., 0])
-    if dS is not None:
-        mean = mean + np.sum(S * dS, axis=-1)
-    if dz is not None:
-        check_shaped("dz", dz, mean.shape)
-        mean = mean - dz
-    for t in reversed(range(k.shape[-2])):
-        mean = q[..., t, :] * dq[..., t, :] + mean
-        dk[..., t, :] = kbar[..., t, :] * (dkbar[..., t, :] - mean)
-        mean = np.exp(log_decay[..., t, :]) * mean
-    dz0 = np.zeros_like(mean)
-    if state is not None:
-        seen = ~np.isneginf(state[1])
-        dz0 = np.where(seen, np.sum(state[0] * dS0, axis=-1) - mean, dz0)
-    return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads), (dS0, dz0)
 
 
 def time_softmax(k: np.ndarray) -> np.ndarray:
@@ -243,26 +232,6 @@ def decode_step(
     return lightnet_causal(q, k, v, state, scale=scale)
 
 
-def check_state(
-    state: State | None, q: np.ndarray, k: np.ndarray, v: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """K14: S and z of a state, or None and None, once all arguments fit one another.
-
-    >>> check_state(5, *np.ones((3, 1, 1, 1)))
-    Traceback (most recent call last):
-    TypeError: state: got int, expected (S, z)
-    """
-    check_attention_inputs(q, k, v)
-    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    if state is None:
-        return None, None
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"state: got {type(state).__name__}, expected (S, z)")
-    check_shaped("state", state[0], (*q.shape[:-2], q.shape[-1], v.shape[-1]))
-    check_shaped("state", state[1], (*q.shape[:-2], q.shape[-1]))
-    return state
-
-
 MECHANISM = Mechanism(
     title="LightNet",
     idea="Running softmax means of the values, one for each key channel: any order, one scan.",
@@ -276,23 +245,28 @@ MECHANISM = Mechanism(
     ),
     operations=(
         Operation(additive_gates, clauses=("S1", "S4")),
-        Operation(additive_rule, clauses=("S1", "S2", "S7")),
+        Operation(additive_rule, ("S1", "S2", "S7", "S16"), additive_rule_backward,
+                  ("q", "k", "v", "g", "state")),
         Operation(vector_decay_attend, ("S5",), vector_decay_backward,
                   ("q", "kbar", "v", "log_decay", "S0")),
+        Operation(vector_decay_packed, ("S5", "S9", "S17"), vector_decay_packed_backward,
+                  ("q", "kbar", "v", "log_decay", "S0")),
         Operation(lightnet_causal, ("S3", "S4", "S5", "S6", "S11"), lightnet_causal_backward,
+                  ("q", "k", "v", "state")),
+        Operation(lightnet_packed, ("S3", "S10", "S11", "S17"), lightnet_packed_backward,
                   ("q", "k", "v", "state")),
         Operation(lightnet_noncausal, ("S8", "S11"), lightnet_noncausal_backward, ("q", "k", "v")),
         Operation(decode_step, clauses=("S6",)),
         Operation(md_angles, clauses=("S12",)),
-        Operation(md_lrpe, clauses=("S12", "S13")),
-        Operation(tpe, clauses=("S14",)),
-        Operation(md_tpe, clauses=("S14", "S15")),
+        Operation(md_lrpe, ("S12", "S13", "S18"), md_lrpe_backward, ("x", "theta")),
+        Operation(tpe, ("S14", "S18"), tpe_backward, ("x", "qp", "kp", "lam", "state")),
+        Operation(md_tpe, ("S14", "S15", "S18"), md_tpe_backward, ("x", "params")),
     ),
     headline="lightnet_causal",
     coverage=Coverage(
         patterns=tuple(p for p in PATTERNS if p != "causal cross"),
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=PADDINGS,
         heads=HEADS,
         gradient=True,
     ),

@@ -33,7 +33,12 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_choice, check_integer, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_choice,
+    check_integer,
+    check_size,
+)
 
 Parameters = tuple[np.ndarray, np.ndarray, np.ndarray]
 LRPE_TYPES = ("cosine", "rotary")
@@ -137,12 +142,28 @@ def md_tpe(x: np.ndarray, params: Sequence[Parameters], axes: Sequence[int]) -> 
     check_grid_filters(x, params, axes)
     y = np.zeros_like(x)
     for (qp, kp, lam), axis in zip(params, axes, strict=True):
-        heads = qp.shape[0]
-        rows = np.moveaxis(x, 1 + axis, -2)
-        split = np.moveaxis(rows.reshape(*rows.shape[:-1], heads, -1), -2, -3)
-        filtered = np.moveaxis(tpe(split, qp, kp, lam)[0], -3, -2).reshape(rows.shape)
-        y = y + np.moveaxis(filtered, -2, 1 + axis)
+        y = y + join_heads(tpe(split_heads(x, axis, qp.shape[0]), qp, kp, lam)[0], axis)
     return y
+
+
+def split_heads(x: np.ndarray, axis: int, heads: int) -> np.ndarray:
+    """S15: x (batch, n_1, .., width) with the tokens of one axis as (..., heads, n, d_h).
+
+    >>> split_heads(np.ones((1, 5, 6)), 0, 2).shape
+    (1, 2, 5, 3)
+    """
+    rows = np.moveaxis(x, 1 + axis, -2)
+    return np.moveaxis(rows.reshape(*rows.shape[:-1], heads, -1), -2, -3)
+
+
+def join_heads(x: np.ndarray, axis: int) -> np.ndarray:
+    """S15: undo `split_heads`.
+
+    >>> join_heads(np.ones((1, 2, 5, 3)), 0).shape
+    (1, 5, 6)
+    """
+    rows = np.moveaxis(x, -3, -2)
+    return np.moveaxis(rows.reshape(*rows.shape[:-2], -1), -2, 1 + axis)
 
 
 def check_grid(shape: Any) -> tuple[int, ...]:

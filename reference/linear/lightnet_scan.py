@@ -1,5 +1,5 @@
 """LightNet's recurrences: gates from logits, the general additive rule, and a scan with a decay for
-every channel. Clauses S1 to S9 are those of `lightnet`.
+every channel. The clauses are those of `lightnet`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,61 @@ def additive_rule(
         share = q[..., t, :] / np.where(Delta == 0, np.ones_like(Delta), Delta)
         o[..., t, :] = np.einsum("...d,...de->...e", share, s)
     return o, (s, Delta, m)
+
+
+def additive_rule_backward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    g: np.ndarray,
+    state: RuleState | None,
+    do: np.ndarray,
+    ds: np.ndarray | None = None,
+    dDelta: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, RuleState]:
+    """S16: dq, dk, dv, dg of `additive_rule` and the gradient of the state before; do, ds and
+    dDelta are shaped as its outputs.
+
+    >>> one = np.ones((1, 2, 1))
+    >>> v = np.array([[[2.0], [4.0]]])
+    >>> gradients = additive_rule_backward(one, one, v, 0 * one, None, one)
+    >>> [x.ravel() for x in gradients[1:4]]
+    [array([3., 2.]), array([1.5, 0.5]), array([-0.5,  0.5])]
+    """
+    _, (s, Delta, _) = additive_rule(q, k, v, g, state)
+    S0, z0 = None, None
+    if state is not None:
+        empty = state[1] == 0
+        total = np.where(empty, np.ones_like(state[1]), state[1])
+        S0 = np.where(empty[..., None], np.zeros_like(state[0]), state[0] / total[..., None])
+        z0 = np.where(empty, -np.inf, state[2] + np.log(total))
+    weights, log_decay, _ = additive_gates(g, z0)
+    dS, dz = np.zeros_like(s), np.zeros_like(Delta)
+    if ds is not None:
+        check_shaped("ds", ds, s.shape)
+        dS, dz = Delta[..., None] * ds, np.sum(s * ds, axis=-1)
+    if dDelta is not None:
+        check_shaped("dDelta", dDelta, Delta.shape)
+        dz = dz + Delta * dDelta
+    dq, dkbar, dv, dw, dS0 = vector_decay_backward(q, weights * k, v, log_decay, S0, do, dS)
+    dg = np.zeros_like(g)
+    for t in reversed(range(g.shape[-2])):
+        gate, w, di = weights[..., t, :], log_decay[..., t, :], k[..., t, :] * dkbar[..., t, :]
+        first = (w == 0) & (gate == 1)
+        dw_t = np.where(first, np.zeros_like(dz), dw[..., t, :])
+        dz = dz - gate * di - dw_t
+        dg[..., t, :] = gate * (di + dz)
+        dz = np.where(first, np.zeros_like(dz), np.exp(w) * dz + dw_t)
+    before = (np.zeros_like(s), np.zeros_like(Delta), np.zeros_like(Delta))
+    if S0 is not None:
+        dm = np.where(empty, np.zeros_like(dz), dz)
+        dtotal = (dm - np.sum(S0 * dS0, axis=-1)) / total
+        before = (
+            np.where(empty[..., None], np.zeros_like(s), dS0 / total[..., None]),
+            np.where(empty, np.zeros_like(dtotal), dtotal),
+            dm,
+        )
+    return dq, weights * dkbar, dv, dg, before
 
 
 def vector_decay_attend(

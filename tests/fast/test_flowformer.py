@@ -113,3 +113,32 @@ STATE = fast.flow_attend_causal(X, X, X)[1]
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+def test_packed_sequences_are_alone() -> None:
+    """In the middle one the values are unknown."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(shape).double() for shape in ((4, 9, 3), (2, 9, 3), (2, 9, 2)))
+    v[:, 4:6] = torch.nan
+    q.requires_grad_()
+    offsets = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    out, last = fast.flow_attend_packed(q, k, v, offsets)
+    for n, rows in ((0, slice(0, 4)), (2, slice(6, 9))):
+        own = (x[None, :, rows] for x in (q, k, v))
+        one, after = fast.flow_attend_causal(*own)
+        torch.testing.assert_close(out[:, rows], one[0])
+        for got, expected in zip(last, after, strict=True):
+            torch.testing.assert_close(got[n], expected[0])
+        dq = torch.autograd.grad(out[:, rows].sum(), q, retain_graph=True)[0]
+        torch.testing.assert_close(dq[:, rows], torch.autograd.grad(one.sum(), q)[0][:, rows])
+
+
+def test_packed_without_tokens_and_with_wrong_offsets() -> None:
+    q = torch.randn(2, 5, 3)
+    for offsets in ([0, 4, 3, 5], [0, 4], [0]):
+        with pytest.raises(ValueError, match="offsets"):
+            fast.flow_attend_packed(q, q, q, torch.tensor(offsets))
+    out, state = fast.flow_attend_packed(q[:, :0], q[:, :0], q[:, :0], torch.tensor([0, 0, 0]))
+    assert out.shape == (2, 0, 3)
+    assert state.KV.shape == (2, 2, 3, 3)
+    assert not any(bool(x.any()) for x in state)

@@ -10,10 +10,14 @@ from attnspec.fast.engines.scan import additive_gates, time_summary
 from attnspec.fast.engines.scan.additive import gates_op
 from attnspec.fast.engines.scan.summary import read_op, summary_op
 from attnspec.fast.linear.lightnet import (
+    additive_rule,
     decode_step,
     lightnet_causal,
     lightnet_noncausal,
+    lightnet_packed,
     md_lrpe,
+    md_tpe,
+    vector_decay_packed,
 )
 from attnspec.reference.linear import lightnet as spec
 
@@ -102,8 +106,59 @@ def test_an_unknown_logit_spoils_nothing_before_it() -> None:
 def test_custom_ops() -> None:
     _, k, v = tensors(4, torch.float32)
     k, v = k.requires_grad_(), v.requires_grad_()
-    torch.library.opcheck(gates_op.op, (k, None, "numba"))
-    torch.library.opcheck(gates_op.op, (k, torch.zeros(1, 2, 5), "numba"))
+    torch.library.opcheck(gates_op.op, (k, None, None, "numba"))
+    torch.library.opcheck(gates_op.op, (k, torch.zeros(1, 2, 5), None, "numba"))
+    packed = (torch.zeros(3, 2, 5), torch.tensor([0, 1, 1, 4]))
+    torch.library.opcheck(gates_op.op, (k.detach().requires_grad_(), *packed, "numba"))
     torch.library.opcheck(summary_op.op, (k, v, "numba"))
     small = torch.randn(*k.shape[:2], k.shape[3], 7).to(k.dtype).requires_grad_()
     torch.library.opcheck(read_op.op, (k, small, "numba"))
+
+
+def test_packed_sequences_are_alone() -> None:
+    """Gradients too; in the middle one the values are unknown."""
+    q, k, v = (x[0].requires_grad_() for x in tensors(9))
+    offsets = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    state = (torch.randn(3, 4, 5, 3).double(), torch.randn(3, 4, 5).double())
+    alone = [slice(0, 4), slice(6, 9)]
+    spoilt = v.detach().clone().index_fill(1, torch.tensor([4, 5]), torch.nan).requires_grad_()
+    o, (S, z) = lightnet_packed(q, k, spoilt, offsets, state)
+    assert o[:, 4:6].isnan().all()
+    for n, rows in zip((0, 2), alone, strict=True):
+        own = (x[None, :, rows] for x in (q, k, v))
+        one, after = lightnet_causal(*own, (state[0][n, None], state[1][n, None]))
+        torch.testing.assert_close((o[:, rows], S[n], z[n]), (one[0], after[0][0], after[1][0]))
+        up = torch.randn_like(one[0])
+        got = torch.autograd.grad(o[:, rows], (q, k, spoilt), up, retain_graph=True)
+        wanted = torch.autograd.grad(one[0], (q, k, v), up)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a[:, rows], b[:, rows])
+
+
+def test_gradients_of_the_rule_and_of_filters() -> None:
+    """Of states too, and of a chain of two calls."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(1, 2, 6, n).double().requires_grad_() for n in (3, 3, 2, 3))
+
+    def halves(*x: Tensor) -> Tensor:
+        first, state = additive_rule(*(y[:, :, :4] for y in x))
+        return torch.cat([first, additive_rule(*(y[:, :, 4:] for y in x), state)[0]], 2)
+
+    assert torch.autograd.gradcheck(halves, (q, k, v, g))
+    torch.testing.assert_close(halves(q, k, v, g), additive_rule(q, k, v, g)[0])
+    x = torch.randn(1, 2, 3, 4).double().requires_grad_()
+    params = (*torch.randn(2, 2, 3).double().unbind(), torch.rand(2).double())
+    leaves = [p.requires_grad_() for p in params]
+    assert torch.autograd.gradcheck(lambda x, *p: md_tpe(x, [p], (1,)), (x, *leaves))
+
+
+def test_offsets_are_checked() -> None:
+    q, k, v = (x[0] for x in tensors(9))
+    for offsets in ([0, 5, 4, 9], [0, 8], [0]):
+        with pytest.raises(ValueError, match="offsets"):
+            lightnet_packed(q, k, v, torch.tensor(offsets))
+    with pytest.raises(ValueError, match="offsets"):
+        vector_decay_packed(q, q, q, -q.abs(), torch.tensor([1, 9]))
+    empty = lightnet_packed(q[:, :0], k[:, :0], v[:, :0], torch.tensor([0, 0, 0]))
+    assert empty[0].shape == (4, 0, 3)
+    assert torch.all(empty[1][1] == -torch.inf)

@@ -133,7 +133,11 @@ def test_the_op() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for first in ([], state):
         torch.library.opcheck(
-            flows_gradient.kept_flows_op, (q, k, v, first, *options), test_utils=checks
+            flows_gradient.kept_flows_op, (q, k, v, None, first, *options), test_utils=checks
+        )
+        offsets, parts = torch.tensor([0, 2, 2, 5]), [x.repeat_interleave(3, 0) for x in first]
+        torch.library.opcheck(
+            flows_gradient.kept_flows_op, (q, k, v, offsets, parts, *options), test_utils=checks
         )
 
 
@@ -157,3 +161,63 @@ def test_products_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = tokens(150, 32, 16, 1, torch.float16)
     got = gradients(given, None, "triton", torch.float16, "out")
     agree(got, gradients(given, None, "numba", torch.float64, "out"), 2e-3)
+
+
+PACKED = ((0, 0, 5, 6, 6, 70), (0, 34, 67, 70, 70))
+
+
+def packed_gradients(
+    given: list[Tensor], offsets: Tensor, state: Any, backend: str, dtype: Any, **options: Any
+) -> list[Tensor]:
+    """Outputs, last states and gradients of a random combination of them."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (*given, *(state or ()))]
+    first = None if state is None else FlowState(*leaves[3:])
+    out, last = flowformer.flow_attend_packed(
+        *leaves[:3], offsets, first, **options, backend=backend
+    )
+    results = [x for x in (out, *last) if x.requires_grad]
+    torch.manual_seed(7)
+    up = [torch.randn(x.shape).to(x) for x in results]
+    return [x.detach() for x in (out, *last, *torch.autograd.grad(results, leaves, up))]
+
+
+@pytest.mark.parametrize("cuts", PACKED)
+@pytest.mark.parametrize("started", [False, True])
+def test_packed(cuts: tuple[int, ...], started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences without tokens, shorter and longer than a segment; grouped heads."""
+    monkeypatch.setattr(flows_gradient, "FLOW_PROGRAMS", 8)
+    monkeypatch.setattr(flows_gradient, "STATE_PROGRAMS", 4)
+    offsets, state = torch.tensor(cuts), None
+    if started:
+        sequences = len(cuts) - 1
+        past = [x[0].repeat(sequences, 1, 1, 1).double() for x in tokens(9, 5, 6)]
+        _, state = flowformer.flow_attend_causal(*past)
+    given = [x[0] for x in tokens(70, 5, 6)]
+    got, expected = (
+        packed_gradients(given, offsets, state, backend, dtype, clamp=(-1.0, 0.98))
+        for backend, dtype in (("triton", torch.float32), ("numba", torch.float64))
+    )
+    agree(got, expected)
+
+
+def test_packed_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    halve(monkeypatch)
+    given = [x[0] for x in tokens(70, 16, 32, dtype=torch.float16)]
+    offsets = torch.tensor(PACKED[0], dtype=torch.int32)
+    got, expected = (
+        packed_gradients(given, offsets, None, backend, dtype)
+        for backend, dtype in (("triton", torch.float16), ("numba", torch.float64))
+    )
+    agree(got, expected, 1e-2)
+
+
+def test_a_nan_stays_in_its_sequence() -> None:
+    given = [x[0].clone() for x in tokens(40, 5, 6)]
+    whole = packed_gradients(given, torch.tensor([0, 21, 40]), None, "triton", torch.float32)
+    for x in given:
+        x[:, :21] = torch.nan
+    got = packed_gradients(given, torch.tensor([0, 21, 40]), None, "triton", torch.float32)
+    for a, b in zip((got[0], *got[8:]), (whole[0], *whole[8:]), strict=True):
+        torch.testing.assert_close(a[:, 21:], b[:, 21:])
+    for a, b in zip(got[1:8], whole[1:8], strict=True):
+        torch.testing.assert_close(a[1], b[1])

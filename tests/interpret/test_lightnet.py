@@ -17,7 +17,7 @@ from attnspec.fast.engines.scan import triton_additive as kernels
 from attnspec.fast.engines.scan import triton_additive_scan as scan_kernels
 from attnspec.fast.engines.scan.additive import additive_scan_op
 from attnspec.fast.engines.scan.triton_plan import Call
-from attnspec.fast.linear.lightnet import lightnet_causal, lightnet_noncausal
+from attnspec.fast.linear.lightnet import lightnet_causal, lightnet_noncausal, lightnet_packed
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +240,61 @@ def test_float64_is_for_the_cpu_alone() -> None:
     x = torch.zeros(1, 1, 3, 16, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"q: got dtype torch\.float64"):
         lightnet_noncausal(x, x, x, backend="triton")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_packed_gates(started: bool) -> None:
+    """Sequences without tokens, of a segment, of several, and more of these than a chain takes."""
+    offsets = torch.tensor([0, 0, 5, 6, 6, 34, 38, 38])
+    k = logits(38, d=9)
+    sequences = len(offsets) - 1
+    z = torch.zeros(sequences, 2, 9)
+    upstream = [torch.randn(k.shape), torch.randn(k.shape), z]
+    inputs = [k]
+    if started:
+        inputs.append(torch.randn(z.shape))
+        upstream[2] = torch.randn(z.shape)
+
+    def packed(*x: Tensor, backend: str) -> tuple[Any, ...]:
+        return additive_gates(*x, offsets=offsets, backend=backend)
+
+    compare(packed, inputs, upstream, 2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("started", [False, True])
+def test_packed(dtype: torch.dtype, started: bool) -> None:
+    """Outputs, states and gradients; masked tokens, steep logits, grouped heads, odd widths."""
+    torch.manual_seed(5)
+    offsets = torch.tensor([0, 21, 21, 22, 40, 40], dtype=torch.int32)
+    q, k, v = (torch.randn(heads, 40, 18).to(dtype) for heads in (2, 1, 1))
+    k[:, 20:23] = -torch.inf
+    k[:, 30, 2] = 40
+    inputs = [q, k, v]
+    if started:
+        inputs += [torch.randn(5, 2, 18, 18), torch.randn(5, 2, 18)]
+    upstream = [torch.randn(2, 40, 18), torch.randn(5, 2, 18, 18), torch.randn(5, 2, 18)]
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, backend: str) -> tuple[Any, ...]:
+        o, (S, z) = lightnet_packed(q, k, v, offsets, state or None, backend=backend)  # type: ignore[arg-type]
+        return o, S, torch.where(z == -torch.inf, 0.0, z)
+
+    with use_config(ScanConfig(block=16, segment=16, steep_tile=16)):
+        got = gradients(packed, inputs, upstream, "triton")
+    expected = gradients(packed, [x.double() for x in inputs], upstream, "numba")
+    bound = 1e-4 if dtype == torch.float32 else 1e-2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=bound, atol=2 * bound)
+
+
+def test_a_nan_stays_in_its_sequence() -> None:
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(1, 40, 16) for _ in range(3))
+    alone = lightnet_packed(q[:, 21:], k[:, 21:], v[:, 21:], torch.tensor([0, 19]))
+    for x in (q, k, v):
+        x[:, :21] = torch.nan
+    with use_config(ScanConfig(block=16, segment=16)):
+        o, (S, z) = lightnet_packed(q, k, v, torch.tensor([0, 21, 40]), backend="triton")
+    for a, b in zip((o[:, 21:], S[1:], z[1:]), (alone[0], *alone[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

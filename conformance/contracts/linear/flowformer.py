@@ -69,7 +69,7 @@ def _plain(sizes: Mapping[str, int]) -> Drawn:
     return {"eps": EPS, "kind": KIND, "clamp": CLAMP}
 
 
-def _bounded(sizes: Mapping[str, int]) -> Drawn:
+def bounded(sizes: Mapping[str, int]) -> Drawn:
     """A state sums exp(Oh) itself, which without a clamp may overflow."""
     return {**_plain(sizes), "clamp": st.sampled_from([(-1.0, 1.0), (-0.5, 0.25), (-3.0, 3.0)])}
 
@@ -146,7 +146,7 @@ CONTRACTS = (
         keys="tokens",
         arrays=(*STREAM["arrays"], Array("state", make=make_state, optional=True)),
         outputs=(Output("out"), *STATE),
-        parameters=_bounded,
+        parameters=bounded,
         cancelling=("dq", "dk"),
         causal=lambda case: True,
         stream=Stream(**STREAM),
@@ -176,7 +176,7 @@ CONTRACTS = (
             Array("v", "batch kv_heads 1 dv", role="value"),
         ),
         outputs=(Output("out"), *STATE),
-        parameters=_bounded,
+        parameters=bounded,
         stream=Stream(**STREAM, chunked=False),
         bad_inputs=(
             ("two tokens in q", "q", lambda a: longer(a["q"])),

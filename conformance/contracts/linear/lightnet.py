@@ -55,13 +55,13 @@ def make_z(rng: np.random.Generator, case: Case) -> np.ndarray:
     return np.where(rng.random(z.shape) < 0.2, -np.inf, z)
 
 
-def make_state(heads: str) -> Any:
+def make_state(leading: str) -> Any:
     """(S, z); where a channel has seen nothing its S is 0."""
 
     def make(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, np.ndarray]:
-        z = 2 * rng.standard_normal(case.shape(f"batch {heads} d"))
+        z = 2 * rng.standard_normal(case.shape(f"{leading} d"))
         z = np.where(rng.random(z.shape) < 0.2, -np.inf, z)
-        S = rng.standard_normal(case.shape(f"batch {heads} d dv"))
+        S = rng.standard_normal(case.shape(f"{leading} d dv"))
         return np.where(np.isneginf(z)[..., None], 0.0, S), z
 
     return make
@@ -178,6 +178,7 @@ CONTRACTS = (
         ),
         linear_in=("q",),
         causal=lambda case: True,
+        cancelling=("dg", "dstate"),
         bad_inputs=(
             ("gates of other tokens", "g", lambda a: longer(a["g"])),
             ("no gates", "g", lambda a: None),
@@ -218,7 +219,7 @@ CONTRACTS = (
         sizes={**GROUPED, "tokens": (1, 24)},
         queries="tokens",
         keys="tokens",
-        arrays=(Q, K, V, Array("state", make=make_state("heads"), optional=True)),
+        arrays=(Q, K, V, Array("state", make=make_state("batch heads"), optional=True)),
         outputs=(Output("o"), *STATE),
         parameters=lambda sizes: {"scale": SCALE},
         linear_in=("q",),
@@ -264,7 +265,7 @@ CONTRACTS = (
         sizes={**GROUPED, "tokens": (1, 6)},
         least={"tokens": 1},
         arrays=(
-            Array("state", make=make_state("heads")),
+            Array("state", make=make_state("batch heads")),
             Array("q", "batch heads 1 d", role="query"),
             Array("k", "batch kv_heads 1 d", role="key"),
             Array("v", "batch kv_heads 1 dv", role="value"),

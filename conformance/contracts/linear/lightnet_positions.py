@@ -142,6 +142,7 @@ CONTRACTS = (
         ),
         outputs=(Output("y", cancels=True), Output("state", dtype="float32", by_query=False)),
         form=tpe_in_chunks,
+        cancelling=("dlam",),
         linear_in=("x state", "qp"),
         causal=lambda case: True,
         neutral={"state": lambda case: np.zeros(case.shape("batch heads m dv"))},
@@ -159,6 +160,7 @@ CONTRACTS = (
             Array("params", make=make_filters),
         ),
         outputs=(Output("y", cancels=True, by_query=False),),
+        cancelling=("dparams",),
         parameters=lambda sizes: {
             "axes": st.sampled_from([(0,), (1,), (0, 1), (1, 0)]),
         },

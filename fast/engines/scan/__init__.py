@@ -25,7 +25,7 @@ from attnspec.fast.engines.scan.configs import (
     use_config,
 )
 from attnspec.fast.engines.scan.elementwise import elementwise
-from attnspec.fast.engines.scan.flows import DirectFlows
+from attnspec.fast.engines.scan.flows import DirectFlows, packed_flows
 from attnspec.fast.engines.scan.gated import forget_gate, gated_scan
 from attnspec.fast.engines.scan.hebbian import constant_decay, hebbian
 from attnspec.fast.engines.scan.running import running_dots
@@ -51,6 +51,7 @@ __all__ = [
     "forget_gate",
     "gated_scan",
     "hebbian",
+    "packed_flows",
     "read_summary",
     "running_dots",
     "scan",

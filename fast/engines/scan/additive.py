@@ -25,68 +25,80 @@ def _kernels(backend: str) -> ModuleType:
     return load(f"attnspec.fast.engines.scan.{module}")
 
 
-def run_gates(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def run_gates(
+    k: Tensor, z0: Tensor | None, offsets: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(k):
-        return _kernels(backend).gates(k, z0)
+        return _kernels(backend).gates(k, z0, offsets)
 
 
 gates_op = Operation("attnspec::additive_gates", run_gates)
 
 
 @gates_op.register_fake
-def _(k: Tensor, z0: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    k: Tensor, z0: Tensor | None, offsets: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, d = k.shape
+    sequences = batch if offsets is None else offsets.shape[0] - 1
     return (
         k.new_empty(k.shape),
         k.new_empty(k.shape, dtype=wide_dtype(k)),
-        k.new_empty(batch, heads, d, dtype=wide_dtype(k)),
+        k.new_empty(sequences, heads, d, dtype=wide_dtype(k)),
     )
 
 
 @operation("attnspec::additive_gates_backward")
 def gates_backward_op(
-    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor,
+    offsets: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk, and the gradient of z0 if that was finite."""
     with torch.cuda.device_of(kbar):
-        return _kernels(backend).gates_backward(dkbar, dlog_decay, dz, kbar, log_decay)
+        return _kernels(backend).gates_backward(dkbar, dlog_decay, dz, kbar, log_decay, offsets)
 
 
 @gates_backward_op.register_fake
 def _(
-    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor,
+    offsets: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return kbar.new_empty(kbar.shape), dz.new_empty(dz.shape)
 
 
 def _setup_gates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, z0, ctx.backend = inputs
-    ctx.save_for_backward(output[0], output[1], z0)
+    _, z0, offsets, ctx.backend = inputs
+    ctx.save_for_backward(output[0], output[1], z0, offsets)
 
 
 def _gates_gradient(
     ctx: Any, dkbar: Tensor, dlog_decay: Tensor, dz: Tensor
 ) -> tuple[Tensor | None, ...]:
-    kbar, log_decay, z0 = ctx.saved_tensors
-    dk, dz0 = gates_backward_op(dkbar, dlog_decay, dz, kbar, log_decay, ctx.backend)
+    kbar, log_decay, z0, offsets = ctx.saved_tensors
+    dk, dz0 = gates_backward_op(dkbar, dlog_decay, dz, kbar, log_decay, offsets, ctx.backend)
     if z0 is not None:
         dz0 = torch.where(z0 == -torch.inf, 0.0, dz0).to(z0.dtype)
-    return dk, None if z0 is None else dz0, None
+    return dk, None if z0 is None else dz0, None, None
 
 
 gates_op.register_autograd(_gates_gradient, setup_context=_setup_gates)
 
 
 def additive_gates(
-    k: Tensor, z0: Tensor | None = None, *, backend: str | None = None
+    k: Tensor,
+    z0: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kbar (batch, heads, tokens, d), log_decay likewise in float32, and the last z (batch, heads,
     d) in float32, of logits k; z0 (batch, heads, d) precedes the first token. Differentiable.
+    `offsets` packs sequences, as in `scan`: there is a z, and a z0, for each.
 
     The log decay of a first token, which nothing precedes, is 0, and so is that of a k of -inf. A
     NaN in k makes kbar NaN from its row on, which is told there alone: log decays stay numbers.
     """
-    return gates_op(k, z0, choose_backend(backend, k))
+    return gates_op(k, z0, offsets, choose_backend(backend, k))
 
 
 def run_additive_scan(
@@ -164,17 +176,21 @@ def additive_scan(
     z0: Tensor | None = None,
     *,
     scale: float = 1.0,
+    offsets: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o and the last S of `scan` for keys and log decays from `additive_gates` of k, and the last
-    z; one kv head for each head. Differentiable.
+    z; one kv head for each head. Differentiable. `offsets` packs sequences, as in `scan`.
 
-    In 16 bit on CUDA gates are neither written nor read, and formed again for a gradient.
+    In 16 bit on CUDA gates are neither written nor read, and formed again for a gradient, unless
+    sequences are packed.
     """
-    if choose_backend(backend, q) == "triton" and _direct(q, v):
+    if offsets is None and choose_backend(backend, q) == "triton" and _direct(q, v):
         return additive_scan_op(q, k, v, S0, z0, float(scale))
-    kbar, log_decay, z = additive_gates(k, z0, backend=backend)
-    o, S = scan(q, kbar, v, log_decay=log_decay, state=S0, scale=scale, backend=backend)
+    kbar, log_decay, z = additive_gates(k, z0, offsets=offsets, backend=backend)
+    o, S = scan(
+        q, kbar, v, log_decay=log_decay, state=S0, scale=scale, offsets=offsets, backend=backend
+    )
     return o, S, z
 
 

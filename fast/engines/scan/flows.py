@@ -143,7 +143,7 @@ class DirectFlows:
         parts = [] if first is None else list(first)
         given: tuple[Any, ...] = (*self.tensors[:3], parts, *options)
         if self.learning:
-            learnt: tuple[Tensor, ...] = kept_flows_op(*given)
+            learnt: tuple[Tensor, ...] = kept_flows_op(*given[:3], None, *given[3:])
             return learnt[:OUTPUTS]
         if self.compiling:
             made: tuple[Tensor, ...] = ordered_flows_op(*given)
@@ -153,6 +153,29 @@ class DirectFlows:
         if all(x is y for x, y in zip(parts, self.tensors[3:], strict=True)):
             alias(self.key, _key("ordered flows", self.tensors, *options))
         return made
+
+
+def packed_flows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    first: Sequence[Tensor] | None,
+    *,
+    eps: float,
+    kind: str,
+    clamp: Clamp,
+) -> tuple[Tensor, ...]:
+    """out (heads, tokens, dv) and the parts of the last states of packed sequences, of q (heads,
+    tokens, d), k and v, of one token or more, from the parts of `first` ones in float32, if any.
+    Differentiable in all but the offsets. Triton alone.
+    """
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[2] <= WIDEST:
+            raise ValueError(f"{name}: got {x.shape[2]} channels, expected 1 to {WIDEST}")
+    parts = [] if first is None else list(first)
+    made = kept_flows_op(q[None], k[None], v[None], offsets, parts, *_options(eps, kind, clamp))
+    return made[0][0], *made[1:OUTPUTS]
 
 
 def _options(eps: float, kind: str, clamp: Clamp) -> tuple[float, int, float, float, bool]:

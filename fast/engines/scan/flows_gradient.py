@@ -50,19 +50,26 @@ def kept_lengths(lines: Any, tokens: Any) -> tuple[Any, Any]:
     return -(-tokens // (64 * many)) * 64, -(-tokens // (128 * few)) * 128
 
 
-def state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
-    """Those of the parts of a state behind tokens like q and v."""
-    heads, d = tuple(q.shape[:2]), q.shape[3]
+def state_shapes(q: Tensor, v: Tensor, offsets: Tensor | None = None) -> list[tuple[int, ...]]:
+    """Those of the parts of a state behind tokens like q and v, or behind each of the sequences
+    that `offsets` packs.
+    """
+    sequences = q.shape[0] if offsets is None else offsets.shape[0] - 1
+    heads, d = (sequences, q.shape[1]), q.shape[3]
     return [(*heads, d)] * 4 + [heads, (*heads, d, v.shape[3]), heads]
 
 
-def _kept_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+def _kept_shapes(q: Tensor, v: Tensor, offsets: Tensor | None) -> list[tuple[int, ...]]:
     """1 / I and 1 / O, Ih and Oh, gates, weights, the sums of e; before every segment the sums of a
     and b, and of their shares; and the states.
     """
     batch, heads, tokens, d = q.shape
     lines = batch * heads
-    flows, states = (-(-tokens // length) for length in kept_lengths(lines, tokens))
+    lengths = kept_lengths(lines, tokens)
+    flows, states = (-(-tokens // length) for length in lengths)
+    if offsets is not None:
+        # As many segments as `segments.cut` makes room for.
+        flows, states = (tokens // length + offsets.shape[0] - 1 for length in lengths)
     return [
         (2, lines, tokens), (2, lines, tokens), (lines, tokens), (lines, tokens), (lines, tokens),
         (2 * lines, flows, d), (2 * lines, flows, d), (lines * states, v.shape[3], d),
@@ -83,34 +90,37 @@ Made = tuple[
 
 @torch.library.custom_op("attnspec::kept_flows", mutates_args=())
 def kept_flows_op(
-    q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor], eps: float, kind: int, low: float,
-    high: float, clamped: bool,
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, first: Sequence[Tensor], eps: float,
+    kind: int, low: float, high: float, clamped: bool,
 ) -> Made:  # fmt: skip
     """out, the parts of the last state, and what is kept."""
     tensors = (q, k, v, *first)
     key = kind_of(tensors, ("kept flows", eps, kind, low, high, clamped))
-    replay = known(key)
+    replay = known(key) if offsets is None else None
     if replay is not None:
         return replay(tensors)  # type: ignore[return-value]
     bounds = (low, high) if clamped else None
     with torch.cuda.device_of(q):
-        return _kernels("triton_flows_host").attend_in_order(tensors, eps, kind, bounds, key, True)
+        return _kernels("triton_flows_host").attend_in_order(
+            tensors, eps, kind, bounds, key, True, offsets
+        )
 
 
 @kept_flows_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor], eps: float, kind: int, low: float,
-    high: float, clamped: bool,
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, first: Sequence[Tensor], eps: float,
+    kind: int, low: float, high: float, clamped: bool,
 ) -> Made:  # fmt: skip
-    shapes = state_shapes(q, v) + _kept_shapes(q, v)
+    shapes = state_shapes(q, v, offsets) + _kept_shapes(q, v, offsets)
     made = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return q.new_empty(*q.shape[:3], v.shape[3]), *made  # type: ignore[return-value]
 
 
 @torch.library.custom_op("attnspec::kept_flows_backward", mutates_args=())
 def kept_flows_backward_op(
-    do: Tensor, last: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor],
-    kept: Sequence[Tensor], eps: float, kind: int, low: float, high: float, clamped: bool,
+    do: Tensor, last: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None,
+    first: Sequence[Tensor], kept: Sequence[Tensor], eps: float, kind: int, low: float, high: float,
+    clamped: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k and v, and of the parts of the first state if there is one, from those
     of out and, if `last` is not empty, of the parts of the last state.
@@ -121,19 +131,19 @@ def kept_flows_backward_op(
     tensors = (q, k, v, do, *kept, *start, *last)
     options = (len(start), len(last), eps, kind, low, high, clamped)
     key = kind_of(tensors, ("kept flows backward", *options))
-    replay = known(key)
+    replay = known(key) if offsets is None else None
     with torch.cuda.device_of(q):
         if replay is not None:
             made = replay(tensors)
         else:
             bounds = (low, high) if clamped else None
             made = _kernels("triton_flows_gradient_host").backward(
-                q, k, v, do, kept, start, last, eps, kind, bounds, key
+                q, k, v, do, kept, start, last, eps, kind, bounds, key, offsets
             )
         dq, dk, dv, *sums, masses, counts = made
         grads = [dq, *(_sum_groups(x, like) for x, like in ((dk, k), (dv, v)))]
         if first:
-            dse, dN = -masses.sum(1).view(q.shape[:2]), counts.sum((0, 2)).view(q.shape[:2])
+            dse, dN = (x.view(first[4].shape) for x in (-masses.sum(1), counts.sum((0, 2))))
             if last:
                 dse, dN = dse + last[4], dN + last[6]
             grads += [*sums[:4], dse, sums[4], dN]
@@ -142,8 +152,9 @@ def kept_flows_backward_op(
 
 @kept_flows_backward_op.register_fake
 def _(
-    do: Tensor, last: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, first: Sequence[Tensor],
-    kept: Sequence[Tensor], eps: float, kind: int, low: float, high: float, clamped: bool,
+    do: Tensor, last: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None,
+    first: Sequence[Tensor], kept: Sequence[Tensor], eps: float, kind: int, low: float, high: float,
+    clamped: bool,
 ) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(x.shape) for x in (q, k, v, *first)]
 
@@ -156,28 +167,28 @@ def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, first, *ctx.options = inputs
+    q, k, v, offsets, first, *ctx.options = inputs
     kept = output[OUTPUTS:]
     ctx.parts = len(first)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *first, *kept)
+    ctx.save_for_backward(q, k, v, offsets, *first, *kept)
 
 
 def _gradient(ctx: Any, do: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *rest = ctx.saved_tensors
+    q, k, v, offsets, *rest = ctx.saved_tensors
     first, kept = rest[: ctx.parts], rest[ctx.parts :]
     last: list[Tensor] = []
     states = others[: OUTPUTS - 1]
     if any(x is not None for x in states):
         last = [
             q.new_zeros(shape, dtype=torch.float32) if x is None else x
-            for x, shape in zip(states, state_shapes(q, v), strict=True)
+            for x, shape in zip(states, state_shapes(q, v, offsets), strict=True)
         ]
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[3])
-    grads = kept_flows_backward_op(do, last, q, k, v, list(first), kept, *ctx.options)
-    return *grads[:3], list(grads[3:]), None, None, None, None, None
+    grads = kept_flows_backward_op(do, last, q, k, v, offsets, list(first), kept, *ctx.options)
+    return *grads[:3], None, list(grads[3:]), None, None, None, None, None
 
 
 kept_flows_op.register_autograd(_gradient, setup_context=_setup)

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnspec.fast.backend import count_launch
 from attnspec.fast.engines.flash.numba_lanes import REGISTER_BYTES, address, multiply
 from attnspec.fast.engines.numba_math import exp
+from attnspec.fast.engines.scan.numba_cpu import Spans, check_offsets
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp", "afn"}
 ROWS = 64
@@ -44,29 +45,45 @@ def _advance(k: Any, top: Any, total: Any, kbar: Any, log_decay: Any) -> None:
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _gates(k: Any, top: Any, total: Any, kbar: Any, log_decay: Any) -> None:
-    """k (rows, tokens, d); top and total (rows, d) come as those before the first token."""
-    for row in prange(k.shape[0]):
-        for t in range(k.shape[1]):
-            _advance(k[row, t], top[row], total[row], kbar[row, t], log_decay[row, t])
+def _gates(
+    k: Any, top: Any, total: Any, kbar: Any, log_decay: Any, starts: Any, ends: Any, batches: Any
+) -> None:
+    """k (batch, heads, tokens, d); top and total (sequences, heads, d) come as those before the
+    first tokens.
+    """
+    heads = k.shape[1]
+    for row in prange(top.shape[0] * heads):
+        n, head = row // heads, row % heads
+        b = batches[n]
+        for t in range(starts[n], ends[n]):
+            _advance(
+                k[b, head, t], top[n, head], total[n, head], kbar[b, head, t],
+                log_decay[b, head, t],
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _gates_backward(
-    dkbar: Any, dlog_decay: Any, dz: Any, kbar: Any, log_decay: Any, dk: Any
-) -> None:
-    """dk; dz (rows, d) comes as the gradient of the last z and leaves as that of the first."""
+    dkbar: Any, dlog_decay: Any, dz: Any, kbar: Any, log_decay: Any, dk: Any, starts: Any,
+    ends: Any, batches: Any,
+) -> None:  # fmt: skip
+    """dk; dz (sequences, heads, d) comes as the gradient of the last z and leaves as that of the
+    first.
+    """
     zero, half = dk.dtype.type(0), dk.dtype.type(0.5)
-    for row in prange(dk.shape[0]):
-        for n in range(dk.shape[1]):
-            t = dk.shape[1] - 1 - n
-            for c in range(dk.shape[2]):
-                gate, w = kbar[row, t, c], log_decay[row, t, c]
+    heads = dk.shape[1]
+    for row in prange(dz.shape[0] * heads):
+        n, h = row // heads, row % heads
+        b = batches[n]
+        for i in range(ends[n] - starts[n]):
+            t = ends[n] - 1 - i
+            for c in range(dk.shape[3]):
+                gate, w = kbar[b, h, t, c], log_decay[b, h, t, c]
                 fresh = w == zero and gate > half
-                dw = zero if fresh else dlog_decay[row, t, c]
-                above = dz[row, c] - dkbar[row, t, c] * gate - dw
-                dk[row, t, c] = gate * (dkbar[row, t, c] + above)
-                dz[row, c] = zero if fresh else np.exp(w) * above + dw
+                dw = zero if fresh else dlog_decay[b, h, t, c]
+                above = dz[n, h, c] - dkbar[b, h, t, c] * gate - dw
+                dk[b, h, t, c] = gate * (dkbar[b, h, t, c] + above)
+                dz[n, h, c] = zero if fresh else np.exp(w) * above + dw
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy", fastmath=FLAGS)
@@ -110,38 +127,52 @@ def _summary(k, v, wide, KV, top, total):
                 KV[row, c, j] = sums[c, j] * share
 
 
+def _array(x: Tensor) -> np.ndarray:
+    """x as float32 or float64, contiguous."""
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    return np.asarray(wide.detach().contiguous().numpy())
+
+
 def _rows(x: Tensor) -> np.ndarray:
     """x (batch, heads, ...) as float32 or float64 (batch * heads, ...), contiguous."""
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    return np.asarray(wide.detach().contiguous().flatten(0, 1).numpy())
+    return _array(x.flatten(0, 1))
 
 
-def gates(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """kbar, log_decay (batch, heads, tokens, d) and z (batch, heads, d)."""
-    batch, heads, _, d = k.shape
-    rows = _rows(k)
-    shape = (batch * heads, d)
-    top = np.full(shape, -np.inf, rows.dtype) if z0 is None else _rows(z0).astype(rows.dtype)
+def _spans(x: Tensor, offsets: Tensor | None) -> tuple[np.ndarray, ...]:
+    """First and end rows of the sequences of x (batch, heads, tokens, d), and their batches."""
+    check_offsets(offsets, x.shape[2])
+    spans = Spans.of(x.shape[0], x.shape[2], offsets)
+    return spans.starts.numpy(), spans.ends.numpy(), spans.batches.numpy()
+
+
+def gates(k: Tensor, z0: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """kbar, log_decay (batch, heads, tokens, d) and z (sequences, heads, d)."""
+    spans, rows = _spans(k, offsets), _array(k)
+    shape = (len(spans[0]), k.shape[1], k.shape[3])
+    top = np.full(shape, -np.inf, rows.dtype)
+    if z0 is not None:
+        top = _array(z0).astype(rows.dtype)
     total = np.where(np.isneginf(top), 0, 1).astype(rows.dtype)
     kbar, log_decay = np.empty_like(rows), np.empty_like(rows)
     count_launch()
-    _gates(rows, top, total, kbar, log_decay)
+    _gates(rows, top, total, kbar, log_decay, *spans)
     z = torch.from_numpy(top) + torch.from_numpy(total).log()
-    made = torch.from_numpy(kbar).view(k.shape).to(k.dtype)
-    return made, torch.from_numpy(log_decay).view(k.shape), z.view(batch, heads, d)
+    return torch.from_numpy(kbar).to(k.dtype), torch.from_numpy(log_decay), z
 
 
 def gates_backward(
-    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor
-) -> tuple[Tensor, Tensor]:
+    dkbar: Tensor, dlog_decay: Tensor, dz: Tensor, kbar: Tensor, log_decay: Tensor,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk, and the gradient of z before the first row."""
-    first, gate = _rows(dz).copy(), _rows(kbar)
+    first, gate = _array(dz).copy(), _array(kbar)
     dk = np.empty_like(gate)
     count_launch()
-    _gates_backward(_rows(dkbar), _rows(dlog_decay), first, gate, _rows(log_decay), dk)
-    return torch.from_numpy(dk).view(kbar.shape).to(kbar.dtype), torch.from_numpy(first).view(
-        dz.shape
-    )
+    _gates_backward(
+        _array(dkbar), _array(dlog_decay), first, gate, _array(log_decay), dk,
+        *_spans(kbar, offsets),
+    )  # fmt: skip
+    return torch.from_numpy(dk).to(kbar.dtype), torch.from_numpy(first)
 
 
 def summary(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

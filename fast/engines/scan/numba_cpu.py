@@ -70,7 +70,8 @@ def _decays(q: Tensor, heads: int, slopes: Tensor | None, log_decay: Tensor | No
     return torch.ones(batch, heads, tokens, 1, dtype=q.dtype)
 
 
-def _check_offsets(offsets: Tensor | None, tokens: int) -> None:
+def check_offsets(offsets: Tensor | None, tokens: int) -> None:
+    """Offsets of packed sequences, if any, increase from 0 to `tokens`."""
     if offsets is None:
         return
     rising = bool((offsets.diff() >= 0).all())
@@ -125,7 +126,7 @@ def forward(
     scale: float, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (batch, heads, tokens, dv) and the last states (sequences, heads, d, dv)."""
-    _check_offsets(offsets, q.shape[2])
+    check_offsets(offsets, q.shape[2])
     dtype, heads = q.dtype, q.shape[1]
     q, k, v = _wide(q), _wide(k), _weighted(_wide(v), writes)
     spans = Spans.of(q.shape[0], q.shape[2], offsets)

@@ -27,7 +27,18 @@ class Segments:
     @property
     def chained(self) -> bool:
         """Whether a sequence may have more than one segment."""
-        return self.each > 1 or self.table is not None
+        return self.each > 1 or self.packed
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences are packed."""
+        return self.table is not None
+
+    def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`table` and `bounds`; `like` stands in for none."""
+        if self.table is None or self.bounds is None:
+            return like, like
+        return self.table, self.bounds
 
 
 def cut(batch: int, tokens: int, length: int, offsets: Tensor | None) -> Segments:

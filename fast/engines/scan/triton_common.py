@@ -53,6 +53,19 @@ def locate(table, segment, segments, length, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def links(bounds, row, segments, heads, PACKED: tl.constexpr):
+    """Of a sequence and head `row`: the line its segments lie in, the first of them, how many."""
+    line = row
+    low = row * 0
+    many = segments
+    if PACKED:
+        line = row % heads
+        low = tl.load(bounds + row // heads)
+        many = (tl.load(bounds + row // heads + 1) - low).to(tl.int32)
+    return line, low, many
+
+
+@triton.jit
 def locate_block(
     program, table, segments, length, tokens, heads, C: tl.constexpr, PACKED: tl.constexpr
 ):

@@ -30,6 +30,27 @@ def place(where, segments, length, heads, group):
 
 
 @triton.jit
+def stretch(
+    table, bounds, where, segments, length, tokens, line, start, heads, PACKED: tl.constexpr
+):
+    """Of segment number `where`, which begins at `start` unless PACKED: its first token and that
+    behind its last, the first of its sequence, and where the states of that and of the head are.
+    """
+    end = tl.minimum(tokens, start + length)
+    begin = start * 0
+    own = line
+    if PACKED:
+        slot = where % segments
+        row = table + slot.to(tl.int64) * 5
+        sequence = tl.load(row)
+        start = tl.load(row + 1)
+        end = start + tl.load(row + 2)
+        begin = start - (slot - tl.load(bounds + sequence)) * length
+        own = sequence * heads + line
+    return start, end, begin, own
+
+
+@triton.jit
 def real_rows(mask, mask_t, t, count, MASKED: tl.constexpr):
     """Which of the tokens t are among `count` and, if MASKED, not padded."""
     real = t < count
@@ -142,28 +163,34 @@ def sum_side(
 )  # fmt: skip
 def sums_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, sinks, sinks_b, sinks_t, sources, sources_b,
-    sources_t, sums, counts, n, m, length, n_segments, m_segments, lines, heads, kv_heads,
+    sources_t, sums, counts, table, n, m, length, n_segments, m_segments, lines, heads, kv_heads,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    SINKS: tl.constexpr, SOURCES: tl.constexpr, COUNTED: tl.constexpr,
+    SINKS: tl.constexpr, SOURCES: tl.constexpr, COUNTED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums (D,) of sinks by line and segment, then of sources by kv line and segment; if COUNTED,
-    of how many tokens too.
+    of how many tokens too. Segments are those of a table if PACKED, the same on both sides.
     """
     program = tl.program_id(0)
     sums += program.to(tl.int64) * D
     counts += program
     if program < lines * n_segments:
-        _, batch, head, _, start = place(program, n_segments, length, heads, 1)
+        line, batch, head, _, start = place(program, n_segments, length, heads, 1)
+        start, end, _, _ = stretch(
+            table, table, program, n_segments, length, n, line, start, heads, PACKED
+        )
         sum_side(
             q + (batch * q_b + head * q_h) * UNIT, q_t, q_d, sinks + batch * sinks_b, sinks_t,
-            sums, counts, start, n, length, D, BD, ROWS, UNIT, KIND, SINKS, COUNTED,
+            sums, counts, start, end, length, D, BD, ROWS, UNIT, KIND, SINKS, COUNTED,
         )  # fmt: skip
     else:
         program -= lines * n_segments
-        _, batch, head, _, start = place(program, m_segments, length, kv_heads, 1)
+        line, batch, head, _, start = place(program, m_segments, length, kv_heads, 1)
+        start, end, _, _ = stretch(
+            table, table, program, m_segments, length, m, line, start, heads, PACKED
+        )
         sum_side(
             k + (batch * k_b + head * k_h) * UNIT, k_t, k_d, sources + batch * sources_b, sources_t,
-            sums, counts, start, m, length, D, BD, ROWS, UNIT, KIND, SOURCES, COUNTED,
+            sums, counts, start, end, length, D, BD, ROWS, UNIT, KIND, SOURCES, COUNTED,
         )  # fmt: skip
 
 

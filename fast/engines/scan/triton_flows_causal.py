@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnspec.fast.engines.scan.triton_common import links
 from attnspec.fast.engines.scan.triton_flows import (
     clipped,
     existing,
@@ -18,6 +19,7 @@ from attnspec.fast.engines.scan.triton_flows import (
     inverse,
     load_rows,
     place,
+    stretch,
 )
 
 
@@ -51,39 +53,43 @@ def prefix(
     tl.store(last + kept, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["lines", "segments", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["lines", "states", "segments", "heads", "kv_heads"])
 def prefix_kernel(
-    totals, first_x, first_y, before, last_x, last_y, lines, segments, heads, kv_heads,
+    totals, first_x, first_y, before, last_x, last_y, bounds, lines, states, segments, heads,
+    kv_heads,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr, STARTED: tl.constexpr,
-    SHARED: tl.constexpr, ACROSS: tl.constexpr, REVERSE: tl.constexpr,
+    SHARED: tl.constexpr, ACROSS: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before (sides, lines, segments, WIDTH) and what is `last`, from the `first` on. Totals are
     likewise, except that of the second side there is one for every kv line if SHARED. ACROSS is the
     number of columns of matrices whose `first` and `last` are stored transposed. REVERSE sums from
-    the end.
+    the end. `first` and `last` are of as many `states` as lines or, if PACKED, of (sequences,
+    heads), the segments of a line being those of all sequences.
     """
     pieces: tl.constexpr = (WIDTH + ITEMS - 1) // ITEMS
     program = tl.program_id(0)
     row = program // pieces
     items = program % pieces * ITEMS + tl.arange(0, ITEMS)
     inside = items < WIDTH
-    if row < lines:
-        line = row.to(tl.int64)
+    if row < states:
+        own = row.to(tl.int64)
+        line, low, many = links(bounds, own, segments, heads, PACKED)
+        at = (line * segments + low) * WIDTH
         prefix(
-            totals + line * segments * WIDTH, first_x + line * WIDTH,
-            before + line * segments * WIDTH, last_x + line * WIDTH, items, inside, segments, WIDTH,
-            ROWS, ITEMS, STARTED, ACROSS, REVERSE,
+            totals + at, first_x + own * WIDTH, before + at, last_x + own * WIDTH, items, inside,
+            many, WIDTH, ROWS, ITEMS, STARTED, ACROSS, REVERSE,
         )  # fmt: skip
     else:
-        source = row
+        own = (row - states).to(tl.int64)
+        line, low, many = links(bounds, own, segments, heads, PACKED)
+        source = line
         if SHARED:
-            line = row - lines
-            source = lines + line // heads * kv_heads + line % heads // (heads // kv_heads)
-        line = (row - lines).to(tl.int64)
+            source = line // heads * kv_heads + line % heads // (heads // kv_heads)
+        other = lines.to(tl.int64)
         prefix(
-            totals + source.to(tl.int64) * segments * WIDTH, first_y + line * WIDTH,
-            before + row.to(tl.int64) * segments * WIDTH, last_y + line * WIDTH, items, inside,
-            segments, WIDTH, ROWS, ITEMS, STARTED, ACROSS, REVERSE,
+            totals + ((other + source) * segments + low) * WIDTH, first_y + own * WIDTH,
+            before + ((other + line) * segments + low) * WIDTH, last_y + own * WIDTH, items, inside,
+            many, WIDTH, ROWS, ITEMS, STARTED, ACROSS, REVERSE,
         )  # fmt: skip
 
 
@@ -110,14 +116,17 @@ def running_flow(X, S, P, inside, eps):
     ]
 )  # fmt: skip
 def flows_kernel(
-    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, before, first_N, shares, parts, tokens, length,
-    segments, lines, heads, kv_heads, eps,
+    q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, before, first_N, shares, parts, table, bounds,
+    tokens, length, segments, lines, heads, kv_heads, eps,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr,
+    STARTED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """shares (2, lines, tokens): 1 / I and 1 / O; parts: sums of a N / I and of b N / O."""
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     other = lines.to(tl.int64)
@@ -128,13 +137,13 @@ def flows_kernel(
     SY = tl.load(before + other * segments * D + here, mask=channels < D, other=0.0)
     TX = tl.zeros((ROWS, BD), tl.float32)
     TY = tl.zeros((ROWS, BD), tl.float32)
-    for tile in range(0, tl.minimum(tokens - start, length), ROWS):
+    for tile in range(0, end - start, ROWS):
         t = start + tile + tl.arange(0, ROWS)
-        real = t < tokens
+        real = t < end
         inside = existing(real, 0, D, BD)
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND)
         B = features(k, k_t, k_d, t, real, D, BD, UNIT, KIND)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         into = inverse(running_flow(A, SY, B, inside, eps))
         out_of = inverse(running_flow(B, SX, A, inside, eps))
         tl.store(shares + t, into, mask=real)
@@ -155,15 +164,18 @@ def flows_kernel(
 )  # fmt: skip
 def conserved_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, before, first_N, shares, gates, weights, masses,
-    conserved, tokens, length, segments, lines, heads, kv_heads, eps, low, high,
+    conserved, table, bounds, tokens, length, segments, lines, heads, kv_heads, eps, low, high,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr, CLAMPED: tl.constexpr, KEEP: tl.constexpr,
+    STARTED: tl.constexpr, CLAMPED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Of each token, gates sigmoid(Ih) / I and weights e^Oh; masses, the sums of these. KEEP stores
     Ih and Oh as `conserved` (2, lines, tokens).
     """
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     other = lines.to(tl.int64)
@@ -173,13 +185,13 @@ def conserved_kernel(
     SX = tl.load(before + here, mask=channels < D, other=0.0)
     SY = tl.load(before + other * segments * D + here, mask=channels < D, other=0.0)
     mass = tl.zeros((ROWS,), tl.float32)
-    for tile in range(0, tl.minimum(tokens - start, length), ROWS):
+    for tile in range(0, end - start, ROWS):
         t = start + tile + tl.arange(0, ROWS)
-        real = t < tokens
+        real = t < end
         inside = existing(real, 0, D, BD)
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND)
         B = features(k, k_t, k_d, t, real, D, BD, UNIT, KIND)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         into = tl.load(shares + row + t, mask=real, other=0.0)
         out_of = tl.load(shares + other * tokens + row + t, mask=real, other=0.0)
         PX = A * (N * into)[:, None]
@@ -198,39 +210,48 @@ def conserved_kernel(
     tl.store(masses + where, tl.sum(mass, 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "segments"])
+@triton.jit(do_not_specialize=["tokens", "length", "segments", "heads"])
 def weights_kernel(
-    masses, first_se, first_N, weights, kept, last_se, last_N, tokens, length, segments,
-    TILE: tl.constexpr, STARTED: tl.constexpr, KEEP: tl.constexpr,
+    masses, first_se, first_N, weights, kept, last_se, last_N, table, bounds, tokens, length,
+    segments, heads,
+    TILE: tl.constexpr, STARTED: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Weights e become c = N e / (the sum of e up to the token); the last such sum, and N. KEEP
-    stores all sums as `kept`.
+    stores all sums as `kept`. Sequences without tokens are left out.
     """
     where = tl.program_id(0)
     line = (where // segments).to(tl.int64)
     segment = where % segments
+    start = segment.to(tl.int64) * length
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
+    low = segment * 0
+    ends = segment == segments - 1
+    if PACKED:
+        low = tl.load(bounds + own // heads).to(tl.int32)
+        ends = tl.load(table + segment.to(tl.int64) * 5 + 4) != 0
     items = tl.arange(0, TILE)
     parts = tl.zeros((TILE,), tl.float32)
-    for tile in range(0, segment, TILE):
+    for tile in range(low, segment, TILE):
         at = tile + items
         parts += tl.load(masses + line * segments + at, mask=at < segment, other=0.0)
     total = tl.sum(parts, 0)
     if STARTED:
-        total += tl.load(first_se + line)
-    start = segment.to(tl.int64) * length
-    for tile in range(0, tl.minimum(tokens - start, length), TILE):
+        total += tl.load(first_se + own)
+    for tile in range(0, end - start, TILE):
         t = start + tile + items
-        real = (t < tokens) & (tile + items < length)
+        real = t < end
         e = tl.load(weights + line * tokens + t, mask=real, other=0.0)
         sums = total + tl.cumsum(e, 0)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         tl.store(weights + line * tokens + t, N * e / sums, mask=real)
         if KEEP:
             tl.store(kept + line * tokens + t, sums, mask=real)
         total += tl.sum(e, 0)
-    if segment == segments - 1:
-        tl.store(last_se + line, total)
-        tl.store(last_N + line, counted_from(first_N, line, tokens - 1, STARTED))
+    if ends:
+        tl.store(last_se + own, total)
+        tl.store(last_N + own, counted_from(first_N, own, end - 1 - begin, STARTED))
 
 
 @triton.jit
@@ -251,22 +272,25 @@ def weighed(
     ]
 )  # fmt: skip
 def source_states_kernel(
-    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, weights, states, tokens, length, segments, heads,
-    kv_heads,
+    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, weights, states, table, tokens, length, segments,
+    heads, kv_heads,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
-    UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr,
+    UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A segment's sum (DV, D) of v (c b)^T. Both operands go through shared memory."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
     first, where = program % tiles * BV, program // tiles
     line, batch, _, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, _, _ = stretch(
+        table, table, where, segments, length, tokens, line, start, heads, PACKED
+    )
     k += (batch * k_b + kv_head * k_h) * UNIT
     v += (batch * v_b + kv_head * v_h) * UNIT
     S = tl.zeros((BV, BD), tl.float32)
-    for tile in range(0, tl.minimum(tokens - start, length), ROWS):
+    for tile in range(0, end - start, ROWS):
         t = start + tile + tl.arange(0, ROWS)
-        real = t < tokens
+        real = t < end
         B = weighed(k, k_t, k_d, weights + line * tokens, t, real, D, BD, UNIT, KIND, PRODUCT)
         V = load_rows(v, v_t, v_d, t, real, first, DV, BV, UNIT).to(PRODUCT)
         S = tl.dot(tl.trans(V), B, S, input_precision="ieee")
@@ -289,9 +313,10 @@ def last_tile(count, ROWS: tl.constexpr):
 )  # fmt: skip
 def ordered_read_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, gates, weights, entering,
-    out, tokens, length, segments, heads, q_group, kv_group,
+    out, table, tokens, length, segments, heads, q_group, kv_group,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
     UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, BACKWARD: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """out (lines, tokens, DV): gates times the features times the state of the sources so far, or
     of those from the token on if BACKWARD.
@@ -303,6 +328,9 @@ def ordered_read_kernel(
     program = tl.program_id(0)
     first, where = program % tiles * BV, program // tiles
     line, batch, head, kv_head, start = place(where, segments, length, heads, kv_group)
+    start, end, _, _ = stretch(
+        table, table, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head // q_group * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     v += (batch * v_b + kv_head * v_h) * UNIT
@@ -315,10 +343,10 @@ def ordered_read_kernel(
     seen = rows[:, None] <= rows[None, :]
     if BACKWARD:
         seen = rows[:, None] >= rows[None, :]
-    count = tl.minimum(tokens - start, length)
+    count = end - start
     for tile in range(0, count, ROWS):
         t = start + (last_tile(count, ROWS) - tile if BACKWARD else tile) + rows
-        real = t < tokens
+        real = t < end
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND).to(PRODUCT)
         B = weighed(k, k_t, k_d, weights + row, t, real, D, BD, UNIT, KIND, PRODUCT)
         V = load_rows(v, v_t, v_d, t, real, first, DV, BV, UNIT).to(PRODUCT)

@@ -13,7 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_flows import clipped, existing, features, load_rows, place
+from attnspec.fast.engines.scan.triton_flows import (
+    clipped,
+    existing,
+    features,
+    load_rows,
+    place,
+    stretch,
+)
 from attnspec.fast.engines.scan.triton_flows_causal import counted_from, last_tile
 from attnspec.fast.engines.scan.triton_running import phi, slope
 
@@ -26,9 +33,11 @@ from attnspec.fast.engines.scan.triton_running import phi, slope
 )  # fmt: skip
 def turned_read_kernel(
     x, x_b, x_h, x_t, x_d, y, y_b, y_h, y_t, y_d, z, z_b, z_h, z_t, z_d, w, w_b, w_h, w_t, w_d,
-    scales, weights, entering, out, dots, tokens, length, segments, lines, heads, x_group, y_group,
+    scales, weights, entering, out, dots, table, tokens, length, segments, lines, heads, x_group,
+    y_group,
     D: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
     UNIT: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, BACKWARD: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """With Y_t (D,) the sum of weights_s phi(z_s) y_s . x_t over s <= t, or over s >= t if
     BACKWARD, and the part of the states (DV, D) `entering`: out (lines, tokens, D) is scales Y, and
@@ -39,6 +48,9 @@ def turned_read_kernel(
     program = tl.program_id(0)
     first, where = program % tiles * BT, program // tiles
     line, batch, head, _, start = place(where, segments, length, heads, 1)
+    start, end, _, _ = stretch(
+        table, table, where, segments, length, tokens, line, start, heads, PACKED
+    )
     x += (batch * x_b + head // x_group * x_h) * UNIT
     w += (batch * w_b + head // x_group * w_h) * UNIT
     y += (batch * y_b + head // y_group * y_h) * UNIT
@@ -53,10 +65,10 @@ def turned_read_kernel(
     seen = rows[:, None] >= rows[None, :]
     if BACKWARD:
         seen = rows[:, None] <= rows[None, :]
-    count = tl.minimum(tokens - start, length)
+    count = end - start
     for tile in range(0, count, ROWS):
         t = start + (last_tile(count, ROWS) - tile if BACKWARD else tile) + rows
-        real = t < tokens
+        real = t < end
         inside = existing(real, first, D, BT)
         X = load_rows(x, x_t, x_d, t, real, 0, DV, BV, UNIT).to(PRODUCT)
         Y = load_rows(y, y_t, y_d, t, real, 0, DV, BV, UNIT).to(PRODUCT)
@@ -87,29 +99,30 @@ def summed_dots(dots, t, real, lines, tokens, TILES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "length", "segments", "lines"])
 def losses_kernel(
-    dots, weights, sums, masses, tokens, length, segments, lines,
-    TILE: tl.constexpr, TILES: tl.constexpr,
+    dots, weights, sums, masses, table, tokens, length, segments, lines,
+    TILE: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A segment's sum of c' c / E."""
     where = tl.program_id(0)
     row = (where // segments).to(tl.int64) * tokens
     start = (where % segments).to(tl.int64) * length
+    start, end, _, _ = stretch(table, table, where, segments, length, tokens, row, start, 1, PACKED)
     mass = tl.zeros((TILE,), tl.float32)
-    for tile in range(0, tl.minimum(tokens - start, length), TILE):
+    for tile in range(0, end - start, TILE):
         t = start + tile + tl.arange(0, TILE)
-        real = t < tokens
+        real = t < end
         dc = summed_dots(dots + row, t, real, lines, tokens, TILES)
         c = tl.load(weights + row + t, mask=real, other=0.0)
         mass += dc * c / tl.load(sums + row + t, mask=real, other=1.0)
     tl.store(masses + where, tl.sum(mass, 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "segments", "lines", "low", "high"])
+@triton.jit(do_not_specialize=["tokens", "length", "segments", "lines", "heads", "low", "high"])
 def rates_kernel(
     gate_dots, dots, shares, conserved, weights, sums, masses, last_se, first_N, rates, counts,
-    tokens, length, segments, lines, low, high,
+    table, bounds, tokens, length, segments, lines, heads, low, high,
     TILE: tl.constexpr, TILES: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    CLAMPED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """rates (3, lines, tokens): p', r', and the gate's gradient x times g. counts (2, lines,
     segments) gets the first half of N's gradient.
@@ -117,22 +130,28 @@ def rates_kernel(
     where = tl.program_id(0)
     line = (where // segments).to(tl.int64)
     segment = where % segments
+    start = segment.to(tl.int64) * length
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
+    many = segments
+    if PACKED:
+        many = tl.load(bounds + own // heads + 1).to(tl.int32)
     items = tl.arange(0, TILE)
     row, plane = line * tokens, lines.to(tl.int64) * tokens
     parts = tl.zeros((TILE,), tl.float32)
-    for tile in range(segment + 1, segments, TILE):
+    for tile in range(segment + 1, many, TILE):
         at = tile + items
-        parts += tl.load(masses + line * segments + at, mask=at < segments, other=0.0)
+        parts += tl.load(masses + line * segments + at, mask=at < many, other=0.0)
     behind = tl.sum(parts, 0)
-    end = tl.full((), 0.0, tl.float32)
+    of_last = tl.full((), 0.0, tl.float32)
     if ENDED:
-        end = tl.load(last_se + line)
+        of_last = tl.load(last_se + own)
     number = tl.zeros((TILE,), tl.float32)
-    start = segment.to(tl.int64) * length
-    count = tl.minimum(tokens - start, length)
+    count = end - start
     for tile in range(0, count, TILE):
         t = start + last_tile(count, TILE) - tile + items
-        real = t < tokens
+        real = t < end
         here = row + t
         x = summed_dots(gate_dots + row, t, real, lines, tokens, TILES)
         dc = summed_dots(dots + row, t, real, lines, tokens, TILES)
@@ -141,13 +160,13 @@ def rates_kernel(
         Oh = tl.load(conserved + plane + here, mask=real, other=0.0)
         c = tl.load(weights + here, mask=real, other=0.0)
         E = tl.load(sums + here, mask=real, other=1.0)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         far = tl.exp(-tl.abs(Ih))
         g = tl.where(Ih < 0.0, far, 1.0) / (1.0 + far)
         e = tl.exp(clipped(Oh, low, high, CLAMPED))
         loss = dc * c / E
         into = x * i * far / ((1.0 + far) * (1.0 + far)) / N
-        out_of = (dc * c + e * (end - (behind + tl.cumsum(loss, 0, reverse=True)))) / N
+        out_of = (dc * c + e * (of_last - (behind + tl.cumsum(loss, 0, reverse=True)))) / N
         if CLAMPED:
             out_of = tl.where((Oh >= low) & (Oh <= high), out_of, 0.0)
         behind += tl.sum(loss, 0)
@@ -166,15 +185,18 @@ def rates_kernel(
 )  # fmt: skip
 def receive_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, first_N, shares, rates, before, between, states,
-    parts, tokens, length, segments, lines, heads, kv_heads, eps,
+    parts, table, bounds, tokens, length, segments, lines, heads, kv_heads, eps,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr,
+    STARTED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """parts (2, lines, segments, D): a segment's sums of p' A and of r' B; states (lines, segments,
     tiles, 4, D): the sums sb, sbO, sa and saI before each tile.
     """
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     row, plane = line * tokens, lines.to(tl.int64) * tokens
@@ -189,17 +211,17 @@ def receive_kernel(
     PA = tl.zeros((BD,), tl.float32)
     PB = tl.zeros((BD,), tl.float32)
     states += where.to(tl.int64) * (length // ROWS) * 4 * D + channels
-    for tile in range(0, tl.minimum(tokens - start, length), ROWS):
+    for tile in range(0, end - start, ROWS):
         tl.store(states, SB, mask=held)
         tl.store(states + D, TB, mask=held)
         tl.store(states + 2 * D, SA, mask=held)
         tl.store(states + 3 * D, TA, mask=held)
         states += 4 * D
         t = start + tile + tl.arange(0, ROWS)
-        real = t < tokens
+        real = t < end
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND)
         B = features(k, k_t, k_d, t, real, D, BD, UNIT, KIND)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         into = tl.load(shares + row + t, mask=real, other=0.0) * N
         out_of = tl.load(shares + plane + row + t, mask=real, other=0.0) * N
         p = tl.load(rates + row + t, mask=real, other=0.0)
@@ -222,15 +244,18 @@ def receive_kernel(
 )  # fmt: skip
 def return_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, first_N, shares, rates, after, slopes, parts,
-    counts, tokens, length, segments, lines, heads, kv_heads, eps,
+    counts, table, bounds, tokens, length, segments, lines, heads, kv_heads, eps,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr,
+    STARTED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """slopes (2, lines, tokens): I' and O'; parts (2, lines, segments, D): a segment's sums of I' A
     and of O' B, after those of p' A and r' B behind it. counts gets the other half.
     """
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     row, plane = line * tokens, lines.to(tl.int64) * tokens
@@ -243,13 +268,13 @@ def return_kernel(
     PA = tl.zeros((BD,), tl.float32)
     PB = tl.zeros((BD,), tl.float32)
     number = tl.zeros((ROWS,), tl.float32)
-    count = tl.minimum(tokens - start, length)
+    count = end - start
     for tile in range(0, count, ROWS):
         t = start + last_tile(count, ROWS) - tile + (ROWS - 1 - tl.arange(0, ROWS))
-        real = t < tokens
+        real = t < end
         A = features(q, q_t, q_d, t, real, D, BD, UNIT, KIND)
         B = features(k, k_t, k_d, t, real, D, BD, UNIT, KIND)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         i = tl.load(shares + row + t, mask=real, other=0.0)
         o = tl.load(shares + plane + row + t, mask=real, other=0.0)
         p = tl.load(rates + row + t, mask=real, other=0.0)
@@ -301,9 +326,10 @@ def sums_from(S, X):
 )  # fmt: skip
 def features_gradient_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, first_N, shares, rates, slopes, states, after,
-    behind, part_q, part_k, dq, dk, tokens, length, segments, lines, heads, kv_heads, step, eps,
+    behind, part_q, part_k, dq, dk, table, bounds, tokens, length, segments, lines, heads, kv_heads,
+    step, eps,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    STARTED: tl.constexpr,
+    STARTED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq and dk (lines, tokens, D): a' and b' times the slope of the features, the parts from the
     state being given. `after` are the sums of p' A and r' B behind a segment, `behind` those of
@@ -312,6 +338,9 @@ def features_gradient_kernel(
     """
     where = tl.program_id(0)
     line, batch, head, kv_head, start = place(where, segments, length, heads, heads // kv_heads)
+    start, end, begin, own = stretch(
+        table, bounds, where, segments, length, tokens, line, start, heads, PACKED
+    )
     q += (batch * q_b + head * q_h) * UNIT
     k += (batch * k_b + kv_head * k_h) * UNIT
     row, plane = line * tokens, lines.to(tl.int64) * tokens
@@ -324,11 +353,11 @@ def features_gradient_kernel(
     RB = tl.load(behind + here, mask=held, other=0.0)
     RA = tl.load(behind + other + here, mask=held, other=0.0)
     states += where.to(tl.int64) * (length // ROWS) * 4 * D + channels
-    count = tl.minimum(tokens - start, length)
+    count = end - start
     for tile in range(0, count, ROWS):
         skipped = last_tile(count, ROWS) - tile
         t = start + skipped + (ROWS - 1 - tl.arange(0, ROWS))
-        real = t < tokens
+        real = t < end
         inside = existing(real, 0, D, BD)
         X = load_rows(q, q_t, q_d, t, real, 0, D, BD, UNIT).to(tl.float32)
         K = load_rows(k, k_t, k_d, t, real, 0, D, BD, UNIT).to(tl.float32)
@@ -337,7 +366,7 @@ def features_gradient_kernel(
         places = ((row + t) * step * UNIT)[:, None] + channels[None, :]
         GA = tl.load(part_q + places, mask=inside, other=0.0).to(tl.float32)
         GB = tl.load(part_k + places, mask=inside, other=0.0).to(tl.float32)
-        N = counted_from(first_N, line, t, STARTED)
+        N = counted_from(first_N, own, t - begin, STARTED)
         into = (tl.load(shares + row + t, mask=real, other=0.0) * N)[:, None]
         out_of = (tl.load(shares + plane + row + t, mask=real, other=0.0) * N)[:, None]
         p = tl.load(rates + row + t, mask=real, other=0.0)[:, None]
@@ -345,7 +374,7 @@ def features_gradient_kernel(
         dI = tl.load(slopes + row + t, mask=real, other=0.0)[:, None]
         dO = tl.load(slopes + plane + row + t, mask=real, other=0.0)[:, None]
         known = states + skipped // ROWS * 4 * D
-        none = start + skipped == 0
+        none = start + skipped == begin
         GA += dI * (sums_until(tl.load(known, mask=held, other=0.0), B, none) + eps)
         GA += p * (sums_until(tl.load(known + D, mask=held, other=0.0), B * out_of, none) + eps)
         GB += dO * (sums_until(tl.load(known + 2 * D, mask=held, other=0.0), A, none) + eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.scan.configs import LaneConfig, ScanConfig, config, lanes
 from attnspec.fast.engines.scan.flows_gradient import kept_lengths
 from attnspec.fast.engines.scan.recorder import Recorder
+from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_flows import (
     compete_kernel,
     merge_kernel,
@@ -140,7 +142,7 @@ def attend(
     # Sinks and sources are programs of one launch, each with half of them.
     length = plan.length(max(n, m), chosen.programs / 2, MOST_SEGMENTS, chosen.least_segment, step)
     n_segments, m_segments = -(-n // length), -(-m // length)
-    cut = (n, m, length, n_segments, m_segments, plan.lines, *plan.heads)
+    cuts = (n, m, length, n_segments, m_segments, plan.lines, *plan.heads)
     sinks = (q, 0, 0) if query_mask is None else (query_mask, *query_mask.stride())
     sources = (k, 0, 0) if key_mask is None else (key_mask, *key_mask.stride())
     tokens = (*plan.place(q), *plan.place(k), *sinks, *sources)
@@ -149,11 +151,11 @@ def attend(
 
     programs = plan.lines * n_segments + q.shape[0] * k.shape[1] * m_segments
     sums, counts = plan.empty(programs, plan.d), plan.empty(programs)
-    launch(sums_kernel, programs, *tokens, sums, counts, *cut, ROWS=rows, **shape, **masked,
-           COUNTED=True, num_warps=4)  # fmt: skip
+    launch(sums_kernel, programs, *tokens, sums, counts, q, *cuts, ROWS=rows, **shape, **masked,
+           COUNTED=True, PACKED=False, num_warps=4)  # fmt: skip
     programs = plan.lines * (n_segments + m_segments)
     shares, parts = plan.empty(plan.lines, n), plan.empty(programs, plan.d)
-    launch(shares_kernel, programs, *tokens, sums, shares, parts, *cut, eps, ROWS=rows, **shape,
+    launch(shares_kernel, programs, *tokens, sums, shares, parts, *cuts, eps, ROWS=rows, **shape,
            **masked, num_warps=4)  # fmt: skip
 
     tile = Call.tile(plan.cfg.states_items, plan.d, plan.dv)
@@ -195,15 +197,18 @@ def attend(
 
 def attend_in_order(
     tensors: Sequence[Tensor], eps: float, kind: int, clamp: tuple[float, float] | None,
-    key: Hashable, keep: bool = False,
+    key: Hashable, keep: bool = False, offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """out (batch, heads, tokens, dv), and the sums of b, a, b N / O, a N / I and e^Oh, the state
     and the number of tokens behind the last of at least one. `tensors` are q, k, v and, if any
     tokens precede them, the first of these in float32. To `keep` adds what the gradient needs, see
-    `flows_gradient.py`.
+    `flows_gradient.py`. `offsets` packs sequences in a batch of one, with a state for each.
     """
     q, k, v, *first = tensors
     plan = Plan.of(q, k, v)
+    if offsets is not None:
+        # Tables of segments are made by torch, which a recorder would miss.
+        plan.recorder = Recorder()
     chosen, launch = lanes("ordered"), plan.recorder.launch
     # Where there is no first state, kernels take any tensor and leave it alone.
     sb, sa, sbO, saI, se, KV, N = [x.contiguous() for x in first] or [q] * 7
@@ -213,33 +218,37 @@ def attend_in_order(
     states_length = plan.length(tokens, plan.cfg.programs, MOST_SEGMENTS, SHORTEST, plan.cfg.block)
     if keep:
         length, states_length = kept_lengths(plan.lines, tokens)
-    segments = -(-tokens // length)
-    cut = (tokens, length, segments, plan.lines, *plan.heads)
+    pieces = cut(q.shape[0], tokens, length, offsets)
+    segments, packed = pieces.each, {"PACKED": pieces.packed}
+    tables = pieces.tables(q)
+    where = (*tables, tokens, length, segments, plan.lines, *plan.heads)
+    many = (pieces.sequences, q.shape[1])
     sides = (*plan.place(q), *plan.place(k))
     shape: dict[str, Any] = {"D": plan.d, "BD": width, "UNIT": plan.unit, "KIND": kind}
-    walks: dict[str, Any] = {"ROWS": rows, **shape, **begun, "num_warps": 1}
+    walks: dict[str, Any] = {"ROWS": rows, **shape, **begun, **packed, "num_warps": 1}
     items = min(16, width)
     prefixes: dict[str, Any] = {
-        "ROWS": 32, "ITEMS": items, **begun, "REVERSE": False, "num_warps": 1,
+        "ROWS": 32, "ITEMS": items, **begun, **packed, "REVERSE": False, "num_warps": 1,
     }  # fmt: skip
-    pieces = 2 * plan.lines * -(-plan.d // items)
-    last = [plan.empty(*q.shape[:2], plan.d) for _ in range(4)]
+    programs = 2 * prod(many) * -(-plan.d // items)
+    chain = (tables[1], plan.lines, prod(many), segments, *plan.heads)
+    last = [plan.empty(*many, plan.d) for _ in range(4)]
 
     kv_lines = q.shape[0] * k.shape[1]
     totals = plan.empty(2 * plan.lines, segments, plan.d)
     before = plan.empty(2 * plan.lines, segments, plan.d)
     launch(sums_kernel, (plan.lines + kv_lines) * segments, *sides, q, 0, 0, k, 0, 0, totals,
-           totals, tokens, tokens, length, segments, segments, *cut[3:], ROWS=rows, **shape,
-           SINKS=False, SOURCES=False, COUNTED=False, num_warps=1)  # fmt: skip
-    launch(prefix_kernel, pieces, totals, sa, sb, before, last[1], last[0], plan.lines, segments,
-           *plan.heads, WIDTH=plan.d, SHARED=kv_lines < plan.lines, ACROSS=0,
-           **prefixes)  # fmt: skip
+           totals, tables[0], tokens, tokens, length, segments, segments, plan.lines, *plan.heads,
+           ROWS=rows, **shape, **packed, SINKS=False, SOURCES=False, COUNTED=False,
+           num_warps=1)  # fmt: skip
+    launch(prefix_kernel, programs, totals, sa, sb, before, last[1], last[0], *chain, WIDTH=plan.d,
+           SHARED=kv_lines < plan.lines, ACROSS=0, **prefixes)  # fmt: skip
     shares = plan.empty(2, plan.lines, tokens)
-    launch(flows_kernel, plan.lines * segments, *sides, before, N, shares, totals, *cut, eps,
+    launch(flows_kernel, plan.lines * segments, *sides, before, N, shares, totals, *where, eps,
            **walks)  # fmt: skip
     between = plan.empty(2 * plan.lines, segments, plan.d) if keep else before
-    launch(prefix_kernel, pieces, totals, saI, sbO, between, last[3], last[2], plan.lines, segments,
-           *plan.heads, WIDTH=plan.d, SHARED=False, ACROSS=0, **prefixes)  # fmt: skip
+    launch(prefix_kernel, programs, totals, saI, sbO, between, last[3], last[2], *chain,
+           WIDTH=plan.d, SHARED=False, ACROSS=0, **prefixes)  # fmt: skip
     gates, weights = plan.empty(plan.lines, tokens), plan.empty(plan.lines, tokens)
     masses = plan.empty(plan.lines, segments)
     low, high = clamp or (0.0, 0.0)
@@ -247,12 +256,18 @@ def attend_in_order(
     if keep:
         conserved, sums = plan.empty(2, plan.lines, tokens), plan.empty(plan.lines, tokens)
     launch(conserved_kernel, plan.lines * segments, *sides, between, N, shares, gates, weights,
-           masses, conserved, *cut, eps, low, high, CLAMPED=clamp is not None, KEEP=keep,
+           masses, conserved, *where, eps, low, high, CLAMPED=clamp is not None, KEEP=keep,
            **walks)  # fmt: skip
-    numbers = [plan.empty(*q.shape[:2]) for _ in range(2)]
-    launch(weights_kernel, plan.lines * segments, masses, se, N, weights, sums, *numbers, *cut[:3],
-           TILE=64, **begun, KEEP=keep, num_warps=1)  # fmt: skip
-    out, state, entering = _read_in_order(plan, gates, weights, KV, prefixes, shape, states_length)
+    numbers = [plan.empty(*many) for _ in range(2)]
+    if offsets is not None:
+        # A sequence without tokens keeps what it was given.
+        numbers = [se.clone(), N.clone()] if first else [x.zero_() for x in numbers]
+    launch(weights_kernel, plan.lines * segments, masses, se, N, weights, sums, *numbers, *tables,
+           tokens, length, segments, plan.heads[0], TILE=64, **begun, **packed, KEEP=keep,
+           num_warps=1)  # fmt: skip
+    out, state, entering = _read_in_order(
+        plan, gates, weights, KV, prefixes, shape, cut(q.shape[0], tokens, states_length, offsets)
+    )
     made: tuple[Tensor, ...] = (out, *last, numbers[0], state, numbers[1])
     if keep:
         made = (*made, shares, conserved, gates, weights, sums, before, between, entering)
@@ -262,37 +277,40 @@ def attend_in_order(
 
 def _read_in_order(
     plan: Plan, gates: Tensor, weights: Tensor, KV: Tensor, prefixes: dict[str, Any],
-    shape: dict[str, Any], length: int,
+    shape: dict[str, Any], pieces: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, the last state and those before every `length` tokens, linear attention with sources of
+    """out, the last state and those before every one of `pieces`, linear attention with sources of
     these weights.
     """
     q, k, v, cfg, launch = plan.q, plan.k, plan.v, plan.cfg, plan.recorder.launch
     tokens = q.shape[2]
     tile = Call.tile(cfg.states_items, plan.d, plan.dv)
-    segments = -(-tokens // length)
+    segments, (table, bounds) = pieces.each, pieces.tables(q)
+    many = (pieces.sequences, q.shape[1])
     where = plan.lines * segments
+    cuts = (table, tokens, pieces.length, segments)
     shape = {**shape, "DV": plan.dv, "ROWS": cfg.block, "PRODUCT": plan.product[1]}
+    shape["PACKED"] = pieces.packed
     shape["num_stages"] = cfg.walk_stages
     states = plan.empty(where, plan.dv, plan.d)
     entering = plan.empty(where, plan.dv, plan.d)
-    state = plan.empty(*q.shape[:2], plan.d, plan.dv)
+    state = plan.empty(*many, plan.d, plan.dv)
     launch(
         source_states_kernel, where * -(-plan.dv // tile), *plan.place(k), *plan.place(v), weights,
-        states, tokens, length, segments, *plan.heads, BV=tile, **shape,
+        states, *cuts, *plan.heads, BV=tile, **shape,
         num_warps=plan.warps(tile, 4),
     )  # fmt: skip
     items = min(64, power(plan.d * plan.dv))
     launch(
-        prefix_kernel, plan.lines * -(-plan.d * plan.dv // items), states, KV, KV, entering, state,
-        state, plan.lines, segments, *plan.heads, WIDTH=plan.d * plan.dv, SHARED=False,
-        ACROSS=plan.d, **{**prefixes, "ROWS": 16, "ITEMS": items},
+        prefix_kernel, prod(many) * -(-plan.d * plan.dv // items), states, KV, KV, entering, state,
+        state, bounds, plan.lines, prod(many), segments, *plan.heads, WIDTH=plan.d * plan.dv,
+        SHARED=False, ACROSS=plan.d, **{**prefixes, "ROWS": 16, "ITEMS": items},
     )  # fmt: skip
     tile = Call.tile(cfg.walk_items, plan.d, plan.dv)
     out = plan.empty(*q.shape[:3], plan.dv, dtype=q.dtype)
     launch(
         ordered_read_kernel, where * -(-plan.dv // tile), *plan.place(q), *plan.place(k),
-        *plan.place(v), gates, weights, entering, out, tokens, length, segments, q.shape[1], 1,
+        *plan.place(v), gates, weights, entering, out, *cuts, q.shape[1], 1,
         q.shape[1] // k.shape[1], BV=tile, **shape, BACKWARD=False,
         num_warps=plan.warps(tile, cfg.walk_warps),
     )  # fmt: skip
