@@ -86,6 +86,10 @@ S20. **Heads.** Each kv head has a memory, read by the query heads of its group 
 S21. **Gradient.** Through the end of the chunk, the read and the inner gradient, chunk by chunk
 from the last; the coefficients' recurrences are walked backward.
 
+S22. **Packed.** Sequences end to end, of which any may be empty: every one has first weights and a
+first momentum of its own (or shares those given for all), its gradient chunks begin with its first
+token, and its memory is what is left behind its last one. Nothing passes from one to another.
+
 Complexity
 ----------
 Time O(T (L d h + b (d + h))) for a hidden width h, memory O(L d h) for each head; a decoded token
@@ -113,6 +117,12 @@ from typing import Any
 
 import numpy as np
 
+from attnspec.reference.linear.titans_batches import (
+    titans_packed_linear,
+    titans_packed_linear_backward,
+    titans_packed_mlp,
+    titans_packed_mlp_backward,
+)
 from attnspec.reference.linear.titans_chunks import (
     check_memory_inputs,
     end_chunk,
@@ -208,6 +218,18 @@ MECHANISM = Mechanism(
             gradient=titans_chunk_mlp_backward,
             differentiable=_STATEFUL,
         ),
+        Operation(
+            titans_packed_linear,
+            clauses=("S8", "S20", "S22"),
+            gradient=titans_packed_linear_backward,
+            differentiable=_STATEFUL,
+        ),
+        Operation(
+            titans_packed_mlp,
+            clauses=("S9", "S20", "S22"),
+            gradient=titans_packed_mlp_backward,
+            differentiable=_STATEFUL,
+        ),
         Operation(titans_chunk_granular, clauses=("S10", "S20")),
         Operation(decode_step, clauses=("S18", "S20")),
         Operation(token_inputs, clauses=("S11",)),
@@ -224,7 +246,7 @@ MECHANISM = Mechanism(
     coverage=Coverage(
         patterns=("causal self",),
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=("none", "left", "right", "packed"),
         heads=HEADS,
         gradient=True,
     ),
