@@ -36,6 +36,8 @@ def queries_kernel(
     own, piece, _turn, start, length = locate(
         tl.program_id(0) // tiles, cuts, tokens, b, per, count, size, PACKED
     )
+    if PACKED and length == 0:
+        return
     memory = own // group
     batch, head = own // (heads * group), own % (heads * group)
     k += offset(batch, k_b, head // group, k_h)
@@ -93,6 +95,8 @@ def keys_kernel(
     memory, piece, turn, start, length = locate(
         tl.program_id(0) // tiles, cuts, tokens, b, per, count, size, PACKED
     )
+    if PACKED and length == 0:
+        return
     batch, head = memory // heads, memory % heads
     k += offset(batch, k_b, head, k_h)
     here = memory * count + piece
