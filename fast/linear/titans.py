@@ -72,7 +72,8 @@ def _chunked(configs: tuple[MemoryConfig, ...]) -> dict[str, Any]:
 
 CLAIMS = {
     **{name: {"launches": None} for name in _PRODUCTS},
-    **{name: {"dtypes": ("float32",)} for name in ("mac_segment", "mag", "mal")},
+    **{name: {"gradient": True, "dtypes": ("float32",)} for name in ("mac_segment", "mag", "mal")},
+    "titans_chunk_granular": {"gradient": True},
     "titans_coefficients": {"gradient": True, "compiled": True, "triton": {"graph": True}},
     **{name: _chunked(CANDIDATES) for name in ("titans_chunk_linear", "titans_packed_linear")},
     **{name: _chunked(DEEP[:2]) for name in ("titans_chunk_mlp", "titans_packed_mlp")},
