@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.engines.memory import CANDIDATES, DEEP, scalars, use_config
+from attnspec.fast.engines.memory import CANDIDATES, DEEP, MemoryConfig, scalars, use_config
+from attnspec.fast.linear.titans_batches import titans_packed_linear, titans_packed_mlp
 from attnspec.fast.linear.titans_checks import Layers, check_rates
 from attnspec.fast.linear.titans_decode import MemoryState, decode_step
 from attnspec.fast.linear.titans_deep import titans_chunk_mlp
@@ -46,6 +47,8 @@ __all__ = [
     "titans_coefficients",
     "titans_mask_mac",
     "titans_mask_mag",
+    "titans_packed_linear",
+    "titans_packed_mlp",
     "titans_sequential",
     "token_inputs",
     "token_step_sizes",
@@ -55,28 +58,25 @@ _PRODUCTS = (
     "mlp_memory", "memory_grad", "decode_step", "token_inputs", "token_step_sizes",
     "persistent_prefix", "titans_mask_mac", "titans_mask_mag", "gate",
 )  # fmt: skip
+def _chunked(configs: tuple[MemoryConfig, ...]) -> dict[str, Any]:
+    return {
+        "gradient": True,
+        "compiled": True,
+        "triton": {
+            "graph": True,
+            "dtypes": ("float32", "bfloat16"),
+            "configs": {str(c): functools.partial(use_config, c) for c in configs},
+        },
+    }
+
+
 CLAIMS = {
     **{name: {"launches": None} for name in _PRODUCTS},
-    **{name: {"dtypes": ("float32",)} for name in ("mac_segment", "mag", "mal")},
+    **{name: {"gradient": True, "dtypes": ("float32",)} for name in ("mac_segment", "mag", "mal")},
+    "titans_chunk_granular": {"gradient": True},
     "titans_coefficients": {"gradient": True, "compiled": True, "triton": {"graph": True}},
-    "titans_chunk_linear": {
-        "gradient": True,
-        "compiled": True,
-        "triton": {
-            "graph": True,
-            "dtypes": ("float32", "bfloat16"),
-            "configs": {str(c): functools.partial(use_config, c) for c in CANDIDATES},
-        },
-    },
-    "titans_chunk_mlp": {
-        "gradient": True,
-        "compiled": True,
-        "triton": {
-            "graph": True,
-            "dtypes": ("float32", "bfloat16"),
-            "configs": {str(c): functools.partial(use_config, c) for c in DEEP[:2]},
-        },
-    },
+    **{name: _chunked(CANDIDATES) for name in ("titans_chunk_linear", "titans_packed_linear")},
+    **{name: _chunked(DEEP[:2]) for name in ("titans_chunk_mlp", "titans_packed_mlp")},
     "titans_sequential": {"triton": {"dtypes": ("float32",)}},
 }
 """What the suite is told beyond the defaults; the first ones are a few products of torch. The

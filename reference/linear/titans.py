@@ -84,7 +84,12 @@ its row of y is 0. A step of 0 would not do, because the momentum would still mo
 S20. **Heads.** Each kv head has a memory, read by the query heads of its group (K7).
 
 S21. **Gradient.** Through the end of the chunk, the read and the inner gradient, chunk by chunk
-from the last; the coefficients' recurrences are walked backward.
+from the last; the coefficients' recurrences are walked backward. Layouts go back through the gate,
+attention and memory.
+
+S22. **Packed.** Sequences end to end, of which any may be empty: every one has first weights and a
+first momentum of its own (or shares those given for all), its gradient chunks begin with its first
+token, and its memory is what is left behind its last one. Nothing passes from one to another.
 
 Complexity
 ----------
@@ -113,6 +118,12 @@ from typing import Any
 
 import numpy as np
 
+from attnspec.reference.linear.titans_batches import (
+    titans_packed_linear,
+    titans_packed_linear_backward,
+    titans_packed_mlp,
+    titans_packed_mlp_backward,
+)
 from attnspec.reference.linear.titans_chunks import (
     check_memory_inputs,
     end_chunk,
@@ -129,7 +140,13 @@ from attnspec.reference.linear.titans_gradients import (
     titans_chunk_mlp_backward,
 )
 from attnspec.reference.linear.titans_granular import titans_chunk_granular
+from attnspec.reference.linear.titans_granular_gradients import titans_chunk_granular_backward
 from attnspec.reference.linear.titans_inputs import token_inputs, token_step_sizes
+from attnspec.reference.linear.titans_layout_gradients import (
+    mac_segment_backward,
+    mag_backward,
+    mal_backward,
+)
 from attnspec.reference.linear.titans_layouts import (
     gate,
     mac_segment,
@@ -176,6 +193,7 @@ def titans_chunk_linear(
 
 
 _STATEFUL = ("W0", "S0", "k", "v", "q", "rates")
+_LAYOUT = ("P", "W", "S", "attn", "mem", "rates")
 
 MECHANISM = Mechanism(
     title="Titans",
@@ -208,7 +226,24 @@ MECHANISM = Mechanism(
             gradient=titans_chunk_mlp_backward,
             differentiable=_STATEFUL,
         ),
-        Operation(titans_chunk_granular, clauses=("S10", "S20")),
+        Operation(
+            titans_packed_linear,
+            clauses=("S8", "S20", "S22"),
+            gradient=titans_packed_linear_backward,
+            differentiable=_STATEFUL,
+        ),
+        Operation(
+            titans_packed_mlp,
+            clauses=("S9", "S20", "S22"),
+            gradient=titans_packed_mlp_backward,
+            differentiable=_STATEFUL,
+        ),
+        Operation(
+            titans_chunk_granular,
+            clauses=("S10", "S20"),
+            gradient=titans_chunk_granular_backward,
+            differentiable=("W0", "S0", "k", "v", "q", "theta", "eta", "alpha"),
+        ),
         Operation(decode_step, clauses=("S18", "S20")),
         Operation(token_inputs, clauses=("S11",)),
         Operation(token_step_sizes, clauses=("S11",)),
@@ -216,15 +251,25 @@ MECHANISM = Mechanism(
         Operation(titans_mask_mac, clauses=("S13",)),
         Operation(titans_mask_mag, clauses=("S13",)),
         Operation(gate, clauses=("S17",)),
-        Operation(mac_segment, clauses=("S14",)),
-        Operation(mag, clauses=("S15",)),
-        Operation(mal, clauses=("S16",)),
+        Operation(
+            mac_segment,
+            clauses=("S14",),
+            gradient=mac_segment_backward,
+            differentiable=("seg", *_LAYOUT, "gains"),
+        ),
+        Operation(
+            mag,
+            clauses=("S15",),
+            gradient=mag_backward,
+            differentiable=("x", *_LAYOUT, "gains"),
+        ),
+        Operation(mal, clauses=("S16",), gradient=mal_backward, differentiable=("x", *_LAYOUT)),
     ),
     headline="titans_chunk_linear",
     coverage=Coverage(
         patterns=("causal self",),
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=("none", "left", "right", "packed"),
         heads=HEADS,
         gradient=True,
     ),

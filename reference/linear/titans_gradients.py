@@ -74,8 +74,8 @@ def titans_chunk_mlp_backward(
         np.concatenate([k[..., :0, 0], *(p.drates[i] for p in parts)], axis=-1) for i in range(3)
     ]
     return (
-        tuple(_sum_to(x, w) for x, w in zip(uW, W0, strict=True)),
-        tuple(_sum_to(x, w) for x, w in zip(uS, W0 if S0 is None else S0, strict=True)),
+        tuple(sum_to(x, w) for x, w in zip(uW, W0, strict=True)),
+        tuple(sum_to(x, w) for x, w in zip(uS, W0 if S0 is None else S0, strict=True)),
         tokens.back(dk),
         tokens.back(dv),
         tokens.back(dq),
@@ -253,6 +253,43 @@ def _upstream(name: str, given: Any, W: Layers) -> Layers:
     return tuple(given)
 
 
-def _sum_to(x: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """`x` summed over the leading axes that `like` does not have."""
+def sum_to(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """S21: `x` summed over the leading axes that `like` does not have.
+
+    >>> sum_to(np.ones((2, 3)), np.ones(3))
+    array([2., 2., 2.])
+    """
     return np.sum(x, axis=tuple(range(x.ndim - like.ndim))) if x.ndim > like.ndim else x
+
+
+def mlp_memory_backward(W: Layers, x: np.ndarray, dy: np.ndarray) -> tuple[Layers, np.ndarray]:
+    """S1, S21: the gradients of W and x of `mlp_memory`, where W has the leading axes of x.
+
+    >>> mlp_memory_backward((np.full((1, 1), 3.0),), np.full((1, 1), 2.0), np.ones((1, 1)))
+    ((array([[2.]]),), array([[3.]]))
+    """
+    H, z = hidden_rows(W, x)
+    dW: list[np.ndarray] = []
+    for layer in reversed(range(len(W))):
+        dW.insert(0, np.swapaxes(H[layer], -1, -2) @ dy)
+        dy = dy @ np.swapaxes(W[layer], -1, -2)
+        if layer:
+            dy = dy * gelu_slope(z[layer - 1])
+    return tuple(dW), dy
+
+
+def memory_grad_backward(
+    W: Layers, k: np.ndarray, v: np.ndarray, loss_scale: float, dH: Layers, dDelta: Layers
+) -> tuple[Layers, np.ndarray, np.ndarray]:
+    """S2, S21: the gradients of W, k and v of `memory_grad`, where W has the leading axes of k.
+
+    >>> one = np.ones((1, 1))
+    >>> memory_grad_backward((one,), one, one, 2.0, (0 * one,), (one,))[2]
+    array([[-2.]])
+    """
+    H, z = hidden_rows(W, k)
+    Delta = output_gradients(W, z, v, loss_scale)
+    d = _Sums(W, H, Delta)
+    d.H, d.Delta = list(dH), list(dDelta)
+    dk, dv = _inner_backward(d, W, H, z, Delta, loss_scale)
+    return tuple(d.W), dk, dv

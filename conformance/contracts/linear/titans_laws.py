@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from attnspec.conformance.trial import EXPECTATIONS, Trial
 LONG = 64
 """A gradient chunk in which all tokens of the usual cases are."""
 CHUNKED = ("titans.titans_chunk_linear", "titans.titans_chunk_mlp", "titans.titans_sequential")
+PACKED = ("titans.titans_packed_linear", "titans.titans_packed_mlp")
 
 
 def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -41,9 +43,10 @@ def check_depth(trial: Trial) -> None:
     arguments = trial.arguments()
     rng = case.generator("depth")
     hidden = int(rng.integers(1, 9))
+    leading = case.shape(f"{'batch' if 'batch' in case.sizes else 'sequences'} kv_heads")
     for depth in (1, 3):
         widths = (case.sizes["d"], *[hidden] * (depth - 1), case.sizes["dv"])
-        layers = layers_of(rng, case.shape("batch kv_heads"), widths)
+        layers = layers_of(rng, leading, widths)
         changed = round_arguments({**arguments, "W0": layers, "S0": None}, case.dtype)
         outputs = tuple(
             Output(f"{n}{i}", dtype="input" if n == "y" else "float32")
@@ -80,12 +83,62 @@ def check_hand_over(trial: Trial) -> None:
     trial.judge(dict(zip(names, [y, *rest], strict=True)), arguments)
 
 
-def _part(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
+def _part(arguments: dict[str, Any], rows: Any) -> dict[str, Any]:
     part = dict(arguments)
     for name in ("k", "v", "q"):
         part[name] = arguments[name][..., rows, :]
     part["rates"] = tuple(x[..., rows] for x in arguments["rates"])
     return part
+
+
+def check_packed_hand_over(trial: Trial) -> None:
+    """Two calls, each sequence cut behind a whole chunk of its own, are one call."""
+    arguments = trial.arguments()
+    offsets, b = arguments["offsets"], arguments["b"]
+    rng, kind = trial.case.generator("cut"), trial.kernel.arrays
+    cuts = [int(n + b * rng.integers(0, (m - n) // b + 1)) for n, m in pairwise(offsets)]
+    first = [np.arange(n, cut) for n, cut in zip(offsets[:-1], cuts, strict=True)]
+    second = [np.arange(cut, m) for cut, m in zip(cuts, offsets[1:], strict=True)]
+    results: list[Any] = []
+    for rows in (first, second):
+        part = _part(arguments, np.concatenate(rows))
+        part["offsets"] = np.cumsum([0, *map(len, rows)])
+        placed = place_arguments(kind, part, "contiguous", trial.case.dtype)
+        if results:
+            placed["W0"], placed["S0"] = results[-1][1:]
+        with trial.guarded():
+            results.append(trial.contract.call(trial.kernel.call, placed))
+    order = np.argsort(np.concatenate([*first, *second]), kind="stable")
+    y = np.concatenate([kind.get(result[0]) for result in results], axis=-2)[..., order, :]
+    rest = [kind.get(x) for x in flatten(results[1][1:])]
+    names = [output.name for output in trial.contract.outputs]
+    trial.judge(dict(zip(names, [y, *rest], strict=True)), arguments)
+
+
+def check_alone(trial: Trial) -> None:
+    """One of the sequences among others of NaN, whose memories are NaN too, is what it is alone."""
+    arguments = trial.arguments()
+    offsets = arguments["offsets"]
+    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
+    own = slice(int(offsets[n]), int(offsets[n + 1]))
+    changed = {**arguments}
+    for name in ("k", "v", "q"):
+        changed[name] = np.full_like(arguments[name], np.nan)
+        changed[name][..., own, :] = arguments[name][..., own, :]
+    alone = {**_part(arguments, own), "offsets": np.array([0, own.stop - own.start])}
+    for name in ("W0", "S0"):
+        given = arguments.get(name)
+        if given is not None:
+            layers = given if isinstance(given, tuple) else (given,)
+            others = tuple(np.full_like(x, np.nan) for x in layers)
+            for x, y in zip(others, layers, strict=True):
+                x[n] = y[n]
+            single = tuple(x[n : n + 1] for x in layers)
+            changed[name] = others if isinstance(given, tuple) else others[0]
+            alone[name] = single if isinstance(given, tuple) else single[0]
+    got = trial.run(changed)
+    states = {name: x[n : n + 1] for name, x in got.items() if name != "y"}
+    trial.judge({"y": got["y"][..., own, :], **states}, alone)
 
 
 def _one_pair(arguments: dict[str, Any], weight: float, alpha: float, b: int) -> dict[str, Any]:
@@ -138,7 +191,7 @@ LAWS = (
         ("K1",),
         _anywhere,
         check_depth,
-        applies=lambda contract, kernel: contract.operation in CHUNKED[1:],
+        applies=lambda contract, kernel: contract.operation in (*CHUNKED[1:], PACKED[1]),
         examples=0.2,
     ),
     Law(
@@ -149,6 +202,24 @@ LAWS = (
         check_hand_over,
         applies=lambda contract, kernel: contract.operation in CHUNKED,
         examples=0.2,
+    ),
+    Law(
+        "packed-hand-over",
+        "Packed sequences, each handed over behind a whole chunk of its own, continue the call.",
+        ("K12",),
+        _real,
+        check_packed_hand_over,
+        applies=lambda contract, kernel: contract.operation in PACKED,
+        examples=0.2,
+    ),
+    Law(
+        "memory-alone",
+        "A packed sequence is what it is alone, whatever its neighbours hold, NaN included.",
+        ("K11",),
+        _anywhere,
+        check_alone,
+        applies=lambda contract, kernel: contract.operation in PACKED,
+        examples=0.3,
     ),
     Law(
         "gated-delta",

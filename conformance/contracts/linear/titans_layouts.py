@@ -95,7 +95,7 @@ def _windows(sizes: Any) -> dict[str, Any]:
 def _contract(name: str, arrays: tuple[Array, ...], **rest: Any) -> Contract:
     return Contract(
         operation=f"titans.{name}", sizes=SIZES, queries="tokens", keys="tokens", arrays=arrays,
-        outputs=OUTPUTS, **rest,
+        outputs=OUTPUTS, cancelling=("drates",), **rest,
     )  # fmt: skip
 
 

@@ -220,6 +220,7 @@ CONTRACTS = (
             *(Output(name, dtype="float32", by_query=False) for name in ("path1", "path2")),
         ),
         parameters=_granules,
+        cancelling=("dtheta", "deta", "dalpha"),
         causal=lambda case: True,
         bad_inputs=(
             *wrong_integers("c"),

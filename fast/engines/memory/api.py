@@ -26,6 +26,7 @@ def memory(
     loss_scale: float = 2.0,
     before: bool = False,
     stored: Tensor | None = None,
+    offsets: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Layers, Layers]:
     """What a memory with layers W and momentum S (batch, kv_heads, inputs, outputs) answers to q
@@ -34,7 +35,9 @@ def memory(
 
     rates are theta, eta, alpha (batch, kv_heads, tokens). A query reads what is there behind its
     own token's store, or `before` it. Tokens that are not `stored` (batch, tokens) come last and
-    change nothing. Differentiable in W, S, k, v, q and rates. Nothing is checked here.
+    change nothing. `offsets` int (sequences + 1), increasing from 0 to tokens, packs sequences in a
+    batch of 1: chunks begin anew in each, and W and S have sequences for a batch. Differentiable in
+    W, S, k, v, q and rates. Nothing is checked here.
     """
     backend = choose_backend(backend, k)
     if backend == "triton" and not k.is_cuda and k.dtype == torch.bfloat16:
@@ -43,8 +46,8 @@ def memory(
     inputs = (*W, *S, k, v, q, *rates)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, last_W, last_S, _, _ = memory_op(
-        pack(W, k), pack(S, k), k, v, q, *rates, stored, widths, b, float(loss_scale), before, keep,
-        backend,
+        pack(W, k), pack(S, k), k, v, q, *rates, stored, offsets, widths, b, float(loss_scale),
+        before, keep, backend,
     )  # fmt: skip
     return y, unpack(last_W, widths), unpack(last_S, widths)
 

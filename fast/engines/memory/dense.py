@@ -9,7 +9,7 @@ Products are float32 whatever the inputs are: a call waits for launches, not for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import load
+from attnspec.fast.engines.memory.packed import Ends
 from attnspec.fast.engines.memory.plan import Pieces, Rates
 
 GROUP = 8
@@ -84,17 +85,33 @@ class Walked:
     Delta: list[Tensor]
 
 
+def turn_over(
+    sequences: Sequence[Ends], states: Sequence[Tensor], leaves: Tensor, enters: Tensor
+) -> Iterator[Tensor]:
+    """The states with which a walk goes on that leaves one sequence and enters another, if any."""
+    for ends, x in zip(sequences, states, strict=True):
+        ends.leave(leaves, x)
+        yield ends.enter(enters, x)
+
+
 class Walk:
-    """The tokens of a call in pieces, in the dtype of the arithmetic."""
+    """The tokens of a call in pieces, in the dtype of the arithmetic, and the first states, W and S
+    (memories, numbers).
+
+    Pieces of packed sequences follow one another, with states (sequences * heads, numbers): where a
+    sequence begins, its first states take the place of those that the one before has left.
+    """
 
     def __init__(
-        self, call: Deep, k: Tensor, v: Tensor, q: Tensor, rates: Rates, backend: str
-    ) -> None:
+        self, call: Deep, W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, rates: Rates,
+        backend: str,
+    ) -> None:  # fmt: skip
         wide, pieces = rates.theta.dtype, call.pieces
-        self.call = call
+        self.call, self.W, self.S, self.packed = call, W, S, pieces.packed
         self.k, self.v = (
             pieces.cut(x.flatten(0, 1).to(wide).contiguous(), 1) for x in (k, v)
         )  # fmt: skip
+        self.sequences = self.ends(W, S)
         self.q = self.fold(q.to(wide))
         self.of = scalar_kernels(backend).scalars(rates, pieces, call.before)
 
@@ -116,6 +133,24 @@ class Walk:
         """Coefficients (heads, pieces, size, ...) once for each query head of the group."""
         return torch.cat([x[:, part]] * self.call.group, 2)
 
+    def ends(self, *given: Tensor) -> list[Ends]:
+        """Those of packed sequences, if there are any."""
+        return [] if self.packed is None else [Ends(x, self.k.shape[0]) for x in given]
+
+    def begin(self) -> Tensor:
+        """W, S and base (3, heads, numbers) before the first piece."""
+        W, S = self.W, self.S
+        if self.packed is not None:
+            nothing = self.k.new_zeros(self.k.shape[0], W.shape[1])
+            W, S = (ends.enter(self.packed.begins(0), nothing) for ends in self.sequences)
+        return torch.stack([W, S, W])
+
+    def entered(self, n: int, W: Tensor, base: Tensor) -> Tensor:
+        """The base of piece n: W, its weights, or that of the piece before."""
+        if self.packed is not None:
+            return torch.where(self.packed.table[n, 2] == 0, W, base)
+        return base if n % self.call.pieces.per else W
+
     def group(self, state: Tensor, part: slice) -> tuple[Walked, Tensor]:
         """Pieces `part` one after the other, from W, S and base (3, heads, numbers); also those
         behind them.
@@ -124,8 +159,7 @@ class Walk:
         W, S, base = state
         W_in, S_in, base_in, done = [], [], [], []
         for n in range(part.start, part.stop):
-            if n % call.pieces.per == 0:
-                base = W
+            base = self.entered(n, W, base)
             W_in.append(W)
             S_in.append(S)
             base_in.append(base)
@@ -141,6 +175,8 @@ class Walk:
                 in_S.append(both[..., width:].flatten(1))
             W = beta * W + f * S - torch.cat(in_W, -1)
             S = m * S - torch.cat(in_S, -1)
+            if self.packed is not None:
+                W, S = turn_over(self.sequences, (W, S), self.packed.ends(n), self.packed.begins(n + 1))
         H, z, Delta = (
             [torch.stack([piece[i][layer] for piece in done], 1)
              for layer in range(len(call.widths) - 1)]
@@ -187,11 +223,11 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y (batch, heads, tokens, dv), the last W and S (memories, numbers), and what `backward` needs
-    of the states, (groups, 3, memories, numbers), none unless `keep`.
+    of the states, (groups, 3, heads, numbers), none unless `keep`.
     """
-    walk = Walk(call, k, v, q, rates, backend)
-    state = torch.stack([W, S, W])
+    walk = Walk(call, W, S, k, v, q, rates, backend)
     outputs, kept = [], []
+    state = walk.begin() if call.pieces.count else torch.stack([W, S, W])
     for first in range(0, call.pieces.count, GROUP):
         part = slice(first, min(first + GROUP, call.pieces.count))
         if keep:
@@ -201,4 +237,7 @@ def forward(
     saved = torch.stack(kept) if keep and kept else W.new_empty(0)
     empty = q.new_zeros(*q.shape[:3], v.shape[3])
     y = walk.unfold(torch.cat(outputs, 1), q) if outputs else empty
+    if call.pieces.packed is not None:
+        last_W, last_S = (ends.left for ends in walk.sequences)
+        return y, last_W, last_S, saved
     return y, state[0].clone(), state[1].clone(), saved

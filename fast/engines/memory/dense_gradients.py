@@ -20,19 +20,25 @@ from attnspec.fast.engines.memory.dense import (
     gelu_curvature,
     gelu_slope,
     scalar_kernels,
+    turn_over,
 )
+from attnspec.fast.engines.memory.packed import Ends
 from attnspec.fast.engines.memory.plan import Rates, Scalars
 
 
 def backward(
-    call: Deep, dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, k: Tensor, v: Tensor, q: Tensor,
-    rates: Rates, backend: str,
+    call: Deep, dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, W: Tensor, S: Tensor, k: Tensor,
+    v: Tensor, q: Tensor, rates: Rates, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dW, dS (memories, numbers), dk, dv, dq, and drates (3, memories, tokens)."""
+    """dW, dS (memories, numbers), dk, dv, dq, and drates (3, heads, tokens)."""
     if not call.pieces.count:
         dk, dv, dq = (torch.zeros_like(x) for x in (k, v, q))
         return dW.clone(), dS.clone(), dk, dv, dq, rates.theta.new_zeros(3, *rates.theta.shape)
-    walk = Walk(call, k, v, q, rates, backend)
+    walk = Walk(call, W, S, k, v, q, rates, backend)
+    sequences = walk.ends(dW, dS)
+    if walk.packed is not None:
+        nothing, last = torch.zeros_like(saved[0, 0]), walk.packed.ends(call.pieces.count - 1)
+        dW, dS = (ends.enter(last, nothing) for ends in sequences)
     folded = walk.fold(dy.to(rates.theta.dtype))
     d = walk.of.zeros()
     dbase = torch.zeros_like(dW)
@@ -42,10 +48,12 @@ def backward(
         walked, _ = walk.group(saved[number], part)
         dA, reads = _read_backward(walk, walked, part, folded[:, part], d)
         dk_part, dv_part, dW, dS, dbase = _walk_backward(
-            walk, walked, part, reads, dW, dS, dbase, d
+            walk, walked, part, reads, dW, dS, dbase, d, sequences
         )
         parts.append((dk_part, dv_part, dA))
     dk, dv, dq = (torch.cat(x[::-1], 1) for x in zip(*parts, strict=True))
+    if walk.packed is not None:
+        dW, dS = (ends.left for ends in sequences)
     drates = scalar_kernels(backend).scalars_backward(rates, call.pieces, call.before, d)
     return (
         dW, dS,
@@ -116,7 +124,7 @@ def _read_backward(
 
 def _walk_backward(
     walk: Walk, walked: Walked, part: slice, reads: Reads, dW: Tensor, dS: Tensor, dbase: Tensor,
-    d: Scalars,
+    d: Scalars, sequences: list[Ends],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Pieces from the last to the first: dk, dv (heads, pieces, size, width), dW, dS, dbase."""
     call, product, of = walk.call, torch.matmul, walk.of
@@ -144,7 +152,12 @@ def _walk_backward(
         dvs.append(dv)
         dbase = dbase + more
         dW, dS = beta * dW + reads.W[:, i], f * dW + m * dS + reads.S[:, i]
-        if n % call.pieces.per == 0:
+        if walk.packed is not None:
+            enters = walk.packed.table[n, 2] == 0
+            dW, dbase = torch.where(enters, dW + dbase, dW), torch.where(enters, 0.0, dbase)
+            here, before = walk.packed.begins(n), walk.packed.ends(n - 1)
+            dW, dS = turn_over(sequences, (dW, dS), here, before)
+        elif n % call.pieces.per == 0:
             dW, dbase = dW + dbase, torch.zeros_like(dbase)
     return torch.stack(dks[::-1], 1), torch.stack(dvs[::-1], 1), dW, dS, dbase
 

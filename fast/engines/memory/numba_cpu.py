@@ -16,12 +16,12 @@ from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 @njit(cache=True, nogil=True, parallel=True)
 def _scalars(
     theta: Any, eta: Any, alpha: Any, stored: Any, rows: Any, n_rows: Any, G_rows: Any, end: Any,
-    end_n: Any, end_G: Any, tokens: int, b: int, per: int, count: int, size: int, before: bool,
+    end_n: Any, end_G: Any, starts: Any, lengths: Any, size: int, before: bool,
 ) -> None:  # fmt: skip
+    count = len(starts)
     for program in prange(theta.shape[0] * count):
         head, piece = program // count, program % count
-        start = piece // per * b + piece % per * size
-        length = min(size, b - piece % per * size, tokens - start)
+        start, length = starts[piece], lengths[piece]
         one = theta.dtype.type(1)
         beta, m, f = one, one, one - one
         n = np.zeros(size, theta.dtype)
@@ -62,13 +62,13 @@ def _scalars(
 @njit(cache=True, nogil=True, parallel=True)
 def _scalars_backward(
     theta: Any, eta: Any, alpha: Any, stored: Any, rows: Any, n_rows: Any, G_rows: Any, drows: Any,
-    dn_rows: Any, dG_rows: Any, dend: Any, dend_n: Any, dend_G: Any, out: Any, tokens: int, b: int,
-    per: int, count: int, size: int, before: bool,
+    dn_rows: Any, dG_rows: Any, dend: Any, dend_n: Any, dend_G: Any, out: Any, starts: Any,
+    lengths: Any, size: int, before: bool,
 ) -> None:  # fmt: skip
+    count = len(starts)
     for program in prange(theta.shape[0] * count):
         head, piece = program // count, program % count
-        start = piece // per * b + piece % per * size
-        length = min(size, b - piece % per * size, tokens - start)
+        start, length = starts[piece], lengths[piece]
         one = theta.dtype.type(1)
         ubeta, um, uf = dend[head, piece, 0], dend[head, piece, 1], dend[head, piece, 2]
         un = dend_n[head, piece].copy()
@@ -120,6 +120,10 @@ def _given(rates: Rates) -> tuple[Any, ...]:
     return rates.theta.numpy(), rates.eta.numpy(), rates.alpha.numpy(), stored
 
 
+def _places(rates: Rates, pieces: Pieces) -> tuple[Any, ...]:
+    return tuple(x.numpy() for x in pieces.places(rates.theta.device))
+
+
 def _matrices(x: Tensor) -> Any:
     return x.reshape(0, 0, 0, 0).numpy() if x.dim() == 1 else x.numpy()
 
@@ -133,8 +137,7 @@ def scalars(rates: Rates, pieces: Pieces, before: bool, with_n: bool = False) ->
     kernel: Any = _scalars
     kernel(
         *_given(rates), of.rows.numpy(), _matrices(of.n), of.G.numpy(), of.end.numpy(),
-        of.end_n.numpy(), of.end_G.numpy(), pieces.tokens, pieces.b, pieces.per, pieces.count,
-        pieces.size, before,
+        of.end_n.numpy(), of.end_G.numpy(), *_places(rates, pieces), pieces.size, before,
     )  # fmt: skip
     return of
 
@@ -151,7 +154,7 @@ def scalars_backward(rates: Rates, pieces: Pieces, before: bool, d: Scalars) -> 
         *_given(rates), of.rows.numpy(), of.n.numpy(), of.G.numpy(),
         *(_matrices(x.contiguous()) if x.dim() in (1, 4) else x.contiguous().numpy()
           for x in (d.rows, d.n, d.G, d.end, d.end_n, d.end_G)),
-        out.numpy(), pieces.tokens, pieces.b, pieces.per, pieces.count, pieces.size, before,
+        out.numpy(), *_places(rates, pieces), pieces.size, before,
     )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnspec.fast.backend import wide_dtype
 from attnspec.fast.engines.memory import dense, dense_gradients
 from attnspec.fast.engines.memory.configs import config, deep_config, least_side
+from attnspec.fast.engines.memory.packed import Packed, most_pieces
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.operation import operation
 
@@ -35,16 +36,25 @@ def _two(k: Tensor, widths: list[int], backend: str) -> bool:
     return backend == "triton" and k.dtype != torch.float64 and widest
 
 
-def _pieces(k: Tensor, widths: list[int], b: int, backend: str) -> Pieces:
+def _size(k: Tensor, widths: list[int], b: int, backend: str) -> int:
+    """Tokens of a piece at most."""
     needed = max(1, min(b, k.shape[2]))
     linear = _linear(widths, backend)
     if not linear and not _two(k, widths, backend):
-        return Pieces(k.shape[2], b, min(64, needed))
+        return min(64, needed)
     kind = k.element_size(), _hopper(k)
     widest = max(widths[0], widths[-1])
     size = config(*kind).piece if linear else deep_config(*kind, widest).deep_piece
     least = 16 if linear else least_side(k.element_size())
-    return Pieces(k.shape[2], b, min(size, max(least, 1 << (needed - 1).bit_length())))
+    return min(size, max(least, 1 << (needed - 1).bit_length()))
+
+
+def _pieces(
+    k: Tensor, offsets: Tensor | None, widths: list[int], b: int, backend: str
+) -> Pieces:
+    size, tokens = _size(k, widths, b, backend), k.shape[2]
+    packed = None if offsets is None else Packed.of(offsets, tokens, b, size)
+    return Pieces(tokens, b, size, packed)
 
 
 def _deep(
@@ -56,14 +66,17 @@ def _deep(
 @operation("attnspec::memory")
 def memory_op(
     W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor,
-    alpha: Tensor, stored: Tensor | None, widths: list[int], b: int, loss_scale: float,
-    before: bool, keep: bool, backend: str,
+    alpha: Tensor, stored: Tensor | None, offsets: Tensor | None, widths: list[int], b: int,
+    loss_scale: float, before: bool, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the last W and S (batch, heads, numbers), and two tensors for the gradient."""
+    """y, the last W and S (batch, heads, numbers), and two tensors for the gradient.
+
+    With `offsets` the states are those of sequences that lie in one entry of the batch.
+    """
     with torch.cuda.device_of(k):
         rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (W.flatten(0, 1), S.flatten(0, 1))
-        pieces = _pieces(k, widths, b, backend)
+        pieces = _pieces(k, offsets, widths, b, backend)
         errors = W.new_empty(0)
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
@@ -82,14 +95,15 @@ def memory_op(
 
 
 def _saved_shapes(
-    W: Tensor, k: Tensor, q: Tensor, widths: list[int], b: int, keep: bool, backend: str
+    W: Tensor, k: Tensor, packed: bool, widths: list[int], b: int, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     nothing = W.new_empty(0)
-    pieces = _pieces(k, widths, b, backend)
-    if not keep or not pieces.count:
+    pieces = _pieces(k, None, widths, b, backend)
+    count = most_pieces(pieces.tokens, W.shape[0], b, pieces.size) if packed else pieces.count
+    if not keep or not count:
         return nothing, nothing
     memories = k.shape[0] * k.shape[1]
-    groups = -(-pieces.count // dense.GROUP)
+    groups = -(-count // dense.GROUP)
     if _two(k, widths, backend):
         d, hidden, dv = (16 * -(-x // 16) for x in widths)
         numbers = hidden * (d + dv)
@@ -97,33 +111,38 @@ def _saved_shapes(
     if not _linear(widths, backend):
         return W.new_empty(groups, 3, memories, W.shape[2]), nothing
     return (
-        k.new_empty(memories, pieces.count, 2, *widths),
-        k.new_empty(memories, pieces.count, pieces.size, widths[1]),
+        k.new_empty(memories, count, 2, *widths),
+        k.new_empty(memories, count, pieces.size, widths[1]),
     )
 
 
 @memory_op.register_fake
 def _(
     W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor,
-    alpha: Tensor, stored: Tensor | None, widths: list[int], b: int, loss_scale: float,
-    before: bool, keep: bool, backend: str,
+    alpha: Tensor, stored: Tensor | None, offsets: Tensor | None, widths: list[int], b: int,
+    loss_scale: float, before: bool, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = q.new_empty(*q.shape[:3], v.shape[3])
     states = W.new_empty(W.shape), S.new_empty(S.shape)
-    return y, *states, *_saved_shapes(W, k, q, widths, b, keep, backend)
+    packed = offsets is not None
+    return y, *states, *_saved_shapes(W, k, packed, widths, b, keep, backend)
 
 
 @operation("attnspec::memory_backward")
 def memory_backward_op(
-    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, k: Tensor, v: Tensor,
-    q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
-    b: int, loss_scale: float, before: bool, backend: str,
+    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, W: Tensor | None,
+    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None,
+    offsets: Tensor | None, widths: list[int], b: int, loss_scale: float, before: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens)."""
+    """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens); W and S are asked for with `offsets`
+    only.
+    """
     with torch.cuda.device_of(k):
         rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (dW.flatten(0, 1).contiguous(), dS.flatten(0, 1).contiguous())
-        pieces = _pieces(k, widths, b, backend)
+        first = [dW.flatten(0, 1) if x is None else x.flatten(0, 1) for x in (W, S)]
+        pieces = _pieces(k, offsets, widths, b, backend)
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
             dW0, dS0, dk, dv, dq, drates = kernels.backward(
@@ -132,21 +151,22 @@ def memory_backward_op(
         elif _two(k, widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_deep_back")
             dW0, dS0, dk, dv, dq, drates = kernels.backward(
-                widths, pieces, dy, *flat, saved, k, v, q, rates, loss_scale, before
+                widths, pieces, dy, *flat, saved, *first, k, v, q, rates, loss_scale, before
             )
         else:
             call = _deep(k, q, widths, pieces, loss_scale, before)
             dW0, dS0, dk, dv, dq, drates = dense_gradients.backward(
-                call, dy, *flat, saved, k, v, q, rates, backend
+                call, dy, *flat, saved, *first, k, v, q, rates, backend
             )
         return dW0.view(dW.shape), dS0.view(dS.shape), dk, dv, dq, drates.view(3, *theta.shape)
 
 
 @memory_backward_op.register_fake
 def _(
-    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, k: Tensor, v: Tensor,
-    q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None, widths: list[int],
-    b: int, loss_scale: float, before: bool, backend: str,
+    dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, W: Tensor | None,
+    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None,
+    offsets: Tensor | None, widths: list[int], b: int, loss_scale: float, before: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rates = theta.new_empty(3, *theta.shape, dtype=wide_dtype(k))
     return (
@@ -156,19 +176,20 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, *tensors, ctx.widths, ctx.b, ctx.loss_scale, ctx.before, ctx.keep, ctx.backend = inputs
-    ctx.save_for_backward(*output[3:], *tensors)
+    W, S, *tensors, ctx.widths, ctx.b, ctx.loss_scale, ctx.before, ctx.keep, ctx.backend = inputs
+    first = (None, None) if tensors[-1] is None else (W, S)
+    ctx.save_for_backward(*output[3:], *first, *tensors)
     ctx.set_materialize_grads(True)
 
 
 def _gradient(ctx: Any, dy: Tensor, dW: Tensor, dS: Tensor, *unused: Any) -> tuple[Any, ...]:
-    saved, errors, k, v, q, theta, eta, alpha, stored = ctx.saved_tensors
+    saved, errors, W, S, k, v, q, theta, eta, alpha, stored, offsets = ctx.saved_tensors
     dW0, dS0, dk, dv, dq, drates = memory_backward_op(
-        dy.to(q.dtype), dW, dS, saved, errors, k, v, q, theta, eta, alpha, stored, ctx.widths,
-        ctx.b, ctx.loss_scale, ctx.before, ctx.backend,
+        dy.to(q.dtype), dW, dS, saved, errors, W, S, k, v, q, theta, eta, alpha, stored, offsets,
+        ctx.widths, ctx.b, ctx.loss_scale, ctx.before, ctx.backend,
     )  # fmt: skip
     by_rate = (x.to(rate.dtype) for x, rate in zip(drates, (theta, eta, alpha), strict=True))
-    return dW0, dS0, dk, dv, dq, *by_rate, None, None, None, None, None, None, None
+    return dW0, dS0, dk, dv, dq, *by_rate, *[None] * 8
 
 
 memory_op.register_autograd(_gradient, setup_context=_setup)

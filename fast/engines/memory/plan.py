@@ -7,16 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnspec.fast.engines.memory.packed import Packed
+
 
 @dataclass(frozen=True)
 class Pieces:
     """A gradient chunk of b tokens is cut in `per` pieces of up to `size` tokens; the last chunk of
-    `tokens` may be shorter. Piece n starts at token n // per * b + n % per * size.
+    `tokens` may be shorter. Piece n starts at token n // per * b + n % per * size, unless the
+    tokens are those of `packed` sequences.
     """
 
     tokens: int
     b: int
     size: int
+    packed: Packed | None = None
 
     @property
     def per(self) -> int:
@@ -24,13 +28,15 @@ class Pieces:
 
     @property
     def count(self) -> int:
+        if self.packed is not None:
+            return self.packed.count
         whole, rest = divmod(self.tokens, self.b)
         return whole * self.per + -(-rest // self.size)
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """x with its `dim` tokens as (count, size), zeros where a piece is short."""
         dim %= x.dim()
-        if self.b % self.size == 0 or self.tokens <= self.size:
+        if self._in_a_row:
             missing = self.count * self.size - self.tokens
             if missing:
                 shape = (*x.shape[:dim], missing, *x.shape[dim + 1 :])
@@ -45,19 +51,38 @@ class Pieces:
         """The tokens of x (..., count, size, ...), the former at `dim`, in a row again."""
         dim %= x.dim()
         x = x.flatten(dim, dim + 1)
-        if self.b % self.size == 0 or self.tokens <= self.size:
+        if self._in_a_row:
             return x.narrow(dim, 0, self.tokens)
+        start, _ = self.places(x.device)
         token = torch.arange(self.tokens, device=x.device)
-        inside = token % self.b
-        piece = token // self.b * self.per + inside // self.size
-        return x.index_select(dim, piece * self.size + inside % self.size)
+        piece = torch.searchsorted(start, token, right=True) - 1
+        return x.index_select(dim, piece * self.size + token - start[piece])
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first token of every piece, and how many it has."""
+        if self.packed is not None:
+            start, length, *_ = self.packed.table[:-1].unbind(1)
+            return start.contiguous(), length.contiguous()
+        piece = torch.arange(self.count, device=device)
+        within = piece % self.per * self.size
+        start = piece // self.per * self.b + within
+        return start, (self.b - within).clamp(max=self.size).minimum(self.tokens - start)
+
+    def table(self, like: Tensor) -> Tensor:
+        """The table of packed sequences, or any tensor for kernels that do not look at it."""
+        return like if self.packed is None else self.packed.table
+
+    @property
+    def _in_a_row(self) -> bool:
+        """Whether only the last piece may be short."""
+        whole = self.b % self.size == 0 or self.tokens <= self.size
+        return self.packed is None and whole
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        piece = torch.arange(self.count, device=device)[:, None]
-        within = piece % self.per * self.size + torch.arange(self.size, device=device)
-        token = piece // self.per * self.b + within
-        inside = (within < self.b) & (token < self.tokens)
-        return torch.where(inside, token, 0), inside
+        start, length = self.places(device)
+        within = torch.arange(self.size, device=device)
+        inside = within < length[:, None]
+        return torch.where(inside, start[:, None] + within, 0), inside
 
 
 @dataclass(frozen=True)

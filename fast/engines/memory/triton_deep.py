@@ -3,7 +3,8 @@ then all that the group's queries read.
 
 Inputs, states and scratch are float32, and all widths are padded to multiples of 16 with zeros,
 which stay zeros: kernels are compiled for fewer widths, and read whole words. Only the states that
-enter a group are kept for the gradient, as in `dense`.
+enter a group are kept for the gradient, as in `dense`. As there, packed sequences follow one
+another, and where one begins, its first states take the place of those the one before has left.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.memory.configs import MemoryConfig, deep_config, least_side
 from attnspec.fast.engines.memory.dense import GROUP
+from attnspec.fast.engines.memory.packed import Ends
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.memory.triton_deep_walk import begin_kernel, read_kernel, step_kernel
 from attnspec.fast.engines.memory.triton_scalars import scalars
@@ -149,11 +151,22 @@ class Two:
         first, second = state.split([d * hidden, hidden * dv], 1)
         return first.unflatten(1, (d, hidden)), second.unflatten(1, (hidden, dv))
 
+    def ends(self, *states: Tensor) -> list[Ends]:
+        """Those of packed sequences, if there are any."""
+        return [] if self.pieces.packed is None else [Ends(x, self.memories) for x in states]
+
+    def handed(self, sequences: Sequence[Ends]) -> dict[str, Tensor]:
+        """Where kernels that go piece by piece find both ends of sequences, if there are any."""
+        both = [x for name in ("given", "kept") for x in (getattr(e, name) for e in sequences)]
+        names = ("given_W", "given_S", "kept_W", "kept_S")
+        return dict(zip(names, both or [self.k] * 4, strict=True))
+
     def place(self) -> dict[str, Any]:
         p = self.pieces
         return {
-            "first": 0, "tokens": p.tokens, "b": p.b, "per": p.per, "count": p.count,
-            "size": p.size, "memories": self.memories,
+            "first": 0, "cuts": p.table(self.k), "tokens": p.tokens, "b": p.b, "per": p.per,
+            "count": p.count, "size": p.size, "memories": self.memories,
+            "PACKED": p.packed is not None,
         }  # fmt: skip
 
     def owning(self) -> dict[str, Any]:
@@ -178,12 +191,13 @@ class Two:
 
 
 class Group:
-    """Scratch of a group of pieces, and the launches that fill it."""
+    """Scratch of a group of pieces, and the launches that fill it, from the first states W and S."""
 
-    def __init__(self, call: Two) -> None:
+    def __init__(self, call: Two, W: Tensor, S: Tensor) -> None:
         _, hidden, dv = call.widths
         slots = min(GROUP, call.pieces.count)
         self.call, self.long = call, call.pieces.per > 1
+        self.first, self.sequences = (W, S), call.ends(W, S)
         self.W, self.S = call.states(slots + 2), call.states(slots + 1)
         self.Z, self.H, self.D1 = (call.columns(slots, hidden) for _ in range(3))
         self.D2 = call.columns(slots, dv)
@@ -197,7 +211,7 @@ class Group:
         self._step = Repeated(
             step_kernel, programs, i=0, k=call.k, v=call.v, W=self.W, S=self.S, Z=self.Z, H=self.H,
             D1=self.D1, D2=self.D2, parts=parts, end=of.end, end_n=of.end_n, end_G=of.end_G,
-            many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **options,
+            **call.handed(self.sequences), many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **options,
         )  # fmt: skip
 
     def enter(self, W: Tensor, S: Tensor, base: Tensor | None = None) -> None:
@@ -209,6 +223,14 @@ class Group:
         self.W[1].copy_(W)
         self.S[0].copy_(S)
 
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """W and S before the first piece."""
+        W, S = self.first
+        packed = self.call.pieces.packed
+        if packed is not None:
+            W, S = (ends.enter(packed.begins(0), self.S[0]) for ends in self.sequences)
+        return W, S
+
     def walk(self, number: int) -> None:
         """Group `number`, from the states that `enter` set."""
         first, many = number * GROUP, self.call.many(number)
@@ -218,10 +240,13 @@ class Group:
 
     def base_behind(self, number: int) -> Tensor | None:
         """The base of the piece behind a group, if chunks have pieces and there is such a piece."""
-        behind = (number + 1) * GROUP
-        if not self.long or behind >= self.call.pieces.count:
+        behind, p = (number + 1) * GROUP, self.call.pieces
+        if not self.long or behind >= p.count:
             return None
-        return self.W[max(0, GROUP + 1 - behind % self.call.pieces.per)]
+        if p.packed is None:
+            return self.W[max(0, GROUP + 1 - behind % p.per)]
+        slot = (GROUP + 1 - p.packed.table[behind, 2:3]).clamp(min=0)
+        return self.W.index_select(0, slot)[0]
 
 
 def forward(
@@ -229,7 +254,7 @@ def forward(
     rates: Rates, loss_scale: float, before: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last W and S (memories, numbers), and the states that enter groups if `keep`:
-    (groups, 3 or 2, memories, padded numbers), W, S and, if chunks have pieces, the base.
+    (groups, 3 or 2, heads, padded numbers), W, S and, if chunks have pieces, the base.
     """
     call = Two.of_inputs(widths, pieces, k, v, q, rates, loss_scale, before)
     y = call.output(q, widths[2])
@@ -239,13 +264,13 @@ def forward(
     if keep:
         kinds = 3 if pieces.per > 1 else 2
         saved = call.empty(call.groups, kinds, call.memories, call.numbers)
-    group = Group(call)
+    group = Group(call, call.spread(W), call.spread(S))
+    last_W, last_S = group.begin()
     read = Repeated(
         read_kernel, 0, k=call.k, q=call.q, W=group.W, S=group.S, H=group.H, D1=group.D1,
         D2=group.D2, rows=call.of.rows, G=call.of.G, y=y, many=0, group=call.group, **call.place(),
         **call.going_through(),
     )  # fmt: skip
-    last_W, last_S = call.spread(W), call.spread(S)
     base = last_W if group.long else None
     for number in range(call.groups):
         group.enter(last_W, last_S, base)
@@ -259,4 +284,6 @@ def forward(
         last_W, last_S = group.W[many + 1], group.S[many]
         base = group.base_behind(number)
     y = y[..., : widths[2]].contiguous()
+    if group.sequences:
+        last_W, last_S = (ends.left for ends in group.sequences)
     return y, call.packed(last_W), call.packed(last_S), saved

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.engines.memory.dense import GROUP
+from attnspec.fast.engines.memory.packed import Ends
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.memory.triton_deep import Group, Two, in_rows
 from attnspec.fast.engines.memory.triton_deep_gradients import (
@@ -33,8 +34,9 @@ class Back:
     """Scratch of the way back through a group of pieces, results, and the launches."""
 
     def __init__(
-        self, call: Two, group: Group, dy: Tensor, dk: Tensor, dv: Tensor, dq: Tensor
-    ) -> None:
+        self, call: Two, group: Group, sequences: Sequence[Ends], dy: Tensor, dk: Tensor,
+        dv: Tensor, dq: Tensor,
+    ) -> None:  # fmt: skip
         p, slots, heads = call.pieces, group.H.shape[0], call.memories * call.group
         d, hidden, dv_width = call.widths
         self.call = call
@@ -67,7 +69,7 @@ class Back:
         self._step = Repeated(
             step_back_kernel, programs, D2=D2, dbase=dbase, RW=self.sums["dW"], RS=self.sums["dS"],
             RH=self.sums["dH"], RD2=self.sums["dD2"], dz=dz, dv=dv, end=of.end,
-            loss_scale=call.loss_scale, LONG=p.per > 1, **errors, **walk,
+            loss_scale=call.loss_scale, LONG=p.per > 1, **call.handed(sequences), **errors, **walk,
         )  # fmt: skip
         self._keys = Repeated(
             keys_back_kernel, 0, k=call.k, W=W, S=group.S, H=H, D1=D1, D2=D2, dW=self.dW,
@@ -124,17 +126,22 @@ class Back:
 
 def backward(
     widths: Sequence[int], pieces: Pieces, dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor,
-    k: Tensor, v: Tensor, q: Tensor, rates: Rates, loss_scale: float, before: bool,
+    W: Tensor, S: Tensor, k: Tensor, v: Tensor, q: Tensor, rates: Rates, loss_scale: float,
+    before: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dW, dS (memories, numbers), dk, dv, dq, and drates (3, memories, tokens)."""
+    """dW, dS (memories, numbers), dk, dv, dq, and drates (3, heads, tokens)."""
     call = Two.of_inputs(widths, pieces, k, v, q, rates, loss_scale, before)
     dk, dv, dq = (call.output(x, x.shape[3]) for x in (k, v, q))
     if not call.memories or not pieces.count:
         dk, dv, dq = (torch.zeros_like(x) for x in (k, v, q))
         return dW.clone(), dS.clone(), dk, dv, dq, rates.theta.new_zeros(3, *rates.theta.shape)
-    group = Group(call)
-    back = Back(call, group, dy, dk, dv, dq)
+    group = Group(call, call.spread(W), call.spread(S))
     last_dW, last_dS = call.spread(dW), call.spread(dS)
+    sequences = call.ends(last_dW, last_dS)
+    back = Back(call, group, sequences, dy, dk, dv, dq)
+    if pieces.packed is not None:
+        ends, nothing = pieces.packed.ends(pieces.count - 1), torch.zeros_like(back.dW[0])
+        last_dW, last_dS = (x.enter(ends, nothing) for x in sequences)
     for number in reversed(range(call.groups)):
         many = call.many(number)
         group.enter(*saved[number])
@@ -143,6 +150,8 @@ def backward(
         back.dS[many].copy_(last_dS)
         back.walk(number)
         last_dW, last_dS = back.dW[0], back.dS[0]
+    if sequences:
+        last_dW, last_dS = (x.left for x in sequences)
     drates = scalars_backward(rates, pieces, before, back.coefficients())
     dk, dv, dq = (
         out[..., : x.shape[3]].contiguous() for out, x in ((dk, k), (dv, v), (dq, q))

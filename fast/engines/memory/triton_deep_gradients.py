@@ -20,27 +20,28 @@ from attnspec.fast.engines.memory.triton_deep_walk import (
     gelu_slope,
     layer_tiles,
     of_tokens,
+    pass_on,
     store_tokens,
     sum_parts,
     tokens_tile,
 )
-from attnspec.fast.engines.memory.triton_scalars import locate
+from attnspec.fast.engines.memory.triton_scalars import piece_at
 from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 
 
 @triton.jit
 def begin_back(
-    k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n, slot, memories, memory, low,
+    k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n, slot, cuts, memories, memory, low,
     tokens, b, per, count, size,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The first layer's error, and a tile's part of the second's, for piece n in a slot."""
     N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
-    _, _piece, start, length = locate(n, tokens, b, per, count, size)
+    turn, start, length = piece_at(n, cuts, tokens, b, per, size, PACKED)
     one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
-    base = W + (tl.maximum(slot + 1 - n % per, 0) * memories + memory) * N
+    base = W + (tl.maximum(slot + 1 - turn, 0) * memories + memory) * N
     line = tl.cast(slot, tl.int64) * memories + memory
     behind = (line + memories) * N
     here = memory * count + n
@@ -68,27 +69,29 @@ def begin_back(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def begin_back_kernel(
-    i, k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first, tokens, b, per, count, size,
-    memories,
+    i, k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first, cuts, tokens, b, per, count,
+    size, memories,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The errors of a group's last piece, in slot i."""
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     low = tl.program_id(0) % tiles * BH
     begin_back(
-        k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first + i, i, memories, memory,
-        low, tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+        k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, first + i, i, cuts, memories,
+        memory, low, tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION, PACKED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def step_back_kernel(
     i, k, W, Z, H, D2, dW, dS, dbase, RW, RS, RH, RD1, RD2, dD1, dback, dz, dv, parts, end, end_n,
-    end_G, first, tokens, b, per, count, size, memories, loss_scale,
+    end_G, given_W, given_S, kept_W, kept_S, first, cuts, tokens, b, per, count, size, memories,
+    loss_scale,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Back through the piece in slot `i`, and the errors of the one before it begun."""
     N: tl.constexpr = HIDDEN * (D + DV)
@@ -101,8 +104,13 @@ def step_back_kernel(
     here = memory * count + n
     line = tl.cast(i, tl.int64) * memories + memory
     behind = (line + memories) * N
-    _, _piece, start, length = locate(n, tokens, b, per, count, size)
-    older = W + (tl.maximum(i + 1 - n % per, 0) * memories + memory) * N
+    turn, start, length = piece_at(n, cuts, tokens, b, per, size, PACKED)
+    leaves, enters = turn, turn
+    if PACKED:
+        leaves = tl.load(cuts + tl.cast(n, tl.int64) * 5 + 3)
+        # What enters before piece 0 is not used.
+        enters = tl.load(cuts + tl.cast(tl.maximum(n - 1, 0), tl.int64) * 5 + 4)
+    older = W + (tl.maximum(i + 1 - turn, 0) * memories + memory) * N
     base = tl.load(older + two, mask=in_two, other=0.0)
     G = of_tokens(end_G, here, C)
     other = of_tokens(end_n, here, C)
@@ -126,45 +134,58 @@ def step_back_kernel(
     if LONG:
         kept = dbase + memory * N + two
         more += tl.load(kept, mask=in_two, other=0.0)
-        enters = n % per == 0
-        tl.store(kept, tl.where(enters, 0.0, more), mask=in_two)
-        more = tl.where(enters, more, 0.0)
+        begun = turn == 0
+        tl.store(kept, tl.where(begun, 0.0, more), mask=in_two)
+        more = tl.where(begun, more, 0.0)
     # They are read a second time rather than kept: registers are short.
     dW2 = tl.load(dW + behind + two, mask=in_two, other=0.0)
     dS2 = tl.load(dS + behind + two, mask=in_two, other=0.0)
     more += beta * dW2 + tl.load(RW + line * N + two, mask=in_two, other=0.0)
-    tl.store(dW + line * N + two, more, mask=in_two)
+    pass_on(
+        more, dW + line * N, two, in_two, kept_W, leaves, given_W, enters, memory, memories, N,
+        PACKED,
+    )  # fmt: skip
     more = f * dW2 + m * dS2 + tl.load(RS + line * N + two, mask=in_two, other=0.0)
-    tl.store(dS + line * N + two, more, mask=in_two)
+    pass_on(
+        more, dS + line * N, two, in_two, kept_S, leaves, given_S, enters, memory, memories, N,
+        PACKED,
+    )  # fmt: skip
     K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     more = dot(K_T, tl.trans(through), PRECISION)
     if LONG:
         kept = dbase + memory * N + one
         more += tl.load(kept, mask=in_one, other=0.0)
-        enters = n % per == 0
-        tl.store(kept, tl.where(enters, 0.0, more), mask=in_one)
-        more = tl.where(enters, more, 0.0)
+        begun = turn == 0
+        tl.store(kept, tl.where(begun, 0.0, more), mask=in_one)
+        more = tl.where(begun, more, 0.0)
     dW1 = tl.load(dW + behind + one, mask=in_one, other=0.0)
     dS1 = tl.load(dS + behind + one, mask=in_one, other=0.0)
     more += beta * dW1 + tl.load(RW + line * N + one, mask=in_one, other=0.0)
-    tl.store(dW + line * N + one, more, mask=in_one)
+    pass_on(
+        more, dW + line * N, one, in_one, kept_W, leaves, given_W, enters, memory, memories, N,
+        PACKED,
+    )  # fmt: skip
     more = f * dW1 + m * dS1 + tl.load(RS + line * N + one, mask=in_one, other=0.0)
-    tl.store(dS + line * N + one, more, mask=in_one)
+    pass_on(
+        more, dS + line * N, one, in_one, kept_S, leaves, given_S, enters, memory, memories, N,
+        PACKED,
+    )  # fmt: skip
     if i > 0:
         # What follows reads what other threads of the program have just stored.
         tl.debug_barrier()
         begin_back(
-            k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n - 1, i - 1, memories,
+            k, W, Z, H, dW, dS, RD1, dD1, dback, parts, end_n, end_G, n - 1, i - 1, cuts, memories,
             memory, low, tokens, b, per, count, size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+            PACKED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def keys_back_kernel(
-    k, W, S, H, D1, D2, dW, dS, RK, dz, dk, dend, dend_n, dend_G, end_n, end_G, first, many, tokens,
-    b, per, count, size, memories, hidden,
+    k, W, S, H, D1, D2, dW, dS, RK, dz, dk, dend, dend_n, dend_G, end_n, end_G, first, many, cuts,
+    tokens, b, per, count, size, memories, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk, and the gradients of the coefficients a piece ends with: a program is a piece."""
     N: tl.constexpr = HIDDEN * (D + DV)
@@ -174,8 +195,8 @@ def keys_back_kernel(
     here = memory * count + n
     line = i * memories + memory
     behind = (line + memories) * N
-    _, _piece, start, length = locate(n, tokens, b, per, count, size)
-    older = W + (tl.maximum(i + 1 - n % per, 0) * memories + memory) * N
+    turn, start, length = piece_at(n, cuts, tokens, b, per, size, PACKED)
+    older = W + (tl.maximum(i + 1 - turn, 0) * memories + memory) * N
     E = tokens_tile(D2, line, 0, DV, BV, C)
     dK = tokens_tile(RK, line, 0, D, BD, C)
     in_W = tl.zeros((BD, C), tl.float32)

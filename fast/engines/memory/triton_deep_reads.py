@@ -20,16 +20,16 @@ from attnspec.fast.engines.memory.triton_deep_walk import (
     store_tokens,
     tokens_tile,
 )
-from attnspec.fast.engines.memory.triton_scalars import locate
+from attnspec.fast.engines.memory.triton_scalars import piece_at
 from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def read_back_kernel(
-    k, q, dy, W, S, H, D1, D2, rows, G, pairs, h, dA, drows, dG, dD2, first, many, tokens, b, per,
-    count, size, memories, group, hidden,
+    k, q, dy, W, S, H, D1, D2, rows, G, pairs, h, dA, drows, dG, dD2, first, many, cuts, tokens,
+    b, per, count, size, memories, group, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """h and dA, the share of the reads in dD2 (slots, heads, dv, C), and the second layer's in the
     gradients of the read coefficients, drows (heads, pieces, layers, C, 2) and dG (heads, pieces,
@@ -45,7 +45,7 @@ def read_back_kernel(
     here = memory * count + first + i
     line = i * memories + memory
     place = i * memories * group + own
-    _, _piece, start, length = locate(first + i, tokens, b, per, count, size)
+    _turn, start, length = piece_at(first + i, cuts, tokens, b, per, size, PACKED)
     row = tl.arange(0, C)
     square = row[:, None] * C + row[None, :]
     turned = row[None, :] * C + row[:, None]
@@ -96,10 +96,10 @@ def read_back_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def shares_kernel(
-    q, dy, rows, pairs, h, dA, dW, dS, dH, dD1, first, many, tokens, b, per, count, size, memories,
-    group,
+    q, dy, rows, pairs, h, dA, dW, dS, dH, dD1, first, many, cuts, tokens, b, per, count, size,
+    memories, group,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The share of the reads in dW, dS (slots, heads, numbers), dH, dD1 (slots, heads, hidden, C):
     a program is a query head, a piece and a tile of hidden channels.
@@ -112,7 +112,7 @@ def shares_kernel(
     i = program % many
     here = own // group * count + first + i
     place = i * memories * group + own
-    _, _piece, start, length = locate(first + i, tokens, b, per, count, size)
+    _turn, start, length = piece_at(first + i, cuts, tokens, b, per, size, PACKED)
     row = tl.arange(0, C)
     square = row[:, None] * C + row[None, :]
     beta = tl.load(rows + (here * C + row) * 3)
@@ -138,10 +138,10 @@ def shares_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def queries_back_kernel(
-    k, q, W, S, D1, rows, G, dA, dq, drows, dG, dK, first, many, tokens, b, per, count, size,
-    memories, group, hidden,
+    k, q, W, S, D1, rows, G, dA, dq, drows, dG, dK, first, many, cuts, tokens, b, per, count,
+    size, memories, group, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq, the share of the reads in dK (slots, heads, d, C), and the first layer's in drows and,
     added to what is there, in dG: a program is a query head and a piece.
@@ -153,7 +153,7 @@ def queries_back_kernel(
     here = memory * count + first + i
     line = i * memories + memory
     place = i * memories * group + own
-    _, _piece, start, length = locate(first + i, tokens, b, per, count, size)
+    _turn, start, length = piece_at(first + i, cuts, tokens, b, per, size, PACKED)
     dscores = tl.zeros((C, C), tl.float32)
     in_W = tl.zeros((BD, C), tl.float32)
     in_S = tl.zeros((BD, C), tl.float32)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.memory.triton_scalars import PLACE, locate
+from attnspec.fast.engines.memory.triton_scalars import PLACE, piece_at
 from attnspec.fast.engines.memory.triton_walk import rows_tile, store_rows
 
 RUNTIME = [*PLACE, "memories", "first", "i", "many", "hidden"]
@@ -80,19 +80,36 @@ def store_tokens(x, line, tile, low, width: tl.constexpr, B: tl.constexpr, C: tl
 
 
 @triton.jit
+def pass_on(
+    x, there, at, inside, kept, leaves, given, enters, memory, memories, N: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Store a tile x of a state `there`. The PACKED sequence that a walk `leaves` keeps x, and the
+    one that it `enters` gives what takes the place of x; both may be none, -1.
+    """
+    if PACKED:
+        own = (leaves * memories + memory) * N + at
+        tl.store(kept + own, x, mask=inside & (at * 0 + leaves >= 0))
+        own = (enters * memories + memory) * N + at
+        some = at * 0 + enters >= 0
+        x = tl.where(some, tl.load(given + own, mask=inside & some, other=0.0), x)
+    tl.store(there + at, x, mask=inside)
+
+
+@triton.jit
 def begin_piece(
-    k, W, Z, H, parts, n, slot, memories, memory, low, tokens, b, per, count, size,
+    k, W, Z, H, parts, n, slot, cuts, memories, memory, low, tokens, b, per, count, size,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """z and h of a tile of hidden channels, and its part of the second layer's products, for piece
     n in a slot.
     """
     N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
-    _, _piece, start, length = locate(n, tokens, b, per, count, size)
+    turn, start, length = piece_at(n, cuts, tokens, b, per, size, PACKED)
     one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
-    base = W + (tl.maximum(slot + 1 - n % per, 0) * memories + memory) * N
+    base = W + (tl.maximum(slot + 1 - turn, 0) * memories + memory) * N
     base_one = tl.load(base + one, mask=in_one, other=0.0)
     base_two = tl.load(base + two, mask=in_two, other=0.0)
     K = rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD)
@@ -108,17 +125,17 @@ def begin_piece(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def begin_kernel(
-    k, W, Z, H, parts, first, tokens, b, per, count, size, memories,
+    k, W, Z, H, parts, first, cuts, tokens, b, per, count, size, memories,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The keys of a group's first piece, number `first`, at its base."""
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     low = tl.program_id(0) % tiles * BH
     begin_piece(
-        k, W, Z, H, parts, first, 0, memories, memory, low, tokens, b, per, count, size,
-        D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+        k, W, Z, H, parts, first, 0, cuts, memories, memory, low, tokens, b, per, count, size,
+        D, DV, HIDDEN, BD, BV, BH, C, PRECISION, PACKED,
     )  # fmt: skip
 
 
@@ -140,15 +157,17 @@ def sum_parts(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def step_kernel(
-    i, k, v, W, S, Z, H, D1, D2, parts, end, end_n, end_G, first, many, tokens, b, per, count, size,
-    memories, loss_scale,
+    i, k, v, W, S, Z, H, D1, D2, parts, end, end_n, end_G, given_W, given_S, kept_W, kept_S, first,
+    many, cuts, tokens, b, per, count, size, memories, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BH: tl.constexpr, C: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Piece `i` of `many` of a group is stored, and the next one's keys are begun.
 
     Slot i of the states is read and slot i + 1 written. Programs of a memory share `parts`, of
-    which one half is read and the other one written.
+    which one half is read and the other one written. given_W and the like are those of PACKED
+    sequences, see `pass_on`.
     """
     N: tl.constexpr = HIDDEN * (D + DV)
     tiles: tl.constexpr = (HIDDEN + BH - 1) // BH
@@ -158,13 +177,17 @@ def step_kernel(
     one, in_one, two, in_two = layer_tiles(low, D, DV, HIDDEN, BD, BV, BH)
     n = first + i
     here = memory * count + n
-    _, _piece, start, length = locate(n, tokens, b, per, count, size)
+    turn, start, length = piece_at(n, cuts, tokens, b, per, size, PACKED)
+    leaves, enters = turn, turn
+    if PACKED:
+        row = cuts + tl.cast(n, tl.int64) * 5
+        leaves, enters = tl.load(row + 4), tl.load(row + 8)
     weights = W + ((i + 1) * memories + memory) * N
     momentum = S + (tl.cast(i, tl.int64) * memories + memory) * N
     W2 = tl.load(weights + two, mask=in_two, other=0.0)
     base = W2
     if LONG:
-        older = W + (tl.maximum(i + 1 - n % per, 0) * memories + memory) * N
+        older = W + (tl.maximum(i + 1 - turn, 0) * memories + memory) * N
         base = tl.load(older + two, mask=in_two, other=0.0)
     V = rows_tile(v + memory * tokens * DV, DV, start, length, 0, DV, C, BV)
     line = tl.cast(i, tl.int64) * memories + memory
@@ -184,30 +207,38 @@ def step_kernel(
     S2 = m * S2 - dot(h, tl.trans(other * E), PRECISION)
     next_W = weights + memories.to(tl.int64) * N
     next_S = momentum + memories.to(tl.int64) * N
-    tl.store(next_W + two, W2, mask=in_two)
-    tl.store(next_S + two, S2, mask=in_two)
+    pass_on(
+        W2, next_W, two, in_two, kept_W, leaves, given_W, enters, memory, memories, N, PACKED
+    )
+    pass_on(
+        S2, next_S, two, in_two, kept_S, leaves, given_S, enters, memory, memories, N, PACKED
+    )
     K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     W1 = tl.load(weights + one, mask=in_one, other=0.0)
     S1 = tl.load(momentum + one, mask=in_one, other=0.0)
     W1 = beta * W1 + f * S1 - dot(K_T, tl.trans(G * delta), PRECISION)
     S1 = m * S1 - dot(K_T, tl.trans(other * delta), PRECISION)
-    tl.store(next_W + one, W1, mask=in_one)
-    tl.store(next_S + one, S1, mask=in_one)
+    pass_on(
+        W1, next_W, one, in_one, kept_W, leaves, given_W, enters, memory, memories, N, PACKED
+    )
+    pass_on(
+        S1, next_S, one, in_one, kept_S, leaves, given_S, enters, memory, memories, N, PACKED
+    )
     if i + 1 < many:
         # The base may be what other threads of the program have just stored.
         tl.debug_barrier()
         begin_piece(
-            k, W, Z, H, parts, n + 1, i + 1, memories, memory, low, tokens, b, per, count, size,
-            D, DV, HIDDEN, BD, BV, BH, C, PRECISION,
+            k, W, Z, H, parts, n + 1, i + 1, cuts, memories, memory, low, tokens, b, per, count,
+            size, D, DV, HIDDEN, BD, BV, BH, C, PRECISION, PACKED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def read_kernel(
-    k, q, W, S, H, D1, D2, rows, G, y, first, many, tokens, b, per, count, size, memories, group,
-    hidden,
+    k, q, W, S, H, D1, D2, rows, G, y, first, many, cuts, tokens, b, per, count, size, memories,
+    group, hidden,
     D: tl.constexpr, DV: tl.constexpr, HIDDEN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a group's pieces read: a program is a query head and a piece."""
     N: tl.constexpr = HIDDEN * (D + DV)
@@ -216,7 +247,7 @@ def read_kernel(
     memory = own // group
     here = memory * count + first + i
     line = i * memories + memory
-    _, _piece, start, length = locate(first + i, tokens, b, per, count, size)
+    _turn, start, length = piece_at(first + i, cuts, tokens, b, per, size, PACKED)
     # A row a key, a column a query.
     row = tl.arange(0, C)
     weight = tl.load(G + here * C * C + row[None, :] * C + row[:, None])

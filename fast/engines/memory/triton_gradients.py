@@ -22,8 +22,9 @@ from attnspec.fast.engines.memory.triton_walk import (
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def queries_kernel(
     k, k_b, k_h, k_t, q, q_b, q_h, q_t, dy, states, errors, rows, G, dq, dpairs, drows,
-    dG, tokens, b, per, count, size, heads, group,
+    dG, cuts, tokens, b, per, count, size, heads, group,
     D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, TD: tl.constexpr, TV: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq, the gradients of q k^T in dpairs, and those of the read coefficients of a query head.
 
@@ -32,7 +33,11 @@ def queries_kernel(
     tiles: tl.constexpr = (D + TD - 1) // TD
     tile = tl.program_id(0) % tiles
     low = tile * TD
-    own, piece, start, length = locate(tl.program_id(0) // tiles, tokens, b, per, count, size)
+    own, piece, _turn, start, length = locate(
+        tl.program_id(0) // tiles, cuts, tokens, b, per, count, size, PACKED
+    )
+    if PACKED and length == 0:
+        return
     memory = own // group
     batch, head = own // (heads * group), own % (heads * group)
     k += offset(batch, k_b, head // group, k_h)
@@ -77,8 +82,9 @@ def queries_kernel(
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def keys_kernel(
     k, k_b, k_h, k_t, q, q_b, q_h, q_t, dv, states, dstates, errors, end_n, end_G, dpairs,
-    dk, dend, dend_n, dend_G, tokens, b, per, count, size, heads, group,
+    dk, dend, dend_n, dend_G, cuts, tokens, b, per, count, size, heads, group,
     D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, TD: tl.constexpr, TV: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk, and a tile's share of the gradients of the last coefficients of a piece:
     dend (memories, pieces, tiles, 3), dend_n and dend_G (memories, pieces, tiles, C).
@@ -86,11 +92,15 @@ def keys_kernel(
     tiles: tl.constexpr = (D + TD - 1) // TD
     tile = tl.program_id(0) % tiles
     low = tile * TD
-    memory, piece, start, length = locate(tl.program_id(0) // tiles, tokens, b, per, count, size)
+    memory, piece, turn, start, length = locate(
+        tl.program_id(0) // tiles, cuts, tokens, b, per, count, size, PACKED
+    )
+    if PACKED and length == 0:
+        return
     batch, head = memory // heads, memory % heads
     k += offset(batch, k_b, head, k_h)
     here = memory * count + piece
-    base = here - piece % per
+    base = here - turn
     dK = tl.zeros((C, TD), tl.float32)
     in_W = tl.zeros((C, TD), tl.float32)
     in_S = tl.zeros((C, TD), tl.float32)

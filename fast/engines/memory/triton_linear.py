@@ -61,6 +61,7 @@ class Linear:
 
     @property
     def memories(self) -> int:
+        """Rows of tokens; packed sequences, whose memories are their own, lie in one."""
         return self.k.shape[0] * self.k.shape[1]
 
     @property
@@ -89,7 +90,16 @@ class Linear:
         inputs = [getattr(self, name) for name in names]
         return tuple(part for x in inputs for part in (x, *x.stride()[:3]))
 
-    def place(self) -> tuple[int, ...]:
+    def place(self) -> tuple[Any, ...]:
+        return self.pieces.table(self.k), *self._sizes()
+
+    def walks(self) -> tuple[Any, ...]:
+        """As `place`, for kernels that go through sequences."""
+        packed = self.pieces.packed
+        cuts = (self.k, self.k) if packed is None else (packed.offsets, packed.bounds)
+        return *cuts, *self._sizes()
+
+    def _sizes(self) -> tuple[int, ...]:
         p = self.pieces
         return p.tokens, p.b, p.per, p.count, p.size, self.k.shape[1], self.group
 
@@ -99,12 +109,16 @@ class Linear:
     def walk_options(self) -> dict[str, Any]:
         return {
             "D": self.d, "DV": self.dv, "BD": _power(self.d), "BV": self.columns,
-            "C": self.pieces.size, "LONG": self.pieces.per > 1,
+            "C": self.pieces.size, "LONG": self.pieces.per > 1, "PACKED": self.packed,
             "num_warps": self.cfg.walk_warps, "num_stages": self.cfg.walk_stages,
         }  # fmt: skip
 
-    def walkers(self) -> int:
-        return self.memories * triton.cdiv(self.dv, self.columns)
+    @property
+    def packed(self) -> bool:
+        return self.pieces.packed is not None
+
+    def walkers(self, states: Tensor) -> int:
+        return states.shape[0] * triton.cdiv(self.dv, self.columns)
 
     def scores(self) -> Tensor:
         """q k^T times the coefficients, (query heads, pieces, size, size)."""
@@ -113,7 +127,7 @@ class Linear:
         launch(
             scores_kernel, heads * p.count,
             *self.rows("k", "q"), self.of.G, out, *self.place(),
-            D=self.d, C=p.size, TD=min(self.cfg.tile, _power(self.d)),
+            D=self.d, C=p.size, TD=min(self.cfg.tile, _power(self.d)), PACKED=self.packed,
             num_warps=self.cfg.tile_warps, num_stages=self.cfg.tile_stages,
         )  # fmt: skip
         return out
@@ -135,9 +149,9 @@ def forward(
         errors = call.empty(call.memories, pieces.count, pieces.size, call.dv, dtype=k.dtype)
     scores = call.scores()
     launch(
-        walk_kernel, call.walkers(),
+        walk_kernel, call.walkers(W),
         *call.rows("k", "v", "q"), W, S, of.rows, of.end, of.end_n, of.end_G, scores, y, last_W,
-        last_S, states, errors, *call.place(), loss_scale, KEEP=keep, **call.walk_options(),
+        last_S, states, errors, *call.walks(), loss_scale, KEEP=keep, **call.walk_options(),
     )  # fmt: skip
     return y, last_W, last_S, states, errors
 
@@ -155,15 +169,15 @@ def backward(
     first_dW, first_dS = torch.empty_like(dW), torch.empty_like(dS)
     dstates = torch.empty_like(states)
     launch(
-        walk_back_kernel, call.walkers(),
+        walk_back_kernel, call.walkers(dW),
         *call.rows("k", "q"), dy, of.rows, of.end, of.end_n, of.end_G, call.scores(), dW,
-        dS, first_dW, first_dS, dstates, dv, *call.place(), loss_scale, **call.walk_options(),
+        dS, first_dW, first_dS, dstates, dv, *call.walks(), loss_scale, **call.walk_options(),
     )  # fmt: skip
     tile = min(call.cfg.tile, _power(call.d))
     tiles, heads = triton.cdiv(call.d, tile), call.memories * call.group
     options = {
         "D": call.d, "DV": call.dv, "C": p.size, "TD": tile,
-        "TV": min(call.cfg.tile, _power(call.dv)),
+        "TV": min(call.cfg.tile, _power(call.dv)), "PACKED": call.packed,
         "num_warps": call.cfg.tile_warps, "num_stages": call.cfg.tile_stages,
     }  # fmt: skip
     dpairs = call.empty(heads, p.count, p.size, p.size, dtype=k.dtype)

@@ -20,24 +20,42 @@ PLACE = ("tokens", "b", "per", "count", "size")
 
 
 @triton.jit
-def locate(program, tokens, b, per, count, size):
-    """Head and piece of a program, the piece's first token and its number of tokens."""
+def piece_at(piece, cuts, tokens, b, per, size, PACKED: tl.constexpr):
+    """Which piece of its chunk a piece is, its first token and its number of tokens; those of
+    PACKED sequences are in the table `cuts`.
+    """
+    if PACKED:
+        row = cuts + tl.cast(piece, tl.int64) * 5
+        turn = tl.load(row + 2)
+        start = tl.load(row)
+        length = tl.load(row + 1)
+    else:
+        turn = piece % per
+        start = piece // per * b + turn * size
+        length = tl.minimum(tl.minimum(size, b - turn * size), tokens - start)
+    return turn, start, length
+
+
+@triton.jit
+def locate(program, cuts, tokens, b, per, count, size, PACKED: tl.constexpr):
+    """Head and piece of a program, and its `piece_at`."""
     head = (program // count).to(tl.int64)
     piece = program % count
-    within = piece % per * size
-    start = piece // per * b + within
-    length = tl.minimum(tl.minimum(size, b - within), tokens - start)
-    return head, piece, start, length
+    turn, start, length = piece_at(piece, cuts, tokens, b, per, size, PACKED)
+    return head, piece, turn, start, length
 
 
 @triton.jit(do_not_specialize=PLACE)
 def scalars_kernel(
-    theta, eta, alpha, stored, rows, n_rows, G_rows, end, end_n, end_G, tokens, b, per, count,
-    size, BC: tl.constexpr, BEFORE: tl.constexpr, STORED: tl.constexpr, WITH_N: tl.constexpr,
+    theta, eta, alpha, stored, rows, n_rows, G_rows, end, end_n, end_G, cuts, tokens, b, per,
+    count, size, BC: tl.constexpr, BEFORE: tl.constexpr, STORED: tl.constexpr,
+    WITH_N: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One piece: its coefficients as each row reads them (BEFORE its token or behind it)."""
     program = tl.program_id(0)
-    head, _piece, start, length = locate(program, tokens, b, per, count, size)
+    head, _piece, _turn, start, length = locate(
+        program, cuts, tokens, b, per, count, size, PACKED
+    )
     at = head * tokens + start
     row = program.to(tl.int64) * size
     column = tl.arange(0, BC)
@@ -87,12 +105,14 @@ def store_row(
 @triton.jit(do_not_specialize=PLACE)
 def scalars_backward_kernel(
     theta, eta, alpha, stored, rows, n_rows, G_rows, drows, dn_rows, dG_rows, dend, dend_n, dend_G,
-    dtheta, deta, dalpha, tokens, b, per, count, size,
-    BC: tl.constexpr, BEFORE: tl.constexpr, STORED: tl.constexpr, WITH_N: tl.constexpr,
+    dtheta, deta, dalpha, cuts, tokens, b, per, count, size, BC: tl.constexpr,
+    BEFORE: tl.constexpr, STORED: tl.constexpr, WITH_N: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Back through one piece; rows, n_rows, G_rows are the coefficients before each token."""
     program = tl.program_id(0)
-    head, _piece, start, length = locate(program, tokens, b, per, count, size)
+    head, _piece, _turn, start, length = locate(
+        program, cuts, tokens, b, per, count, size, PACKED
+    )
     at = head * tokens + start
     row = program.to(tl.int64) * size
     column = tl.arange(0, BC)
@@ -155,9 +175,10 @@ def _launch(kernel: Any, rates: Rates, pieces: Pieces, tensors: Any, **options: 
     stored = rates.theta if rates.stored is None else rates.stored
     launch(
         kernel, rates.theta.shape[0] * pieces.count,
-        rates.theta, rates.eta, rates.alpha, stored, *tensors, pieces.tokens, pieces.b, pieces.per,
-        pieces.count, pieces.size, BC=triton.next_power_of_2(pieces.size),
-        STORED=rates.stored is not None, num_warps=1 if pieces.size <= 128 else 4, **options,
+        rates.theta, rates.eta, rates.alpha, stored, *tensors, pieces.table(rates.theta),
+        pieces.tokens, pieces.b, pieces.per, pieces.count, pieces.size,
+        BC=triton.next_power_of_2(pieces.size), STORED=rates.stored is not None,
+        PACKED=pieces.packed is not None, num_warps=1 if pieces.size <= 128 else 4, **options,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.memory.triton_scalars import PLACE, locate
+from attnspec.fast.engines.memory.triton_scalars import PLACE, locate, piece_at
 
 
 @triton.jit
@@ -49,12 +49,14 @@ def product(a, b):
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def scores_kernel(
-    k, k_b, k_h, k_t, q, q_b, q_h, q_t, G, scores, tokens, b, per, count, size, heads,
-    group, D: tl.constexpr, C: tl.constexpr, TD: tl.constexpr,
+    k, k_b, k_h, k_t, q, q_b, q_h, q_t, G, scores, cuts, tokens, b, per, count, size, heads,
+    group, D: tl.constexpr, C: tl.constexpr, TD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """scores (query heads, pieces, C, C) = q k^T times the coefficients of every pair."""
     program = tl.program_id(0)
-    head, piece, start, length = locate(program, tokens, b, per, count, size)
+    head, piece, _turn, start, length = locate(
+        program, cuts, tokens, b, per, count, size, PACKED
+    )
     batch, own = head // (heads * group), head % (heads * group)
     k += offset(batch, k_b, own // group, k_h)
     q += offset(batch, q_b, own, q_h)
@@ -70,36 +72,55 @@ def scores_kernel(
     tl.store(scores + where + square, acc.to(scores.dtype.element_ty))
 
 
+@triton.jit
+def sequence(n, offsets, bounds):
+    """The first token of a packed sequence and how many it has, its first piece and their number.
+
+    Counts have 32 bits, and a walk adds the first token to its pointers, so that what is in its
+    loop is what it would be for one sequence alone.
+    """
+    origin, first = tl.load(offsets + n), tl.load(bounds + n)
+    tokens = (tl.load(offsets + n + 1) - origin).to(tl.int32)
+    pieces = (tl.load(bounds + n + 1) - first).to(tl.int32)
+    return origin, tokens, first, pieces
+
+
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def walk_kernel(
     k, k_b, k_h, k_t, v, v_b, v_h, v_t, q, q_b, q_h, q_t, first_W, first_S, rows,
-    end, end_n, end_G, scores, y, last_W, last_S, states, errors, tokens, b, per, count, size,
-    heads, group, loss_scale,
+    end, end_n, end_G, scores, y, last_W, last_S, states, errors, offsets, bounds, tokens, b, per,
+    count, size, heads, group, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LONG: tl.constexpr, KEEP: tl.constexpr,
+    LONG: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y, and the last W and S; states and errors are kept for the gradient if KEEP.
 
-    LONG if a gradient chunk has more than one piece, whose gradients are taken at older weights.
+    A program is a memory, one for each sequence and head, and a tile of its value channels. LONG if a gradient chunk has more than one piece, whose gradients are taken at older weights.
     """
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
     left = program % tiles * BV
-    memory = (program // tiles).to(tl.int64)
-    batch, head = memory // heads, memory % heads
+    state = (program // tiles).to(tl.int64)
+    batch, head = state // heads, state % heads
+    memory, behind, pieces, first = state, tokens, count, 0
+    if PACKED:
+        # As if every token began an entry of a batch.
+        batch, behind, first, pieces = sequence(batch, offsets, bounds)
+        memory, k_b, v_b, q_b = head, k_t, v_t, q_t
+        y += batch * DV
     k += offset(batch, k_b, head, k_h)
     v += offset(batch, v_b, head, v_h)
     at, inside = state_at(D, DV, BD, BV, 0, left)
-    W = tl.load(first_W + memory * D * DV + at, mask=inside, other=0.0)
-    S = tl.load(first_S + memory * D * DV + at, mask=inside, other=0.0)
+    W = tl.load(first_W + state * D * DV + at, mask=inside, other=0.0)
+    S = tl.load(first_S + state * D * DV + at, mask=inside, other=0.0)
     base = W
     row = tl.arange(0, C)
     square = row[:, None] * C + row[None, :]
-    for n in range(count):
-        _, piece, start, length = locate(n, tokens, b, per, count, size)
-        here = memory * count + piece
+    for n in range(pieces):
+        turn, start, length = piece_at(n, offsets, behind, b, per, size, False)
+        here = memory * count + first + n
         if LONG:
-            base = tl.where(n % per == 0, W, base)
+            base = tl.where(turn == 0, W, base)
         else:
             base = W
         K = rows_tile(k, k_t, start, length, 0, D, C, BD)
@@ -116,7 +137,7 @@ def walk_kernel(
             queries = q + offset(batch, q_b, head * group + g, q_h)
             Q = rows_tile(queries, q_t, start, length, 0, D, C, BD)
             own = memory * group + g
-            A = tl.load(scores + (own * count + piece) * C * C + square)
+            A = tl.load(scores + (own * count + first + n) * C * C + square)
             Y = beta * product(Q, W) + f * product(Q, S) - product(A, E)
             store_rows(y + own * tokens * DV, DV, Y, start, length, left, DV, C, BV)
         G = tl.load(end_G + here * C + row)[:, None]
@@ -124,34 +145,41 @@ def walk_kernel(
         K_T = tl.trans(K)
         W = tl.load(end + here * 3) * W + tl.load(end + here * 3 + 2) * S - product(K_T, G * E)
         S = tl.load(end + here * 3 + 1) * S - product(K_T, other * E)
-    tl.store(last_W + memory * D * DV + at, W, mask=inside)
-    tl.store(last_S + memory * D * DV + at, S, mask=inside)
+    tl.store(last_W + state * D * DV + at, W, mask=inside)
+    tl.store(last_S + state * D * DV + at, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=[*PLACE, "k_b", "k_h", "v_b", "v_h", "q_b", "q_h"])
 def walk_back_kernel(
     k, k_b, k_h, k_t, q, q_b, q_h, q_t, dy, rows, end, end_n, end_G, scores, last_dW,
-    last_dS, first_dW, first_dS, dstates, dv, tokens, b, per, count, size, heads, group, loss_scale,
+    last_dS, first_dW, first_dS, dstates, dv, offsets, bounds, tokens, b, per, count, size, heads,
+    group, loss_scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dv, the gradients of the first states, and those of the states behind every piece."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
     left = program % tiles * BV
-    memory = (program // tiles).to(tl.int64)
-    batch, head = memory // heads, memory % heads
+    state = (program // tiles).to(tl.int64)
+    batch, head = state // heads, state % heads
+    memory, behind, pieces, first = state, tokens, count, 0
+    if PACKED:
+        batch, behind, first, pieces = sequence(batch, offsets, bounds)
+        memory, k_b, q_b = head, k_t, q_t
+        dy += batch * DV
+        dv += batch * DV
     k += offset(batch, k_b, head, k_h)
     at, inside = state_at(D, DV, BD, BV, 0, left)
-    dW = tl.load(last_dW + memory * D * DV + at, mask=inside, other=0.0)
-    dS = tl.load(last_dS + memory * D * DV + at, mask=inside, other=0.0)
+    dW = tl.load(last_dW + state * D * DV + at, mask=inside, other=0.0)
+    dS = tl.load(last_dS + state * D * DV + at, mask=inside, other=0.0)
     dbase = tl.zeros((BD, BV), tl.float32)
     row = tl.arange(0, C)
     square = row[:, None] * C + row[None, :]
-    for step in range(count):
-        n = count - 1 - step
-        _, piece, start, length = locate(n, tokens, b, per, count, size)
-        here = memory * count + piece
+    for step in range(pieces):
+        n = pieces - 1 - step
+        turn, start, length = piece_at(n, offsets, behind, b, per, size, False)
+        here = memory * count + first + n
         kept = dstates + here * 2 * D * DV + at
         tl.store(kept, dW.to(dstates.dtype.element_ty), mask=inside)
         tl.store(kept + D * DV, dS.to(dstates.dtype.element_ty), mask=inside)
@@ -168,7 +196,7 @@ def walk_back_kernel(
             dY = rows_tile(dy + own * tokens * DV, DV, start, length, left, DV, C, BV)
             queries = q + offset(batch, q_b, head * group + g, q_h)
             Q_T = tl.trans(rows_tile(queries, q_t, start, length, 0, D, C, BD))
-            A = tl.load(scores + (own * count + piece) * C * C + square)
+            A = tl.load(scores + (own * count + first + n) * C * C + square)
             dE -= product(tl.trans(A), dY)
             wide = dY.to(tl.float32)
             dW += product(Q_T, beta * wide)
@@ -178,9 +206,9 @@ def walk_back_kernel(
         more = product(tl.trans(K), dE)
         if LONG:
             dbase += more
-            dW = tl.where(n % per == 0, dW + dbase, dW)
-            dbase = tl.where(n % per == 0, 0.0, dbase)
+            dW = tl.where(turn == 0, dW + dbase, dW)
+            dbase = tl.where(turn == 0, 0.0, dbase)
         else:
             dW += more
-    tl.store(first_dW + memory * D * DV + at, dW, mask=inside)
-    tl.store(first_dS + memory * D * DV + at, dS, mask=inside)
+    tl.store(first_dW + state * D * DV + at, dW, mask=inside)
+    tl.store(first_dS + state * D * DV + at, dS, mask=inside)
