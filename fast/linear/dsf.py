@@ -104,7 +104,7 @@ CLAIMS = {
         "triton": {**_tuned(GATED), "draws": {"N": (*range(1, 25), 64, 70)}},
     },
     "rg_lru": TRAINED,
-    "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},
+    "qlstm_layer": CHUNKED,
     "softmax_attention": CHUNKED,
     "linear_attention": CHUNKED,
     "normalised_attention": CHUNKED,

@@ -110,6 +110,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
+from attnspec.reference.linear.dsf_layer import qlstm_layer, qlstm_layer_backward
 from attnspec.reference.linear.dsf_maps import (
     from_attention,
     from_normalised_attention,
@@ -135,7 +136,6 @@ from attnspec.reference.linear.dsf_recurrence import (
 from attnspec.reference.linear.dsf_rnn import (
     qlstm,
     qlstm_backward,
-    qlstm_layer,
     rg_lru,
     rg_lru_backward,
 )
@@ -223,8 +223,14 @@ MECHANISM = Mechanism(
         Operation(ssd_as_attention, ("S13",)),
         Operation(ssd_as_normalised, ("S14",)),
         Operation(is_ssd, ("S14", "S15")),
-        Operation(qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z", "h0")),
-        Operation(qlstm_layer, ("S11",)),
+        Operation(
+            qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z", "alpha", "h0")
+        ),
+        Operation(
+            qlstm_layer, ("S11",), qlstm_layer_backward,
+            ("x", "input_weight", "conv_weight", "conv_bias", "gates_weight", "gates_bias",
+             "output_weight", "alpha", "state"),
+        ),
         Operation(rg_lru, ("S12",), rg_lru_backward, ("u", "r", "g", "lam", "h0")),
         Operation(
             elementwise_scan, ("S16",), elementwise_scan_backward, ("a", "x", "h0")

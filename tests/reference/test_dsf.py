@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnspec.reference.linear import dsf, dsf_mixers, dsf_rnn, dsf_ssm
+from attnspec.reference.linear import dsf, dsf_layer, dsf_mixers, dsf_rnn, dsf_ssm
 from attnspec.reference.linear.based import taylor_weights
 from attnspec.reference.linear.dsf_mixers import feature_map
 from attnspec.reference.linear.dsf_recurrence import (
@@ -272,6 +272,10 @@ def differences(
     return made
 
 
+def last_two_swapped(made: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *made[:-2], made[-1], made[-2]
+
+
 def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
     q, k, v, n = numbers(20, (2, 3, 2), (2, 3, 2), (2, 3, 2), (2, 3))
     h, z = np.abs(numbers(21, (2, 2, 2))[0]), np.ones((2, 2))
@@ -280,7 +284,8 @@ def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
     s6_names = ("Delta", "A", "b", "c", "u", "D")
     f, i, o, x = numbers(23, *4 * [(2, 3, 2)])
     first = x[:, 0].copy()
-    back = {"alpha": 1.5, "reversed": True}
+    layer = numbers(25, (2, 3, 2), (4, 2), (2, 3), (2,), (6, 2), (6,), (2, 2))
+    layer += [np.array(1.5), *numbers(26, (2, 2), (2, 2, 2))]
     return {
         "dsf_scan": (dsf.dsf_scan, dsf_scan_backward, [*system(24, 3, 2, 2), v, first]),
         "softmax": (
@@ -298,10 +303,26 @@ def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
             dsf.ssd_scan, dsf_ssm.ssd_scan_backward,
             [np.abs(n) + 0.1, np.array([0.3, 2.0]), q, k, v, h]),
         "qlstm": (
-            lambda *a: dsf.qlstm(*a[:4], h0=a[4]), dsf_rnn.qlstm_backward, [f, i, o, x, first]),
+            lambda *a: dsf.qlstm(*a[:4], a[5], False, a[4]),
+            lambda *a: last_two_swapped(dsf_rnn.qlstm_backward(*a[:5], *a[6:], alpha=a[5])),
+            [f, i, o, x, first, np.array(1.5)]),
         "qlstm reversed": (
-            lambda *a: dsf.qlstm(*a, **back),
-            lambda *a: dsf_rnn.qlstm_backward(*a[:4], None, *a[4:], **back), [f, i, o, x]),
+            lambda *a: dsf.qlstm(*a, True),
+            lambda *a: dsf_rnn.qlstm_backward(
+                *a[:4], None, *a[5:], alpha=a[4], reversed=True),
+            [f, i, o, x, np.array(1.5)]),
+        "qlstm that grows": (
+            lambda *a: dsf.qlstm(*a, True),
+            lambda *a: dsf_rnn.qlstm_backward(
+                *a[:4], None, *a[5:], alpha=a[4], reversed=True),
+            [f, i, o, x, np.array(-1.5)]),
+        "qlstm_layer": (
+            lambda *a: dsf.qlstm_layer(*a[:8], True, (a[8], a[9])),
+            lambda *a: dsf_layer.qlstm_layer_backward(
+                *a[:7], (a[8], a[9]), *a[10:], alpha=a[7], reversed=True), layer),
+        "qlstm_layer without a state": (
+            dsf.qlstm_layer,
+            lambda *a: dsf_layer.qlstm_layer_backward(*a[:7], None, *a[7:])[:7], layer[:7]),
         "rg_lru": (
             lambda *a: dsf.rg_lru(*a[:4], h0=a[4]),
             lambda *a: dsf_rnn.rg_lru_backward(*a[:4], *a[5:], h0=a[4]),

@@ -109,10 +109,17 @@ def _gradient(
 gated_op.register_autograd(_gradient, setup_context=_setup)
 
 
+def gate(x: Tensor) -> Tensor:
+    """sigmoid(x) in float32 at least. torch differentiates its own to y (1 - y), of which nothing
+    is right where the gate is open.
+    """
+    return torch.exp(logsigmoid(wide(x)))
+
+
 def forget_gate(f: Tensor, alpha: float | Tensor = 1.0, reversed: bool = False) -> Tensor:
     """a in float32 at least; a long memory has no room for it in 16 bits."""
     if not reversed:
-        return torch.sigmoid(wide(f))
+        return gate(f)
     power = alpha.clamp(min=0) if isinstance(alpha, Tensor) else max(alpha, 0.0)
     return torch.exp(power * logsigmoid(-wide(f)))
 
@@ -134,9 +141,9 @@ def gated_scan(
     number or a tensor of no axes, counts only if `reversed`, and as 0 below. Differentiable.
     """
     if choose_by_dtype(backend, "z", z) == "numba":
-        enter = torch.sigmoid(wide(i)) * wide(z)
+        enter = gate(i) * wide(z)
         states, last = elementwise(forget_gate(f, alpha, reversed), enter, h0, backend=backend)
-        return (torch.sigmoid(wide(o)) * states).to(z.dtype), last
+        return (gate(o) * states).to(z.dtype), last
     learned = alpha.to(z.device, torch.float32) if isinstance(alpha, Tensor) and reversed else None
     power = 1.0 if isinstance(alpha, Tensor) else max(float(alpha), 0.0)
     rows = 0
