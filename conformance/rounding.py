@@ -43,7 +43,7 @@ ADDITIONS = ("reduce", "accumulate", "reduceat")
 POOL = 1024
 """Random numbers are drawn by so many at least: arrays are small, and each call costs as much."""
 SORTED = 2**16
-"""Equal entries of at most so many are found by sorting; among more, a hash brings them together."""
+"""Equal entries of at most so many are found by sorting; among more, by a hash."""
 
 
 class Model:
@@ -91,7 +91,7 @@ class Model:
         return self._signed(0.15, 0.4, values.shape)[place].reshape(x.shape)
 
     def _hash(self, x: np.ndarray) -> np.ndarray:
-        """16 bits of each float32 number's own under a key of this call: MurmurHash3's last step."""
+        """16 bits for each float32 number under a key of this call: MurmurHash3's last step."""
         bits = np.array(x, np.float32).view(np.uint32)
         bits ^= self.generator.integers(2**32, dtype=np.uint32)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
