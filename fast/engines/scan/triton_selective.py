@@ -342,7 +342,7 @@ def backward(
     if offsets is None:
         dh0 = torch.exp(-Delta[:, 0].float()[..., None] * rates) * zeroth
     else:
-        opening = Delta[0, offsets[:-1].clamp(max=tokens - 1)].float()
+        opening = Delta[0, offsets[:-1].long().clamp(max=tokens - 1)].float()
         decayed = torch.exp(-opening[..., None] * rates) * zeroth
         dh0 = torch.where((offsets.diff() > 0)[:, None, None], decayed, zeroth)
     dA, db, dc = before.sum((0, 1)), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
