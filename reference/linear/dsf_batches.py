@@ -53,7 +53,8 @@ def linear_attention_packed(
     for rows, own in zip(
         sequences(offsets, q.shape[-2]), _pairs(state, q, v, offsets), strict=True
     ):
-        y, pair = linear_attention(*(x[..., rows, :] for x in (q, k, v)), own)
+        Q, K, V = (x[..., rows, :] for x in (q, k, v))
+        y, pair = linear_attention(Q, K, V, own)
         parts.append((y, stacked(pair[0], 3), stacked(pair[1], 2)))
     y, h, z = gathered(parts, (-2, -4, -3))
     return y, (h, z)

@@ -45,7 +45,8 @@ def qlstm_packed(
     check_shaped("z", z, f.shape)
     parts = []
     for rows, first in starting(offsets, f.shape[-2], h0, f.shape[:-2], f.shape[-1:]):
-        y, h = qlstm(*(x[..., rows, :] for x in (f, i, o, z)), alpha, reversed, first)
+        F, I, O, Z = (x[..., rows, :] for x in (f, i, o, z))
+        y, h = qlstm(F, I, O, Z, alpha, reversed, first)
         parts.append((y, stacked(h, 1)))
     y, h = gathered(parts, (-2, -2))
     return y, h
@@ -111,7 +112,8 @@ def rg_lru_packed(
     check_rg_lru(r, g, lam, c, u)
     parts = []
     for rows, first in starting(offsets, u.shape[-2], h0, u.shape[:-2], u.shape[-1:]):
-        y, h = rg_lru(*(x[..., rows, :] for x in (u, r, g)), lam, c=c, h0=first)
+        U, R, G = (x[..., rows, :] for x in (u, r, g))
+        y, h = rg_lru(U, R, G, lam, c=c, h0=first)
         parts.append((y, stacked(h, 1)))
     y, h = gathered(parts, (-2, -2))
     return y, h
