@@ -26,6 +26,7 @@ TRANSCENDENTAL = {
     np.logaddexp, np.power, np.divide, np.reciprocal, np.arctan, np.cosh, np.sinh, np.float_power,
     ERF,
 }  # fmt: skip
+EXPONENT = np.int64(0x7FF0000000000000)
 LEAST_NORMAL = float(np.finfo(np.float32).tiny)
 CONTRACTIONS: dict[Callable[..., Any], str] = {
     np.einsum: "einsum",
@@ -41,6 +42,8 @@ SUMS = {np.sum, np.mean, np.cumsum}
 ADDITIONS = ("reduce", "accumulate", "reduceat")
 POOL = 1024
 """Random numbers are drawn by so many at least: arrays are small, and each call costs as much."""
+SORTED = 2**16
+"""Equal entries of at most so many are found by sorting; among more, by a hash."""
 
 
 class Model:
@@ -70,17 +73,31 @@ class Model:
         inside = (nearest != x) & np.isfinite(nearest)
         if not inside.any():
             return nearest
+        # An entry's power of 2 is its exponent without the rest of its bits.
+        power = (nearest.view(np.int64) & EXPONENT).view(np.float64)
         # What is too small for the dtype falls to 0, whose unit is the smallest there is.
-        normal = np.where(nearest == 0, 0.0, np.ldexp(EPS[self.dtype], np.frexp(nearest)[1] - 1))
-        unit = np.maximum(normal, TINY[self.dtype])
-        return np.where(inside, x + self._fall(x) * unit, nearest)
+        unit = np.maximum(EPS[self.dtype] * power, TINY[self.dtype])
+        unit *= self._fall(x)
+        unit += x
+        return np.where(inside, unit, nearest)
 
     def _fall(self, x: np.ndarray) -> np.ndarray:
         """Where entries fall, in units: 0.15 to 0.4 up or down, as large in the mean as uniform."""
-        if self.alike:
-            values, place = np.unique(x, return_inverse=True)
-            return self._signed(0.15, 0.4, values.shape)[place].reshape(x.shape)
-        return self._signed(0.15, 0.4, x.shape)
+        if not self.alike:
+            return self._signed(0.15, 0.4, x.shape)
+        if x.size > SORTED:
+            return self._signed(0.15, 0.4, (SORTED,))[self._hash(x)]
+        values, place = np.unique(x, return_inverse=True)
+        return self._signed(0.15, 0.4, values.shape)[place].reshape(x.shape)
+
+    def _hash(self, x: np.ndarray) -> np.ndarray:
+        """16 bits for each float32 number under a key of this call: MurmurHash3's last step."""
+        bits = np.array(x, np.float32).view(np.uint32)
+        bits ^= self.generator.integers(2**32, dtype=np.uint32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits ^= bits >> np.uint32(shift)
+            bits *= np.uint32(factor)
+        return bits >> np.uint32(16)
 
     def _signed(self, least: float, most: float, shape: tuple[int, ...]) -> np.ndarray:
         """Numbers of a random sign, between `least` and `most` in size. Not to be written to."""

@@ -50,7 +50,7 @@ def check(trial: Trial) -> None:
     contract, case = trial.contract, trial.case
     gradient = contract.spec.gradient
     assert gradient is not None
-    arguments = trial.arguments()
+    arguments = _learned(contract, trial.arguments(), case.dtype)
     truth = contract.outputs_of(contract.spec.function(**arguments))
     upstream = {}
     for name, index in upstream_names(contract):
@@ -62,9 +62,11 @@ def check(trial: Trial) -> None:
     given = {**absent, **arguments, **upstream}
     present = [name for name in contract.differentiable if arguments.get(name) is not None]
     outputs = tuple(
-        Output(leaf, cancels=f"d{name}" in contract.cancelling)
+        Output(leaf, row_axes=min(x.ndim, 1), cancels=f"d{name}" in contract.cancelling)
         for name in present
-        for leaf in _leaf_names(name, arguments[name])
+        for leaf, x in zip(
+            _leaf_names(name, arguments[name]), _leaves(arguments[name]), strict=True
+        )
     )
     expectation = EXPECTATIONS.get(
         ("gradient", case.key),
@@ -83,6 +85,16 @@ def check(trial: Trial) -> None:
     except Refused as refusal:
         raise Violation("gradient", f"refused a case it claims: {refusal}") from None
     trial.compare(outputs, got, expectation)
+
+
+def _learned(contract: Contract, arguments: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """`arguments` in which numbers that can be learned are arrays without axes."""
+    numbers = {
+        name: np.asarray(value)
+        for name in contract.differentiable
+        if isinstance(value := arguments.get(name), float)
+    }
+    return arguments | round_arguments(numbers, dtype)
 
 
 def _leaf_names(name: str, argument: Any) -> list[str]:

@@ -25,6 +25,13 @@ from attnspec.fast.engines.scan import (
     use_config,
 )
 from attnspec.fast.growing import checkable
+from attnspec.fast.linear.dsf_batches import (
+    linear_attention_packed,
+    qlstm_packed,
+    rg_lru_packed,
+    s6_packed,
+    ssd_packed,
+)
 from attnspec.fast.linear.dsf_maps import (
     from_attention,
     from_normalised_attention,
@@ -63,17 +70,22 @@ __all__ = [
     "gauge",
     "is_ssd",
     "linear_attention",
+    "linear_attention_packed",
     "mqar_accuracy",
     "mqar_batch",
     "mqar_sequences",
     "normalised_attention",
     "qlstm",
     "qlstm_layer",
+    "qlstm_packed",
     "rg_lru",
+    "rg_lru_packed",
+    "s6_packed",
     "s6_scan",
     "softmax_attention",
     "ssd_as_attention",
     "ssd_as_normalised",
+    "ssd_packed",
     "ssd_scan",
     "taylor_features",
 ]
@@ -104,11 +116,20 @@ CLAIMS = {
         "triton": {**_tuned(GATED), "draws": {"N": (*range(1, 25), 64, 70)}},
     },
     "rg_lru": TRAINED,
-    "qlstm_layer": {"compiled": True, "triton": {"graph": True, "exact_prefix": False}},
+    "qlstm_layer": CHUNKED,
     "softmax_attention": CHUNKED,
     "linear_attention": CHUNKED,
     "normalised_attention": CHUNKED,
     "ssd_scan": CHUNKED,
+    "linear_attention_packed": CHUNKED,
+    "s6_packed": {**TRAINED, "blocks": (16, 64), "triton": _tuned(SELECTIVE)},
+    "ssd_packed": CHUNKED,
+    "qlstm_packed": {
+        **TRAINED,
+        "blocks": (16, 256),
+        "triton": {**_tuned(GATED), "draws": {"N": (*range(1, 25), 64, 70)}},
+    },
+    "rg_lru_packed": TRAINED,
 }
 """What the suite is told beyond the defaults; what is torch launches no kernel of ours."""
 

@@ -90,6 +90,10 @@ slot and labelled there with its value; other labels are -100. The last token is
 may be random tokens instead, among which a key can occur unasked. Accuracy counts exact matches at
 labels.
 
+S18. **Packed sequences** lie end to end on the token axis; `offsets` (sequences + 1) say where each
+begins and the last ends. Each starts from its own state, 0 if none is handed in, and leaves its
+own. What others hold, NaN included, does not reach it; one without tokens hands its state through.
+
 Complexity
 ----------
 A token costs :math:`O(N)` where B and C have the structure of S4 to S12, :math:`O(N dv)` in S1 as
@@ -110,6 +114,15 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
+from attnspec.reference.linear.dsf_batches import (
+    linear_attention_packed,
+    linear_attention_packed_backward,
+    s6_packed,
+    s6_packed_backward,
+    ssd_packed,
+    ssd_packed_backward,
+)
+from attnspec.reference.linear.dsf_layer import qlstm_layer, qlstm_layer_backward
 from attnspec.reference.linear.dsf_maps import (
     from_attention,
     from_normalised_attention,
@@ -135,9 +148,14 @@ from attnspec.reference.linear.dsf_recurrence import (
 from attnspec.reference.linear.dsf_rnn import (
     qlstm,
     qlstm_backward,
-    qlstm_layer,
     rg_lru,
     rg_lru_backward,
+)
+from attnspec.reference.linear.dsf_rnn_batches import (
+    qlstm_packed,
+    qlstm_packed_backward,
+    rg_lru_packed,
+    rg_lru_packed_backward,
 )
 from attnspec.reference.linear.dsf_ssm import (
     is_ssd,
@@ -220,11 +238,36 @@ MECHANISM = Mechanism(
         Operation(
             ssd_scan, ("S9", "S13"), ssd_scan_backward, ("Delta", "a", "b", "c", "u", "h0")
         ),
+        Operation(
+            linear_attention_packed, ("S5", "S18"), linear_attention_packed_backward,
+            ("q", "k", "v", "state"),
+        ),
+        Operation(
+            s6_packed, ("S8", "S18"), s6_packed_backward,
+            ("Delta", "A", "b", "c", "u", "D", "h0"),
+        ),
+        Operation(
+            ssd_packed, ("S9", "S18"), ssd_packed_backward, ("Delta", "a", "b", "c", "u", "h0")
+        ),
+        Operation(
+            qlstm_packed, ("S11", "S18"), qlstm_packed_backward,
+            ("f", "i", "o", "z", "alpha", "h0"),
+        ),
+        Operation(
+            rg_lru_packed, ("S12", "S18"), rg_lru_packed_backward,
+            ("u", "r", "g", "lam", "h0"),
+        ),
         Operation(ssd_as_attention, ("S13",)),
         Operation(ssd_as_normalised, ("S14",)),
         Operation(is_ssd, ("S14", "S15")),
-        Operation(qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z", "h0")),
-        Operation(qlstm_layer, ("S11",)),
+        Operation(
+            qlstm, ("S10", "S11"), qlstm_backward, ("f", "i", "o", "z", "alpha", "h0")
+        ),
+        Operation(
+            qlstm_layer, ("S11",), qlstm_layer_backward,
+            ("x", "input_weight", "conv_weight", "conv_bias", "gates_weight", "gates_bias",
+             "output_weight", "alpha", "state"),
+        ),
         Operation(rg_lru, ("S12",), rg_lru_backward, ("u", "r", "g", "lam", "h0")),
         Operation(
             elementwise_scan, ("S16",), elementwise_scan_backward, ("a", "x", "h0")
@@ -237,6 +280,7 @@ MECHANISM = Mechanism(
     coverage=Coverage(
         patterns=("causal self",),
         phases=("prefill", "step by step", "chunked"),
+        paddings=("none", "packed"),
         heads=("MHA",),
         gradient=True,
     ),

@@ -143,12 +143,15 @@ def check_given(name: str, x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check_number(name: str, value: Any) -> None:
-    """K14: a finite number.
+    """K14: a finite number, or an array of one that has no axes.
 
+    >>> check_number("alpha", np.array(1.0))
     >>> check_number("alpha", "1")
     Traceback (most recent call last):
     TypeError: alpha: got str, expected a number
     """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     numbers = (int, float, np.floating, np.integer)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")

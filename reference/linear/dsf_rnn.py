@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_bool, check_shaped, check_size
+from attnspec.reference.conventions import check_array, check_bool, check_shaped
 from attnspec.reference.linear.dsf_recurrence import (
     check_given,
     check_number,
@@ -15,9 +15,6 @@ from attnspec.reference.linear.dsf_recurrence import (
     sigmoid_power,
     softplus,
 )
-from attnspec.reference.primitives.gelu import gelu
-
-LayerState = tuple[np.ndarray, np.ndarray]
 
 
 def qlstm(
@@ -30,7 +27,8 @@ def qlstm(
     h0: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """S11: y (..., T, N) and the last h (..., N), of pre-activations f, i, o and inputs z (..., T,
-    N); h0 (..., N) or None. `alpha` is only used by the reversed gate.
+    N); h0 (..., N) or None. `alpha`, a number or an array of no axes, is only used by the reversed
+    gate.
 
     >>> zero = np.zeros((2, 1))
     >>> y, h = qlstm(zero, zero, zero, 4 + zero)
@@ -56,17 +54,20 @@ def qlstm_backward(
     *,
     alpha: float = 1.0,
     reversed: bool = False,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """S16: df, di, do, dz, dh0 of `qlstm`; dh0 is None without an h0.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """S16: df, di, do, dz, dalpha, dh0 of `qlstm`; dh0 is None without an h0.
 
-    dy (..., T, N) and dh (..., N), or None, are the gradients of its outputs.
+    dy (..., T, N) and dh (..., N), or None, are the gradients of its outputs. dalpha has no axes;
+    it is 0 where alpha is not used or below 0, and at 0 the slope above (ours).
 
     >>> zero = np.zeros((1, 1))
     >>> start, one = zero[0], 1 + zero
     >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 * one, start, one)]
-    [0.0, 1.0, 1.0, 0.25, 0.25]
+    [0.0, 1.0, 1.0, 0.25, 0.0, 0.25]
     >>> [float(g.squeeze()) for g in qlstm_backward(zero, zero, zero, 8 * one, start, one, one[0])]
-    [0.0, 3.0, 1.0, 0.75, 0.75]
+    [0.0, 3.0, 1.0, 0.75, 0.0, 0.75]
+    >>> qlstm_backward(zero, zero, zero, zero, one[0], 4 * one, reversed=True)[4].round(4)
+    np.float64(-0.6931)
     """
     check_gates(f, i, o, alpha, reversed)
     check_shaped("z", z, f.shape)
@@ -76,12 +77,20 @@ def qlstm_backward(
     first = check_given("h0", h0, _last(z))
     states, _ = elementwise_scan(a, enter * z, first)
     da, dx, dh0 = elementwise_scan_backward(a, enter * z, first, read * dy, dh)
-    slope = -max(alpha, 0.0) * sigmoid_power(f) if reversed else sigmoid_power(-f)
+    kept = da * a
+    if reversed:
+        slope = -max(alpha, 0.0) * sigmoid_power(f)
+        # Where nothing is kept, not even an infinite exponent changes anything.
+        by_power = -np.where(kept == 0, np.zeros_like(kept), kept * softplus(f))
+    else:
+        slope, by_power = sigmoid_power(-f), np.zeros_like(kept)
+    dalpha = np.asanyarray(np.sum(by_power if alpha >= 0 else np.zeros_like(kept)))
     return (
-        da * a * slope,
+        kept * slope,
         dx * z * enter * sigmoid_power(-i),
         dy * states * read * sigmoid_power(-o),
         dx * enter,
+        dalpha,
         dh0,
     )
 
@@ -93,57 +102,6 @@ def forget_gate(f: np.ndarray, alpha: float = 1.0, reversed: bool = False) -> np
     (array([0.5]), array([0.25]))
     """
     return sigmoid_power(-f, max(alpha, 0.0)) if reversed else sigmoid_power(f)
-
-
-def qlstm_layer(
-    x: np.ndarray,
-    input_weight: np.ndarray,
-    conv_weight: np.ndarray,
-    conv_bias: np.ndarray,
-    gates_weight: np.ndarray,
-    gates_bias: np.ndarray,
-    output_weight: np.ndarray,
-    alpha: float = 1.0,
-    reversed: bool = False,
-    state: LayerState | None = None,
-) -> tuple[np.ndarray, LayerState]:
-    """S11: (..., T, d_model) and the state: h (..., hidden), branch rows (..., width - 1, hidden).
-
-    x (..., T, d_model), input_weight (2 hidden, d_model), conv_weight (hidden, width), conv_bias
-    (hidden,), gates_weight (3 hidden, hidden), gates_bias (3 hidden,), output_weight (d_model,
-    hidden). The paper has hidden = 2 d_model and width = 4.
-
-    >>> one = np.ones((1, 1))
-    >>> out, (h, rows) = qlstm_layer(
-    ...     one, np.array([[20.0], [1.0]]), np.array([[0.0, 2.0]]), np.zeros(1), np.zeros((3, 1)),
-    ...     np.zeros(3), one)
-    >>> out, h, rows
-    (array([[10.]]), array([1.]), array([[1.]]))
-    """
-    check_layer(x, input_weight, conv_weight, conv_bias, gates_weight, gates_bias, output_weight)
-    hidden, width = conv_weight.shape
-    h0, rows = check_layer_state(state, x, hidden, width)
-    both = x @ input_weight.T
-    gate, branch = both[..., :hidden], both[..., hidden:]
-    seen = np.concatenate([rows, branch], axis=-2)
-    z = causal_convolution(seen, conv_weight, conv_bias)
-    gates = z @ gates_weight.T + gates_bias
-    f, i, o = (gates[..., n * hidden : (n + 1) * hidden] for n in range(3))
-    y, h = qlstm(f, i, o, z, alpha, reversed, h0)
-    return (gelu(gate) * y) @ output_weight.T, (h, seen[..., seen.shape[-2] - width + 1 :, :])
-
-
-def causal_convolution(seen: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """S11: (..., T, hidden) of rows (..., width - 1 + T, hidden), weight (hidden, width).
-
-    >>> causal_convolution(np.array([[0.0], [1.0], [2.0]]), np.array([[10.0, 1.0]]), np.zeros(1))
-    array([[ 1.],
-           [12.]])
-    """
-    width = weight.shape[-1]
-    T = seen.shape[-2] - width + 1
-    windows = np.stack([seen[..., n : n + T, :] for n in range(width)], axis=-1)
-    return np.einsum("...cw,cw->...c", windows, weight) + bias
 
 
 def rg_lru(
@@ -258,43 +216,3 @@ def check_rg_lru(r: Any, g: Any, lam: Any, c: Any, like: np.ndarray) -> None:
     check_number("c", c)
     if not c > 0:
         raise ValueError(f"c: got {c}, expected a number > 0")
-
-
-def check_layer(x: Any, wi: Any, wc: Any, bc: Any, wg: Any, bg: Any, wo: Any) -> None:
-    """S11, K14: the weights of a layer fit one another.
-
-    >>> check_layer(*np.ones((7, 1, 1)))
-    Traceback (most recent call last):
-    ValueError: input_weight: got shape (1, 1), expected (2, 1)
-    """
-    check_array("x", x, ("T", "d_model"))
-    check_array("conv_weight", wc, ("hidden", "width"))
-    check_size("conv_weight", wc.ndim, 2, "axes")
-    if wc.shape[1] < 1:
-        raise ValueError(f"conv_weight: got shape {wc.shape}, expected a width >= 1")
-    d_model, hidden = x.shape[-1], wc.shape[0]
-    for name, w, shape in (
-        ("input_weight", wi, (2 * hidden, d_model)),
-        ("conv_bias", bc, (hidden,)),
-        ("gates_weight", wg, (3 * hidden, hidden)),
-        ("gates_bias", bg, (3 * hidden,)),
-        ("output_weight", wo, (d_model, hidden)),
-    ):
-        check_shaped(name, w, shape)
-
-
-def check_layer_state(state: Any, x: np.ndarray, hidden: int, width: int) -> LayerState:
-    """S11, K14: h and the last rows of branch, or zeros.
-
-    >>> check_layer_state(0, np.ones((1, 1)), 1, 4)
-    Traceback (most recent call last):
-    TypeError: state: got int, expected (h, rows)
-    """
-    shapes = (*x.shape[:-2], hidden), (*x.shape[:-2], width - 1, hidden)
-    if state is None:
-        return np.zeros_like(x, shape=shapes[0]), np.zeros_like(x, shape=shapes[1])
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"state: got {type(state).__name__}, expected (h, rows)")
-    for part, shape in zip(state, shapes, strict=True):
-        check_shaped("state", part, shape)
-    return state

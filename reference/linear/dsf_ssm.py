@@ -36,7 +36,7 @@ def s6_scan(
     >>> y.ravel(), h.ravel()
     (array([2. , 2.5]), array([1.5]))
     """
-    _check_s6_scan(Delta, A, b, c, u, D, h0)
+    check_s6_scan(Delta, A, b, c, u, D, h0)
     decay, new = _s6_system(Delta, A, b, u)
     states, last = flat_scan(decay, new, h0)
     y = np.einsum("...vn,...n->...v", states, c)
@@ -66,7 +66,7 @@ def s6_scan_backward(
     ...     one, 0 * one, 2 * one, 3 * one, one, one[0], one, one, one)]
     [8.0, -4.0, 4.0, 3.0, 9.0, 1.0, 4.0]
     """
-    _check_s6_scan(Delta, A, b, c, u, D, h0)
+    check_s6_scan(Delta, A, b, c, u, D, h0)
     check_shaped("dy", dy, u.shape)
     dh = check_given("dh", dh, (*Delta.shape[:-2], *A.shape))
     decay, new = _s6_system(Delta, A, b, u)
@@ -215,7 +215,7 @@ def _ssd_state(h0: np.ndarray | None, b: np.ndarray, u: np.ndarray) -> np.ndarra
     return h0
 
 
-def _check_s6_scan(Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, h0: Any) -> None:
+def check_s6_scan(Delta: Any, A: Any, b: Any, c: Any, u: Any, D: Any, h0: Any) -> None:
     check_s6(Delta, A, b, c, D)
     check_shaped("u", u, Delta.shape)
     if h0 is not None:

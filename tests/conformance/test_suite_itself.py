@@ -16,7 +16,7 @@ from attnspec.conformance.contract import Output, Ranking
 from attnspec.conformance.dtypes import EPS, TINY, round_to
 from attnspec.conformance.judge import expect
 from attnspec.conformance.layouts import LAYOUTS, place
-from attnspec.conformance.rounding import Model, Rounded, rounded_arithmetic
+from attnspec.conformance.rounding import SORTED, Model, Rounded, rounded_arithmetic
 from attnspec.conformance.runner import Profile, replay
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.primitives.gelu import normal_cdf
@@ -81,6 +81,20 @@ def test_operands_fall_alike_where_they_are_equal():
         errors = np.abs(got - 1 / 3) / (EPS["bfloat16"] / 4)
         assert np.all((errors > 0.14) & (errors < 0.41))
         assert (np.ptp(got) < 1e-6) == alike
+
+
+def test_so_they_do_among_more_than_are_sorted():
+    """Above that a hash tells equal entries; errors are as large, of either sign, and apart."""
+    model = Model("bfloat16", np.random.default_rng(0), alike=True)
+    values = np.random.default_rng(1).uniform(1.01, 1.99, SORTED // 4).astype(np.float32)
+    got = model.operand(np.tile(values, 5)).reshape(5, -1)
+    assert np.all(got == got[0])
+    errors = (got[0] - values)[round_to(values, "bfloat16") != values] / EPS["bfloat16"]
+    assert np.all((np.abs(errors) > 0.14) & (np.abs(errors) < 0.41))
+    assert 0.48 < np.mean(errors > 0) < 0.52
+    assert len(np.unique(np.round(errors, 9))) > 0.8 * errors.size
+    again = model.operand(np.tile(values, 5))[: values.size]
+    assert 0.48 < np.mean((again > values) == (got[0] > values)) < 0.52
 
 
 def test_half_of_the_runs_flush_subnormals():

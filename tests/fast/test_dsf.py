@@ -24,6 +24,8 @@ def calls() -> dict[str, tuple[Any, list[Tensor]]]:
     Lam, B, C, D = numbers(2, (2, 3, 2), (2, 3, 2, 2), (2, 3, 2, 2), (2, 3, 2, 2))
     alpha = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     layer = numbers(3, (2, 3, 2), (4, 2), (2, 3), (2,), (6, 2), (6,), (2, 2), (2, 2), (2, 2, 2))
+    ends = torch.tensor([0, 1, 1, 3])
+    h3, z3, c3, A = numbers(5, (3, 2, 2, 2), (3, 2, 2), (3, 2), (2, 2))
     return {
         "dsf_scan": (dsf.dsf_scan, [Lam, B, C, D, x, first]),
         "linear_attention": (
@@ -39,6 +41,21 @@ def calls() -> dict[str, tuple[Any, list[Tensor]]]:
             lambda *a: dsf.qlstm_layer(*a[:7], 1.5, True, (a[7], a[8])), layer),
         "rg_lru": (
             lambda *a: dsf.rg_lru(*a[:4], h0=a[4]), [x, f, i, rates, first]),
+        "linear_attention_packed": (
+            lambda q, k, v, h, z: dsf.linear_attention_packed(
+                q[0], k[0], v[0], ends, (h, 1 + z * z)), [q, k, v, h3, z3]),
+        "ssd_packed": (
+            lambda n, a, q, k, v, h: dsf.ssd_packed(
+                (n * n)[0], a * a, q[0], k[0], v[0], ends, h), [n, rates, q, k, v, h3]),
+        "s6_packed": (
+            lambda n, A, b, c, u, D, h: dsf.s6_packed(
+                (n * n)[0], A * A, b[0], c[0], u[0], ends, D, h), [f, A, i, o, x, rates, z3]),
+        "qlstm_packed": (
+            lambda f, i, o, x, alpha, h: dsf.qlstm_packed(
+                f[0], i[0], o[0], x[0], ends, alpha, True, h), [f, i, o, x, alpha, c3]),
+        "rg_lru_packed": (
+            lambda x, f, i, rates, h: dsf.rg_lru_packed(
+                x[0], f[0], i[0], rates, ends, h0=h), [x, f, i, rates, c3]),
     }  # fmt: skip
 
 
@@ -50,6 +67,18 @@ def flat(result: Any) -> list[Tensor]:
 def test_gradients_in_everything(name: str) -> None:
     function, inputs = calls()[name]
     assert torch.autograd.gradcheck(lambda *a: tuple(flat(function(*a))), inputs, fast_mode=True)
+
+
+def test_packed_op_is_one_graph() -> None:
+    *gates, alpha, first = (x.detach().float() for x in calls()["qlstm_packed"][1])
+    ends = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    leaves = [x[0].clone().requires_grad_() for x in gates]
+    made = []
+    compiled = torch.compile(dsf.qlstm_packed, fullgraph=True, backend="aot_eager")
+    for run in (dsf.qlstm_packed, compiled):
+        y, last = run(*leaves, ends, float(alpha), True, first)
+        made.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), leaves)])
+    torch.testing.assert_close(*made)
 
 
 def test_a_gate_that_never_forgets_has_no_gradient() -> None:

@@ -37,9 +37,9 @@ def test_elementwise_gradients(tokens: int) -> None:
 def test_ops_are_well_registered() -> None:
     given = inputs(3)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(selective_op.op, (*given, "numba"), test_utils=checks)
+    torch.library.opcheck(selective_op.op, (*given, None, "numba"), test_utils=checks)
     a, x, h0 = given[0], given[4], given[6][..., 0].detach().requires_grad_()
-    torch.library.opcheck(elementwise_op.op, (a, x, h0, "numba"), test_utils=checks)
+    torch.library.opcheck(elementwise_op.op, (a, x, h0, None, "numba"), test_utils=checks)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -91,6 +91,76 @@ SHUT = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 """A gate that is shut is 1 / inf."""
 
 
+OFFSETS = [0, 0, 5, 6, 6, 29, 37, 37]
+"""Without a token at the start, in the middle and at the end; of one token; of four segments, the
+last of which is a row over a tile; of a whole segment."""
+
+
+def packed(function: Any, offsets: list[int]) -> Any:
+    """`function` of sequences laid end to end."""
+    ends = torch.tensor(offsets, dtype=torch.int32)
+    return lambda *given, backend: function(*given, offsets=ends, backend=backend)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_packed_elementwise(started: bool) -> None:
+    torch.manual_seed(0)
+    a = torch.where(torch.rand(1, 37, 3) < 0.2, 0.0, torch.randn(1, 37, 3))
+    x, h0 = torch.randn(1, 3, 37).mT, torch.randn(7, 3)
+    compare(packed(elementwise, OFFSETS), [a, x, h0 if started else None])
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_packed_selective(started: bool) -> None:
+    torch.manual_seed(1)
+    channels, n = 3, 3
+    Delta, u = torch.rand(1, 37, channels), torch.randn(1, channels, 37).mT
+    A, D, h0 = torch.rand(channels, n) * 3, torch.randn(channels), torch.randn(7, channels, n)
+    b, c = torch.randn(1, 37, 2 * n).split(n, -1)
+    Delta[:, 20] = 40.0
+    given = [Delta, A, b, c, u, *((D, h0) if started else (None, None))]
+    compare(packed(selective, OFFSETS), given)
+
+
+@SHUT
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("gate", ["plain", "learned"])
+@pytest.mark.parametrize(("channels", "rows"), [(3, 4), (64, 4), (3, 16)])
+def test_packed_gates(started: bool, gate: str, channels: int, rows: int) -> None:
+    """Also two channels a thread, and marks within a tile, of which the gradient's are halves."""
+    *inputs, _ = gates(37, channels)
+    inputs = [x[:1] for x in inputs]
+    h0 = torch.randn(7, channels) if started else None
+
+    def function(f: Any, i: Any, o: Any, z: Any, first: Any, alpha: Any, **options: Any) -> Any:
+        power = 1.0 if alpha is None else alpha
+        return gated_scan(f, i, o, z, power, gate != "plain", first, **options)
+
+    alpha = None if gate == "plain" else torch.tensor(1.5)
+    with use_config(LaneConfig(rows, 64 if channels == 64 else 2, 8, 8)):
+        compare(packed(function, OFFSETS), [*inputs, h0, alpha], 2e-5)
+
+
+def test_neighbours_of_nan_are_not_felt() -> None:
+    """Nor states of infinity: what restarts is chosen, not multiplied by 0."""
+    torch.manual_seed(2)
+    offsets, own = torch.tensor([0, 11, 30, 37]), slice(11, 30)
+    inputs = [torch.full((1, 37, 3), torch.nan) for _ in range(4)]
+    for x in inputs:
+        x[:, own] = torch.randn(1, 19, 3)
+    h0 = torch.tensor([torch.inf, 0.5, torch.nan])[:, None].expand(3, 3)
+    for function, given in ((gated_scan, inputs), (elementwise, inputs[:2])):
+        options = {"h0": h0.contiguous(), "backend": "triton"}
+        y, last = function(*given, **options, offsets=offsets)
+        options["h0"] = h0[1:2].contiguous()
+        alone = function(*(x[:, own] for x in given), **options)
+        torch.testing.assert_close((y[:, own], last[1:2]), alone)
+        leaves = [x.detach().requires_grad_() for x in given]
+        y, last = function(*leaves, h0=h0.contiguous(), offsets=offsets, backend="triton")
+        for slope in torch.autograd.grad(y.nan_to_num().sum() + last[1].sum(), leaves):
+            assert slope[:, own].isfinite().all()
+
+
 @SHUT
 @pytest.mark.parametrize("tokens", [1, 8, 17])
 @pytest.mark.parametrize("gate", ["plain", "reversed", "learned", "growing", "learned to grow"])
@@ -129,10 +199,10 @@ def test_marks_within_a_tile() -> None:
         f, i, o, z, h0 = given
         if backend == "numba":
             return gated_scan(*given[:4], h0=h0, backend=backend)
-        return gated_op(f, z, i, o, None, 1.0, False, h0, 2)[:2]
+        return gated_op(f, z, i, o, None, 1.0, False, h0, None, 2)[:2]
 
     compare(function, [f, i, o, z, h0], 2e-5)
-    marks = gated_op(f, z, i, o, None, 1.0, False, h0, 2)[2]
+    marks = gated_op(f, z, i, o, None, 1.0, False, h0, None, 2)[2]
     states, _ = elementwise(torch.sigmoid(f), torch.sigmoid(i) * z, h0, backend="numba")
     before = torch.cat([h0[:, None], states[:, 1:-1:2]], 1)
     torch.testing.assert_close(marks, before, rtol=1e-5, atol=1e-5)
@@ -158,7 +228,7 @@ def test_gated_op_is_well_registered() -> None:
     alpha = torch.tensor(1.5, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for learned in (None, alpha):
-        given = (f, z, i, o, learned, 1.5, True, h0, 4)
+        given = (f, z, i, o, learned, 1.5, True, h0, None, 4)
         torch.library.opcheck(gated_op.op, given, test_utils=checks)
 
 
@@ -192,6 +262,19 @@ def test_the_suite() -> None:
         backend="triton", gradient=True, blocks=(4, 8), launches=launch_count, reads_values=False,
     )  # fmt: skip
     report = certify(kernel, profile="smoke")
+    assert report.passed, report.failures[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", ["qlstm_packed", "s6_packed", "rg_lru_packed"])
+def test_packed_sequences_of_the_suite(name: str) -> None:
+    kernel = Kernel(
+        "interpreted", f"dsf.{name}", partial(getattr(dsf, name), backend="triton"),
+        array="torch", dtypes=("float32",), gradient=True, reads_values=False,
+        draws={"tokens": (1, 4, 9, 20), "N": (1, 3), "dv": (1, 3), "n": (1, 4)},
+    )  # fmt: skip
+    laws = ["agreement", "gradient", "dsf-alone", "dsf-continued", "prefix", "refusal", "tiny"]
+    report = certify(kernel, profile=Profile("few", examples=6, shrink=False), laws=laws)
     assert report.passed, report.failures[0]
 
 

@@ -7,6 +7,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from attnspec.fast.engines.scan import (
     step,
     use_config,
 )
+from attnspec.fast.linear import dsf
 from attnspec.fast.linear.dsf import linear_attention
 
 FEW = Profile("few", examples=6, shrink=False)
@@ -242,6 +244,20 @@ def test_gradients_of_the_suite() -> None:
         report = certify(kernel, profile=FEW, laws=["gradient"])
     assert report.passed, report.failures[0]
     assert any(started)
+
+
+@pytest.mark.parametrize("name", ["linear_attention_packed", "ssd_packed"])
+def test_packed_sequences_of_the_suite(name: str) -> None:
+    """Alone, going on from their states, and their gradients."""
+    kernel = Kernel(
+        "interpreted", f"dsf.{name}", partial(getattr(dsf, name), backend="triton"),
+        array="torch", dtypes=("float32",), gradient=True, reads_values=False,
+        draws={"tokens": (1, 9, 20), "d": (3, 16), "dv": (2, 16), "kv_heads": (1, 2)},
+    )  # fmt: skip
+    laws = ["agreement", "gradient", "dsf-alone", "dsf-continued", "refusal"]
+    with use_config(SMALL):
+        report = certify(kernel, profile=FEW, laws=laws)
+    assert report.passed, report.failures[0]
 
 
 def test_bfloat16_raises() -> None:

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnspec.reference.linear import dsf, dsf_mixers, dsf_rnn, dsf_ssm
+from attnspec.reference.linear import (
+    dsf,
+    dsf_batches,
+    dsf_layer,
+    dsf_mixers,
+    dsf_rnn,
+    dsf_rnn_batches,
+    dsf_ssm,
+)
 from attnspec.reference.linear.based import taylor_weights
 from attnspec.reference.linear.dsf_mixers import feature_map
 from attnspec.reference.linear.dsf_recurrence import (
@@ -272,6 +280,56 @@ def differences(
     return made
 
 
+def last_two_swapped(made: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *made[:-2], made[-1], made[-2]
+
+
+def pairs(seed: int) -> list[np.ndarray]:
+    """States of three sequences of linear attention."""
+    h, z = numbers(seed, (3, 2, 2, 2), (3, 2, 2))
+    return [h, 1 + np.abs(z)]
+
+
+PACKED = ("linear_attention", "s6", "ssd", "qlstm", "rg_lru")
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("started", [False, True])
+def test_packed_sequences_are_those_alone(name: str, started: bool) -> None:
+    """Also without tokens, and beside NaN; leading axes are free."""
+    ends = np.array([0, 3, 3, 7])
+    q, k, v, h, z = numbers(31, *3 * [(2, 2, 7, 3)], (2, 3, 2, 3, 3), (2, 3, 2, 3))
+    rates = np.abs(h[0, 0, 0])
+    cells = {"f": q[0], "i": k[0], "o": v[0], "z": q[1]}
+    given, shared, states = {
+        "linear_attention": ({"q": q, "k": k, "v": v}, {}, {"state": (h, 1 + z * z)}),
+        "s6": (
+            {"Delta": np.abs(q[0]), "b": k[0], "c": v[0], "u": q[1]},
+            {"A": rates, "D": rates[0]}, {"h0": h[:, :, 0]}),
+        "ssd": (
+            {"Delta": np.abs(q[..., 0]), "b": k, "c": q, "u": v}, {"a": rates[0, :2]}, {"h0": h}),
+        "qlstm": (cells, {"reversed": True, "alpha": 1.5}, {"h0": z[:, :, 0]}),
+        "rg_lru": (
+            {"u": cells["z"], "r": cells["f"], "g": cells["i"]}, {"lam": rates[0]},
+            {"h0": z[:, :, 0]}),
+    }[name]  # fmt: skip
+    alone = getattr(dsf, name if hasattr(dsf, name) else f"{name}_scan")
+    packed = getattr(dsf, f"{name}_packed")
+    states = states if started else {}
+    y, *last = flat(packed(**given, **shared, offsets=ends, **states))
+    for n, rows in enumerate(map(slice, ends[:-1], ends[1:])):
+        axes = {key: -1 if key == "Delta" and x.ndim == 3 and name == "ssd" else -2
+                for key, x in given.items()}  # fmt: skip
+        own = {key: np.moveaxis(np.moveaxis(x, axes[key], 0)[rows], 0, axes[key])
+               for key, x in given.items()}  # fmt: skip
+        begun = {key: tuple(part[:, n] for part in x) if isinstance(x, tuple) else x[:, n]
+                 for key, x in states.items()}  # fmt: skip
+        want, *end = flat(alone(**own, **shared, **begun))
+        np.testing.assert_array_equal(y[..., rows, :], want)
+        for got, expected in zip(last, end, strict=True):
+            np.testing.assert_array_equal(got[:, n], expected)
+
+
 def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
     q, k, v, n = numbers(20, (2, 3, 2), (2, 3, 2), (2, 3, 2), (2, 3))
     h, z = np.abs(numbers(21, (2, 2, 2))[0]), np.ones((2, 2))
@@ -280,8 +338,33 @@ def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
     s6_names = ("Delta", "A", "b", "c", "u", "D")
     f, i, o, x = numbers(23, *4 * [(2, 3, 2)])
     first = x[:, 0].copy()
-    back = {"alpha": 1.5, "reversed": True}
+    layer = numbers(25, (2, 3, 2), (4, 2), (2, 3), (2,), (6, 2), (6,), (2, 2))
+    layer += [np.array(1.5), *numbers(26, (2, 2), (2, 2, 2))]
+    ends = np.array([0, 2, 2, 3])
+    h3 = numbers(27, (3, 2, 2))[0]
     return {
+        "linear packed": (
+            lambda q, k, v, h, z: dsf.linear_attention_packed(q, k, v, ends, (h, z)),
+            lambda q, k, v, h, z, *d: dsf_batches.linear_attention_packed_backward(
+                q, k, v, ends, (h, z), *d), [q, k, v, *pairs(28)]),
+        "s6 packed": (
+            lambda *a: dsf.s6_packed(*a[:5], ends, *a[5:]),
+            lambda *a: dsf_batches.s6_packed_backward(*a[:5], ends, *a[5:]),
+            [*(s6[x][0] if x not in "AD" else s6[x] for x in s6_names), h3]),
+        "ssd packed": (
+            lambda *a: dsf.ssd_packed(*a[:5], ends, a[5]),
+            lambda *a: dsf_batches.ssd_packed_backward(*a[:5], ends, *a[5:]),
+            [np.abs(n) + 0.1, np.array([0.3, 2.0]), q, k, v, pairs(29)[0]]),
+        "qlstm packed": (
+            lambda *a: dsf.qlstm_packed(*a[:4], ends, a[4], True, a[5]),
+            lambda *a: dsf_rnn_batches.qlstm_packed_backward(
+                *a[:4], ends, *a[5:], alpha=a[4], reversed=True),
+            [f[0], i[0], o[0], x[0], np.array(1.5), h3[0].repeat(2, 0)[:3].copy()]),
+        "rg_lru packed": (
+            lambda *a: dsf.rg_lru_packed(*a[:4], ends, h0=a[4]),
+            lambda *a: dsf_rnn_batches.rg_lru_packed_backward(
+                *a[:4], ends, *a[5:], h0=a[4]),
+            [x[0], f[0], i[0], first[0].copy(), h3[1].repeat(2, 0)[:3].copy()]),
         "dsf_scan": (dsf.dsf_scan, dsf_scan_backward, [*system(24, 3, 2, 2), v, first]),
         "softmax": (
             lambda *a: (dsf.softmax_attention(*a),),
@@ -298,10 +381,26 @@ def gradient_cases() -> dict[str, tuple[Any, Any, list[np.ndarray]]]:
             dsf.ssd_scan, dsf_ssm.ssd_scan_backward,
             [np.abs(n) + 0.1, np.array([0.3, 2.0]), q, k, v, h]),
         "qlstm": (
-            lambda *a: dsf.qlstm(*a[:4], h0=a[4]), dsf_rnn.qlstm_backward, [f, i, o, x, first]),
+            lambda *a: dsf.qlstm(*a[:4], a[5], False, a[4]),
+            lambda *a: last_two_swapped(dsf_rnn.qlstm_backward(*a[:5], *a[6:], alpha=a[5])),
+            [f, i, o, x, first, np.array(1.5)]),
         "qlstm reversed": (
-            lambda *a: dsf.qlstm(*a, **back),
-            lambda *a: dsf_rnn.qlstm_backward(*a[:4], None, *a[4:], **back), [f, i, o, x]),
+            lambda *a: dsf.qlstm(*a, True),
+            lambda *a: dsf_rnn.qlstm_backward(
+                *a[:4], None, *a[5:], alpha=a[4], reversed=True),
+            [f, i, o, x, np.array(1.5)]),
+        "qlstm that grows": (
+            lambda *a: dsf.qlstm(*a, True),
+            lambda *a: dsf_rnn.qlstm_backward(
+                *a[:4], None, *a[5:], alpha=a[4], reversed=True),
+            [f, i, o, x, np.array(-1.5)]),
+        "qlstm_layer": (
+            lambda *a: dsf.qlstm_layer(*a[:8], True, (a[8], a[9])),
+            lambda *a: dsf_layer.qlstm_layer_backward(
+                *a[:7], (a[8], a[9]), *a[10:], alpha=a[7], reversed=True), layer),
+        "qlstm_layer without a state": (
+            dsf.qlstm_layer,
+            lambda *a: dsf_layer.qlstm_layer_backward(*a[:7], None, *a[7:])[:7], layer[:7]),
         "rg_lru": (
             lambda *a: dsf.rg_lru(*a[:4], h0=a[4]),
             lambda *a: dsf_rnn.rg_lru_backward(*a[:4], *a[5:], h0=a[4]),
@@ -384,6 +483,10 @@ mats = one[..., None]
         ("qlstm", (one, one, one, one, 1.0, 0), TypeError, "reversed: got 0"),
         ("qlstm", (one, one, one, one, float("nan")), ValueError, "alpha: got nan"),
         ("rg_lru", (one, one, one, one), ValueError, "lam: got shape"),
+        ("qlstm_packed", (*4 * [one], np.array([0, 2])), ValueError, "offsets: got"),
+        ("qlstm_packed", (*4 * [one], np.array([0, 3]), 1.0, False, one), ValueError, "h0: got"),
+        ("s6_packed", (one, one[0, :1], *3 * [one], [0, 3]), TypeError, "offsets: got list"),
+        ("linear_attention_packed", (*3 * [one], np.array([0, 3]), one), TypeError, "state: got"),
         ("elementwise_scan", (one, one[:1]), ValueError, "x: got shape"),
         ("mqar_batch", (0, 64, 16, 2, 1), TypeError, "rng: got int"),
         ("mqar_sequences", (one, one, one, 4), TypeError, "keys: got dtype"),

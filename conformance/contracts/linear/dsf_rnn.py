@@ -61,7 +61,7 @@ CONTRACTS = (
         parameters=lambda sizes: ALPHA,
         linear_in=("z h0",),
         causal=lambda case: True,
-        cancelling=("df", "di", "do", "dz", "dh0"),
+        cancelling=("df", "di", "do", "dz", "dalpha", "dh0"),
         neutral={"h0": lambda case: np.zeros(case.shape("batch N"))},
         stream=Stream(
             arrays=GATES,
@@ -86,6 +86,7 @@ CONTRACTS = (
         ),
         parameters=lambda sizes: ALPHA,
         causal=lambda case: True,
+        cancelling=(*(f"d{array.name}" for array in LAYER), "dalpha", "dstate"),
         stream=Stream(
             arrays=LAYER,
             start=empty_layer_state,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
-from attnspec.reference.linear import dsf_maps, dsf_mixers, dsf_rnn
+from attnspec.reference.linear import dsf_layer, dsf_maps, dsf_mixers, dsf_rnn
 from attnspec.reference.linear.dsf_recurrence import softplus
 
 SCAN = right("dsf.dsf_scan")
@@ -169,7 +169,7 @@ def without_root(r: Any, g: Any, lam: Any, c: float) -> Any:
     return RATES(r, g, lam, c)[0], dsf_rnn.sigmoid_power(g)
 
 
-CONVOLUTION = dsf_rnn.causal_convolution
+CONVOLUTION = dsf_layer.causal_convolution
 SEPARABLE = dsf_maps._separable
 RATES = dsf_rnn.rg_lru_gates
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import Mutant, right
-from attnspec.reference.linear import dsf_mixers, dsf_rnn, dsf_ssm, dsf_system
+from attnspec.conformance.mutants import Mutant, replacing, right
+from attnspec.reference.linear import dsf_layer, dsf_mixers, dsf_rnn, dsf_ssm, dsf_system
 from attnspec.reference.linear.dsf_recurrence import elementwise_scan
 
 Backward = Callable[..., tuple[Any, ...]]
@@ -39,6 +39,41 @@ def detached_eta(q: Any, k: Any, v: Any, state: Any, dy: Any, dh: Any, dz: Any) 
     dpsi = dpsi + dz[..., None, :]
     dstate = None if state is None else (dh0, dz)
     return dphi * dsf_mixers.feature_slope(q), dpsi * dsf_mixers.feature_slope(k), dv, dstate
+
+
+def changing(backward: Backward, place: int, change: Callable[[Any], Any]) -> Backward:
+    """One of the gradients changed."""
+
+    def call(**a: Any) -> tuple[Any, ...]:
+        made = list(backward(**a))
+        made[place] = change(made[place])
+        return tuple(made)
+
+    return call
+
+
+def alpha_below_0(**a: Any) -> tuple[Any, ...]:
+    """relu(alpha) has a slope of 1 everywhere."""
+    made = list(dsf_rnn.qlstm_backward(**a))
+    above = dsf_rnn.qlstm_backward(**{**a, "alpha": max(a["alpha"], 0.0)})
+    made[4] = above[4]
+    return tuple(made)
+
+
+def rows_end_here(seen: Any, weight: Any, dz: Any) -> tuple[Any, Any]:
+    """The convolution hands nothing to the rows before the first token."""
+    dseen, dweight = CONVOLUTION_BACKWARD(seen, weight, dz)
+    dseen[..., : weight.shape[-1] - 1, :] = 0
+    return dseen, dweight
+
+
+def turned_filter(seen: Any, weight: Any, dz: Any) -> tuple[Any, Any]:
+    """The gradient of the convolution's weight has its taps in the order of a true convolution."""
+    dseen, dweight = CONVOLUTION_BACKWARD(seen, weight, dz)
+    return dseen, np.ascontiguousarray(dweight[..., ::-1])
+
+
+CONVOLUTION_BACKWARD = dsf_layer._convolution_backward
 
 
 def without_last(backward: Backward, *names: str) -> Backward:
@@ -86,5 +121,18 @@ MUTANTS = (
     mutant("s6_scan:last-s6", LAST, without_last(dsf_ssm.s6_scan_backward, "dh")),
     mutant("ssd_scan:first-ssd", FIRST, starts_constant(dsf_ssm.ssd_scan_backward)),
     mutant("qlstm:last-cell", LAST, without_last(dsf_rnn.qlstm_backward, "dh")),
+    mutant("qlstm:alpha-grows", "dalpha has the sign of a decay that grows with alpha.",
+           changing(dsf_rnn.qlstm_backward, 4, lambda x: -x)),
+    mutant("qlstm:alpha-below", "relu(alpha) has a slope below 0.", alpha_below_0),
+    mutant("qlstm_layer:gate-slope", "gelu counts as linear.",
+           replacing(dsf_layer.qlstm_layer_backward, gelu_slope=np.ones_like)),
+    mutant("qlstm_layer:first-rows", "The rows handed in count as constants.",
+           replacing(dsf_layer.qlstm_layer_backward, _convolution_backward=rows_end_here)),
+    mutant("qlstm_layer:turned", "The taps of the convolution's gradient are turned round.",
+           replacing(dsf_layer.qlstm_layer_backward, _convolution_backward=turned_filter)),
+    mutant("qlstm_layer:last-rows", "The last rows have no gradient.",
+           without_last(dsf_layer.qlstm_layer_backward, "drows")),
+    mutant("qlstm_layer:fixed-alpha", "alpha of a layer counts as a constant.",
+           changing(dsf_layer.qlstm_layer_backward, 7, lambda x: 0 * x)),
     mutant("rg_lru:first-cell", FIRST, starts_constant(dsf_rnn.rg_lru_backward)),
 )  # fmt: skip

@@ -19,35 +19,36 @@ STRIP = 64
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _forward(a: Any, x: Any, state: Any, h: Any) -> None:
-    """a, x, h (batch, tokens, channels); state (batch, channels) is moved on in place."""
-    batch, tokens, channels = x.shape
+def _forward(a: Any, x: Any, ends: Any, state: Any, h: Any) -> None:
+    """a, x, h (all tokens, channels); state (sequences, channels) is moved on in place."""
+    channels = x.shape[1]
     strips = (channels + STRIP - 1) // STRIP
-    for work in prange(batch * strips):
+    for work in prange((ends.size - 1) * strips):
         row, first = work // strips, work % strips * STRIP
         last = min(first + STRIP, channels)
-        for t in range(tokens):
+        for t in range(ends[row], ends[row + 1]):
             for c in range(first, last):
-                state[row, c] = a[row, t, c] * state[row, c] + x[row, t, c]
-                h[row, t, c] = state[row, c]
+                state[row, c] = a[t, c] * state[row, c] + x[t, c]
+                h[t, c] = state[row, c]
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _backward(dh: Any, carry: Any, a: Any, h: Any, h0: Any, da: Any, dx: Any) -> None:
-    """carry (batch, channels) comes as the gradient of the last state, leaves as that of h0."""
-    batch, tokens, channels = h.shape
+def _backward(dh: Any, carry: Any, a: Any, h: Any, h0: Any, ends: Any, da: Any, dx: Any) -> None:
+    """carry (sequences, channels) comes as the gradient of the last state, leaves as that of h0."""
+    channels = h.shape[1]
     strips = (channels + STRIP - 1) // STRIP
-    for work in prange(batch * strips):
+    for work in prange((ends.size - 1) * strips):
         row, first = work // strips, work % strips * STRIP
         last = min(first + STRIP, channels)
-        for n in range(tokens):
-            t = tokens - 1 - n
-            before = h[row, t - 1] if t else h0[row]
+        start, stop = ends[row], ends[row + 1]
+        for n in range(stop - start):
+            t = stop - 1 - n
+            before = h[t - 1] if t > start else h0[row]
             for c in range(first, last):
-                g = dh[row, t, c] + carry[row, c]
-                dx[row, t, c] = g
-                da[row, t, c] = g * before[c]
-                carry[row, c] = a[row, t, c] * g
+                g = dh[t, c] + carry[row, c]
+                dx[t, c] = g
+                da[t, c] = g * before[c]
+                carry[row, c] = a[t, c] * g
 
 
 def array(x: Tensor, like: Tensor) -> np.ndarray:
@@ -63,27 +64,41 @@ def start(h0: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> np.ndarray
     return array(h0, like).copy()
 
 
-def forward(a: Tensor, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+def rows(x: Tensor, like: Tensor) -> np.ndarray:
+    """`array` (all tokens, channels) of x (batch, tokens, channels)."""
+    return array(x, like).reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def ends_of(x: Tensor, offsets: Tensor | None) -> np.ndarray:
+    """Where the sequences of a batch, or packed ones, begin and the last ends."""
+    if offsets is None:
+        return np.arange(x.shape[0] + 1) * x.shape[1]
+    return np.asarray(offsets.to(torch.int64).numpy())
+
+
+def forward(
+    a: Tensor, x: Tensor, h0: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Every h in the dtype of x, and the last state."""
-    values = array(x, x)
-    state, h = start(h0, x, (x.shape[0], x.shape[2])), np.empty_like(values)
+    values, ends = rows(x, x), ends_of(x, offsets)
+    state, h = start(h0, x, (ends.size - 1, x.shape[2])), np.empty_like(values)
     count_launch()
-    _forward(array(a, x), values, state, h)
-    return torch.from_numpy(h).to(x.dtype), torch.from_numpy(state)
+    _forward(rows(a, x), values, ends, state, h)
+    return torch.from_numpy(h).view(x.shape).to(x.dtype), torch.from_numpy(state)
 
 
 def backward(
-    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None
+    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """da, dx and the gradient of the state before the first token."""
-    states = array(h, h)
-    first = start(h0, h, (h.shape[0], h.shape[2]))
+    states, ends = rows(h, h), ends_of(h, offsets)
+    first = start(h0, h, (ends.size - 1, h.shape[2]))
     carry = array(dlast, h).copy()
     da, dx = np.empty_like(states), np.empty_like(states)
     count_launch()
-    _backward(array(dh, h), carry, array(a, h), states, first, da, dx)
+    _backward(rows(dh, h), carry, rows(a, h), states, first, ends, da, dx)
     return (
-        torch.from_numpy(da).to(a.dtype),
-        torch.from_numpy(dx).to(h.dtype),
+        torch.from_numpy(da).view(h.shape).to(a.dtype),
+        torch.from_numpy(dx).view(h.shape).to(h.dtype),
         torch.from_numpy(carry),
     )

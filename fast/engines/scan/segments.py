@@ -8,6 +8,29 @@ import torch
 from torch import Tensor
 
 
+def marked_tiles(tokens: int, rows: int, offsets: Tensor | None) -> int:
+    """Tiles of `rows` rows, those of packed sequences as `tile_starts` has them; none if `rows` is
+    0.
+    """
+    if not rows:
+        return 0
+    return -(-tokens // rows) if offsets is None else tokens // rows + offsets.shape[0] - 1
+
+
+def tile_starts(tokens: int, rows: int, offsets: Tensor) -> Tensor:
+    """Where tiles of at most `rows` rows of packed sequences start, and their sequences end: int64
+    (tokens // rows + sequences, 2). The tile from row t on of sequence n has place t // rows + n;
+    places between two sequences may be nobody's, and start where the first ends or behind.
+    """
+    offsets = offsets.to(torch.int64)
+    sequences = offsets.shape[0] - 1
+    numbers = torch.arange(tokens // rows + sequences, device=offsets.device)
+    bases = offsets[:-1].div(rows, rounding_mode="floor") + numbers[:sequences]
+    sequence = torch.searchsorted(bases, numbers, right=True) - 1
+    start = offsets[sequence] + (numbers - bases[sequence]) * rows
+    return torch.stack([start, offsets[sequence + 1]], dim=1)
+
+
 @dataclass(frozen=True)
 class Segments:
     """`total` segments of at most `length` rows, `each` of them in every sequence.

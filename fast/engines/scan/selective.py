@@ -27,10 +27,10 @@ def _kernels(backend: str) -> ModuleType:
 
 def run(
     Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor, D: Tensor | None, h0: Tensor | None,
-    backend: str,
+    offsets: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(u):
-        return _kernels(backend).forward(Delta, A, b, c, u, D, h0)
+        return _kernels(backend).forward(Delta, A, b, c, u, D, h0, offsets)
 
 
 selective_op = Operation("attnspec::selective", run)
@@ -39,19 +39,20 @@ selective_op = Operation("attnspec::selective", run)
 @selective_op.register_fake
 def _(
     Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor, D: Tensor | None, h0: Tensor | None,
-    backend: str,
+    offsets: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=wide_dtype(u))
+    sequences = u.shape[0] if offsets is None else offsets.shape[0] - 1
+    return u.new_empty(u.shape), u.new_empty(sequences, *A.shape, dtype=wide_dtype(u))
 
 
 @operation("attnspec::selective_backward")
 def selective_backward_op(
     dy: Tensor, dlast: Tensor, Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor,
-    D: Tensor | None, h0: Tensor | None, backend: str,
+    D: Tensor | None, h0: Tensor | None, offsets: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dDelta, dA, db, dc, du, dD (empty without D) and the gradient of the state before."""
     with torch.cuda.device_of(u):
-        made = _kernels(backend).backward(dy, dlast, Delta, A, b, c, u, D, h0)
+        made = _kernels(backend).backward(dy, dlast, Delta, A, b, c, u, D, h0, offsets)
     dDelta, dA, db, dc, du, dh0 = made
     dD = u.new_empty(0)
     if D is not None:
@@ -62,7 +63,7 @@ def selective_backward_op(
 @selective_backward_op.register_fake
 def _(
     dy: Tensor, dlast: Tensor, Delta: Tensor, A: Tensor, b: Tensor, c: Tensor, u: Tensor,
-    D: Tensor | None, h0: Tensor | None, backend: str,
+    D: Tensor | None, h0: Tensor | None, offsets: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dD = u.new_empty(0) if D is None else D.new_empty(D.shape)
     like = (x.new_empty(x.shape) for x in (Delta, A, b, c, u))
@@ -76,12 +77,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradient(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-    *_, D, h0 = ctx.saved_tensors
+    *_, D, h0, _ = ctx.saved_tensors
     *made, dD, dh0 = selective_backward_op(dy, dlast, *ctx.saved_tensors, ctx.backend)
     return (
         *made,
         None if D is None else dD,
         None if h0 is None else dh0.to(h0.dtype),
+        None,
         None,
     )
 
@@ -98,13 +100,15 @@ def selective(
     D: Tensor | None = None,
     h0: Tensor | None = None,
     *,
+    offsets: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, tokens, channels) in the dtype of u, and the last h, float32 (batch, channels, n).
 
     Delta and u (batch, tokens, channels), b and c (batch, tokens, n). A (channels, n), D
-    (channels,), h0 (batch, channels, n) may have dtypes of their own. Differentiable in all.
+    (channels,), h0 (batch, channels, n) may have dtypes of their own. `offsets` packs sequences as
+    in `elementwise`. Differentiable in all others.
     """
-    tensors = (Delta, A, b, c, u, D, h0)
+    tensors = (Delta, A, b, c, u, D, h0, offsets)
     y, last = selective_op(*tensors, choose_by_dtype(backend, "u", u))
     return y, last

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import LaneConfig, lanes
+from attnspec.fast.engines.scan.segments import cut as cut_sequences
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 
 
@@ -35,26 +36,69 @@ def place_of(channels, segments, BC: tl.constexpr):
     return lanes, lanes < channels, segment, row
 
 
+@triton.jit
+def stretch_of(table, segment, row, segments, tokens, length, PACKED: tl.constexpr):
+    """A segment's sequence, its first row and the one behind its last, and whether it is the first
+    and the last of its sequence. Those of packed sequences are told by a `Segments.table`.
+    """
+    if PACKED:
+        table += segment.to(tl.int64) * 5
+        sequence, start = tl.load(table), tl.load(table + 1)
+        stop = start + tl.load(table + 2)
+        opens, closes = tl.load(table + 3) > 0, tl.load(table + 4) > 0
+    else:
+        sequence = row
+        start = segment.to(tl.int64) * length
+        stop = tl.minimum(start + length, tokens)
+        opens, closes = segment == 0, segment == segments - 1
+    return sequence, start, stop, opens, closes
+
+
+@triton.jit
+def walk_of(
+    table, segment, row, segments, tokens, length, BACK: tl.constexpr, PACKED: tl.constexpr
+):
+    """The same in steps of a walk; if BACK, row t is taken at step tokens - 1 - t. Only packed
+    segments keep the numbers of a walk forward.
+    """
+    sequence, start, stop, begins, ends = stretch_of(
+        table, segment, row, segments, tokens, length, PACKED
+    )
+    if PACKED and BACK:
+        start, stop = tokens - stop, tokens - start
+        begins, ends = ends, begins
+    return sequence, start, stop, begins, ends
+
+
 @triton.jit(do_not_specialize=["a_b", "a_t", "x_b", "x_t", "tokens", "length", "segments"])
 def totals_kernel(
-    a, a_b, a_t, a_c, x, x_b, x_t, x_c, products, sums, tokens, length, segments, channels,
-    BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr,
+    a, a_b, a_t, a_c, x, x_b, x_t, x_c, products, sums, table, tokens, length, segments, channels,
+    BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A segment's product of a and its last h from 0, rows (batch, segments, channels)."""
+    """A segment's product of a and its last h from 0, rows (batch, segments, channels); of packed
+    sequences only those that another segment follows.
+    """
     lanes, inside, segment, row = place_of(channels, segments, BC)
     rows = tl.arange(0, ROWS)
+    _, start, stop, begins, ends = walk_of(
+        table, segment, row, segments, tokens, length, BACK, PACKED
+    )
+    beyond = tl.cast(tokens, tl.int64)
+    if PACKED:
+        if (start == stop) | ends:
+            return
+        if BACK:
+            beyond += tl.where(begins, 0, 1) - start
     a += row * a_b + lanes.to(tl.int64) * a_c
     x += row * x_b + lanes.to(tl.int64) * x_c
     product = tl.full((BC,), 1.0, tl.float32)
     total = tl.zeros((BC,), tl.float32)
-    start = segment.to(tl.int64) * length
-    stop = tl.minimum(start + length, tokens)
     for first in range(start, stop, ROWS):
         at = first + rows
         valid = at < stop
         t = tl.cast(tokens, tl.int64) - 1 - at if BACK else at
         later = t + 1 if BACK else t
-        known = (valid & (later < tokens))[:, None] & inside[None, :]
+        known = (valid & (later < beyond))[:, None] & inside[None, :]
         A = tl.load(a + later[:, None] * a_t, mask=known, other=1.0).to(tl.float32)
         X = tl.load(x + t[:, None] * x_t, mask=valid[:, None] & inside[None, :], other=0.0)
         A, X = tl.associative_scan((A, X.to(tl.float32)), 0, join)
@@ -75,9 +119,9 @@ def totals_kernel(
 )  # fmt: skip
 def walk_kernel(
     a, a_b, a_t, a_c, x, x_b, x_t, x_c, h0, entering, out, last, h, h_b, h_t, h_c, before, da,
-    tokens, length, segments, channels,
+    table, tokens, length, segments, channels,
     BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr, STARTED: tl.constexpr,
-    GRADIENT: tl.constexpr, PREVIOUS: tl.constexpr,
+    GRADIENT: tl.constexpr, PREVIOUS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """out (batch, tokens, channels) of a segment, from what enters it; `entering` holds the states
     after each segment.
@@ -87,45 +131,77 @@ def walk_kernel(
     """
     lanes, inside, segment, row = place_of(channels, segments, BC)
     rows = tl.arange(0, ROWS)
+    sequence, start, stop, begins, ends = walk_of(
+        table, segment, row, segments, tokens, length, BACK, PACKED
+    )
+    previous = row * segments + segment - 1
+    origin, beyond = tl.cast(0, tl.int64), tl.cast(tokens, tl.int64)
+    if PACKED:
+        if start == stop:
+            return
+        if BACK:
+            previous += 2
+            beyond += tl.where(begins, 0, 1) - start
+            # A row before every other, unless the sequence's own first is in this segment.
+            origin = tl.where(ends, tokens - stop, -1)
     wide = lanes.to(tl.int64)
     a += row * a_b + wide * a_c
     x += row * x_b + wide * x_c
     out += row * tokens * channels + lanes
     state = tl.zeros((BC,), tl.float32)
-    if segment > 0:
-        state = tl.load(
-            entering + (row * segments + segment - 1) * channels + lanes, mask=inside, other=0.0
-        )
+    if not begins:
+        state = tl.load(entering + previous * channels + lanes, mask=inside, other=0.0)
     elif STARTED:
-        state = tl.load(h0 + row * channels + lanes, mask=inside, other=0.0).to(tl.float32)
-    start = segment.to(tl.int64) * length
-    stop = tl.minimum(start + length, tokens)
+        state = tl.load(h0 + sequence * channels + lanes, mask=inside, other=0.0).to(tl.float32)
     for first in range(start, stop, ROWS):
         at = first + rows
         valid = at < stop
         t = tl.cast(tokens, tl.int64) - 1 - at if BACK else at
         later = t + 1 if BACK else t
         mask = valid[:, None] & inside[None, :]
-        known = mask & (later < tokens)[:, None]
+        known = mask & (later < beyond)[:, None]
         A = tl.load(a + later[:, None] * a_t, mask=known, other=1.0).to(tl.float32)
         X = tl.load(x + t[:, None] * x_t, mask=mask, other=0.0)
         A, X = tl.associative_scan((A, X.to(tl.float32)), 0, join)
         H = X + tl.where(state[None, :] == 0.0, 0.0, A * state[None, :])
         tl.store(out + t[:, None] * channels, H.to(out.dtype.element_ty), mask=mask)
         if GRADIENT:
-            past = mask & (t > 0)[:, None]
+            past = mask & (t > origin)[:, None]
             P = tl.load(h + row * h_b + (t[:, None] - 1) * h_t + wide[None, :] * h_c, mask=past,
                         other=0.0).to(tl.float32)  # fmt: skip
             if PREVIOUS:
-                zeroth = tl.load(before + row * channels + lanes, mask=inside, other=0.0)
-                P = tl.where((t == 0)[:, None], zeroth.to(tl.float32)[None, :], P)
+                zeroth = tl.load(before + sequence * channels + lanes, mask=inside, other=0.0)
+                P = tl.where((t == origin)[:, None], zeroth.to(tl.float32)[None, :], P)
             slope = (H * P).to(da.dtype.element_ty)
             tl.store(da + (row * tokens + t[:, None]) * channels + lanes[None, :], slope, mask=mask)
         state = tl.sum(tl.where((rows == ROWS - 1)[:, None], H, 0.0), 0)
-    if segment == segments - 1:
+    if ends:
         if BACK:
-            state *= tl.load(a, mask=inside, other=0.0).to(tl.float32)
-        tl.store(last + row * channels + lanes, state, mask=inside)
+            state *= tl.load(a + origin * a_t, mask=inside, other=0.0).to(tl.float32)
+        tl.store(last + sequence * channels + lanes, state, mask=inside)
+
+
+@triton.jit
+def chain_kernel(
+    products, sums, behind, bounds, first, last, channels,
+    BC: tl.constexpr, BACK: tl.constexpr, STARTED: tl.constexpr,
+):  # fmt: skip
+    """The states behind the segments of a packed sequence but its last, or but its first from the
+    end if BACK; `last` of a sequence without tokens is `first`.
+    """
+    lanes, inside, _, sequence = place_of(channels, 1, BC)
+    start, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    state = tl.zeros((BC,), tl.float32)
+    if STARTED:
+        state = tl.load(first + sequence * channels + lanes, mask=inside, other=0.0)
+        state = state.to(tl.float32)
+    tl.store(last + sequence * channels + lanes, state, mask=inside)
+    for n in tl.range(0, stop - start - 1, num_stages=4):
+        at = (stop - 1 - n if BACK else start + n) * channels + lanes
+        A = tl.load(products + at, mask=inside, other=0.0)
+        X = tl.load(sums + at, mask=inside, other=0.0)
+        state = X + tl.where(state == 0.0, 0.0, A * state)
+        tl.store(behind + at, state, mask=inside)
 
 
 def segment_length(chosen: LaneConfig, x: Tensor, lines: int, tokens: int) -> int:
@@ -139,15 +215,20 @@ def segment_length(chosen: LaneConfig, x: Tensor, lines: int, tokens: int) -> in
 class Cut:
     """Where the programs of a scan over x (batch, tokens, channels) begin, and how they meet."""
 
-    def __init__(self, x: Tensor, chosen: LaneConfig) -> None:
+    def __init__(self, x: Tensor, chosen: LaneConfig, offsets: Tensor | None = None) -> None:
         self.batch, self.tokens, self.channels = x.shape
         self.device, self.rows = x.device, chosen.rows
         self.width = min(chosen.channels, power(self.channels))
         self.parts = -(-self.channels // self.width)
         self.length = segment_length(chosen, x, self.batch * self.parts, self.tokens)
-        self.segments = -(-self.tokens // self.length)
-        self.programs = self.batch * self.segments * self.parts
-        self.options = {"BC": self.width, "ROWS": self.rows, "num_warps": 1}
+        self.packed = offsets is not None
+        self.pieces = cut_sequences(self.batch, self.tokens, self.length, offsets)
+        self.sequences = self.pieces.sequences
+        self.segments = self.pieces.each
+        self.table = x if self.pieces.table is None else self.pieces.table
+        self.programs = self.pieces.total * self.parts
+        self.options = {"BC": self.width, "ROWS": self.rows, "PACKED": self.packed, "num_warps": 1}
+        self.where = (self.table, self.tokens, self.length, self.segments, self.channels)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -157,13 +238,27 @@ class Cut:
         products, sums, behind = self.empty(3, self.batch, self.segments, self.channels).unbind()
         return products, sums, behind
 
-    def meet(self, own: tuple[Tensor, Tensor, Tensor], h0: Tensor | None, last: Tensor) -> Tensor:
+    @property
+    def chained(self) -> bool:
+        """Whether a sequence may have more than one segment."""
+        return self.pieces.chained
+
+    def meet(
+        self, own: tuple[Tensor, Tensor, Tensor], h0: Tensor | None, last: Tensor, back: bool
+    ) -> Tensor:
         """The states behind the segments, whose products and sums are a sequence of their own."""
         products, sums, behind = own
+        if self.pieces.bounds is not None:
+            launch(
+                chain_kernel, self.sequences * self.parts,
+                products, sums, behind, self.pieces.bounds, last if h0 is None else h0, last,
+                self.channels, BC=self.width, BACK=back, STARTED=h0 is not None, num_warps=1,
+            )  # fmt: skip
+            return behind
         launch(
             walk_kernel, self.batch * self.parts,
             products, *products.stride(), sums, *sums.stride(), last if h0 is None else h0, last,
-            behind, last, sums, *sums.stride(), last, last,
+            behind, last, sums, *sums.stride(), last, last, last,
             self.segments, self.segments, 1, self.channels,
             BACK=False, STARTED=h0 is not None, GRADIENT=False, PREVIOUS=False, **self.options,
         )  # fmt: skip
@@ -171,44 +266,46 @@ class Cut:
 
 
 def _run(
-    a: Tensor, x: Tensor, h0: Tensor | None, out: Tensor, back: bool,
+    a: Tensor, x: Tensor, h0: Tensor | None, offsets: Tensor | None, out: Tensor, back: bool,
     h: Tensor | None = None, before: Tensor | None = None, da: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The last state, or from the end the gradient of the first; out and da are filled."""
-    cut = Cut(x, lanes("elementwise"))
-    last = entering = cut.empty(cut.batch, cut.channels)
-    where = (cut.tokens, cut.length, cut.segments, cut.channels)
-    if cut.segments > 1:
+    cut = Cut(x, lanes("elementwise"), offsets)
+    last = entering = cut.empty(cut.sequences, cut.channels)
+    if cut.chained:
         own = cut.own()
         launch(
             totals_kernel, cut.programs,
-            a, *a.stride(), x, *x.stride(), *own[:2], *where, BACK=back, **cut.options,
+            a, *a.stride(), x, *x.stride(), *own[:2], *cut.where, BACK=back, **cut.options,
         )  # fmt: skip
-        entering = cut.meet(own, h0, last)
+        entering = cut.meet(own, h0, last, back)
     states = x if h is None else h
     launch(
         walk_kernel, cut.programs,
         a, *a.stride(), x, *x.stride(), last if h0 is None else h0, entering, out, last,
         states, *states.stride(), last if before is None else before, out if da is None else da,
-        *where,
+        *cut.where,
         BACK=back, STARTED=h0 is not None, GRADIENT=h is not None, PREVIOUS=before is not None,
         **cut.options,
     )  # fmt: skip
     return last
 
 
-def forward(a: Tensor, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    a: Tensor, x: Tensor, h0: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Every h in the dtype of x, and the last state."""
     h0 = None if h0 is None else h0.contiguous()
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        last = torch.zeros(x.shape[0], x.shape[2], dtype=torch.float32, device=x.device)
+        sequences = x.shape[0] if offsets is None else offsets.shape[0] - 1
+        last = torch.zeros(sequences, x.shape[2], dtype=torch.float32, device=x.device)
         return h, last if h0 is None else last.copy_(h0)
-    return h, _run(a, x, h0, h, back=False)
+    return h, _run(a, x, h0, offsets, h, back=False)
 
 
 def backward(
-    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None
+    dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """da, dx and the gradient of the state before the first token."""
     h0 = None if h0 is None else h0.contiguous()
@@ -216,4 +313,4 @@ def backward(
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if h.numel() == 0:
         return da, dx, dlast.clone()
-    return da, dx, _run(a, dh, dlast.contiguous(), dx, True, h, h0, da)
+    return da, dx, _run(a, dh, dlast.contiguous(), offsets, dx, True, h, h0, da)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.triton_common import LOG2E, among, log1p, reciprocal
-from attnspec.fast.engines.scan.triton_elementwise import join, place_of
+from attnspec.fast.engines.scan.triton_elementwise import join, place_of, stretch_of
 
 VARYING = [
     "f_b", "f_t", "z_b", "z_t", "i_b", "i_t", "o_b", "o_t", "tokens", "length", "segments", "tiles",
@@ -97,17 +97,23 @@ def numbers_at(x, first, step, rows, mask, PAIRS: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def gated_totals_kernel(
-    f, f_b, f_t, f_c, z, z_b, z_t, z_c, i, i_b, i_t, i_c, alpha, power, products, sums,
+    f, f_b, f_t, f_c, z, z_b, z_t, z_c, i, i_b, i_t, i_c, alpha, power, products, sums, table,
     tokens, length, segments, channels,
     BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr, REVERSED: tl.constexpr,
-    LEARNED: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
+    LEARNED: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A segment's product of a and its last h from 0, rows (batch, segments, channels).
+    """A segment's product of a and its last h from 0, rows (batch, segments, channels); of packed
+    sequences only those that another segment follows.
 
-    If BACK, segments and their rows come from the end, and x is multiplied by its row's a: with the
-    gradient of the output and its gate for z and i, h is what a row hands to the one before.
+    If BACK, segments and their rows come from the end, packed segments their rows alone, and x is
+    multiplied by its row's a: with the gradient of the output and its gate for z and i, h is what a
+    row hands to the one before.
     """
     lanes, _, segment, row = place_of(channels, segments, BC)
+    part = segments - 1 - segment if BACK and not PACKED else segment
+    _, start, stop, opens, closes = stretch_of(table, part, row, segments, tokens, length, PACKED)
+    if PACKED and ((start == stop) | (opens if BACK else closes)):
+        return
     inside = channels_of(lanes, channels, PAIRS)
     rows = tl.arange(0, ROWS)
     f = line_of(f, row, f_b, lanes, f_c, PAIRS)
@@ -116,9 +122,6 @@ def gated_totals_kernel(
     product = tl.full((BC,), 1.0, tl.float32)
     total = tl.zeros((BC,), tl.float32)
     power = power_of(alpha, power, LEARNED)
-    part = segments - 1 - segment if BACK else segment
-    start = part.to(tl.int64) * length
-    stop = tl.minimum(start + length, tokens)
     tiles = tl.cdiv(stop - start, ROWS)
     for n in range(tiles):
         first = start + (tiles - 1 - n if BACK else n) * ROWS
@@ -144,14 +147,23 @@ def gated_totals_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def gated_walk_kernel(
     f, f_b, f_t, f_c, z, z_b, z_t, z_c, i, i_b, i_t, i_c, o, o_b, o_t, o_c, alpha, power, h0,
-    behind, y, last, marks, tokens, length, segments, tiles, channels,
+    behind, y, last, marks, table, tokens, length, segments, tiles, channels,
     BC: tl.constexpr, ROWS: tl.constexpr, REVERSED: tl.constexpr, LEARNED: tl.constexpr,
     STARTED: tl.constexpr, MARKED: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """y = sigmoid(o) h (batch, tokens, channels) of a segment, from the state `behind` the one
-    before; and the state before every MARKED rows (batch, tiles, channels), unless that is 0.
+    before; and the state before every MARKED rows (batch, tiles, channels), unless that is 0. Tiles
+    of packed sequences lie as in `tile_starts`.
     """
     lanes, _, segment, row = place_of(channels, segments, BC)
+    sequence, start, stop, opens, closes = stretch_of(
+        table, segment, row, segments, tokens, length, PACKED
+    )
+    if PACKED:
+        if start == stop:
+            return
+        marks += sequence * channels
     inside = channels_of(lanes, channels, PAIRS)
     rows = tl.arange(0, ROWS)
     f = line_of(f, row, f_b, lanes, f_c, PAIRS)
@@ -162,13 +174,11 @@ def gated_walk_kernel(
     marks += row * tiles * channels + lanes
     power = power_of(alpha, power, LEARNED)
     state = tl.zeros((BC,), tl.float32)
-    if segment > 0:
+    if not opens:
         at = (row * segments + segment - 1) * channels + lanes
         state = tl.load(behind + at, mask=inside, other=0.0)
     elif STARTED:
-        state = tl.load(h0 + row * channels + lanes, mask=inside, other=0.0).to(tl.float32)
-    start = segment.to(tl.int64) * length
-    stop = tl.minimum(start + length, tokens)
+        state = tl.load(h0 + sequence * channels + lanes, mask=inside, other=0.0).to(tl.float32)
     for first in range(start, stop, ROWS):
         mask = (rows < stop - first)[:, None] & inside[None, :]
         F = numbers_at(f, first, f_t, rows, mask, PAIRS)
@@ -187,8 +197,8 @@ def gated_walk_kernel(
             tl.store(marks + tile * channels, state, mask=inside)
             for n in tl.static_range(1, ROWS // MARKED):
                 state = tl.sum(tl.where((rows == n * MARKED - 1)[:, None], H, 0.0), 0)
-                known = among(tile + n, 0, tiles, inside)
+                known = among(first + n * MARKED, first, stop, inside)
                 tl.store(marks + (tile + n) * channels, state, mask=known)
         state = tl.sum(tl.where((rows == ROWS - 1)[:, None], H, 0.0), 0)
-    if segment == segments - 1:
-        tl.store(last + row * channels + lanes, state, mask=inside)
+    if closes:
+        tl.store(last + sequence * channels + lanes, state, mask=inside)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_elementwise import place_of
+from attnspec.fast.engines.scan.triton_elementwise import place_of, stretch_of
 from attnspec.fast.engines.scan.triton_gated import (
     VARYING,
     channels_of,
@@ -33,16 +33,26 @@ def before_rows(a, x, first, BC: tl.constexpr, ROWS: tl.constexpr, BACK: tl.cons
 @triton.jit(do_not_specialize=[*VARYING, "y_b", "y_t"])
 def gated_gradient_kernel(
     f, f_b, f_t, f_c, z, z_b, z_t, z_c, i, i_b, i_t, i_c, o, o_b, o_t, o_c, dy, y_b, y_t, y_c,
-    alpha, power, marks, dlast, behind, df, dz, di, do, dalpha, dh0,
+    alpha, power, marks, dlast, behind, df, dz, di, do, dalpha, dh0, table,
     tokens, length, segments, tiles, channels,
     BC: tl.constexpr, ROWS: tl.constexpr, REVERSED: tl.constexpr, LEARNED: tl.constexpr,
-    SLOPE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
+    SLOPE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """df, dz, di, do (batch, tokens, channels) of a segment, from what is handed to it from
     `behind`, or `dlast`. If SLOPE, dalpha (batch, segments, channels) are its parts of the gradient
     of alpha. dh0 is what the first row hands on.
     """
     lanes, _, segment, row = place_of(channels, segments, BC)
+    part = segment if PACKED else segments - 1 - segment
+    sequence, start, stop, opens, closes = stretch_of(
+        table, part, row, segments, tokens, length, PACKED
+    )
+    at = (row * segments + segment - 1) * channels + lanes
+    if PACKED:
+        if start == stop:
+            return
+        at += 2 * channels
+        marks += sequence * channels
     inside = channels_of(lanes, channels, PAIRS)
     rows = tl.arange(0, ROWS)
     f = line_of(f, row, f_b, lanes, f_c, PAIRS)
@@ -56,13 +66,10 @@ def gated_gradient_kernel(
     marks += row * tiles * channels + lanes
     power = power_of(alpha, power, LEARNED)
     slope = tl.zeros((BC,), tl.float32)
-    if segment > 0:
-        at = (row * segments + segment - 1) * channels + lanes
-        handed = tl.load(behind + at, mask=inside, other=0.0)
+    if closes:
+        handed = tl.load(dlast + sequence * channels + lanes, mask=inside, other=0.0)
     else:
-        handed = tl.load(dlast + row * channels + lanes, mask=inside, other=0.0)
-    start = (segments - 1 - segment).to(tl.int64) * length
-    stop = tl.minimum(start + length, tokens)
+        handed = tl.load(behind + at, mask=inside, other=0.0)
     many = tl.cdiv(stop - start, ROWS)
     for n in range(many):
         first = start + (many - 1 - n) * ROWS
@@ -96,10 +103,10 @@ def gated_gradient_kernel(
         tl.store(rows_at(df, first, channels, rows, PAIRS), slope_f, mask=mask)
         if SLOPE:
             # Where nothing is kept, not even an infinite exponent changes anything.
-            part = tl.where(mask & (kept != 0.0), kept * softplus(F, NATIVE), 0.0)
-            slope -= tl.sum(part, 0)
+            own = tl.where(mask & (kept != 0.0), kept * softplus(F, NATIVE), 0.0)
+            slope -= tl.sum(own, 0)
         handed = tl.sum(tl.where((rows == 0)[:, None], A * G, 0.0), 0)
     if SLOPE:
         tl.store(dalpha + (row * segments + segment) * channels + lanes, slope, mask=inside)
-    if segment == segments - 1:
-        tl.store(dh0 + row * channels + lanes, handed, mask=inside)
+    if opens:
+        tl.store(dh0 + sequence * channels + lanes, handed, mask=inside)

@@ -52,27 +52,35 @@ def numbers_of_state(b, b_n, c, c_n, A, before, behind, s, valid, inside):
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     Delta, d_b, d_t, d_c, A, b, b_b, b_t, b_n, c, c_b, c_t, c_n, u, u_b, u_t, u_c, D,
-    dy, y_b, y_t, y_c, before, behind, dDelta, db, dc, du, tokens, tiles, rows_all, channels,
+    dy, y_b, y_t, y_c, before, behind, dDelta, db, dc, du, starts, tokens, tiles, rows_all,
+    channels,
     N: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr, SKIP: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile from the state `before` it, which becomes its part of dA, and from g
-    `behind` it; db and dc (parts, all rows, N) are those of this program's channels.
+    `behind` it; db and dc (parts, all rows, N) are those of this program's channels. Tiles of
+    packed sequences are those of `tile_starts`.
     """
     lanes, inside, tile, row = place_of(channels, tiles, BC)
     part = tl.program_id(0) % tl.cdiv(channels, BC)
     rows = tl.arange(0, ROWS)
-    t = tile.to(tl.int64) * ROWS + rows
-    valid = t < tokens
+    start, beyond = tile.to(tl.int64) * ROWS, tl.cast(tokens, tl.int64)
+    if PACKED:
+        start, beyond = tl.load(starts + 2 * tile), tl.load(starts + 2 * tile + 1)
+        if start >= beyond:
+            return
+    t = start + rows
+    valid = t < beyond
     mask = valid[None, :] & inside[:, None]
     wide = lanes.to(tl.int64)
-    end = (tile.to(tl.int64) + 1) * ROWS
+    end = start + ROWS
     Delta += row * d_b + wide * d_c
     u += row * u_b + wide[:, None] * u_c + t[None, :] * u_t
     dy += row * y_b + wide[:, None] * y_c + t[None, :] * y_t
     b += row * b_b + t * b_t
     c += row * c_b + t * c_t
     d = tl.load(Delta[:, None] + t[None, :] * d_t, mask=mask, other=0.0).to(tl.float32)
-    d_end = tl.load(Delta + end * d_t, mask=among(end, end, tokens, inside), other=0.0)
+    d_end = tl.load(Delta + end * d_t, mask=among(end, end, beyond, inside), other=0.0)
     value = tl.load(u, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
     rate = tl.zeros((BC, ROWS), tl.float32)
