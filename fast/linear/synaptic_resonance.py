@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.backend import choose_by_dtype
 from attnspec.fast.engines.scan import MEMORY, use_config
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
+from attnspec.fast.linear.synaptic_resonance_batches import synaptic_resonance_packed
 from attnspec.fast.linear.synaptic_resonance_decode import (
     State,
     check_softmax,
@@ -43,6 +44,7 @@ __all__ = [
     "relevance",
     "step",
     "synaptic_resonance",
+    "synaptic_resonance_packed",
 ]
 
 CLAIMS = {
@@ -56,6 +58,12 @@ CLAIMS = {
         },
     },
     "synaptic_resonance": {
+        "gradient": True,
+        "compiled": True,
+        "blocks": (16, 32, 128),
+        "triton": {"graph": True},
+    },
+    "synaptic_resonance_packed": {
         "gradient": True,
         "compiled": True,
         "blocks": (16, 32, 128),

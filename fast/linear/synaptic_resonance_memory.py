@@ -59,8 +59,8 @@ def resonate(
         one, one * (1 - mu), kh, slopes=slopes, log_decay=steps, state=state, backend=backend
     )
     first = kh[:, :, :1]
-    begun = first.new_ones(first.shape[:3]) if state is None else _cosine(first, state)
-    rho = torch.cat([begun, _cosine(kh[:, :, 1:], traces[:, :, :-1])], 2)
+    begun = first.new_ones(first.shape[:3]) if state is None else cosine(first, state)
+    rho = torch.cat([begun, cosine(kh[:, :, 1:], traces[:, :, :-1])], 2)
     return rho if valid is None else torch.where(valid[:, None], rho, 0.0), c[:, :, 0]
 
 
@@ -186,7 +186,7 @@ def check_number(name: str, value: Any, least: float, most: float, below: bool =
         raise ValueError(f"{name}: got {value}, expected {wanted}")
 
 
-def _cosine(kh: Tensor, c: Tensor) -> Tensor:
+def cosine(kh: Tensor, c: Tensor) -> Tensor:
     """rho (batch, kv_heads, tokens) of unit keys and the traces before them."""
     norm = torch.linalg.vector_norm(c, dim=-1)
     rho = torch.relu((kh * c).sum(-1) / norm.clamp(min=FLOOR))

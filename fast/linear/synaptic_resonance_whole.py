@@ -24,23 +24,27 @@ from attnspec.fast.engines.scan.trace import run_trace, run_trace_backward
 def resonance(
     q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, c0: Tensor | None, valid: Tensor | None, *,
     eta: float, lam: float, mu: float, beta: float, window: int | None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """`synaptic_resonance` of checked arguments; q, k and v are 0 at padding, S0 and c0 float32."""
+    """`synaptic_resonance` of checked arguments; q, k and v are 0 at padding, S0 and c0 float32.
+    `offsets` (sequences + 1) pack sequences in a batch of one, without padding; states are then one
+    for each of them.
+    """
     check_memory_widths(q, v)
     numbers = (float(eta), float(lam), float(mu), float(beta))
-    y, S, c, *_ = resonance_op(q, k, v, S0, c0, valid, *numbers, window)
+    y, S, c, *_ = resonance_op(q, k, v, S0, c0, valid, offsets, *numbers, window)
     return y, (S, c)
 
 
 def run_resonance(
     q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, c0: Tensor | None, valid: Tensor | None,
-    eta: float, lam: float, mu: float, beta: float, window: int | None,
+    offsets: Tensor | None, eta: float, lam: float, mu: float, beta: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, S, c and, for the gradient, attention's output and lse, and rho."""
     with torch.no_grad():
-        rho, c = run_trace(k, valid, c0, mu)
-        o, lse = attend_real(q, k, v, valid, window, "triton")
-        y, S = run_hebbian(q, k, v, rho, S0, valid, o, eta, lam, beta, 0)
+        rho, c = run_trace(k, valid, c0, mu, offsets)
+        o, lse = attend_real(q, k, v, valid, window, "triton", offsets)
+        y, S = run_hebbian(q, k, v, rho, S0, valid, o, eta, lam, beta, 0, offsets)
     return y, S, c, o, lse, rho
 
 
@@ -50,13 +54,12 @@ resonance_op = Operation("attnspec::synaptic_resonance", run_resonance)
 @resonance_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, c0: Tensor | None, valid: Tensor | None,
-    eta: float, lam: float, mu: float, beta: float, window: int | None,
+    offsets: Tensor | None, eta: float, lam: float, mu: float, beta: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d, dv = k.shape[3], v.shape[3]
-    y, o = (q.new_empty(*q.shape[:3], dv) for _ in range(2))
+    y, o = (q.new_empty(*q.shape[:3], v.shape[3]) for _ in range(2))
     S, c, lse, rho = (
         q.new_empty(shape, dtype=torch.float32)
-        for shape in ((*k.shape[:2], d, dv), (*k.shape[:2], d), q.shape[:3], k.shape[:3])
+        for shape in (*_state_shapes(k, v, offsets), q.shape[:3], k.shape[:3])
     )
     return y, S, c, o, lse, rho
 
@@ -64,8 +67,8 @@ def _(
 @operation("attnspec::synaptic_resonance_backward")
 def resonance_backward_op(
     dy: Tensor, dS: Tensor, dc: Tensor, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None,
-    c0: Tensor | None, valid: Tensor | None, o: Tensor, lse: Tensor, rho: Tensor, eta: float,
-    lam: float, mu: float, beta: float, window: int | None,
+    c0: Tensor | None, valid: Tensor | None, offsets: Tensor | None, o: Tensor, lse: Tensor,
+    rho: Tensor, eta: float, lam: float, mu: float, beta: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, S0 and c0; dy is 0 at padding."""
     with torch.no_grad():
@@ -73,21 +76,22 @@ def resonance_backward_op(
         masked = valid if packing is None else None
         dout, Q, K, V, out = _gather(packing, 0, dy, q, k, v, o)
         found = flash_backward(
-            dout, Q, K, V, out, lse, causal=True, window=window, key_mask=masked, backend="triton"
-        )
+            dout, Q, K, V, out, lse, causal=True, window=window, key_mask=masked,
+            offsets=_pair(offsets), backend="triton",
+        )  # fmt: skip
         dq, dk, dv = _gather(packing, 1, *found)
         dq, dk, dv, drho, dS0 = run_hebbian_backward(
-            dy, dS, q, k, v, rho, S0, valid, eta, lam, beta, 0, (dq, dk, dv)
+            dy, dS, q, k, v, rho, S0, valid, eta, lam, beta, 0, (dq, dk, dv), offsets
         )
-        dk, dc0 = run_trace_backward(drho, dc, k, valid, c0, mu, dk)
+        dk, dc0 = run_trace_backward(drho, dc, k, valid, c0, mu, dk, offsets)
     return dq, dk, dv, dS0, dc0
 
 
 @resonance_backward_op.register_fake
 def _(
     dy: Tensor, dS: Tensor, dc: Tensor, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None,
-    c0: Tensor | None, valid: Tensor | None, o: Tensor, lse: Tensor, rho: Tensor, eta: float,
-    lam: float, mu: float, beta: float, window: int | None,
+    c0: Tensor | None, valid: Tensor | None, offsets: Tensor | None, o: Tensor, lse: Tensor,
+    rho: Tensor, eta: float, lam: float, mu: float, beta: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dS.new_empty(dS.shape),
@@ -96,15 +100,19 @@ def _(
 
 
 def attend_real(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int | None, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention to the real tokens, or the last `window` of them; and the lse of tokens as
-    they were packed.
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, window: int | None, backend: str | None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Causal attention to the real tokens, or the last `window` of them, in each sequence that
+    `offsets` pack; and the lse of tokens as they were moved together.
     """
     packing = _packing(valid, window)
     masked = valid if packing is None else None
     Q, K, V = _gather(packing, 0, q, k, v)
-    o, lse = flash(Q, K, V, causal=True, window=window, key_mask=masked, backend=backend)
+    o, lse = flash(
+        Q, K, V, causal=True, window=window, key_mask=masked, offsets=_pair(offsets),
+        backend=backend,
+    )  # fmt: skip
     return _gather(packing, 1, o)[0], lse
 
 
@@ -128,6 +136,19 @@ def _gather(packing: tuple[Tensor, Tensor] | None, back: int, *rows: Tensor) -> 
     return tuple(torch.take_along_dim(x, packing[back], 2) for x in rows)
 
 
+def _pair(offsets: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The offsets of queries and of keys."""
+    return None if offsets is None else (offsets, offsets)
+
+
+def _state_shapes(
+    k: Tensor, v: Tensor, offsets: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of S and of c."""
+    many = k.shape[0] if offsets is None else offsets.shape[0] - 1
+    return (many, k.shape[1], k.shape[3], v.shape[3]), (many, k.shape[1], k.shape[3])
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eta, ctx.lam, ctx.mu, ctx.beta, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output[3:])
@@ -138,21 +159,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(
     ctx: Any, dy: Tensor | None, dS: Tensor | None, dc: Tensor | None, *unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, S0, c0, valid, o, lse, rho = ctx.saved_tensors
+    q, k, v, S0, c0, valid, offsets, o, lse, rho = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(o)
     elif valid is not None:
         dy = torch.where(valid[:, None, :, None], dy, 0.0)
-    d, dv = k.shape[3], v.shape[3]
-    dS = rho.new_zeros(*k.shape[:2], d, dv) if dS is None else dS
-    dc = rho.new_zeros(*k.shape[:2], d) if dc is None else dc
+    of_S, of_c = _state_shapes(k, v, offsets)
+    dS = rho.new_zeros(of_S) if dS is None else dS
+    dc = rho.new_zeros(of_c) if dc is None else dc
     dq, dk, dvalues, dS0, dc0 = resonance_backward_op(
-        dy, dS, dc, q, k, v, S0, c0, valid, o, lse, rho, ctx.eta, ctx.lam, ctx.mu, ctx.beta,
-        ctx.window,
+        dy, dS, dc, q, k, v, S0, c0, valid, offsets, o, lse, rho, ctx.eta, ctx.lam, ctx.mu,
+        ctx.beta, ctx.window,
     )  # fmt: skip
     return (
-        dq, dk, dvalues, None if S0 is None else dS0, None if c0 is None else dc0, None, None, None,
-        None, None, None,
+        dq, dk, dvalues, None if S0 is None else dS0, None if c0 is None else dc0, *[None] * 7
     )  # fmt: skip
 
 

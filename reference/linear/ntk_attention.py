@@ -45,6 +45,10 @@ group. Softplus has :math:`dk = \sigma(k)\, d\kappa`. D itself may overflow, so 
 
 S9. **Decode.** The state is an ordinary cache of keys and values; Z and k stay as they are.
 
+S10. **Packed sequences.** Laid end to end, with offsets of the queries and of the keys, each is S4
+by itself: causal by its own tokens (K3), with the same Z and k before all of them. Their gradients
+are sums over the sequences.
+
 Complexity
 ----------
 The softmax's :math:`O(q\_tokens \cdot k\_tokens \cdot d)` a head, and :math:`O(q\_tokens \cdot d
@@ -71,20 +75,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnspec.reference.conventions import (
-    check_shaped,
-    check_size,
-    default_scale,
-    repeat_heads,
-)
+from attnspec.reference.conventions import check_size
 from attnspec.reference.dense.attention import State, combine
-from attnspec.reference.dense.attention_gradient import sum_groups
+from attnspec.reference.linear.ntk_attention_batches import ntk_packed, ntk_packed_backward
+from attnspec.reference.linear.ntk_attention_gradients import ntk_backward
 from attnspec.reference.linear.ntk_attention_prefix import (
     merge_prefix,
     phi,
-    phi_slope,
-    positive,
-    positive_slope,
     prefix_state,
     prefix_terms,
     shares,
@@ -92,6 +89,7 @@ from attnspec.reference.linear.ntk_attention_prefix import (
 from attnspec.reference.linear.ntk_attention_scores import check_inputs, visible_scores
 from attnspec.reference.spec import (
     HEADS,
+    PADDINGS,
     PATTERNS,
     PHASES,
     Coverage,
@@ -127,61 +125,6 @@ def ntk_attend(
     num, den = prefix_terms(q, Z, k, positivity=positivity)
     weights, unit, total, _ = shares(visible_scores(q, K, causal, key_mask, scale), num, den)
     return combine(weights, V) + unit[..., None] * num / total[..., None]
-
-
-def ntk_backward(
-    q: np.ndarray,
-    K: np.ndarray,
-    V: np.ndarray,
-    Z: np.ndarray,
-    k: np.ndarray,
-    dout: np.ndarray,
-    *,
-    causal: bool = False,
-    key_mask: np.ndarray | None = None,
-    scale: float | None = None,
-    positivity: str = "abs",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S8: gradients dq, dK, dV, dZ, dk of `ntk_attend`, shaped as q, K, V, Z, k.
-
-    >>> x, one = np.zeros((1, 1, 1)), np.ones((1, 1, 1))
-    >>> [float(g.squeeze()) for g in ntk_backward(x, x, 5 * one, one, one[0], one)]
-    [-1.0, 0.0, 0.5, 0.5, -1.5]
-    """
-    check_inputs(q, K, V, Z, scale)
-    num, den = prefix_terms(q, Z, k, positivity=positivity)
-    check_shaped("dout", dout, num.shape)
-    factor = default_scale(q.shape[-1]) if scale is None else scale
-    scores = visible_scores(q, K, causal, key_mask, scale)
-    _, unit, total, m = shares(scores, num, den)
-    # Formed again from the log of D, which is all that has to be kept of them.
-    weights = np.exp(scores - (m + np.log(total))[..., None])
-    unread = np.all(weights == 0, axis=-2)[..., None]
-    keys, values = (
-        np.where(unread, np.zeros_like(x), x)
-        for x in (repeat_heads(y, q.shape[-3]) for y in (K, V))
-    )
-    out = weights @ values + unit[..., None] * num / total[..., None]
-    row_term = np.einsum("...d,...d->...", dout, out)
-    dscores = weights * (dout @ np.swapaxes(values, -1, -2) - row_term[..., None])
-    dK = factor * (np.swapaxes(dscores, -1, -2) @ q)
-    dV = np.swapaxes(weights, -1, -2) @ dout
-
-    dnum = unit[..., None] * dout / total[..., None]
-    dden = -unit * row_term / total
-    features, kappa = phi(q), positive(k, positivity)
-    dZ = np.einsum("...htd,...hte->...hde", features, dnum)
-    dkappa = np.einsum("...htd,...ht->...hd", features, dden)
-    dfeatures = dnum @ np.swapaxes(Z, -1, -2) + dden[..., None] * kappa[..., None, :]
-    dq = factor * (dscores @ keys) + phi_slope(q) * dfeatures
-    batch = tuple(range(q.ndim - 3))
-    return (
-        dq,
-        sum_groups(dK, K.shape[-3]),
-        sum_groups(dV, V.shape[-3]),
-        np.sum(dZ, axis=batch),
-        positive_slope(k, positivity) * np.sum(dkappa, axis=batch),
-    )
 
 
 def step(
@@ -239,6 +182,12 @@ MECHANISM = Mechanism(
             gradient=ntk_backward,
             differentiable=("q", "K", "V", "Z", "k"),
         ),
+        Operation(
+            ntk_packed,
+            clauses=("S4", "S10"),
+            gradient=ntk_packed_backward,
+            differentiable=("q", "K", "V", "Z", "k"),
+        ),
         Operation(merge_prefix, clauses=("S5", "S6")),
         Operation(step, clauses=("S9",)),
     ),
@@ -246,7 +195,7 @@ MECHANISM = Mechanism(
     coverage=Coverage(
         patterns=PATTERNS,
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=PADDINGS,
         heads=HEADS,
         gradient=True,
     ),

@@ -57,6 +57,9 @@ dm_t^T`. With dc that of the trace behind t and :math:`g_t = d\rho_t` where :mat
 \mu dc + g_t (\hat k_t - (\hat k_t \cdot c) c / |c|^2) / |c|`. Below the floors of S1 and S3 the
 norm is a constant. :math:`\rho` has no gradient where it is 1 by rule.
 
+S13. **Packed sequences.** Laid end to end, sequences have a state each: every one is S1 to S9 by
+itself, so that the trace, the first token of S3, the matrix and the window begin anew with it.
+
 Complexity
 ----------
 :math:`O(T\, d\, dv)` a head for the memory, :math:`O(T\, w\, (d + dv))` for the softmax, w = T
@@ -80,6 +83,10 @@ import numpy as np
 
 from attnspec.reference.conventions import check_shaped
 from attnspec.reference.dense.attention import attend, attend_backward
+from attnspec.reference.linear.synaptic_resonance_batches import (
+    synaptic_resonance_packed,
+    synaptic_resonance_packed_backward,
+)
 from attnspec.reference.linear.synaptic_resonance_decode import (
     check_inputs,
     recent_tokens,
@@ -96,7 +103,15 @@ from attnspec.reference.linear.synaptic_resonance_memory import (
     relevance,
     repeat_rows,
 )
-from attnspec.reference.spec import HEADS, PHASES, Coverage, Mechanism, Operation, Paper
+from attnspec.reference.spec import (
+    HEADS,
+    PADDINGS,
+    PHASES,
+    Coverage,
+    Mechanism,
+    Operation,
+    Paper,
+)
 
 
 def synaptic_resonance(
@@ -184,13 +199,19 @@ MECHANISM = Mechanism(
             gradient=synaptic_resonance_backward,
             differentiable=("q", "k", "v", "S0", "c0"),
         ),
+        Operation(
+            synaptic_resonance_packed,
+            clauses=("S13",),
+            gradient=synaptic_resonance_packed_backward,
+            differentiable=("q", "k", "v", "S0", "c0"),
+        ),
         Operation(step, clauses=("S10",)),
     ),
     headline="synaptic_resonance",
     coverage=Coverage(
         patterns=("causal self",),
         phases=PHASES,
-        paddings=("none", "left", "right"),
+        paddings=PADDINGS,
         heads=HEADS,
         gradient=True,
     ),

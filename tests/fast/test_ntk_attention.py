@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnspec.fast.linear.ntk_attention import ntk_attend, phi, prefix_terms, step
+from attnspec.fast.linear.ntk_attention import ntk_attend, ntk_packed, phi, prefix_terms, step
 
 
 def tensors(
@@ -87,3 +87,56 @@ def test_a_step_needs_a_state() -> None:
     q, K, V, Z, k = tensors(1, 1)
     with pytest.raises(TypeError, match=r"^state: got NoneType"):
         step(None, q, K, V, Z, k)  # type: ignore[arg-type]
+
+
+ENDS = torch.tensor([0, 3, 3, 5, 9]), torch.tensor([0, 2, 4, 4, 11], dtype=torch.int32)
+"""Four sequences, one without a query and one without a key."""
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_are_alone(causal: bool) -> None:
+    q, K, V, Z, k = tensors(9, 11)
+    leaves = [x.requires_grad_() for x in (q[0], K[0], V[0], Z, k)]
+    out = ntk_packed(*leaves, *ENDS, causal=causal)
+    parts = []
+    for n in range(4):
+        rows, keys = (slice(int(x[n]), int(x[n + 1])) for x in ENDS)
+        own = (leaves[0][None, :, rows], *(x[None, :, keys] for x in leaves[1:3]))
+        parts.append(ntk_attend(*own, *leaves[3:], causal=causal)[0])
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, leaves, upstream)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, leaves, upstream))
+
+
+def test_nothing_of_a_packed_neighbour_comes_through() -> None:
+    q, K, V, Z, k = (x.clone() for x in tensors(9, 11))
+    clean = ntk_packed(q[0], K[0], V[0], Z, k, *ENDS)
+    q[:, :, 5:], K[:, :, 4:], V[:, :, 4:] = torch.nan, torch.nan, torch.nan
+    leaves = [x.requires_grad_() for x in (q[0], K[0], V[0])]
+    out = ntk_packed(*leaves, Z, k, *ENDS)
+    torch.testing.assert_close(out[:, :5], clean[:, :5])
+    gradients = torch.autograd.grad(out[:, :5].sum(), leaves)
+    assert gradients[0][:, :5].isfinite().all()
+    assert all(x[:, :4].isfinite().all() for x in gradients[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"q": tensors(9, 11)[0]}, ValueError, "q"),
+        ({"V": None}, TypeError, "V"),
+        ({"Z": torch.ones(4, 6, 5)}, ValueError, "Z"),
+        ({"q_offsets": ENDS[0].double()}, TypeError, "q_offsets"),
+        ({"q_offsets": ENDS[0].flip(0)}, ValueError, "q_offsets"),
+        ({"k_offsets": ENDS[1][:-1]}, ValueError, "k_offsets"),
+        ({"k_offsets": None}, TypeError, "k_offsets"),
+    ],
+)
+def test_bad_packed_inputs(change: dict[str, Any], error: type[Exception], name: str) -> None:
+    q, K, V, Z, k = tensors(9, 11)
+    arguments = {"q": q[0], "K": K[0], "V": V[0], "Z": Z, "k": k}
+    arguments |= {"q_offsets": ENDS[0], "k_offsets": ENDS[1]}
+    with pytest.raises(error, match=rf"^{name}: got "):
+        ntk_packed(**{**arguments, **change})

@@ -21,7 +21,13 @@ from attnspec.fast.backend import launch_count
 from attnspec.fast.dense.attention import init_state
 from attnspec.fast.engines.prefix import PrefixConfig, add_prefix, triton_host, use_config
 from attnspec.fast.linear import ntk_attention
-from attnspec.fast.linear.ntk_attention import merge_prefix, ntk_attend, prefix_terms, step
+from attnspec.fast.linear.ntk_attention import (
+    merge_prefix,
+    ntk_attend,
+    ntk_packed,
+    prefix_terms,
+    step,
+)
 
 SMALL = PrefixConfig(rows=16, chunk=16, warps=1, stages=1, tiles=1, programs=64, columns=16)
 FEW = Profile("few", examples=2, shrink=False)
@@ -179,7 +185,7 @@ def on_triton(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 # A numerator without a denominator may leave float32, as it does in the reference.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("name", ["ntk_attend", "step"])
+@pytest.mark.parametrize("name", ["ntk_attend", "ntk_packed", "step"])
 def test_the_suite(name: str) -> None:
     kernel = Kernel(
         name="interpreted",
@@ -196,11 +202,12 @@ def test_the_suite(name: str) -> None:
     assert report.passed, report.failures[0]
 
 
-def test_gradients_of_the_suite() -> None:
+@pytest.mark.parametrize("operation", [ntk_attend, ntk_packed])
+def test_gradients_of_the_suite(operation: Callable[..., Any]) -> None:
     kernel = Kernel(
         name="interpreted",
-        operation="ntk_attention.ntk_attend",
-        call=on_triton(ntk_attend),
+        operation=f"ntk_attention.{operation.__name__}",
+        call=on_triton(operation),
         array="torch",
         dtypes=("float32", "float16"),
         draws={"d": (5, 16), "dv": (3, 16), "group": (1, 3)},

@@ -9,13 +9,14 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnspec.conformance import Kernel, certify
+from attnspec.conformance import Kernel, Profile, certify
 from attnspec.fast.backend import launch_count
 from attnspec.fast.engines.scan import (
     LaneConfig,
@@ -259,6 +260,106 @@ def test_the_whole(T: int, window: int | None, padded: bool, started: bool) -> N
     agree(run(*leaves, backend="triton"), expected[:3])
 
 
+def alone(offsets: list[int], options: dict[str, Any]) -> Any:
+    """The packed sequences one by one, on the CPU."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *state: Any) -> list[Tensor]:
+        parts = []
+        for n, (first, last) in enumerate(pairwise(offsets)):
+            own = (x[None, :, first:last] for x in (q, k, v))
+            before = (None if x is None else x[n : n + 1] for x in state)
+            y, after = fast.synaptic_resonance(*own, *before, **options, backend="numba")
+            parts.append((y[0], *after))
+        ys, memories, traces = zip(*parts, strict=True)
+        return [torch.cat(ys, 1), torch.cat(memories), torch.cat(traces)]
+
+    return run
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize(
+    ("offsets", "window", "started"),
+    [
+        ([0, 0, 40, 41, 75], None, True),
+        ([0, 33, 70, 70], 5, False),
+        ([0, 0, 0], None, True),
+        ([0, 20], 3, True),
+    ],
+)
+def test_packed_sequences(
+    offsets: list[int], window: int | None, started: bool, described: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Segments that end inside a block, sequences of one token and of none; with tiles by pointers,
+    and by the programs' own descriptors as on Hopper.
+    """
+    T, many = offsets[-1], len(offsets) - 1
+    torch.manual_seed(T)
+    made = [torch.randn(T, n, 8).transpose(0, 1) for n in (4, 2, 2)]
+    leaves: list[Tensor | None] = [*made, None, None]
+    if started:
+        leaves[3:] = torch.randn(many, 2, 8, 8), torch.randn(many, 2, 8)
+        leaves[4][0, 1] = 0  # type: ignore[index]
+    if described:
+        monkeypatch.setattr(triton_hebbian_tiles, "access", lambda *tensors: 2)
+    options: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "mu": 0.8, "beta": 0.7, "window": window}
+
+    def run(*given: Any) -> list[Tensor]:
+        y, state = fast.synaptic_resonance_packed(
+            *given[:3], torch.tensor(offsets), *given[3:], **options, backend="triton"
+        )
+        return [y, *state]
+
+    got = results(run, leaves, torch.float32)
+    agree(got, results(alone(offsets, options), leaves, torch.float64))
+
+
+def test_nothing_of_a_packed_neighbour_comes_through() -> None:
+    """NaN in one sequence reaches no output and no gradient of the others, not even in blocks that
+    they share.
+    """
+    offsets = torch.tensor([0, 20, 45, 75])
+    torch.manual_seed(0)
+    made = [torch.randn(n, 75, 8) for n in (4, 2, 2)]
+    state = torch.randn(3, 2, 8, 8), torch.randn(3, 2, 8)
+
+    def run(*given: Any) -> list[Tensor]:
+        y, after = fast.synaptic_resonance_packed(*given[:3], offsets, *given[3:], backend="triton")
+        return [y, *after]
+
+    clean = results(run, [*made, *state], torch.float32)
+    spoilt = [x.clone() for x in (*made, *state)]
+    for x in spoilt[:3]:
+        x[:, 20:45] = torch.nan
+    for x in spoilt[3:]:
+        x[1] = torch.nan
+    got = results(run, spoilt, torch.float32)
+    for x, y in zip(clean, got, strict=True):
+        rows = (lambda x: x.transpose(0, 1)) if x.shape[1] == 75 else (lambda x: x)
+        others = [slice(0, 20), slice(45, None)] if x.shape[1] == 75 else [0, 2]
+        for own in others:
+            assert torch.equal(rows(x)[own], rows(y)[own])
+
+
+def test_packed_calls_compiled() -> None:
+    """Bit by bit what eager calls compute, for other offsets of as many sequences too."""
+    torch.manual_seed(0)
+    made = [torch.randn(1, n, 40, 8) for n in (4, 2, 2)]
+    numbers: dict[str, Any] = {"eta": 0.3, "lam": 0.9, "mu": 0.8, "beta": 0.7, "window": 7}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+        y, (S, c) = resonance(q, k, v, None, None, None, **numbers, offsets=offsets)
+        return y.sum() + S.sum() + c.sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ends in ([0, 7, 40], [0, 33, 40]):
+        given = [x.clone().requires_grad_() for x in made]
+        offsets = torch.tensor(ends)
+        expected = torch.autograd.grad(run(*given, offsets), given)
+        got = torch.autograd.grad(compiled(*given, offsets), given)
+        assert all(map(torch.equal, got, expected))
+
+
 def test_float16() -> None:
     """Queries of any length are brought to length 1 before they are rounded."""
     made = inputs(20, 16, 16)
@@ -368,7 +469,10 @@ def test_too_wide_or_in_a_type_it_has_not() -> None:
         fast.relevance(wide.double(), backend="triton")
 
 
-@pytest.mark.parametrize("operation", ["relevance", "memory_recurrent", "synaptic_resonance"])
+@pytest.mark.parametrize(
+    "operation",
+    ["relevance", "memory_recurrent", "synaptic_resonance", "synaptic_resonance_packed"],
+)
 def test_the_suites_gradient(operation: str) -> None:
     kernel = Kernel(
         "interpreted", f"synaptic_resonance.{operation}", getattr(fast, operation), array="torch",
@@ -376,4 +480,15 @@ def test_the_suites_gradient(operation: str) -> None:
         draws={"d": (5, 16), "dv": (3, 16), "group": (1, 3)},
     )  # fmt: skip
     report = certify(kernel, profile="smoke", dtypes=["float32"], laws=["gradient"])
+    assert report.passed, report.failures[0]
+
+
+def test_the_suite_of_packed_calls() -> None:
+    kernel = Kernel(
+        "interpreted", "synaptic_resonance.synaptic_resonance_packed",
+        fast.synaptic_resonance_packed, array="torch", backend="triton", launches=launch_count,
+        dtypes=("float32", "float16"), blocks=(16,), reads_values=False,
+        draws={"d": (5, 16), "dv": (3, 16), "group": (1, 3)},
+    )  # fmt: skip
+    report = certify(kernel, profile=Profile("few", examples=2, shrink=False))
     assert report.passed, report.failures[0]

@@ -17,6 +17,8 @@ from attnspec.reference.linear.ntk_attention import (
     merge_prefix,
     ntk_attend,
     ntk_backward,
+    ntk_packed,
+    ntk_packed_backward,
     phi,
     prefix_state,
     prefix_terms,
@@ -288,7 +290,31 @@ def test_leading_axes_are_free() -> None:
     np.testing.assert_allclose(alone[3], both[3], atol=1e-15)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("positivity", ["abs", "softplus"])
+def test_packed_sequences_are_alone(causal: bool, positivity: str) -> None:
+    """One without a query, one without a key, and leading axes."""
+    q, K, V, Z, k = tensors(6, 7)
+    q_offsets, k_offsets = np.array([0, 2, 2, 3, 6]), np.array([0, 1, 3, 3, 7])
+    options: dict[str, Any] = {"causal": causal, "positivity": positivity, "scale": 0.4}
+    dout = np.random.default_rng(5).standard_normal((2, 4, 6, 4))
+    out = ntk_packed(q, K, V, Z, k, q_offsets, k_offsets, **options)
+    gradients = ntk_packed_backward(q, K, V, Z, k, q_offsets, k_offsets, dout, **options)
+    dZ, dk = np.zeros_like(Z), np.zeros_like(k)
+    for n in range(4):
+        rows, keys = (slice(x[n], x[n + 1]) for x in (q_offsets, k_offsets))
+        own = (q[..., rows, :], K[..., keys, :], V[..., keys, :], Z, k)
+        np.testing.assert_allclose(out[..., rows, :], ntk_attend(*own, **options), atol=1e-14)
+        alone = ntk_backward(*own, dout[..., rows, :], **options)
+        for part, whole, some in zip(alone, gradients, (rows, keys, keys), strict=False):
+            np.testing.assert_array_equal(part, whole[..., some, :])
+        dZ, dk = dZ + alone[3], dk + alone[4]
+    np.testing.assert_allclose(gradients[3], dZ, atol=1e-14)
+    np.testing.assert_allclose(gradients[4], dk, atol=1e-14)
+
+
 X = np.zeros((2, 3, 4))
+ENDS = np.array([0, 1, 3])
 Z4, K4 = np.zeros((2, 4, 4)), np.zeros((2, 4))
 GOOD = (X, X, X, Z4, K4)
 
@@ -334,6 +360,12 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (ntk_backward, (*GOOD, X), {"scale": -1.0}, ValueError, "scale"),
     (ntk_backward, (*GOOD, X[:, :2]), {}, ValueError, "dout"),
     (ntk_backward, (*GOOD, None), {}, TypeError, "dout"),
+    (ntk_packed, (*GOOD, ENDS[:-1], ENDS), {}, ValueError, "q_offsets"),
+    (ntk_packed, (*GOOD, ENDS, ENDS[::-1]), {}, ValueError, "k_offsets"),
+    (ntk_packed, (*GOOD, ENDS, ENDS[[0, 2]]), {}, ValueError, "k_offsets"),
+    (ntk_packed, (*GOOD, ENDS / 1, ENDS), {}, TypeError, "q_offsets"),
+    (ntk_packed, (*swap(3, Z4[:1]), ENDS, ENDS), {}, ValueError, "Z"),
+    (ntk_packed_backward, (*GOOD, ENDS, ENDS, X[:, :2]), {}, ValueError, "dout"),
     (step, (init_state(X, X), X, X[:, :2], X[:, :2], Z4, K4), {}, ValueError, "K"),
     (step, (init_state(X[..., :3], X), *GOOD), {}, ValueError, "state.k"),
     (step, (None, *GOOD), {}, TypeError, "state"),

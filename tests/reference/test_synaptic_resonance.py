@@ -16,6 +16,8 @@ from attnspec.reference.linear import synaptic_resonance as chapter
 from attnspec.reference.linear.synaptic_resonance import (
     synaptic_resonance,
     synaptic_resonance_backward,
+    synaptic_resonance_packed,
+    synaptic_resonance_packed_backward,
 )
 from attnspec.reference.linear.synaptic_resonance_decode import State, init_state, step
 from attnspec.reference.linear.synaptic_resonance_gradients import (
@@ -269,6 +271,35 @@ def test_rows_below_the_floor_have_a_gradient() -> None:
     assert np.abs(dk[:, :, 1]).max() > 1
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("started", [False, True])
+def test_packed_sequences_are_alone(window: int | None, started: bool) -> None:
+    """One of them without a token; with leading axes."""
+    q, k, v = tokens()
+    ends, random = np.array([0, 4, 4, 5, 9]), np.random.default_rng(4)
+    S0, c0 = random.standard_normal((2, 4, 2, 4, 3)), random.standard_normal((2, 4, 2, 4))
+    dS, dc = random.standard_normal(S0.shape), random.standard_normal(c0.shape)
+    dy = random.standard_normal((2, 4, 9, 3))
+    given = (S0, c0) if started else (None, None)
+    options: dict[str, Any] = {"eta": 0.7, "lam": 0.8, "mu": 0.6, "beta": 0.4, "window": window}
+    y, (S, c) = synaptic_resonance_packed(q, k, v, ends, *given, **options)
+    found = synaptic_resonance_packed_backward(q, k, v, ends, *given, dy, dS, dc, **options)
+    for n in range(4):
+        rows = slice(ends[n], ends[n + 1])
+        own = [x[..., rows, :] for x in (q, k, v)]
+        state = [None if x is None else x[:, n] for x in given]
+        expected, (last, trace) = synaptic_resonance(*own, *state, **options)
+        np.testing.assert_allclose(y[..., rows, :], expected, atol=1e-13)
+        np.testing.assert_allclose(S[:, n], last, atol=1e-13)
+        np.testing.assert_allclose(c[:, n], trace, atol=1e-13)
+        alone = synaptic_resonance_backward(
+            *own, *state, dy[..., rows, :], dS[:, n], dc[:, n], **options
+        )
+        parts = [x[..., rows, :] for x in found[:3]] + [x[:, n] for x in found[3:]]
+        for got, part in zip(parts, alone, strict=True):
+            np.testing.assert_allclose(got, part, atol=1e-13)
+
+
 def test_precision_and_leading_axes_are_kept() -> None:
     q, k, v = tokens()
     y, (S, c) = synaptic_resonance(*(x.astype(np.float32) for x in (q, k, v)), valid=VALID)
@@ -281,6 +312,7 @@ def test_precision_and_leading_axes_are_kept() -> None:
 
 
 X = np.zeros((2, 3, 4))
+ENDS = np.array([0, 1, 3])
 R, S4, C4 = np.zeros((2, 3)), np.zeros((2, 4, 4)), np.zeros((2, 4))
 BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (relevance, (X[0],), {}, ValueError, "k"),
@@ -308,6 +340,15 @@ BAD: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], type, str], ...] = (
     (synaptic_resonance, (X, X, X), {"eta": True}, TypeError, "eta"),
     (synaptic_resonance, (X, X, X, S4[:1]), {}, ValueError, "S0"),
     (synaptic_resonance_backward, (X, X, X, None, None, X[:1]), {}, ValueError, "dy"),
+    (synaptic_resonance_packed, (X, X, X, ENDS[:-1]), {}, ValueError, "offsets"),
+    (synaptic_resonance_packed, (X, X, X, ENDS[::-1]), {}, ValueError, "offsets"),
+    (synaptic_resonance_packed, (X, X, X, ENDS / 1), {}, TypeError, "offsets"),
+    (synaptic_resonance_packed, (X, X, X, ENDS, S4), {}, ValueError, "S0"),
+    (synaptic_resonance_packed, (X, X, X, ENDS, None, C4), {}, ValueError, "c0"),
+    (synaptic_resonance_packed, (X, X, X[:, :2], ENDS), {}, ValueError, "v"),
+    (synaptic_resonance_packed, (X, X, X, ENDS), {"mu": 1.0}, ValueError, "mu"),
+    (synaptic_resonance_packed_backward, (X, X, X, ENDS, None, None, R), {}, ValueError, "dy"),
+    (synaptic_resonance_packed_backward, (X, X, X, ENDS, None, None, X, S4), {}, ValueError, "dS"),
     (step, (State(X[..., :3], X, S4, C4), X, X, X), {}, ValueError, "state.k"),
     (unit, (np.zeros(3, int),), {}, TypeError, "x"),
 )

@@ -1,4 +1,7 @@
-"""Laws of NTK-Attention alone: prefixes add and stay, zeros are none, Z counts without k."""
+"""Laws of NTK-Attention alone: prefixes add and stay, zeros are none, Z counts without k.
+
+Packed sequences share a prefix and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.laws.controls import check_apart
 from attnspec.conformance.trial import Trial
-from attnspec.reference.linear.ntk_attention import ntk_attend, prefix_state
+from attnspec.reference.linear.ntk_attention import (
+    ntk_attend,
+    ntk_packed,
+    prefix_state,
+)
 
 
 def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -71,6 +78,22 @@ def check_shift(trial: Trial) -> None:
     trial.judge(after, high)
 
 
+def check_alone(trial: Trial) -> None:
+    """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
+    arguments = trial.arguments()
+    ends = {name: arguments[name] for name in ("q_offsets", "k_offsets")}
+    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
+    rows, keys = (slice(int(x[n]), int(x[n + 1])) for x in ends.values())
+    spoilt, alone = dict(arguments), dict(arguments)
+    for name, own in (("q", rows), ("K", keys), ("V", keys)):
+        alone[name] = arguments[name][..., own, :]
+        spoilt[name] = np.full_like(arguments[name], np.nan)
+        spoilt[name][..., own, :] = alone[name]
+    for name, own in (("q_offsets", rows), ("k_offsets", keys)):
+        alone[name] = np.array([0, own.stop - own.start])
+    trial.judge({"out": trial.run(spoilt)["out"][..., rows, :]}, alone)
+
+
 LAWS = (
     Law(
         "prefix-addition",
@@ -107,5 +130,14 @@ LAWS = (
         check_shift,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.2,
+    ),
+    Law(
+        "prefix-alone",
+        "A packed sequence shares the prefix with the others, and nothing else.",
+        ("K11",),
+        _anywhere,
+        check_alone,
+        applies=lambda contract, kernel: contract.spec.function is ntk_packed,
+        examples=0.3,
     ),
 )

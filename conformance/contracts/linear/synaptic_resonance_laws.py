@@ -1,4 +1,4 @@
-"""Laws of Synaptic Resonance alone: a state handed over, and traces of nothing."""
+"""Laws of Synaptic Resonance alone: a state handed over, traces of nothing, packed sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ STATES = {
     "synaptic_resonance.memory_recurrent": ("S0",),
     "synaptic_resonance.memory_chunked": ("S0",),
 }
-TRACED = ("synaptic_resonance.relevance", "synaptic_resonance.synaptic_resonance")
+PACKED = "synaptic_resonance.synaptic_resonance_packed"
+TRACED = ("synaptic_resonance.relevance", "synaptic_resonance.synaptic_resonance", PACKED)
 
 
 def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -62,6 +63,28 @@ def check_silence(trial: Trial) -> None:
     trial.check({**arguments, "k": np.where(silent[:, None], 0.0, arguments["k"])})
 
 
+def check_alone(trial: Trial) -> None:
+    """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
+    arguments = trial.arguments()
+    offsets = arguments["offsets"]
+    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
+    own = slice(int(offsets[n]), int(offsets[n + 1]))
+    alone = {**arguments, "offsets": np.array([0, own.stop - own.start])}
+    spoilt = dict(arguments)
+    for name in ("q", "k", "v"):
+        alone[name] = arguments[name][..., own, :]
+        spoilt[name] = np.full_like(arguments[name], np.nan)
+        spoilt[name][..., own, :] = alone[name]
+    for name in ("S0", "c0"):
+        if arguments.get(name) is not None:
+            alone[name] = arguments[name][n : n + 1]
+            spoilt[name] = np.full_like(arguments[name], np.nan)
+            spoilt[name][n] = arguments[name][n]
+    got = trial.run(spoilt)
+    states = {name: got[name][n : n + 1] for name in ("S", "c")}
+    trial.judge({"y": got["y"][..., own, :], **states}, alone)
+
+
 LAWS = (
     Law(
         "resumption",
@@ -79,6 +102,15 @@ LAWS = (
         _anywhere,
         check_silence,
         applies=lambda contract, kernel: contract.operation in TRACED,
+        examples=0.3,
+    ),
+    Law(
+        "resonance-alone",
+        "A packed sequence feels nothing of its neighbours, NaN included.",
+        ("K11",),
+        _anywhere,
+        check_alone,
+        applies=lambda contract, kernel: contract.operation == PACKED,
         examples=0.3,
     ),
 )

@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
+from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.dense.attention import State, attend, score
-from attnspec.reference.linear import ntk_attention, ntk_attention_prefix
+from attnspec.reference.linear import (
+    ntk_attention,
+    ntk_attention_gradients,
+    ntk_attention_prefix,
+)
 
 ATTEND = right("ntk_attention.ntk_attend")
-BACKWARD = ntk_attention.ntk_backward
+BACKWARD = ntk_attention_gradients.ntk_backward
 MERGE = right("ntk_attention.merge_prefix")
 PHI = right("ntk_attention.phi")
 STATE = right("ntk_attention.prefix_state")
@@ -118,7 +123,7 @@ def mask_of_first_entry(arguments: dict[str, Any]) -> None:
 
 
 def leaks_masked_values(weights: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return weights @ ntk_attention.repeat_heads(v, weights.shape[-3])
+    return weights @ repeat_heads(v, weights.shape[-3])
 
 
 def skip_tail(arguments: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ def flash_backward(
     causal: bool = False,
     window: int | None = None,
     key_mask: Tensor | None = None,
+    offsets: tuple[Tensor, Tensor] | None = None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, new and contiguous, from the gradient of `out`, which `flash` returned with
@@ -25,8 +26,8 @@ def flash_backward(
     """
     lists = (None, None, None, 0, 0)
     options = (
-        q.shape[3] ** -0.5, causal, window, 0, None, None, key_mask, None, *lists, None, None, None,
-        None, None,
+        q.shape[3] ** -0.5, causal, window, 0, None, None, key_mask, None, *lists,
+        *(offsets or (None, None)), None, None, None,
     )  # fmt: skip
     plan = plan_of((q, k, v, *options), backend)
     dq, dk, dv, _ = plan.backward(dout, None, q, k, v, out, lse, *options)

@@ -48,12 +48,23 @@ def _kernels(part: str) -> ModuleType:
 def run_hebbian(
     q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
     onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """m, added to `onto`, and the last state of each batch or, with `offsets`, of each packed
+    sequence.
+    """
     with torch.cuda.device_of(q):
-        return _kernels("").forward(q, k, v, rho, S0, valid, onto, eta, lam, scale, block)
+        return _kernels("").forward(q, k, v, rho, S0, valid, onto, eta, lam, scale, block, offsets)
 
 
-hebbian_op = Operation("attnspec::hebbian", run_hebbian)
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None, valid: Tensor | None,
+    onto: Tensor | None, eta: float, lam: float, scale: float, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return run_hebbian(q, k, v, rho, S0, valid, onto, eta, lam, scale, block)
+
+
+hebbian_op = Operation("attnspec::hebbian", _run)
 
 
 @hebbian_op.register_fake
@@ -72,14 +83,14 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def run_hebbian_backward(
     dy: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
     valid: Tensor | None, eta: float, lam: float, scale: float, block: int,
-    added: tuple[Tensor, Tensor, Tensor] | None = None,
+    added: tuple[Tensor, Tensor, Tensor] | None = None, offsets: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """The gradients of q, k, v, rho and S0; dy is 0 at padding. Those of q, k and v are added to
-    what is given, contiguous, in place.
+    what is given, contiguous, in place. `offsets` pack sequences in a batch of one.
     """
     with torch.cuda.device_of(q):
         return _kernels("_gradient").backward(
-            dy, dS, q, k, v, rho, S0, valid, eta, lam, scale, block, added
+            dy, dS, q, k, v, rho, S0, valid, eta, lam, scale, block, added, offsets
         )
 
 

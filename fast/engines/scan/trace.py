@@ -28,13 +28,18 @@ def _kernels() -> ModuleType:
 
 
 def run_trace(
-    k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float
+    k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """rho, and the last trace of each batch or, with `offsets`, of each packed sequence."""
     with torch.cuda.device_of(k):
-        return _kernels().forward(k, valid, c0, mu)
+        return _kernels().forward(k, valid, c0, mu, offsets)
 
 
-trace_op = Operation("attnspec::trace", run_trace)
+def _run(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Tensor, Tensor]:
+    return run_trace(k, valid, c0, mu)
+
+
+trace_op = Operation("attnspec::trace", _run)
 
 
 @trace_op.register_fake
@@ -45,11 +50,11 @@ def _(k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float) -> tuple[Te
 
 def run_trace_backward(
     drho: Tensor, dlast: Tensor, k: Tensor, valid: Tensor | None, c0: Tensor | None, mu: float,
-    added: Tensor | None = None,
+    added: Tensor | None = None, offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of k, added to what is given, contiguous, in place, and of the first trace."""
+    """The gradients of k, added to what is given, contiguous, in place, and of the first traces."""
     with torch.cuda.device_of(k):
-        return _kernels().backward(drho, dlast, k, valid, c0, mu, added)
+        return _kernels().backward(drho, dlast, k, valid, c0, mu, added, offsets)
 
 
 @operation("attnspec::trace_backward")

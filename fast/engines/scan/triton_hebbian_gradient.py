@@ -24,6 +24,7 @@ from attnspec.fast.engines.scan.triton_hebbian_tiles import (
     load_gates,
     load_rows,
     made_places,
+    opened,
     place_of,
     read_powers,
     row_norms,
@@ -46,30 +47,28 @@ def unit_gradient(G, X, inverse):
 
 @triton.jit
 def differentiate_state(
-    q_source, dy_source, place, valid, valid_t, inverses, states, decays, tokens, length, bits,
-    scale,
+    q_source, dy_source, place, valid, valid_t, inverses, states, decays, tokens, bits, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, VALID: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """What a segment adds to the gradient of the state before it, with its log decay; and the
     inverse norms of queries.
     """
-    batch, head, segment, state = place
+    batch, head, start, stop, state = place
     heads = q_source[5]
     R = tl.zeros((BD, BV), tl.float32)
     seen = tl.full((), 0.0, tl.float32)
-    start = segment * length
     # One loop over blocks and heads: tiles ahead are loaded without a pause between blocks.
-    for n in range(tl.cdiv(tl.minimum(length, tokens - start), C) * GROUP):
+    for n in range(tl.cdiv(stop - start, C) * GROUP):
         first, member = start + n // GROUP * C, n % GROUP
-        _real, _upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
+        _real, _upto, before, total = counts(valid, valid_t, first, stop, C, VALID)
         t = first + tl.arange(0, C)
         reader = head * GROUP + member
-        Q = load_rows(q_source, batch, reader, first, tokens, 0, 1, C, BD, D, ACCESS)
-        dY = load_rows(dy_source, batch, reader, first, tokens, 0, 1, C, BV, DV, ACCESS)
+        Q = load_rows(q_source, batch, reader, first, stop, 0, 1, C, BD, D, ACCESS)
+        dY = load_rows(dy_source, batch, reader, first, stop, 0, 1, C, BV, DV, ACCESS)
         wide = Q.to(tl.float32)
         inverse = 1.0 / floored(row_norms(wide))
-        tl.store(inverses + (batch * heads + reader) * tokens + t, inverse, mask=t < tokens)
+        tl.store(inverses + (batch * heads + reader) * tokens + t, inverse, mask=t < stop)
         factor = scale * tl.exp2(bits * (seen + before))
         if UNIT:
             Q = (wide * inverse[:, None]).to(Q.dtype)
@@ -85,21 +84,22 @@ def differentiate_state(
 
 @triton.jit
 def differentiate_reads(
-    q_source, dy_source, dq, batch, reader, first, tokens, S, H, X, powers, before, bits, scale,
+    q_source, dy_source, dq, batch, reader, first, tokens, stop, S, H, X, powers, before, bits,
+    scale,
     MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """dq of C tokens of MANY query heads, see `read_state`."""
-    dY = load_rows(dy_source, batch, reader, first, tokens, 0, MANY, C, BV, DV, ACCESS)
+    dY = load_rows(dy_source, batch, reader, first, stop, 0, MANY, C, BV, DV, ACCESS)
     P = tl.dot(dY, tl.trans(X), input_precision="ieee") * powers
     aged = tl.exp2(bits * stacked(before, MANY, C))
     G = tl.dot(dY, tl.trans(S), input_precision="ieee") * aged[:, None]
     G = tl.dot(P.to(H.dtype), H, G, input_precision="ieee") * scale
-    Q = load_rows(q_source, batch, reader, first, tokens, 0, MANY, C, BD, D, ACCESS)
+    Q = load_rows(q_source, batch, reader, first, stop, 0, MANY, C, BD, D, ACCESS)
     line = batch * q_source[5] + reader
     wide = Q.to(tl.float32)
     G, _ = unit_gradient(G, wide, 1.0 / floored(row_norms(wide)))
-    at, inside = made_places(line, first, tokens, 0, MANY, C, BD, D)
+    at, inside = made_places(line, first, tokens, stop, 0, MANY, C, BD, D)
     if ADDED:
         G += tl.load(dq + at, mask=inside, other=0.0)
     tl.store(dq + at, G.to(dq.dtype.element_ty), mask=inside)
@@ -107,38 +107,37 @@ def differentiate_reads(
 
 @triton.jit
 def differentiate_queries(
-    q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, entering, dq, tokens,
-    length, eta, bits, scale,
+    q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, entering, dq, tokens, eta,
+    bits, scale,
     GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ENTERING: tl.constexpr,
     ADDED: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """dq of a segment, from the state `entering` it; added to what is there if ADDED."""
-    batch, head, segment, state = place
+    batch, head, start, stop, state = place
     line = batch * k_source[5] + head
     S = tl.zeros((BD, BV), tl.float32)
     if ENTERING:
         places, inside = state_places(0, D, DV, BD, BV)
         S = tl.load(entering + state * D * DV + places, mask=inside, other=0.0)
-    start = segment * length
-    for first in range(start, tl.minimum(start + length, tokens), C):
-        real, upto, before, total = counts(valid, valid_t, first, tokens, C, VALID)
+    for first in range(start, stop, C):
+        real, upto, before, total = counts(valid, valid_t, first, stop, C, VALID)
         weights = exchanged(load_gates(rho, line, first, tokens, real, eta, C), C)
-        K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
-        X = load_rows(v_source, batch, head, first, tokens, 0, 1, C, BV, DV, ACCESS)
+        K = load_rows(k_source, batch, head, first, stop, 0, 1, C, BD, D, ACCESS)
+        X = load_rows(v_source, batch, head, first, stop, 0, 1, C, BV, DV, ACCESS)
         wide = K.to(tl.float32)
         H = (wide / floored(row_norms(wide))[:, None]).to(K.dtype)
         powers = read_powers(before, upto, bits, MANY, C) * weights[None, :]
         held = S.to(K.dtype)
         if GROUP == MANY:
             differentiate_reads(
-                q_source, dy_source, dq, batch, head * GROUP, first, tokens, held, H, X,
+                q_source, dy_source, dq, batch, head * GROUP, first, tokens, stop, held, H, X,
                 powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
             )  # fmt: skip
         else:
             for member in range(0, GROUP, MANY):
                 differentiate_reads(
-                    q_source, dy_source, dq, batch, head * GROUP + member, first, tokens,
+                    q_source, dy_source, dq, batch, head * GROUP + member, first, tokens, stop,
                     held, H, X, powers, before, bits, scale, MANY, D, DV, BD, BV, C, ADDED, ACCESS,
                 )  # fmt: skip
         X = (X * (weights * tl.exp2(bits * (total - upto)))[:, None]).to(X.dtype)
@@ -150,39 +149,51 @@ def reads_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
     one, one_b, one_h, one_t, one_d, up, up_b, up_h, up_t, up_d,
     valid, valid_b, valid_t, rho, entering, dq, inverses, states, decays,
-    tokens, length, segments, kv_heads, eta, bits, scale,
+    table, tokens, length, segments, kv_heads, eta, bits, scale,
     GROUP: tl.constexpr, MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr,
-    ENTERING: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr, UNIT: tl.constexpr,
+    ENTERING: tl.constexpr, ADDED: tl.constexpr, ACCESS: tl.constexpr, PACKED: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq, and what the other gradients need of queries, by two programs for a segment: side by
     side, they read the same queries at the same time. `one` and `up` are q and dy, ROWS tokens of
     one head at a time.
     """
-    batch, head, segment, which, state, valid = place_of(segments, kv_heads, valid, valid_b, 2, 1)
-    place, heads = (batch, head, segment, state), kv_heads * GROUP
+    batch, head, which, span, states_of, valid = place_of(
+        table, segments, length, tokens, kv_heads, valid, valid_b, 2, 1, PACKED
+    )
+    start, stop = span
+    state, _own, _starts, _ends = states_of
+    place, heads = (batch, head, start, stop, state), kv_heads * GROUP
     if which == 0:
-        q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
-        v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
-        dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
+        q_source = opened((q, q_b, q_h, q_t, q_d, heads), batch, stop, MANY, C, BD, D, ACCESS)
+        k_source = opened((k, k_b, k_h, k_t, k_d, kv_heads), batch, stop, 1, C, BD, D, ACCESS)
+        v_source = opened((v, v_b, v_h, v_t, v_d, kv_heads), batch, stop, 1, C, BV, DV, ACCESS)
+        dy_source = opened(
+            (dy, dy_b, dy_h, dy_t, dy_d, heads), batch, stop, MANY, C, BV, DV, ACCESS
+        )
         differentiate_queries(
             q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, entering, dq,
-            tokens, length, eta, bits, scale,
+            tokens, eta, bits, scale,
             GROUP, MANY, D, DV, BD, BV, C, VALID, ENTERING, ADDED, ACCESS,
         )  # fmt: skip
     else:
-        one_source = (one, one_b, one_h, one_t, one_d, heads)
-        up_source = (up, up_b, up_h, up_t, up_d, heads)
+        one_source = opened(
+            (one, one_b, one_h, one_t, one_d, heads), batch, stop, 1, ROWS, BD, D, ACCESS
+        )
+        up_source = opened(
+            (up, up_b, up_h, up_t, up_d, heads), batch, stop, 1, ROWS, BV, DV, ACCESS
+        )
         differentiate_state(
-            one_source, up_source, place, valid, valid_t, inverses, states, decays, tokens, length,
-            bits, scale, GROUP, D, DV, BD, BV, ROWS, VALID, ACCESS, UNIT,
+            one_source, up_source, place, valid, valid_t, inverses, states, decays, tokens, bits,
+            scale, GROUP, D, DV, BD, BV, ROWS, VALID, ACCESS, UNIT,
         )  # fmt: skip
 
 
 @triton.jit
 def differentiate_writes(
     q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving, dx,
-    drho, tokens, length, eta, bits, scale,
+    drho, tokens, eta, bits, scale,
     GROUP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
     ACCESS: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr,
@@ -192,22 +203,21 @@ def differentiate_writes(
     it; with KEYS that of unit keys is what their values read of it transposed, and dk and drho are
     made of that. Queries are read PART at a time.
     """
-    batch, head, segment, state = place
+    batch, head, start, stop, state = place
     kv_heads = k_source[5]
     line, heads = batch * kv_heads + head, kv_heads * GROUP
     places, inside = state_places(0, D, DV, BD, BV)
     if KEYS:
         places, inside = tl.trans(places), tl.trans(inside)
     R = tl.load(leaving + state * D * DV + places, mask=inside, other=0.0)
-    start = segment * length
-    blocks = tl.cdiv(tl.minimum(length, tokens - start), C)
+    blocks = tl.cdiv(stop - start, C)
     for n in range(blocks):
         first = start + (blocks - 1 - n) * C
-        real, upto, _before, total = counts(valid, valid_t, first, tokens, C, VALID)
+        real, upto, _before, total = counts(valid, valid_t, first, stop, C, VALID)
         if KEYS:
-            A = load_rows(v_source, batch, head, first, tokens, 0, 1, C, BV, DV, ACCESS)
+            A = load_rows(v_source, batch, head, first, stop, 0, 1, C, BV, DV, ACCESS)
         else:
-            A = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+            A = load_rows(k_source, batch, head, first, stop, 0, 1, C, BD, D, ACCESS)
             wide = A.to(tl.float32)
             A = (wide / floored(row_norms(wide))[:, None]).to(A.dtype)
         Y = tl.dot(A, R.to(A.dtype), input_precision="ieee")
@@ -217,14 +227,14 @@ def differentiate_writes(
         for m in range(C // PART * GROUP):
             part, member = m // GROUP, m % GROUP
             begin, reader = first + part * PART, head * GROUP + member
-            _real, _upto, before, some = counts(valid, valid_t, begin, tokens, PART, VALID)
+            _real, _upto, before, some = counts(valid, valid_t, begin, stop, PART, VALID)
             before += passed
             passed += tl.where(member == GROUP - 1, some, 0.0)
-            Q = load_rows(q_source, batch, reader, begin, tokens, 0, 1, PART, BD, D, ACCESS)
-            dY = load_rows(dy_source, batch, reader, begin, tokens, 0, 1, PART, BV, DV, ACCESS)
+            Q = load_rows(q_source, batch, reader, begin, stop, 0, 1, PART, BD, D, ACCESS)
+            dY = load_rows(dy_source, batch, reader, begin, stop, 0, 1, PART, BV, DV, ACCESS)
             t = begin + tl.arange(0, PART)
             at = inverses + (batch * heads + reader) * tokens + t
-            inverse = exchanged(tl.load(at, mask=t < tokens, other=0.0), PART)
+            inverse = exchanged(tl.load(at, mask=t < stop, other=0.0), PART)
             factor = scale * inverse
             if UNIT:
                 Q = (Q * inverse[:, None]).to(Q.dtype)
@@ -239,14 +249,14 @@ def differentiate_writes(
             R = tl.dot(tl.trans(B), X, R, input_precision="ieee")
         gates = load_gates(rho, line, first, tokens, real, eta, C)
         if KEYS:
-            K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
+            K = load_rows(k_source, batch, head, first, stop, 0, 1, C, BD, D, ACCESS)
             K = K.to(tl.float32)
             Y, along = unit_gradient(Y, K, 1.0 / floored(row_norms(K)))
             t = first + tl.arange(0, C)
-            tl.store(drho + line * tokens + t, tl.where(real, eta * along, 0.0), mask=t < tokens)
-            at, mine = made_places(line, first, tokens, 0, 1, C, BD, D)
+            tl.store(drho + line * tokens + t, tl.where(real, eta * along, 0.0), mask=t < stop)
+            at, mine = made_places(line, first, tokens, stop, 0, 1, C, BD, D)
         else:
-            at, mine = made_places(line, first, tokens, 0, 1, C, BV, DV)
+            at, mine = made_places(line, first, tokens, stop, 0, 1, C, BV, DV)
         Y *= gates[:, None]
         if ADDED:
             Y += tl.load(dx + at, mask=mine, other=0.0)
@@ -258,34 +268,38 @@ def differentiate_writes(
 def writes_kernel(
     q, q_b, q_h, q_t, q_d, k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, dy, dy_b, dy_h, dy_t, dy_d,
     valid, valid_b, valid_t, rho, inverses, leaving, dk, dv, drho, dinitial,
-    tokens, length, segments, kv_heads, eta, bits, scale,
+    table, tokens, length, segments, kv_heads, eta, bits, scale,
     GROUP: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, VALID: tl.constexpr, ADDED: tl.constexpr,
-    ACCESS: tl.constexpr, UNIT: tl.constexpr,
+    ACCESS: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dk, drho, dv and the gradient of the initial state by two programs for a segment, one for dv
     and one for dk: side by side, they read the same queries at the same time.
     """
     # Two "columns" that are a program each.
-    batch, head, segment, which, state, valid = place_of(segments, kv_heads, valid, valid_b, 2, 1)
-    place, heads = (batch, head, segment, state), kv_heads * GROUP
-    q_source, k_source = (q, q_b, q_h, q_t, q_d, heads), (k, k_b, k_h, k_t, k_d, kv_heads)
-    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
-    dy_source = (dy, dy_b, dy_h, dy_t, dy_d, heads)
+    batch, head, which, span, states_of, valid = place_of(
+        table, segments, length, tokens, kv_heads, valid, valid_b, 2, 1, PACKED
+    )
+    start, stop = span
+    state, own, starts, _ends = states_of
+    place, heads = (batch, head, start, stop, state), kv_heads * GROUP
+    q_source = opened((q, q_b, q_h, q_t, q_d, heads), batch, stop, 1, PART, BD, D, ACCESS)
+    k_source = opened((k, k_b, k_h, k_t, k_d, kv_heads), batch, stop, 1, C, BD, D, ACCESS)
+    v_source = opened((v, v_b, v_h, v_t, v_d, kv_heads), batch, stop, 1, C, BV, DV, ACCESS)
+    dy_source = opened((dy, dy_b, dy_h, dy_t, dy_d, heads), batch, stop, 1, PART, BV, DV, ACCESS)
     if which == 0:
         R = differentiate_writes(
             q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving,
-            dv, drho, tokens, length, eta, bits, scale,
+            dv, drho, tokens, eta, bits, scale,
             GROUP, PART, D, DV, BD, BV, C, VALID, ADDED, ACCESS, UNIT, False,
         )  # fmt: skip
-        if segment == 0:
+        if starts:
             places, inside = state_places(0, D, DV, BD, BV)
-            initial = dinitial + (batch * kv_heads + head) * D * DV
-            tl.store(initial + places, R, mask=inside)
+            tl.store(dinitial + own * D * DV + places, R, mask=inside)
     else:
         differentiate_writes(
             q_source, k_source, v_source, dy_source, place, valid, valid_t, rho, inverses, leaving,
-            dk, drho, tokens, length, eta, bits, scale,
+            dk, drho, tokens, eta, bits, scale,
             GROUP, PART, D, DV, BD, BV, C, VALID, ADDED, ACCESS, UNIT, True,
         )  # fmt: skip
 
@@ -296,10 +310,10 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def backward(
     dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
     valid: Tensor | None, eta: float, lam: float, scale: float, block: int,
-    added: Gradients | None = None,
+    added: Gradients | None = None, offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v, rho and the initial state; those of q, k and v are added to what is
-    given, contiguous, in place.
+    """The gradients of q, k, v, rho and the initial states; those of q, k and v are added to what
+    is given, contiguous, in place. `offsets` pack sequences in a batch of one.
     """
     batch, heads, tokens, _ = q.shape
     dlast, rho = dlast.contiguous(), rho.contiguous()
@@ -309,11 +323,16 @@ def backward(
     if not batch * tokens:
         return dq, dk, dv, torch.zeros_like(rho), dlast.clone()
     q, k, v, dy = readable(q, k, v, dy)
-    cut = Cut((q, k, v, dy), rho, valid, eta, lam, block)
+    cut = Cut((q, k, v, dy), rho, valid, offsets, eta, lam, block)
     if max(cut.d, cut.dv) > cut.cfg.whole:
-        found = triton_hebbian_parts.backward(
-            dy, dlast, q, k, v, rho, S0, valid, eta, lam, scale, block
-        )
+        if offsets is None:
+            found = triton_hebbian_parts.backward(
+                dy, dlast, q, k, v, rho, S0, valid, eta, lam, scale, block
+            )
+        else:
+            found = triton_hebbian_parts.packed_backward(
+                dy, dlast, q, k, v, rho, S0, offsets, eta, lam, scale, block
+            )
         if added is None:
             return found
         for whole, part in zip(added, found[:3], strict=True):
@@ -322,7 +341,7 @@ def backward(
     entering = cut.enter(k, v, S0)
     states, decays = cut.states()
     inverses = torch.empty(batch, heads, tokens, device=q.device)
-    drho, dS0 = torch.empty_like(rho), torch.empty_like(dlast)
+    drho, dS0 = torch.empty_like(rho), cut.last(dlast)
     options = {"scale": scale, "GROUP": heads // k.shape[1], "inverses": inverses}
     added_to, unit = {"ADDED": added is not None}, {"UNIT": q.dtype == torch.float16}
     stacks, rows = cut.operands(cut.stack, q=q, dy=dy), cut.rows

@@ -3,7 +3,8 @@ before it reads: for states that no program holds as a whole.
 
 Token t reads what the scan leaves at t - 1: unit queries go in one token on, as a view, and their
 gradient comes out one token late. The first token, which asks the state that came in, and the last
-one's write are for `ends_gradient_kernel`; `units_backward` puts rows back in their places.
+one's write are for `ends_gradient_kernel`; `units_backward` puts rows back in their places. Packed
+sequences go in one token longer each, which needs neither.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def ends_gradient_kernel(
     inside = (channels < D)[:, None] & within[None, :]
     valid += batch * valid_b
     end = tl.cast(tokens, tl.int64) - 1
-    real = real_rows(valid, valid_t, end, tokens, VALID)
+    real = real_rows(valid, valid_t, end, 0, tokens, VALID)
     dlast += line * D * DV
     dS = tl.load(dlast + places, mask=inside, other=0.0)
     kept = dS * tl.where(real, lam, 1.0)
@@ -90,7 +91,7 @@ def ends_gradient_kernel(
         tl.store(dv + line * DV + values, dX.to(dv.dtype.element_ty), mask=within)
     if STARTED:
         S = tl.load(initial + line * D * DV + places, mask=inside, other=0.0)
-        asks = real_rows(valid, valid_t, tl.full((), 0, tl.int64), tokens, VALID)
+        asks = real_rows(valid, valid_t, tl.full((), 0, tl.int64), 0, tokens, VALID)
         dS = tl.zeros((BD, BV), tl.float32)
         group = heads // kv_heads
         for m in range(group):
@@ -148,6 +149,47 @@ def backward(
     dq, _ = units_backward(q, valid, None, 1.0, dqh, edge, 1)
     dk, drho = units_backward(k, valid, rho, eta, dgated, end_k, 0)
     return dq, dk, end_v, drho, dS0
+
+
+def packed_backward(
+    dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, rho: Tensor, S0: Tensor | None,
+    offsets: Tensor, eta: float, lam: float, scale: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same of sequences laid end to end in a batch of one.
+
+    A sequence of n tokens has n + 1 places: token t reads at place t and is written at t + 1.
+    """
+    _, heads, tokens, _ = q.shape
+    kv_heads = k.shape[1]
+    offsets = offsets.to(torch.int64)
+    sequences = len(offsets) - 1
+    place = torch.arange(tokens, device=q.device)
+    before = torch.searchsorted(offsets[1:].contiguous(), place, right=True)
+    reads = place + before.clamp(max=sequences - 1)
+
+    def spread(rows: Tensor, at: Tensor) -> Tensor:
+        made = rows.new_zeros(1, rows.shape[1], tokens + sequences, rows.shape[3])
+        return made.index_copy_(2, at, rows)
+
+    Q, dY = spread(units(q, None, None, 1.0), reads), spread(dy, reads)
+    K, V = spread(units(k, None, rho, eta), reads + 1), spread(v, reads + 1)
+    decay = None
+    if lam != 1:
+        steps = rho.new_full((1, 1, tokens, 1), -bits_lost(lam))
+        decay = spread(steps, reads + 1)[..., 0].expand(-1, heads, -1)
+    group = heads // kv_heads
+    state = None if S0 is None else S0.repeat_interleave(group, 1)
+    behind = dlast.new_zeros(sequences, heads, *dlast.shape[2:])
+    behind[:, ::group] = dlast
+    dQ, dK, dV, _, _, _, first = triton_host.backward(
+        dY, behind, Q, K, V, None, decay, None, None, state,
+        offsets + torch.arange(sequences + 1, device=q.device), behind, scale, block, False,
+        bits=True,
+    )  # fmt: skip
+    dq, _ = units_backward(q, None, None, 1.0, dQ.index_select(2, reads), None, 0)
+    dk, drho = units_backward(k, None, rho, eta, dK.index_select(2, reads + 1), None, 0)
+    dS0 = first.unflatten(1, (kv_heads, group)).sum(2)
+    return dq, dk, dV.index_select(2, reads + 1), drho, dS0
 
 
 def _row(x: Tensor) -> tuple[int, int, int]:

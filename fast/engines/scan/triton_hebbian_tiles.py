@@ -2,7 +2,8 @@
 of the decay, and how a call is cut.
 
 A program walks a segment of one kv head, C tokens at a time, and holds some columns of its state.
-Decays are powers of a constant: their exponents are counts of real tokens, which are exact.
+Decays are powers of a constant: their exponents are counts of real tokens, which are exact. Packed
+sequences are cut one by one; what lies behind the end of one is zeros to its tiles.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnspec.fast.engines.flash.triton_launch import access
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import memory_config
-from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power
+from attnspec.fast.engines.scan.segments import cut
+from attnspec.fast.engines.scan.triton_common import locate
+from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power, prepare
 from attnspec.fast.engines.scan.triton_states import chain_kernel
 from attnspec.fast.engines.scan.triton_trace import bits_lost, floored, real_rows
 
@@ -34,16 +37,37 @@ descriptors of tiles whose rows are shorter."""
 
 
 @triton.jit
+def opened(
+    source, b, stop, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
+    ACCESS: tl.constexpr,
+):  # fmt: skip
+    """`source` for `load_rows` of a program whose tokens end before `stop`: by a descriptor of its
+    own if ACCESS is 3. The sizes are those of the tiles.
+    """
+    x, stride_b, stride_h, stride_t, stride_d, heads = source
+    if ACCESS == 3:
+        rows = tl.make_tensor_descriptor(
+            x + b * stride_b, [heads, stop, WIDTH], [stride_h, stride_t, 1], [H, C, W]
+        )
+        return (rows, stride_b, stride_h, stride_t, stride_d, heads)
+    else:
+        return source
+
+
+@triton.jit
 def load_rows(
-    source, b, h, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    source, b, h, first, stop, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """Tokens first .. first + C - 1 of H heads from h on, and W of their WIDTH channels from
-    `column` on: a tile (H C, W), zeros behind the last token and channel. `source` is (x, the four
-    strides of x, its heads), and ACCESS says what x is, as flash's `load_rows` has it.
+    `column` on: a tile (H C, W), zeros from token `stop` on and behind the last channel. `source`
+    is (x, the four strides of x, its heads), and ACCESS says what x is: as flash's `load_rows` has
+    it, or 3 for a descriptor of the program's own batch, see `opened`.
     """
     x, stride_b, stride_h, stride_t, stride_d, _heads = source
-    if ACCESS == 2:
+    if ACCESS == 3:
+        tile = x.load([h.to(tl.int32), first, column]).reshape(H * C, W)
+    elif ACCESS == 2:
         tile = x.load([b.to(tl.int32), h.to(tl.int32), first, column]).reshape(H * C, W)
     else:
         unit: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth if ACCESS == 1 else 1
@@ -51,23 +75,23 @@ def load_rows(
         head, t = h + row // C, first + row % C
         at = (b * stride_b + head * stride_h + t.to(tl.int64) * stride_t) * unit
         at = at[:, None] + channel.to(tl.int64)[None, :] * stride_d
-        inside = (t < tokens)[:, None] & (channel < WIDTH)[None, :]
+        inside = (t < stop)[:, None] & (channel < WIDTH)[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
 def made_places(
-    line, first, tokens, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    line, first, tokens, stop, column, H: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Where such a tile lies in contiguous (lines, tokens, WIDTH), from `line` on, and what of it
-    exists.
+    comes before token `stop`.
     """
     row, channel = tl.arange(0, H * C), column + tl.arange(0, W)
     t = first + row % C
     at = ((line + row // C) * tokens + t)[:, None] * WIDTH + channel[None, :]
-    inside = (t < tokens)[:, None] & (channel < WIDTH)[None, :]
+    inside = (t < stop)[:, None] & (channel < WIDTH)[None, :]
     return at, inside
 
 
@@ -84,16 +108,16 @@ def row_norms(X):
 
 
 @triton.jit
-def counts(valid, valid_t, first, tokens, C: tl.constexpr, VALID: tl.constexpr):
+def counts(valid, valid_t, first, stop, C: tl.constexpr, VALID: tl.constexpr):
     """Which of C tokens are real, how many are up to and before each, and in all."""
     rows = tl.arange(0, C)
-    real = real_rows(valid, valid_t, tl.cast(first, tl.int64) + rows, tokens, VALID)
+    real = real_rows(valid, valid_t, tl.cast(first, tl.int64) + rows, 0, stop, VALID)
     if VALID:
         one = tl.where(real, 1.0, 0.0)
         upto, total = tl.cumsum(one, 0), tl.sum(one, 0)
         before = upto - one
     else:
-        left = tl.maximum(tl.minimum(tokens - first, C), 0)
+        left = tl.maximum(tl.minimum(stop - first, C), 0)
         upto, total = tl.minimum(rows + 1, left).to(tl.float32), tl.cast(left, tl.float32)
         before = tl.minimum(rows, left).to(tl.float32)
     return real, upto, before, total
@@ -117,17 +141,25 @@ def load_gates(rho, line, first, tokens, real, eta, C: tl.constexpr):
 
 
 @triton.jit
-def place_of(segments, kv_heads, valid, valid_b, V: tl.constexpr, BV: tl.constexpr):
-    """A program's batch, kv head, segment, first column, the place of its segment's state among
-    all, and where its valid tokens begin.
+def place_of(
+    table, segments, length, tokens, kv_heads, valid, valid_b, V: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """A program's batch, kv head and first column; the first token of its segment and that behind
+    it; the place of the segment's state among all, and that of its sequence's, which it may start
+    or end; and where its valid tokens begin.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     head = (program // tiles % kv_heads).to(tl.int64)
-    cut = program // tiles // kv_heads
-    batch = (cut // segments).to(tl.int64)
-    state = cut.to(tl.int64) * kv_heads + head
-    return batch, head, cut % segments, program % tiles * BV, state, valid + batch * valid_b
+    segment = program // tiles // kv_heads
+    sequence, batch, start, count, starts, ends = locate(
+        table, segment, segments, length, tokens, PACKED
+    )
+    start = start.to(tl.int32)
+    span = (start, start + count)
+    states = (segment.to(tl.int64) * kv_heads + head, sequence * kv_heads + head, starts, ends)
+    return batch, head, program % tiles * BV, span, states, valid + batch * valid_b
 
 
 @triton.jit
@@ -140,28 +172,29 @@ def state_places(column, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(
     k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, valid, valid_b, valid_t, rho, states, decays,
-    tokens, length, segments, kv_heads, eta, bits,
+    table, tokens, length, segments, kv_heads, eta, bits,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    VALID: tl.constexpr, ACCESS: tl.constexpr,
+    VALID: tl.constexpr, ACCESS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the state behind it, and its log decay. The last one's is not asked
-    for.
+    """What a segment adds to the state behind it, and its log decay. Those of a sequence's last one
+    are not asked for.
     """
-    batch, head, segment, column, state, valid = place_of(
-        segments, kv_heads, valid, valid_b, DV, BV
+    batch, head, column, span, states_of, valid = place_of(
+        table, segments, length, tokens, kv_heads, valid, valid_b, DV, BV, PACKED
     )
-    if segment == segments - 1:
+    start, stop = span
+    state, _own, _starts, ends = states_of
+    if ends:
         return
     line = batch * kv_heads + head
-    k_source = (k, k_b, k_h, k_t, k_d, kv_heads)
-    v_source = (v, v_b, v_h, v_t, v_d, kv_heads)
+    k_source = opened((k, k_b, k_h, k_t, k_d, kv_heads), batch, stop, 1, C, BD, D, ACCESS)
+    v_source = opened((v, v_b, v_h, v_t, v_d, kv_heads), batch, stop, 1, C, BV, DV, ACCESS)
     S = tl.zeros((BD, BV), tl.float32)
     seen = tl.full((), 0.0, tl.float32)
-    start = segment * length
-    for first in range(start, tl.minimum(start + length, tokens), C):
-        real, upto, _, total = counts(valid, valid_t, first, tokens, C, VALID)
-        K = load_rows(k_source, batch, head, first, tokens, 0, 1, C, BD, D, ACCESS)
-        X = load_rows(v_source, batch, head, first, tokens, column, 1, C, BV, DV, ACCESS)
+    for first in range(start, stop, C):
+        real, upto, _, total = counts(valid, valid_t, first, stop, C, VALID)
+        K = load_rows(k_source, batch, head, first, stop, 0, 1, C, BD, D, ACCESS)
+        X = load_rows(v_source, batch, head, first, stop, column, 1, C, BV, DV, ACCESS)
         weights = load_gates(rho, line, first, tokens, real, eta, C)
         weights *= tl.exp2(bits * (total - upto))
         weights /= floored(row_norms(K.to(tl.float32)))
@@ -179,7 +212,7 @@ def operand(
     name: str, x: Tensor, tile: tuple[int, int, int], how: int
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel arguments of a tensor (batch, heads, tokens, channels) that is read in tiles of so
-    many heads, tokens and channels; `how` is `access` of all that are.
+    many heads, tokens and channels; `how` is ACCESS of all that are.
     """
     unit = 16 // x.element_size()
     # The stride of an axis of size 1 is never used, but a descriptor wants a valid one.
@@ -200,8 +233,8 @@ class Cut:
     """
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], rho: Tensor, valid: Tensor | None, eta: float,
-        lam: float, block: int,
+        self, tensors: tuple[Tensor, ...], rho: Tensor, valid: Tensor | None,
+        offsets: Tensor | None, eta: float, lam: float, block: int,
     ) -> None:  # fmt: skip
         """`tensors` are q, k, v and whatever else is read in tiles."""
         q, k, v = tensors[:3]
@@ -219,18 +252,21 @@ class Cut:
         lines = batch * self.kv_heads
         many = max(1, int(cfg.programs * processors) // (lines * self.tiles))
         length = max(-(-tokens // many), cfg.least_segment)
-        self.length = -(-length // cfg.keys) * cfg.keys
-        self.segments = -(-tokens // self.length)
-        self.cuts = lines * self.segments
+        self.segments = cut(batch, tokens, -(-length // cfg.keys) * cfg.keys, offsets)
+        self.cuts = self.segments.total * self.kv_heads
         self.how = access(*tensors)
+        table = self.segments.table
+        if table is not None and self.how == 2:
+            self.how = 3
+            prepare()
         placed = (k, 0, 0) if valid is None else (valid, *valid.stride())
         self.arguments: dict[str, Any] = {
             **dict(zip(("valid", "valid_b", "valid_t"), placed, strict=True)),
-            "rho": rho.contiguous(), "tokens": tokens, "length": self.length,
-            "segments": self.segments, "kv_heads": self.kv_heads, "eta": eta,
-            "bits": -bits_lost(lam),
+            "rho": rho.contiguous(), "table": k if table is None else table, "tokens": tokens,
+            "length": self.segments.length, "segments": self.segments.each,
+            "kv_heads": self.kv_heads, "eta": eta, "bits": -bits_lost(lam),
             "D": self.d, "DV": self.dv, "BD": self.width(self.d), "VALID": valid is not None,
-            "ACCESS": self.how,
+            "ACCESS": self.how, "PACKED": table is not None,
         }  # fmt: skip
 
     def width(self, channels: int) -> int:
@@ -273,7 +309,7 @@ class Cut:
 
     def enter(self, k: Tensor, v: Tensor, initial: Tensor | None) -> Tensor | None:
         """The state entering each segment; None for zeros."""
-        if self.segments == 1:
+        if not self.segments.chained:
             return initial
         states, decays = self.states()
         self.launch(
@@ -283,16 +319,24 @@ class Cut:
         self.chain(states, decays, initial, False)
         return states
 
+    def last(self, initial: Tensor | None) -> Tensor:
+        """Room for the state of each sequence; one without tokens has its `initial` one, or 0."""
+        shape = (self.segments.sequences, self.kv_heads, self.d, self.dv)
+        if self.segments.table is None:
+            return torch.empty(shape, device=self.device)
+        return torch.zeros(shape, device=self.device) if initial is None else initial.clone()
+
     def chain(
         self, states: Tensor, decays: Tensor, initial: Tensor | None, backward: bool
     ) -> None:  # fmt: skip
         """Turn the segments' sums into the states between them, in place."""
         numbers = self.d * self.dv
         items = min(1024, triton.next_power_of_2(numbers))
+        bounds = self.segments.bounds
         launch(
-            chain_kernel, self.cuts // self.segments * -(-numbers // items),
-            states, decays, states if initial is None else initial, states, decays, self.segments,
-            self.kv_heads,
-            D=self.d, DV=self.dv, ITEMS=items, PACKED=False, DECAY=CONSTANT,
+            chain_kernel, self.segments.sequences * self.kv_heads * -(-numbers // items),
+            states, decays, states if initial is None else initial, states,
+            decays if bounds is None else bounds, self.segments.each, self.kv_heads,
+            D=self.d, DV=self.dv, ITEMS=items, PACKED=bounds is not None, DECAY=CONSTANT,
             INITIAL=initial is not None, BACKWARD=backward, FINAL=False, num_warps=4,
         )  # fmt: skip

@@ -57,7 +57,7 @@ def units_kernel(
 ):  # fmt: skip
     """out (lines, tokens, d) = factor * weights * unit rows of x, 0 at padding."""
     line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
-    real = real_rows(valid, valid_t, t, tokens, VALID)
+    real = real_rows(valid, valid_t, t, 0, tokens, VALID)
     X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD, ALIGNED)
     weight = factor / floored(tl.sqrt(tl.sum(X * X, 1)))
     if WEIGHTED:
@@ -69,25 +69,27 @@ def units_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["x_b", "x_h", "valid_b", "valid_t", "tokens", "heads", "factor", "shift"]
+    do_not_specialize=["x_b", "x_h", "valid_b", "valid_t", "tokens", "heads", "factor", "shift",
+        "inner_rows",
+    ]
 )  # fmt: skip
 def units_gradient_kernel(
     x, x_b, x_h, x_t, x_d, valid, valid_b, valid_t, weights, inner, edge, dx, dweights, tokens,
-    heads, d, factor, shift,
+    heads, d, factor, shift, inner_rows,
     R: tl.constexpr, BD: tl.constexpr, VALID: tl.constexpr, WEIGHTED: tl.constexpr,
     EDGE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dx (lines, tokens, d) and the gradient of the weights, from that of the output: row t of it
-    is row t - shift of `inner` (lines, tokens - 1, d) or, if there is none, `edge` (lines, d).
+    is row t - shift of `inner` (lines, inner_rows, d) or, if there is none, `edge` (lines, d).
     """
     line, batch, t, valid = tile_of(tokens, heads, valid, valid_b, R)
-    real = real_rows(valid, valid_t, t, tokens, VALID)
+    real = real_rows(valid, valid_t, t, 0, tokens, VALID)
     X = load_rows(x, x_b, x_h, x_t, x_d, batch, line % heads, t, real, d, BD, ALIGNED)
     channels = tl.arange(0, BD)
     inside = channels < d
     row = t - shift
-    known = real & (row >= 0) & (row < tokens - 1)
-    at = inner + (line * (tokens - 1) + row[:, None]) * d + channels[None, :]
+    known = real & (row >= 0) & (row < inner_rows)
+    at = inner + (line * inner_rows + row[:, None]) * d + channels[None, :]
     G = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if EDGE:
         E = tl.load(edge + line * d + channels, mask=inside, other=0.0)
@@ -152,7 +154,7 @@ def units_backward(
         units_gradient_kernel, programs(batch * heads, tokens, d),
         x, *x.stride(), *rows_of(valid, x), x if weights is None else weights,
         x if inner is None else inner, x if edge is None else edge, dx, dweights, tokens, heads, d,
-        factor, shift,
+        factor, shift, 0 if inner is None else inner.shape[2],
         VALID=valid is not None, WEIGHTED=weights is not None, EDGE=edge is not None,
         ALIGNED=aligned(x), num_warps=4, **tile(d),
     )  # fmt: skip
