@@ -73,13 +73,16 @@ class Model:
         inside = (nearest != x) & np.isfinite(nearest)
         if not inside.any():
             return nearest
-        # An entry's power of 2 is its exponent without the rest of its bits.
-        power = (nearest.view(np.int64) & EXPONENT).view(np.float64)
+        # An entry's power of 2 is its exponent without the rest of its bits. All in place: operands
+        # may be the states of all tokens.
+        fallen = (nearest.view(np.int64) & EXPONENT).view(np.float64)
+        fallen *= EPS[self.dtype]
         # What is too small for the dtype falls to 0, whose unit is the smallest there is.
-        unit = np.maximum(EPS[self.dtype] * power, TINY[self.dtype])
-        unit *= self._fall(x)
-        unit += x
-        return np.where(inside, unit, nearest)
+        np.maximum(fallen, TINY[self.dtype], out=fallen)
+        fallen *= self._fall(x)
+        fallen += x
+        np.copyto(nearest, fallen, where=inside)
+        return nearest
 
     def _fall(self, x: np.ndarray) -> np.ndarray:
         """Where entries fall, in units: 0.15 to 0.4 up or down, as large in the mean as uniform."""
