@@ -53,6 +53,7 @@ __all__ = [
     "taylor_weights",
 ]
 
+EXACT_STATES = {"dtypes": ("float32", "float16")}
 CONFIGS = {str(c): functools.partial(use_config, c) for c in CANDIDATES}
 CLAIMS = {
     "taylor_features": {"gradient": True, "launches": None},
@@ -68,17 +69,17 @@ CLAIMS = {
         "gradient": True,
         "compiled": True,
         "blocks": (16, 64, 128),
-        "triton": {"graph": True, "dtypes": ("float32",)},
+        "triton": {"graph": True, **EXACT_STATES},
     },
-    "based_packed": {"gradient": True, "triton": {"dtypes": ("float32",)}},
+    "based_packed": {"gradient": True, "triton": EXACT_STATES},
     "based_decode_step": {"compiled": True, "triton": {"graph": True}},
-    "based_state_update": {"numba": {"launches": None}, "triton": {"dtypes": ("float32",)}},
+    "based_state_update": {"numba": {"launches": None}, "triton": EXACT_STATES},
     "based_read": {"numba": {"launches": None}},
     "sliding_window_attend": {"gradient": True, "blocks": (16, 64)},
 }
 """What the suite is told beyond the defaults; what launches nothing is a few products in torch. On
-CUDA the states of 16-bit keys are sums of rounded features, which the suite does not allow: there
-they are claimed in float32."""
+CUDA the features of bfloat16 keys are rounded before they are summed to states, which the suite
+does not allow of float32 outputs; those of float16 keys, whose products are float32, are not."""
 
 
 def based_attend(
