@@ -68,7 +68,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "triton": {"graph": True},
     },
     "depthwise_causal_conv": {"gradient": True, "compiled": True, "triton": {"graph": True}},
-    "attend_segment": {"compiled": True},
+    "attend_segment": {"gradient": True, "compiled": True},
     "step": {"compiled": True},
     **{
         name: {"launches": None}

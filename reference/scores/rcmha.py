@@ -69,7 +69,11 @@ from __future__ import annotations
 import numpy as np
 
 from attnspec.reference.conventions import check_choice, default_scale
-from attnspec.reference.scores.rcmha_gradients import relative_attention_backward, visible
+from attnspec.reference.scores.rcmha_gradients import (
+    attend_segment_backward,
+    relative_attention_backward,
+    visible,
+)
 from attnspec.reference.scores.rcmha_layer import State, check_segment, check_step, init_state
 from attnspec.reference.scores.rcmha_scores import (
     check_tokens,
@@ -213,7 +217,12 @@ MECHANISM = Mechanism(
             gradient=relative_attention_backward,
             differentiable=("q", "k", "v", "R", "b", "u"),
         ),
-        Operation(attend_segment, clauses=("S1", "S2", "S3", "S4", "S5", "S6")),
+        Operation(
+            attend_segment,
+            clauses=("S1", "S2", "S3", "S4", "S5", "S6", "S8"),
+            gradient=attend_segment_backward,
+            differentiable=("x", "memory", "W", "biases", "w", "c", "R", "b", "u"),
+        ),
         Operation(update_memory, clauses=("S7",)),
         Operation(init_state, clauses=("S9",)),
         Operation(step, clauses=("S9",)),

@@ -14,6 +14,7 @@ from attnspec.reference.dense.attention import attend as dense
 from attnspec.reference.scores.rcmha import (
     attend,
     attend_segment,
+    attend_segment_backward,
     content_scores,
     depthwise_causal_conv,
     depthwise_causal_conv_backward,
@@ -244,6 +245,25 @@ def test_gradients_are_finite_differences() -> None:
         depthwise_causal_conv_backward(*inputs, dy, dstate), inputs,
         np.concatenate([dy, dstate], axis=2),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("q_conv_state", ["reset", "carry"])
+@pytest.mark.parametrize("memory", [0, 3])
+def test_a_segments_gradients_are_finite_differences(memory: int, q_conv_state: str) -> None:
+    random, P = np.random.default_rng(4), 4 + memory + 1
+    shapes = ((2, 4, 6), (2, memory, 6), (4, 6, 6), (2, 6), (3, 3, 3), (3, 3), (2 * P, 2, 3),
+              (2 * P, 2), (2, 3))  # fmt: skip
+    inputs = tuple(random.standard_normal(shape) for shape in shapes)
+    dout = random.standard_normal((2, 4, 6))
+    gradients = attend_segment_backward(*inputs, dout, q_conv_state)
+    compare(lambda *x: attend_segment(*x, q_conv_state), gradients, inputs, dout)
+    x, _, *rest = inputs
+    dx, dmemory, *_ = attend_segment_backward(x, None, *rest, dout, q_conv_state)
+    assert dmemory is None
+    if not memory:
+        np.testing.assert_allclose(dx, gradients[0], atol=1e-12)
+    with pytest.raises(ValueError, match=r"^dout: got"):
+        attend_segment_backward(*inputs, dout[:1])
 
 
 def compare(function: Any, gradients: Any, inputs: Any, upstream: np.ndarray) -> None:

@@ -186,6 +186,7 @@ CONTRACTS = (
             *BAD_FILTERS,
             *BAD_TABLES,
         ),
+        cancelling=("dx", "dmemory", "dW", "dbiases", "dw", "dc", "dR", "db", "du"),
     ),
     Contract(
         operation="rcmha.init_state",

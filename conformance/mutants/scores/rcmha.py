@@ -13,12 +13,14 @@ from attnspec.reference.scores import rcmha
 from attnspec.reference.scores.rcmha_layer import State
 
 CONV = right("rcmha.depthwise_causal_conv")
+CONV_BACKWARD = rcmha.depthwise_causal_conv_backward
 CONTENT = right("rcmha.content_scores")
 RELATIVE = right("rcmha.relative_scores")
 ATTEND = right("rcmha.attend")
 ATTENTION = right("rcmha.relative_attention")
 BACKWARD = rcmha.relative_attention_backward
 SEGMENT = right("rcmha.attend_segment")
+SEGMENT_BACKWARD = rcmha.attend_segment_backward
 INIT = right("rcmha.init_state")
 STEP = right("rcmha.step")
 
@@ -167,6 +169,20 @@ def no_value_bias(arguments: dict[str, Any]) -> None:
     )
 
 
+def memory_is_constant(*args: Any, **options: Any) -> Any:
+    """The memory has no gradient, and neither has what it gives to the filters' rows."""
+    dx, dmemory, *rest = SEGMENT_BACKWARD(*args, **options)
+    return dx, None if dmemory is None else np.zeros_like(dmemory), *rest
+
+
+def filters_by_their_own_tap(
+    p: Any, w: Any, b: Any, state: Any, dy: Any, dnew_state: Any = None
+) -> Any:
+    """Rows get back what their own tap has made of them, not what those behind them have."""
+    _, *rest = CONV_BACKWARD(p, w, b, state, dy, dnew_state)
+    return w[:, -1] * dy, *rest
+
+
 def caches_unfiltered(q: Any, k: Any, v: Any, *rest: Any) -> Any:
     """The cache takes keys before their filter."""
     out, state = STEP(q, k, v, *rest)
@@ -220,6 +236,11 @@ MUTANTS = (
            altering(SEGMENT, query_never_carried)),
     mutant("segment-keys-restart", "attend_segment", "rcmha-segments", keys_restart),
     mutant("segment-value-bias", "attend_segment", "agreement", altering(SEGMENT, no_value_bias)),
+    mutant("segment-memory-constant", "attend_segment", "gradient", SEGMENT,
+           backward=memory_is_constant),
+    mutant("segment-own-tap", "attend_segment", "gradient", SEGMENT,
+           backward=replacing(SEGMENT_BACKWARD,
+                              depthwise_causal_conv_backward=filters_by_their_own_tap)),
     mutant("step-caches-unfiltered", "step", "stream", caches_unfiltered),
     mutant("step-query-restarts", "step", "stream", query_restarts),
     mutant("state-short", "init_state", "agreement", spoiling(INIT, one_row_too_few)),
