@@ -58,6 +58,8 @@ _PRODUCTS = (
     "mlp_memory", "memory_grad", "decode_step", "token_inputs", "token_step_sizes",
     "persistent_prefix", "titans_mask_mac", "titans_mask_mag", "gate",
 )  # fmt: skip
+
+
 def _chunked(configs: tuple[MemoryConfig, ...]) -> dict[str, Any]:
     return {
         "gradient": True,

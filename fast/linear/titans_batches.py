@@ -29,9 +29,9 @@ def titans_packed_linear(
     """
     if W0 is None:
         raise TypeError("W0: got NoneType, expected torch.Tensor")
-    first, momentum = (x if x is None else (x,) for x in (W0, S0))
+    momentum = None if S0 is None else (S0,)
     y, (W,), (S,) = titans_packed_mlp(
-        first, momentum, k, v, q, rates, offsets, b, loss_scale=loss_scale, read=read,
+        (W0,), momentum, k, v, q, rates, offsets, b, loss_scale=loss_scale, read=read,
         backend=backend,
     )  # fmt: skip
     return y, W, S

@@ -58,10 +58,11 @@ def titans_packed_mlp(
     options: dict[str, Any] = {"loss_scale": loss_scale, "read": read}
     outputs, last = [], []
     for n, rows in enumerate(_sequences(offsets)):
+        step = tuple(x[..., rows] for x in full)
+        keys, values, queries = (x[..., rows, :] for x in (k, v, q))
         y, *states = titans_chunk_mlp(
-            _of(first, n), _of(momentum, n), *(x[..., rows, :] for x in (k, v, q)),
-            tuple(x[..., rows] for x in full), b, **options,
-        )  # fmt: skip
+            _of(first, n), _of(momentum, n), keys, values, queries, step, b, **options
+        )
         outputs.append(y)
         last.append(states)
     W, S = (tuple(map(np.stack, zip(*layers, strict=True))) for layers in zip(*last, strict=True))
@@ -110,10 +111,11 @@ def titans_packed_mlp_backward(
     _check_upstream("dS", dS, first)
     parts = []
     for n, rows in enumerate(_sequences(offsets)):
+        step = tuple(x[..., rows] for x in full)
+        keys, values, queries, above = (x[..., rows, :] for x in (k, v, q, dy))
         part = titans_chunk_mlp_backward(
-            _of(first, n), _of(momentum, n), *(x[..., rows, :] for x in (k, v, q)),
-            tuple(x[..., rows] for x in full), b, dy[..., rows, :], _of(dW, n), _of(dS, n),
-            loss_scale=loss_scale, read=read,
+            _of(first, n), _of(momentum, n), keys, values, queries, step, b, above, _of(dW, n),
+            _of(dS, n), loss_scale=loss_scale, read=read,
         )  # fmt: skip
         parts.append(part)
     by_W, by_S, *by_token, by_rate = zip(*parts, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
-from attnspec.reference.linear.titans_chunks import Layers, check_states, fold
+from attnspec.reference.linear.titans_chunks import check_states, fold
 from attnspec.reference.linear.titans_gradients import (
     memory_grad_backward,
     mlp_memory_backward,
@@ -25,7 +25,7 @@ def titans_chunk_granular_backward(
     W0: Any, S0: Any, k: np.ndarray, v: np.ndarray, q: np.ndarray, theta: np.ndarray,
     eta: np.ndarray, alpha: np.ndarray, c: int, dy: np.ndarray, dW: Any = None, dS: Any = None,
     dpath: Any = None, batch_size: int | None = None, loss_scale: float = 2.0,
-) -> tuple[Layers, Layers, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     """S10, S21: dW0, dS0, dk, dv, dq, dtheta, deta, dalpha of `titans_chunk_granular`; dy, dW, dS
     and dpath are shaped as its outputs, None for those that are not used.
 
@@ -34,7 +34,9 @@ def titans_chunk_granular_backward(
     array([[[0.5],
             [0.5]]])
     """
-    y, *_, path = titans_chunk_granular(W0, S0, k, v, q, theta, eta, alpha, c, batch_size, loss_scale)
+    y, *_, path = titans_chunk_granular(
+        W0, S0, k, v, q, theta, eta, alpha, c, batch_size, loss_scale
+    )
     check_shaped("dy", dy, y.shape)
     (first, momentum), T, chunks = check_states(W0, S0, k), k.shape[-2], k.shape[-2] // c
     weights = [tuple(layer[..., n, :, :] for layer in path) for n in range(chunks + 1)]

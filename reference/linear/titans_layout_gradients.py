@@ -149,8 +149,9 @@ class _Store:
         loss_scale: float, normalise: bool,
     ) -> None:  # fmt: skip
         self.x, self.mem, self.normalise, self.loss_scale = x, mem, normalise, loss_scale
-        q, k, v = (rows[..., None, :, :] for rows in (
-            _directed(x @ mem[0], normalise), _directed(x @ mem[1], normalise), x @ mem[2]))  # fmt: skip
+        q, k, v = (x @ matrix for matrix in mem)
+        q, k = _directed(q, normalise), _directed(k, normalise)
+        q, k, v = (rows[..., None, :, :] for rows in (q, k, v))
         step = tuple(r[..., None, :] if isinstance(r, np.ndarray) and r.ndim else r for r in rates)
         self.given = (_headed(W), _headed(S), k, v, q, step, b)
         y, last, momentum = titans_chunk_mlp(*self.given, loss_scale=loss_scale)
@@ -163,7 +164,7 @@ class _Store:
         first, second, dk, dv, dq, drates = titans_chunk_mlp_backward(
             *self.given, dy[..., None, :, :], last, momentum, loss_scale=self.loss_scale
         )
-        dx, dmem = np.zeros_like(self.x), []
+        dx, dmem = np.zeros_like(self.x), list[np.ndarray]()
         for matrix, rows, norm in zip(
             self.mem, (dq, dk, dv), (self.normalise, self.normalise, False), strict=True
         ):
@@ -216,8 +217,8 @@ def _attend_backward(
     x: np.ndarray, z: np.ndarray, attn: Three, mask: np.ndarray, dy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, Layers]:
     """dx, dz and the gradients of the matrices of rows x that attend to rows z."""
-    given = [rows[..., None, :, :] for rows in (x @ attn[0], z @ attn[1], z @ attn[2])]
-    rows = attend_backward(*given, dy[..., None, :, :], mask=mask)
+    q, k, v = (rows[..., None, :, :] for rows in (x @ attn[0], z @ attn[1], z @ attn[2]))
+    rows = attend_backward(q, k, v, dy[..., None, :, :], mask=mask)
     dx, dq = _projected_backward(x, attn[0], rows[0][..., 0, :, :], False)
     into_k, dk = _projected_backward(z, attn[1], rows[1][..., 0, :, :], False)
     into_v, dv = _projected_backward(z, attn[2], rows[2][..., 0, :, :], False)

@@ -133,7 +133,7 @@ def test_ops_are_well_registered() -> None:
     packed = [x[0].flatten(2).clone().requires_grad_() for x in (W, S)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        memory_op.op, (*packed, k, v, q, *rates, None, [3, 4], 4, 2.0, False, True, "numba"),
+        memory_op.op, (*packed, k, v, q, *rates, None, None, [3, 4], 4, 2.0, False, True, "numba"),
         test_utils=checks,
     )  # fmt: skip
     flat = [x.flatten(0, 1) for x in rates]

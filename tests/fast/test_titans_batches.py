@@ -95,8 +95,10 @@ def test_pieces(b: int, size: int) -> None:
         for n, length in enumerate(lengths):
             alone = Pieces(int(length), b, size)
             starts, counts = (x.tolist() for x in alone.places(torch.device("cpu")))
-            rows = [[ends[n] + start, tokens, i % alone.per, NOBODY, NOBODY]
-                    for i, (start, tokens) in enumerate(zip(starts, counts, strict=True))]  # fmt: skip
+            rows = [
+                [ends[n] + start, tokens, i % alone.per, NOBODY, NOBODY]
+                for i, (start, tokens) in enumerate(zip(starts, counts, strict=True))
+            ]
             if rows:
                 rows[0][3], rows[-1][4] = n, n
             expected += rows

@@ -84,7 +84,9 @@ def test_values_and_gradients(
             tuple(narrow[2 * depth + 3 :]), b, before=before, offsets=offsets, backend="triton",
         )  # fmt: skip
         got = [y, *W, *S]
-        got += torch.autograd.grad(got, narrow, [u.to(x.dtype) for u, x in zip(up, got, strict=True)])
+        got += torch.autograd.grad(
+            got, narrow, [u.to(x.dtype) for u, x in zip(up, got, strict=True)]
+        )
     loose = 2e-5 if dtype == torch.float32 else 2e-2 if widths == LINEAR else 4e-3
     for x, z in zip(got, expected, strict=True):
         bound = loose * (1e-3 + float(z.detach().abs().max()))

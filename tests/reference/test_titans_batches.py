@@ -141,8 +141,8 @@ deep = draw(8, 2)[0]
         (lambda: titans_packed_mlp(W, S, k[None], v, q, rates, OFFSETS, 2), ValueError, "k"),
         (lambda: titans_packed_linear(None, None, *given, OFFSETS, 2), TypeError, "W0"),
         (lambda: titans_packed_mlp_backward(W, S, *given, OFFSETS, 2, v), ValueError, "dy"),
-        (lambda: titans_packed_mlp_backward(W, S, *given, OFFSETS, 2, q @ np.ones((3, 4)), S[:0] +
-         (S[0][:1],)), ValueError, "dW"),
+        (lambda: titans_packed_mlp_backward(W, S, *given, OFFSETS, 2, q @ np.ones((3, 4)),
+                                            (S[0][:1],)), ValueError, "dW"),
     ],
 )  # fmt: skip
 def test_bad_inputs(call: Callable[[], Any], error: type[Exception], name: str) -> None:

@@ -41,9 +41,9 @@ def walking(right_one: Any, sequence: Callable[..., Any]) -> Any:
         momentum = tuple(0 * x for x in first) if S0 is None else (S0,) if single else S0
 
         def cut(W: States, S: States, rows: slice) -> Any:
-            tokens = (x[None, ..., rows, :] for x in (k, v, q))
+            keys, values, queries = (x[None, ..., rows, :] for x in (k, v, q))
             step = tuple(x[None, ..., rows] for x in rates)
-            return titans_chunk_mlp(W, S, *tokens, step, b, **options)
+            return titans_chunk_mlp(W, S, keys, values, queries, step, b, **options)
 
         outputs, all_W, all_S, before = [], [], [], None
         for n, (start, end) in enumerate(pairwise(offsets)):

@@ -62,9 +62,7 @@ def renewed_each_chunk(arguments: dict[str, Any]) -> None:
 
 
 def mutant(name: str, bug: str, call: Any, backward: Any, operation: str) -> Mutant:
-    return Mutant(
-        f"titans.{name}", f"titans.{operation}", "gradient", bug, call, backward=backward
-    )
+    return Mutant(f"titans.{name}", f"titans.{operation}", "gradient", bug, call, backward=backward)
 
 
 MUTANTS = (

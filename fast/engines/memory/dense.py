@@ -176,7 +176,9 @@ class Walk:
             W = beta * W + f * S - torch.cat(in_W, -1)
             S = m * S - torch.cat(in_S, -1)
             if self.packed is not None:
-                W, S = turn_over(self.sequences, (W, S), self.packed.ends(n), self.packed.begins(n + 1))
+                W, S = turn_over(
+                    self.sequences, (W, S), self.packed.ends(n), self.packed.begins(n + 1)
+                )
         H, z, Delta = (
             [torch.stack([piece[i][layer] for piece in done], 1)
              for layer in range(len(call.widths) - 1)]

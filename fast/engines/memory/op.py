@@ -49,9 +49,7 @@ def _size(k: Tensor, widths: list[int], b: int, backend: str) -> int:
     return min(size, max(least, 1 << (needed - 1).bit_length()))
 
 
-def _pieces(
-    k: Tensor, offsets: Tensor | None, widths: list[int], b: int, backend: str
-) -> Pieces:
+def _pieces(k: Tensor, offsets: Tensor | None, widths: list[int], b: int, backend: str) -> Pieces:
     size, tokens = _size(k, widths, b, backend), k.shape[2]
     packed = None if offsets is None else Packed.of(offsets, tokens, b, size)
     return Pieces(tokens, b, size, packed)
@@ -131,17 +129,17 @@ def _(
 @operation("attnspec::memory_backward")
 def memory_backward_op(
     dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, W: Tensor | None,
-    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None,
-    offsets: Tensor | None, widths: list[int], b: int, loss_scale: float, before: bool,
-    backend: str,
+    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor,
+    stored: Tensor | None, offsets: Tensor | None, widths: list[int], b: int, loss_scale: float,
+    before: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens); W and S are asked for with `offsets`
+    """dW, dS, dk, dv, dq, and drates (3, batch, heads, tokens); W and S are needed with `offsets`
     only.
     """
     with torch.cuda.device_of(k):
         rates = Rates.of(theta, eta, alpha, stored, wide_dtype(k))
         flat = (dW.flatten(0, 1).contiguous(), dS.flatten(0, 1).contiguous())
-        first = [dW.flatten(0, 1) if x is None else x.flatten(0, 1) for x in (W, S)]
+        first_W, first_S = (dW.flatten(0, 1) if x is None else x.flatten(0, 1) for x in (W, S))
         pieces = _pieces(k, offsets, widths, b, backend)
         if _linear(widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_linear")
@@ -151,12 +149,13 @@ def memory_backward_op(
         elif _two(k, widths, backend):
             kernels = importlib.import_module("attnspec.fast.engines.memory.triton_deep_back")
             dW0, dS0, dk, dv, dq, drates = kernels.backward(
-                widths, pieces, dy, *flat, saved, *first, k, v, q, rates, loss_scale, before
-            )
+                widths, pieces, dy, *flat, saved, first_W, first_S, k, v, q, rates, loss_scale,
+                before,
+            )  # fmt: skip
         else:
             call = _deep(k, q, widths, pieces, loss_scale, before)
             dW0, dS0, dk, dv, dq, drates = dense_gradients.backward(
-                call, dy, *flat, saved, *first, k, v, q, rates, backend
+                call, dy, *flat, saved, first_W, first_S, k, v, q, rates, backend
             )
         return dW0.view(dW.shape), dS0.view(dS.shape), dk, dv, dq, drates.view(3, *theta.shape)
 
@@ -164,9 +163,9 @@ def memory_backward_op(
 @memory_backward_op.register_fake
 def _(
     dy: Tensor, dW: Tensor, dS: Tensor, saved: Tensor, errors: Tensor, W: Tensor | None,
-    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, stored: Tensor | None,
-    offsets: Tensor | None, widths: list[int], b: int, loss_scale: float, before: bool,
-    backend: str,
+    S: Tensor | None, k: Tensor, v: Tensor, q: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor,
+    stored: Tensor | None, offsets: Tensor | None, widths: list[int], b: int, loss_scale: float,
+    before: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rates = theta.new_empty(3, *theta.shape, dtype=wide_dtype(k))
     return (

@@ -191,7 +191,7 @@ class Two:
 
 
 class Group:
-    """Scratch of a group of pieces, and the launches that fill it, from the first states W and S."""
+    """Scratch of a group of pieces, and the launches that fill it. W and S are the first states."""
 
     def __init__(self, call: Two, W: Tensor, S: Tensor) -> None:
         _, hidden, dv = call.widths
@@ -211,7 +211,8 @@ class Group:
         self._step = Repeated(
             step_kernel, programs, i=0, k=call.k, v=call.v, W=self.W, S=self.S, Z=self.Z, H=self.H,
             D1=self.D1, D2=self.D2, parts=parts, end=of.end, end_n=of.end_n, end_G=of.end_G,
-            **call.handed(self.sequences), many=slots, loss_scale=call.loss_scale, LONG=self.long, **place, **options,
+            many=slots, loss_scale=call.loss_scale, LONG=self.long, **call.handed(self.sequences),
+            **place, **options,
         )  # fmt: skip
 
     def enter(self, W: Tensor, S: Tensor, base: Tensor | None = None) -> None:

@@ -207,23 +207,15 @@ def step_kernel(
     S2 = m * S2 - dot(h, tl.trans(other * E), PRECISION)
     next_W = weights + memories.to(tl.int64) * N
     next_S = momentum + memories.to(tl.int64) * N
-    pass_on(
-        W2, next_W, two, in_two, kept_W, leaves, given_W, enters, memory, memories, N, PACKED
-    )
-    pass_on(
-        S2, next_S, two, in_two, kept_S, leaves, given_S, enters, memory, memories, N, PACKED
-    )
+    pass_on(W2, next_W, two, in_two, kept_W, leaves, given_W, enters, memory, memories, N, PACKED)
+    pass_on(S2, next_S, two, in_two, kept_S, leaves, given_S, enters, memory, memories, N, PACKED)
     K_T = tl.trans(rows_tile(k + memory * tokens * D, D, start, length, 0, D, C, BD))
     W1 = tl.load(weights + one, mask=in_one, other=0.0)
     S1 = tl.load(momentum + one, mask=in_one, other=0.0)
     W1 = beta * W1 + f * S1 - dot(K_T, tl.trans(G * delta), PRECISION)
     S1 = m * S1 - dot(K_T, tl.trans(other * delta), PRECISION)
-    pass_on(
-        W1, next_W, one, in_one, kept_W, leaves, given_W, enters, memory, memories, N, PACKED
-    )
-    pass_on(
-        S1, next_S, one, in_one, kept_S, leaves, given_S, enters, memory, memories, N, PACKED
-    )
+    pass_on(W1, next_W, one, in_one, kept_W, leaves, given_W, enters, memory, memories, N, PACKED)
+    pass_on(S1, next_S, one, in_one, kept_S, leaves, given_S, enters, memory, memories, N, PACKED)
     if i + 1 < many:
         # The base may be what other threads of the program have just stored.
         tl.debug_barrier()

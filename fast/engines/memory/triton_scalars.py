@@ -53,9 +53,7 @@ def scalars_kernel(
 ):  # fmt: skip
     """One piece: its coefficients as each row reads them (BEFORE its token or behind it)."""
     program = tl.program_id(0)
-    head, _piece, _turn, start, length = locate(
-        program, cuts, tokens, b, per, count, size, PACKED
-    )
+    head, _piece, _turn, start, length = locate(program, cuts, tokens, b, per, count, size, PACKED)
     at = head * tokens + start
     row = program.to(tl.int64) * size
     column = tl.arange(0, BC)
@@ -110,9 +108,7 @@ def scalars_backward_kernel(
 ):  # fmt: skip
     """Back through one piece; rows, n_rows, G_rows are the coefficients before each token."""
     program = tl.program_id(0)
-    head, _piece, _turn, start, length = locate(
-        program, cuts, tokens, b, per, count, size, PACKED
-    )
+    head, _piece, _turn, start, length = locate(program, cuts, tokens, b, per, count, size, PACKED)
     at = head * tokens + start
     row = program.to(tl.int64) * size
     column = tl.arange(0, BC)

@@ -54,9 +54,7 @@ def scores_kernel(
 ):  # fmt: skip
     """scores (query heads, pieces, C, C) = q k^T times the coefficients of every pair."""
     program = tl.program_id(0)
-    head, piece, _turn, start, length = locate(
-        program, cuts, tokens, b, per, count, size, PACKED
-    )
+    head, piece, _turn, start, length = locate(program, cuts, tokens, b, per, count, size, PACKED)
     batch, own = head // (heads * group), head % (heads * group)
     k += offset(batch, k_b, own // group, k_h)
     q += offset(batch, q_b, own, q_h)
@@ -95,7 +93,8 @@ def walk_kernel(
 ):  # fmt: skip
     """y, and the last W and S; states and errors are kept for the gradient if KEEP.
 
-    A program is a memory, one for each sequence and head, and a tile of its value channels. LONG if a gradient chunk has more than one piece, whose gradients are taken at older weights.
+    A program is a memory, one for each sequence and head, and a tile of its value channels. LONG if
+    a gradient chunk has more than one piece, whose gradients are taken at older weights.
     """
     tiles: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
