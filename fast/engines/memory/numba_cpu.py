@@ -175,12 +175,17 @@ def _path(
 
 @njit(cache=True, nogil=True, parallel=True)
 def _path_backward(
-    dpath: Any, eta: Any, alpha: Any, path: Any, first: Any, dmomentum: Any, dweights: Any,
-    dgradients: Any, drates: Any, heads: int, chunks: int,
+    dpath: Any, gradients: Any, eta: Any, alpha: Any, path: Any, first: Any, dmomentum: Any,
+    dweights: Any, dgradients: Any, drates: Any, heads: int, chunks: int,
 ) -> None:  # fmt: skip
     width = path.shape[2]
     for program in prange(heads):
-        # The momentum before a chunk follows from two neighbours on the path.
+        # The momentum before each chunk waits where its gradient will be written.
+        for i in range(width):
+            s = first[program, i]
+            for chunk in range(chunks):
+                dgradients[program, chunk, i] = s
+                s = eta[program, chunk] * s - gradients[program, chunk, i]
         for step in range(chunks):
             chunk = chunks - 1 - step
             carried, kept = eta[program, chunk], 1 - alpha[program, chunk]
@@ -188,11 +193,7 @@ def _path_backward(
             for i in range(width):
                 dw = dweights[program, i] + dpath[program, chunk + 1, i]
                 ds = dmomentum[program, i] + dw
-                before = first[program, i]
-                if chunk:
-                    earlier = 1 - alpha[program, chunk - 1]
-                    before = path[program, chunk, i] - earlier * path[program, chunk - 1, i]
-                deta += ds * before
+                deta += ds * dgradients[program, chunk, i]
                 dalpha -= dw * path[program, chunk, i]
                 dgradients[program, chunk, i] = -ds
                 dmomentum[program, i] = carried * ds
@@ -219,17 +220,17 @@ def path(W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor) ->
 
 
 def path_backward(
-    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, out: Tensor
+    dpath: Tensor, dS: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dW, dS, dgradients, deta, dalpha of `path`."""
-    heads, many, width = out.shape
+    heads, many, _ = out.shape
     dmomentum, dW = dS.clone(), torch.zeros_like(S)
-    dgradients = out.new_empty(heads, many - 1, width)
+    dgradients = torch.empty_like(gradients)
     drates = out.new_zeros(2, heads, many - 1)
     count_launch()
     _path_backward(
-        dpath.numpy(), eta.numpy(), alpha.numpy(), out.numpy(), S.numpy(), dmomentum.numpy(),
-        dW.numpy(), dgradients.numpy(), drates.numpy(), heads, many - 1,
+        dpath.numpy(), gradients.numpy(), eta.numpy(), alpha.numpy(), out.numpy(), S.numpy(),
+        dmomentum.numpy(), dW.numpy(), dgradients.numpy(), drates.numpy(), heads, many - 1,
     )  # fmt: skip
     deta, dalpha = (x.clone() for x in drates)
     return dW, dmomentum, dgradients, deta, dalpha

@@ -276,29 +276,30 @@ def _(
 
 @operation("attnspec::memory_path_backward")
 def path_backward_op(
-    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, path: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dpath: Tensor, dS: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor,
+    path: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(S):
         dW, dS0, dg, deta, dalpha = dense.scalar_kernels(backend).path_backward(
-            dpath, dS, S, eta, alpha, path
+            dpath, dS, S, gradients, eta, alpha, path
         )
         return dW, dS0, dg, deta, dalpha
 
 
 @path_backward_op.register_fake
 def _(
-    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, path: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads, many, width = path.shape
+    dpath: Tensor, dS: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor,
+    path: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        S.new_empty(S.shape), S.new_empty(S.shape), S.new_empty(heads, many - 1, width),
+        S.new_empty(S.shape), S.new_empty(S.shape), S.new_empty(gradients.shape),
         eta.new_empty(eta.shape), alpha.new_empty(alpha.shape),
     )  # fmt: skip
 
 
 def _setup_path(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, S, _, eta, alpha, ctx.backend = inputs
-    ctx.save_for_backward(S, eta, alpha, output[0])
+    _, S, gradients, eta, alpha, ctx.backend = inputs
+    ctx.save_for_backward(S, gradients, eta, alpha, output[0])
 
 
 def _path_gradient(ctx: Any, dpath: Tensor, dS: Tensor) -> tuple[Any, ...]:

@@ -226,16 +226,27 @@ def path_kernel(
 
 @triton.jit(do_not_specialize=["chunks", "width"])
 def path_backward_kernel(
-    dpath, dlast, first, eta, alpha, path, dweights, dmomentum, dgradients, deta, dalpha, chunks,
-    width, BLOCK: tl.constexpr,
+    dpath, dlast, first, gradients, eta, alpha, path, dweights, dmomentum, dgradients, deta, dalpha,
+    chunks, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Back through `path_kernel`; deta and dalpha (heads, blocks, chunks) are a block's share."""
+    """Back through `path_kernel`; deta and dalpha (heads, blocks, chunks) are a block's share.
+
+    The momentum before each chunk is formed again, and waits where its gradient will be written: as
+    a difference of weights it would have their rounding.
+    """
     blocks = tl.cdiv(width, BLOCK)
     program = tl.program_id(0)
     head = (program // blocks).to(tl.int64)
     at = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     whole = head * (chunks + 1) * width + at
+    S = tl.load(first + head * width + at, mask=inside, other=0.0)
+    for chunk in range(chunks):
+        there = (head * chunks + chunk) * width + at
+        tl.store(dgradients + there, S, mask=inside)
+        g = tl.load(gradients + there, mask=inside, other=0.0)
+        S = tl.load(eta + head * chunks + chunk) * S - g
+    tl.debug_barrier()
     dW = tl.zeros((BLOCK,), tl.float32)
     dS = tl.load(dlast + head * width + at, mask=inside, other=0.0)
     share = program.to(tl.int64) * chunks
@@ -245,15 +256,11 @@ def path_backward_kernel(
         dW += tl.load(dpath + here + width, mask=inside, other=0.0)
         dS += dW
         W = tl.load(path + here, mask=inside, other=0.0)
-        # The momentum before a chunk follows from two neighbours on the path.
-        behind = tl.zeros((BLOCK,), tl.int32) + chunk > 0
-        S = tl.load(first + head * width + at, mask=inside & (behind == 0), other=0.0)
-        earlier = tl.load(path + here - width, mask=inside & behind, other=0.0)
-        kept = 1.0 - tl.load(alpha + head * chunks + tl.maximum(head * 0 + chunk - 1, 0))
-        S = tl.where(behind, W - kept * earlier, S)
+        there = (head * chunks + chunk) * width + at
+        S = tl.load(dgradients + there, mask=inside, other=0.0)
         tl.store(deta + share + chunk, tl.sum(dS * S, 0))
         tl.store(dalpha + share + chunk, -tl.sum(dW * W, 0))
-        tl.store(dgradients + (head * chunks + chunk) * width + at, -dS, mask=inside)
+        tl.store(dgradients + there, -dS, mask=inside)
         dS = tl.load(eta + head * chunks + chunk) * dS
         dW = (1.0 - tl.load(alpha + head * chunks + chunk)) * dW
     dW += tl.load(dpath + whole, mask=inside, other=0.0)
@@ -280,18 +287,18 @@ def path(W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor) ->
 
 
 def path_backward(
-    dpath: Tensor, dS: Tensor, S: Tensor, eta: Tensor, alpha: Tensor, out: Tensor
+    dpath: Tensor, dS: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dW, dS, dgradients, deta, dalpha of `path`."""
     heads, many, width = out.shape
     blocks = triton.cdiv(width, BLOCK)
     dW, dS0 = torch.empty_like(S), torch.empty_like(S)
-    dgradients = out.new_empty(heads, many - 1, width)
+    dgradients = torch.empty_like(gradients)
     deta, dalpha = (out.new_empty(heads, blocks, many - 1) for _ in range(2))
     if heads:
         launch(
             path_backward_kernel, heads * blocks,
-            dpath, dS, S, eta, alpha, out, dW, dS0, dgradients, deta, dalpha, many - 1, width,
-            BLOCK=BLOCK, num_warps=4,
+            dpath, dS, S, gradients, eta, alpha, out, dW, dS0, dgradients, deta, dalpha, many - 1,
+            width, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return dW, dS0, dgradients, deta.sum(1), dalpha.sum(1)
