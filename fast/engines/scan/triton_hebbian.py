@@ -29,7 +29,7 @@ from attnspec.fast.engines.scan.triton_hebbian_tiles import (
     stacked,
     state_places,
 )
-from attnspec.fast.engines.scan.triton_trace import floored
+from attnspec.fast.engines.scan.triton_trace_rows import floored
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from attnspec.fast.engines.scan.triton_hebbian_tiles import (
     stacked,
     state_places,
 )
-from attnspec.fast.engines.scan.triton_trace import FLOOR, floored
+from attnspec.fast.engines.scan.triton_trace_rows import FLOOR, floored
 
 
 @triton.jit

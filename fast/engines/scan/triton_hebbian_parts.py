@@ -17,7 +17,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan import triton_host
 from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import bits_lost, floored, real_rows
+from attnspec.fast.engines.scan.triton_trace_rows import bits_lost, floored, real_rows
 from attnspec.fast.engines.scan.triton_units import rows_of, units, units_backward
 
 PART = 32

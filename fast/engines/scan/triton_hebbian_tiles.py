@@ -23,7 +23,7 @@ from attnspec.fast.engines.scan.segments import cut
 from attnspec.fast.engines.scan.triton_common import locate
 from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power, prepare
 from attnspec.fast.engines.scan.triton_states import chain_kernel
-from attnspec.fast.engines.scan.triton_trace import bits_lost, floored, real_rows
+from attnspec.fast.engines.scan.triton_trace_rows import bits_lost, floored, real_rows
 
 VARYING = [
     "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "one_b",

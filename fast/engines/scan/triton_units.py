@@ -15,9 +15,9 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.triton_plan import power
-from attnspec.fast.engines.scan.triton_trace import (
+from attnspec.fast.engines.scan.triton_trace import aligned
+from attnspec.fast.engines.scan.triton_trace_rows import (
     FLOOR,
-    aligned,
     floored,
     head_offset,
     load_numbers,
