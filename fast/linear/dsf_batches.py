@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, INTEGERS, check_device, check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_tensor, wide
 from attnspec.fast.engines.rows import positive
 from attnspec.fast.engines.scan import elementwise, gated_scan, scan, selective
-from attnspec.fast.growing import checkable
 from attnspec.fast.linear.dsf_mixers import Pair, check_tokens, computed
 from attnspec.fast.linear.dsf_rnn import check_gates, check_rg_lru, rg_lru_gates
 from attnspec.fast.linear.dsf_ssm import check_s6, check_ssd
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state, check_upstream
+from attnspec.fast.packing import check_offsets
 
 
 def linear_attention_packed(
@@ -37,7 +37,7 @@ def linear_attention_packed(
     """
     Q, K, V = (_one(name, x, ("heads", "total", "d")) for name, x in (("q", q), ("k", k), ("v", v)))
     check_tokens(Q, K, V)
-    many = check_offsets(offsets, q.shape[1], q)
+    many = check_offsets(offsets, "q", q, q.shape[1])
     h0, z0 = _pairs(state, many, q, v)
     dtype = computed(q)
     phi, psi = (positive(x, dtype, backend=backend) for x in (Q, K))
@@ -73,7 +73,7 @@ def s6_packed(
     )
     check_s6(d, A, B, C, D)
     check_upstream("u", u, tuple(Delta.shape), Delta)
-    many = check_offsets(offsets, u.shape[0], u)
+    many = check_offsets(offsets, "u", u, u.shape[0])
     h0 = as_state("h0", h0, (many, *A.shape), u)
     y, last = selective(d, A, B, C, U, D, h0, offsets=offsets, backend=backend)
     return y[0], last
@@ -100,7 +100,7 @@ def ssd_packed(
     B, C, U = (_one(name, x, ("heads", "total", "n")) for name, x in (("b", b), ("c", c), ("u", u)))
     check_ssd(d, a, B, C)
     check_upstream("u", u, (*Delta.shape, u.shape[2]), Delta)
-    many = check_offsets(offsets, u.shape[1], u)
+    many = check_offsets(offsets, "u", u, u.shape[1])
     start = as_state("h0", h0, (many, u.shape[0], u.shape[2], b.shape[2]), u)
     dtype = computed(u)
     y, h = scan(
@@ -132,7 +132,7 @@ def qlstm_packed(
     )
     check_gates(F, I, O, alpha, reversed)
     check_upstream("z", z, tuple(f.shape), f)
-    many = check_offsets(offsets, z.shape[0], z)
+    many = check_offsets(offsets, "z", z, z.shape[0])
     h0 = as_state("h0", h0, (many, z.shape[1]), z)
     y, last = gated_scan(F, I, O, Z, alpha, reversed, h0, offsets=offsets, backend=backend)
     return y[0], last
@@ -154,27 +154,12 @@ def rg_lru_packed(
     """
     U, R, G = (_one(name, x, ("total", "N")) for name, x in (("u", u), ("r", r), ("g", g)))
     check_rg_lru(R, G, lam, c, U)
-    many = check_offsets(offsets, u.shape[0], u)
+    many = check_offsets(offsets, "u", u, u.shape[0])
     h0 = as_state("h0", h0, (many, u.shape[1]), u)
     log_decay, strength = rg_lru_gates(R, G, lam, c)
     x = strength * wide(U)
     y, last = elementwise(torch.exp(log_decay), x, h0, offsets=offsets, backend=backend)
     return y[0].to(u.dtype), last
-
-
-def check_offsets(offsets: Any, total: int, like: Tensor) -> int:
-    """How many sequences there are, once offsets are right; what they hold on the CPU only."""
-    check_tensor("offsets", offsets, ("sequences + 1",), INTEGERS)
-    check_device("offsets", offsets, "the others", like)
-    if offsets.shape[0] < 2:
-        raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
-    if checkable(offsets):
-        ends_right = int(offsets[0]) == 0 and int(offsets[-1]) == total
-        if not ends_right or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"offsets: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
-            )
-    return offsets.shape[0] - 1
 
 
 def _one(name: str, x: Any, axes: tuple[str, ...]) -> Tensor:

@@ -218,7 +218,7 @@ def flow_attend_packed(
     check_tokens(q[None], k[None], v[None], eps)
     check_choice("kind", kind, KINDS)
     bounds = check_clamp(clamp)
-    check_offsets(offsets, q, q.shape[1])
+    check_offsets(offsets, "q", q, q.shape[1])
     like = q.new_empty(offsets.shape[0] - 1, q.shape[0], 0, q.shape[2])
     first = None if state is None else checked_state(state, like, v[None])
     if not q.numel():

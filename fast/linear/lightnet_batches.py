@@ -88,7 +88,7 @@ def _check_tokens(q: Any, k: Any, v: Any, offsets: Any, name: str = "k") -> None
         check_tensor(which, x, ("heads", "total", "d"), FLOATS)
     check_attention_inputs(q[None], k[None], v[None], FLOATS)
     check_size(name, k.shape[1], q.shape[1], "tokens, as in q")
-    check_offsets(offsets, q, q.shape[1])
+    check_offsets(offsets, "q", q, q.shape[1])
 
 
 def _state_shapes(q: Tensor, v: Tensor, offsets: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -45,6 +45,7 @@ from attnspec.fast.linear.lightning_attention_1_rows import (
 )
 from attnspec.fast.linear.lightning_attention_2_batches import attend_padded
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
+from attnspec.fast.packing import check_offsets
 
 __all__ = [
     "decay_attend",
@@ -148,8 +149,7 @@ def tnl_gla_packed(
     options = Options(v_activation, gate, norm, eps)
     rows = x[None]
     check_gla(rows, params, None, 0, options)
-    _check_offsets(offsets, x)
-    sequences = offsets.shape[0] - 1
+    sequences = check_offsets(offsets, "x", x, x.shape[0])
     S0 = as_state("states", states, (sequences, *state_shape(params, x.shape[1])), x)
     if starts is not None:
         check_tensor("starts", starts, ("sequences",), (torch.int64, torch.int32))
@@ -221,17 +221,3 @@ def tnl_block(
     x = x + mixed
     channels = [params[name] for name in BLOCK_WEIGHTS]
     return x + sglu(srms_norm(x, eps, backend=backend), *channels), last
-
-
-def _check_offsets(offsets: Any, x: Tensor) -> None:
-    check_tensor("offsets", offsets, ("sequences + 1",), (torch.int64, torch.int32))
-    if offsets.shape[0] < 2:
-        raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
-    check_device("offsets", offsets, "x", x)
-    total = x.shape[0]
-    if checkable(offsets):
-        ends = int(offsets[0]) == 0 and int(offsets[-1]) == total
-        if not ends or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"offsets: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
-            )

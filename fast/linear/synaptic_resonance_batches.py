@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_device, check_tensor, choose_by_dtype, product, wide
+from attnspec.fast.backend import FLOATS, check_tensor, choose_by_dtype, product, wide
 from attnspec.fast.engines.scan import constant_decay, scan
-from attnspec.fast.growing import checkable
 from attnspec.fast.linear.lightning_attention_2_chunks import as_state
 from attnspec.fast.linear.synaptic_resonance_decode import check_softmax
 from attnspec.fast.linear.synaptic_resonance_memory import check_memory, check_number, cosine, unit
 from attnspec.fast.linear.synaptic_resonance_whole import attend_real, resonance
+from attnspec.fast.packing import check_offsets
 
 
 def synaptic_resonance_packed(
@@ -44,8 +44,7 @@ def synaptic_resonance_packed(
     check_memory(q, k, v, eta, lam, None)
     check_number("mu", mu, 0.0, 1.0, below=True)
     check_softmax(beta, window)
-    _check_offsets(offsets, q)
-    shape = (offsets.shape[0] - 1, k.shape[1], k.shape[3])
+    shape = (check_offsets(offsets, "q", q, q.shape[2]), k.shape[1], k.shape[3])
     S0 = as_state("S0", S0, (*shape, v.shape[3]), k)
     c0 = as_state("c0", c0, shape, k)
     offsets = offsets.to(torch.int64).contiguous()
@@ -127,20 +126,3 @@ def _one_later(x: Tensor) -> Tensor:
 def _by_token(x: Tensor, at: _Places) -> Tensor:
     """x (sequences, heads, d) as (1, heads, total, d), each sequence's for all of its tokens."""
     return x.index_select(0, at.sequence).transpose(0, 1)[None]
-
-
-def _check_offsets(offsets: Any, q: Tensor) -> None:
-    """Integers (sequences + 1) on the device of q that, if they can be read, increase to its
-    tokens.
-    """
-    check_tensor("offsets", offsets, ("sequences + 1",), (torch.int64, torch.int32))
-    check_device("offsets", offsets, "q", q)
-    if offsets.shape[0] < 2:
-        raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
-    if not checkable(offsets):
-        return
-    total = q.shape[2]
-    if offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"offsets: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
-        )

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, INTEGERS, check_device, check_tensor, wide
+from attnspec.fast.backend import FLOATS, check_tensor, wide
 from attnspec.fast.engines.memory import memory
-from attnspec.fast.growing import checkable
 from attnspec.fast.linear.titans_checks import Layers, check_layers, check_memory_inputs
+from attnspec.fast.packing import check_offsets
 
 
 def titans_packed_linear(
@@ -48,7 +48,7 @@ def titans_packed_mlp(
     """
     for name, x in (("k", k), ("v", v), ("q", q)):
         check_tensor(name, x, ("heads", "total", "width"), FLOATS)
-    _check_offsets(offsets, k)
+    check_offsets(offsets, "k", k, k.shape[1])
     leading = (offsets.shape[0] - 1, k.shape[0])
     W = _spread("W0", W0, k, leading)
     S = tuple(torch.zeros_like(wide(w)) for w in W) if S0 is None else _spread("S0", S0, k, leading)
@@ -64,20 +64,6 @@ def titans_packed_mlp(
         offsets=offsets, backend=backend,
     )  # fmt: skip
     return y[0], last_W, last_S
-
-
-def _check_offsets(offsets: Any, k: Tensor) -> None:
-    check_tensor("offsets", offsets, ("sequences + 1",), INTEGERS)
-    check_device("offsets", offsets, "k", k)
-    if offsets.shape[0] < 2:
-        raise ValueError(f"offsets: got {offsets.shape[0]} numbers, expected 2 or more")
-    if checkable(offsets):
-        total = k.shape[1]
-        ends_right = int(offsets[0]) == 0 and int(offsets[-1]) == total
-        if not ends_right or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"offsets: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
-            )
 
 
 def _spread(name: str, layers: Any, k: Tensor, leading: tuple[int, int]) -> Layers:
