@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from attnspec.reference.conventions import (
+    check_array,
     check_attention_inputs,
     check_offsets,
     check_shaped,
@@ -170,6 +171,7 @@ def _sequences(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, offsets: np.ndarray, name: str = "k"
 ) -> list[slice]:
     """K14: the rows of each sequence, once the arguments fit one another."""
+    check_array(name, k, ("heads", "total", "d"))
     check_attention_inputs(q, k, v)
     check_size(name, k.shape[-2], q.shape[-2], "tokens, as in q")
     check_offsets("offsets", offsets, q.shape[-2])

@@ -1,5 +1,7 @@
-r"""Gradients of LightNet's position encodings.
+r"""LightNet's position encodings: their gradients.
 
+Definition
+----------
 S18. **Gradients.** With d' and d'' those of the two halves y' and y'' of the result of S13:
 :math:`da = d'' y' - d' y''`. In the cosine form :math:`dx = d' \cos a + d'' \sin a`, in the rotary
 form dx is d turned by -a. Of S12 :math:`d\theta_c` is the sum of :math:`p_i\, da` over tokens, over

@@ -6,7 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from attnspec.reference.conventions import check_offsets, check_shaped, check_size
+from attnspec.reference.conventions import (
+    check_array,
+    check_offsets,
+    check_shaped,
+    check_size,
+)
 from attnspec.reference.dense.attention import combine
 from attnspec.reference.linear.ntk_attention_gradients import ntk_backward
 from attnspec.reference.linear.ntk_attention_prefix import prefix_terms, shares
@@ -92,6 +97,10 @@ def _sequences(
     scale: float | None,
 ) -> list[tuple[slice, slice]]:
     """K14: the queries and the keys of each sequence, once the arguments fit one another."""
+    check_array("q", q, ("heads", "q_total", "d"))
+    check_array("K", K, ("kv_heads", "k_total", "d"))
+    if q.shape[:-3] != K.shape[:-3]:
+        raise ValueError(f"q: got leading axes {q.shape[:-3]}, expected those of K, {K.shape[:-3]}")
     check_inputs(q, K, V, Z, scale)
     check_offsets("q_offsets", q_offsets, q.shape[-2])
     check_offsets("k_offsets", k_offsets, K.shape[-2])

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import check_array, check_attention_inputs, check_offsets
+from attnspec.reference.conventions import (
+    check_array,
+    check_attention_inputs,
+    check_offsets,
+    check_size,
+)
 from attnspec.reference.linear.titans_chunks import Layers, token_rates
 from attnspec.reference.linear.titans_deep import titans_chunk_mlp
 from attnspec.reference.linear.titans_gradients import titans_chunk_mlp_backward
@@ -146,6 +151,7 @@ def check_packed_inputs(
     for name, x in (("k", k), ("v", v), ("q", q)):
         if x.ndim != 3:
             raise ValueError(f"{name}: got shape {x.shape}, expected (heads, total, width)")
+    check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
     check_offsets("offsets", offsets, k.shape[-2])
     leading = (len(offsets) - 1, k.shape[0])
     first = _spread("W0", W0, k, leading)
