@@ -229,7 +229,8 @@ def sequences(offsets: np.ndarray, total: int) -> list[slice]:
 def states(
     name: str, x: Any, many: int, lead: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[np.ndarray | None]:
-    """S18, K14: the state (*lead, *shape) of each sequence out of x (*lead, many, *shape), or None.
+    """S18, K14: the state of each sequence, of axes `lead` and `shape`, out of x, which has the
+    sequences between the two; or None.
 
     >>> states("h0", np.zeros((3, 1)), 2, (), (1,))
     Traceback (most recent call last):
