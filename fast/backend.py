@@ -111,6 +111,12 @@ def check_size(name: str, got: int, expected: int, what: str) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected} ({what})")
 
 
+def check_shape(name: str, x: torch.Tensor, shape: Sequence[int]) -> None:
+    """`x` has this shape."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")
+
+
 def check_integer(name: str, value: Any, least: int) -> None:
     """`value` is an integer, not a bool, and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

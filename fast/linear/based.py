@@ -18,12 +18,12 @@ from attnspec.fast.backend import (
     check_bool,
     check_integer,
     check_same,
+    check_shape,
     check_tensor,
 )
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.engines.taylor import CANDIDATES, taylor, use_config
 from attnspec.fast.linear.based_features import (
-    check_shape,
     checked_eps,
     chosen_scale,
     taylor_features,

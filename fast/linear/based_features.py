@@ -69,8 +69,3 @@ def checked_eps(eps: Any) -> float:
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
     return float(eps)
-
-
-def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(shape)}")

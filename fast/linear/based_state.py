@@ -11,10 +11,11 @@ from attnspec.fast.backend import (
     check_attention_inputs,
     check_device,
     check_integer,
+    check_shape,
     check_tensor,
 )
 from attnspec.fast.engines.taylor import step, taylor, unpacked_count
-from attnspec.fast.linear.based_features import check_shape, checked_eps, chosen_scale
+from attnspec.fast.linear.based_features import checked_eps, chosen_scale
 
 
 def based_state_update(

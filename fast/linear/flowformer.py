@@ -229,10 +229,10 @@ def flow_attend_packed(
         return out, FlowState(*last)
     first = no_tokens(like, v[None]) if first is None else first
     outputs, states = [], []
+    options: dict[str, Any] = {"eps": eps, "kind": kind, "clamp": clamp, "backend": backend}
     for n, (start, end) in enumerate(pairwise(offsets.tolist())):
         Q, K, V = (x[None, :, start:end] for x in (q, k, v))
         before = FlowState(*(x[n, None] for x in first))
-        options: dict[str, Any] = {"eps": eps, "kind": kind, "clamp": clamp, "backend": backend}
         out, after = flow_attend_causal(Q, K, V, before, **options)
         outputs.append(out[0])
         states.append(after)

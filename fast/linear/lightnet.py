@@ -18,6 +18,7 @@ from attnspec.fast.backend import (
     FLOATS,
     check_attention_inputs,
     check_same,
+    check_shape,
     check_size,
     check_tensor,
     choose_backend,
@@ -38,7 +39,6 @@ from attnspec.fast.linear.lightnet_batches import lightnet_packed, vector_decay_
 from attnspec.fast.linear.lightnet_checks import (
     check_channels,
     check_scale,
-    check_shape,
     given_state,
     repeated,
 )

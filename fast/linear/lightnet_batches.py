@@ -6,12 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from attnspec.fast.backend import FLOATS, check_attention_inputs, check_size, check_tensor
+from attnspec.fast.backend import (
+    FLOATS,
+    check_attention_inputs,
+    check_shape,
+    check_size,
+    check_tensor,
+)
 from attnspec.fast.engines.scan import additive_scan, scan
 from attnspec.fast.linear.lightnet_checks import (
     check_channels,
     check_scale,
-    check_shape,
     given_state,
     repeated,
 )

@@ -22,12 +22,6 @@ def given_state(name: str, x: Any, shape: tuple[int, ...], q: Tensor) -> Tensor:
     return state
 
 
-def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """`x` has this shape."""
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
-
-
 def check_channels(name: str, x: Tensor) -> None:
     """As many channels as the kernels take."""
     if not 1 <= x.shape[-1] <= 256:
