@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -173,9 +174,11 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
-    """K14: `offsets` (sequences + 1) increase from 0 to `total`.
+def check_offsets(name: str, offsets: np.ndarray, total: int) -> list[slice]:
+    """K14: `offsets` (sequences + 1) increase from 0 to `total`; the rows of each sequence.
 
+    >>> check_offsets("q_offsets", np.array([0, 2, 2]), 2)
+    [slice(0, 2, None), slice(2, 2, None)]
     >>> check_offsets("q_offsets", np.array([0, 3]), 4)
     Traceback (most recent call last):
     ValueError: q_offsets: got [0, 3], expected offsets that increase from 0 to 4
@@ -186,6 +189,7 @@ def check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
         raise ValueError(
             f"{name}: got {offsets.tolist()}, expected offsets that increase from 0 to {total}"
         )
+    return [slice(first, last) for first, last in pairwise(offsets.tolist())]
 
 
 def check_lengths(lengths: np.ndarray, leading: tuple[int, ...], tokens: int) -> None:

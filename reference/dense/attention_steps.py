@@ -88,8 +88,7 @@ def sequences(
     [(slice(0, 1, None), slice(0, 1, None)), (slice(1, 3, None), slice(1, 3, None))]
     """
     check_attention_inputs(q, k, v)
-    check_offsets("q_offsets", q_offsets, q.shape[-2])
-    check_offsets("k_offsets", k_offsets, k.shape[-2])
+    rows = check_offsets("q_offsets", q_offsets, q.shape[-2])
+    keys = check_offsets("k_offsets", k_offsets, k.shape[-2])
     check_size("k_offsets", len(k_offsets), len(q_offsets), "as many as q_offsets")
-    rows, keys = q_offsets.tolist(), k_offsets.tolist()
-    return [(slice(*rows[n : n + 2]), slice(*keys[n : n + 2])) for n in range(len(q_offsets) - 1)]
+    return list(zip(rows, keys, strict=True))

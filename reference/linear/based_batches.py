@@ -5,8 +5,6 @@ Each sequence starts from an empty state, so its results and its gradients are t
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from attnspec.reference.conventions import (
@@ -84,5 +82,4 @@ def _sequences(q: np.ndarray, k: np.ndarray, v: np.ndarray, offsets: np.ndarray)
     """K14: the rows of each sequence, once the arguments fit one another."""
     check_attention_inputs(q, k, v)
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_offsets("offsets", offsets, q.shape[-2])
-    return [slice(first, last) for first, last in pairwise(offsets)]
+    return check_offsets("offsets", offsets, q.shape[-2])

@@ -7,7 +7,6 @@ alone. What sequences share, a rate or a skip, gathers the gradients of all.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,10 +48,9 @@ def linear_attention_packed(
     (array([2., 3., 8.]), array([6., 8.]), array([2., 1.]))
     """
     check_tokens(q, k, v)
+    sequences = check_offsets("offsets", offsets, q.shape[-2])
     parts = []
-    for rows, own in zip(
-        sequences(offsets, q.shape[-2]), _pairs(state, q, v, offsets), strict=True
-    ):
+    for rows, own in zip(sequences, _pairs(state, q, v, len(sequences)), strict=True):
         Q, K, V = (x[..., rows, :] for x in (q, k, v))
         y, pair = linear_attention(Q, K, V, own)
         parts.append((y, stacked(pair[0], 3), stacked(pair[1], 2)))
@@ -78,12 +76,14 @@ def linear_attention_packed_backward(
     """
     check_tokens(q, k, v)
     check_shaped("dy", dy, v.shape)
-    pairs, many = _pairs(state, q, v, offsets), len(offsets) - 1
+    sequences = check_offsets("offsets", offsets, q.shape[-2])
+    many = len(sequences)
+    pairs = _pairs(state, q, v, many)
     lead, heads, d = q.shape[:-3], q.shape[-3], q.shape[-1]
     dhs = states("dh", dh, many, lead, (heads, v.shape[-1], d))
     dzs = states("dz", dz, many, lead, (heads, d))
     parts = []
-    for n, rows in enumerate(sequences(offsets, q.shape[-2])):
+    for n, rows in enumerate(sequences):
         Q, K, V, up = (x[..., rows, :] for x in (q, k, v, dy))
         *made, pair = linear_attention_backward(Q, K, V, pairs[n], up, dhs[n], dzs[n])
         first, last = (None, None) if pair is None else pair
@@ -216,16 +216,6 @@ def ssd_packed_backward(
     return gathered(parts, (-1, None, -2, -2, -2, -4))
 
 
-def sequences(offsets: np.ndarray, total: int) -> list[slice]:
-    """S18, K14: the rows of each sequence.
-
-    >>> sequences(np.array([0, 2, 2]), 2)
-    [slice(0, 2, None), slice(2, 2, None)]
-    """
-    check_offsets("offsets", offsets, total)
-    return [slice(int(first), int(last)) for first, last in pairwise(offsets)]
-
-
 def states(
     name: str, x: Any, many: int, lead: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[np.ndarray | None]:
@@ -249,7 +239,7 @@ def starting(
     >>> starting(np.array([0, 3]), 3, None, (), (1,))
     [(slice(0, 3, None), None)]
     """
-    rows = sequences(offsets, total)
+    rows = check_offsets("offsets", offsets, total)
     return list(zip(rows, states("h0", h0, len(rows), lead, shape), strict=True))
 
 
@@ -278,9 +268,8 @@ def gathered(parts: list[tuple[Any, ...]], axes: tuple[int | None, ...]) -> tupl
     return tuple(together)
 
 
-def _pairs(state: Any, q: np.ndarray, v: np.ndarray, offsets: np.ndarray) -> list[Pair | None]:
-    """K14: the state of each sequence, or None."""
-    many = len(sequences(offsets, q.shape[-2]))
+def _pairs(state: Any, q: np.ndarray, v: np.ndarray, many: int) -> list[Pair | None]:
+    """K14: the state of each of `many` sequences, or None."""
     if state is None:
         return [None] * many
     if not isinstance(state, tuple) or len(state) != 2:

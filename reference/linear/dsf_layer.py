@@ -11,8 +11,7 @@ import numpy as np
 from attnspec.reference.conventions import check_array, check_shaped, check_size
 from attnspec.reference.linear.dsf_recurrence import check_given
 from attnspec.reference.linear.dsf_rnn import qlstm, qlstm_backward
-from attnspec.reference.linear.titans_memory import gelu_slope
-from attnspec.reference.primitives.gelu import gelu
+from attnspec.reference.primitives.gelu import gelu, gelu_slope
 
 LayerState = tuple[np.ndarray, np.ndarray]
 

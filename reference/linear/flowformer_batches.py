@@ -6,8 +6,6 @@ alone.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from attnspec.reference.conventions import check_offsets, check_shaped
@@ -105,8 +103,7 @@ def _sequences(
 ) -> list[slice]:
     """K14: the rows of each sequence, once the arguments fit one another."""
     check_causal(q, k, v, eps)
-    check_offsets("offsets", offsets, q.shape[-2])
-    return [slice(first, last) for first, last in pairwise(offsets)]
+    return check_offsets("offsets", offsets, q.shape[-2])
 
 
 def _first(

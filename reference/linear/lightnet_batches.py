@@ -6,8 +6,6 @@ alone.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from attnspec.reference.conventions import (
@@ -18,7 +16,11 @@ from attnspec.reference.conventions import (
     check_size,
     repeat_heads,
 )
-from attnspec.reference.linear.lightnet_gradient import State, lightnet_causal_backward
+from attnspec.reference.linear.lightnet_gradient import (
+    State,
+    lightnet_causal_backward,
+    state_of_shape,
+)
 from attnspec.reference.linear.lightnet_scan import (
     additive_gates,
     check_scale,
@@ -115,7 +117,7 @@ def lightnet_packed(
     (array([3., 6., 3.]), array([3., 3.]), array([1., 2.]))
     """
     sequences = _sequences(q, k, v, offsets)
-    S0, z0 = _check_state(state, q, v, offsets)
+    S0, z0 = state_of_shape(state, _state_shape(q, v, offsets))
     check_scale(scale)
     k, v = repeat_heads(k, q.shape[-3]), repeat_heads(v, q.shape[-3])
     shape = _state_shape(q, v, offsets)
@@ -149,8 +151,8 @@ def lightnet_packed_backward(
     [array([3., 6., 3.]), array([ 0. ,  1.5, -1.5])]
     """
     sequences = _sequences(q, k, v, offsets)
-    _check_state(state, q, v, offsets)
     shape = _state_shape(q, v, offsets)
+    state_of_shape(state, shape)
     check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
     for name, x, expected in (("dS", dS, shape), ("dz", dz, shape[:-1])):
         if x is not None:
@@ -174,23 +176,8 @@ def _sequences(
     check_array(name, k, ("heads", "total", "d"))
     check_attention_inputs(q, k, v)
     check_size(name, k.shape[-2], q.shape[-2], "tokens, as in q")
-    check_offsets("offsets", offsets, q.shape[-2])
-    return [slice(first, last) for first, last in pairwise(offsets)]
+    return check_offsets("offsets", offsets, q.shape[-2])
 
 
 def _state_shape(q: np.ndarray, v: np.ndarray, offsets: np.ndarray) -> tuple[int, ...]:
     return (len(offsets) - 1, q.shape[-3], q.shape[-1], v.shape[-1])
-
-
-def _check_state(
-    state: State | None, q: np.ndarray, v: np.ndarray, offsets: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """K14: S and z of every sequence, or None and None."""
-    if state is None:
-        return None, None
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"state: got {type(state).__name__}, expected (S, z)")
-    shape = _state_shape(q, v, offsets)
-    check_shaped("state", state[0], shape)
-    check_shaped("state", state[1], shape[:-1])
-    return state

@@ -77,10 +77,22 @@ def check_state(
     """
     check_attention_inputs(q, k, v)
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
+    return state_of_shape(state, (*q.shape[:-2], q.shape[-1], v.shape[-1]))
+
+
+def state_of_shape(
+    state: State | None, shape: tuple[int, ...]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """K14: S of this shape and z without its last axis, or None and None.
+
+    >>> state_of_shape((np.ones((1, 2)), np.ones(2)), (1, 2))
+    Traceback (most recent call last):
+    ValueError: state: got shape (2,), expected (1,)
+    """
     if state is None:
         return None, None
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"state: got {type(state).__name__}, expected (S, z)")
-    check_shaped("state", state[0], (*q.shape[:-2], q.shape[-1], v.shape[-1]))
-    check_shaped("state", state[1], (*q.shape[:-2], q.shape[-1]))
+    for x, expected in zip(state, (shape, shape[:-1]), strict=True):
+        check_shaped("state", x, expected)
     return state

@@ -33,12 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.conventions import (
-    check_array,
-    check_choice,
-    check_integer,
-    check_size,
-)
+from attnspec.reference.conventions import check_array, check_choice, check_integer, check_size
 
 Parameters = tuple[np.ndarray, np.ndarray, np.ndarray]
 LRPE_TYPES = ("cosine", "rotary")

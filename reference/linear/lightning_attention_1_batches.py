@@ -198,8 +198,8 @@ def _sequences(
     starts: np.ndarray | None,
 ) -> Iterator[tuple[slice, np.ndarray | None, int]]:
     """S12, K14: the rows, the state before and the first position of each sequence."""
-    check_offsets("offsets", offsets, x.shape[-2])
-    sequences, shape = len(offsets) - 1, state_shape(params, x.shape[-1])
+    rows = check_offsets("offsets", offsets, x.shape[-2])
+    sequences, shape = len(rows), state_shape(params, x.shape[-1])
     if states is not None:
         check_shaped("states", states, (*x.shape[:-2], sequences, *shape))
     if starts is None:
@@ -208,6 +208,6 @@ def _sequences(
     check_size("starts", starts.size, sequences, "sequences, as in offsets")
     for start in starts:
         check_integer("starts", start, least=0)
-    for n in range(sequences):
+    for n, own in enumerate(rows):
         state = None if states is None else states[..., n, :, :, :]
-        yield slice(offsets[n], offsets[n + 1]), state, int(starts[n])
+        yield own, state, int(starts[n])

@@ -45,9 +45,9 @@ def attend_packed(
     >>> o.ravel(), S.ravel()
     (array([1., 1., 2.]), array([1., 2.]))
     """
-    g = _check_packed(q, k, v, s, offsets, S0)
+    g, sequences = _check_packed(q, k, v, s, offsets, S0)
     outputs, states = [], []
-    for n, rows in enumerate(_sequences(offsets)):
+    for n, rows in enumerate(sequences):
         Q, K, V = (x[..., rows, :] for x in (q, k, v))
         S_entering, S = chunk_states(K, V, g[..., rows], block, _entry(S0, n))
         outputs.append(chunk_output(Q, K, V, g[..., rows], S_entering, block))
@@ -73,12 +73,12 @@ def attend_packed_backward(
     >>> attend_packed_backward(x, x, x, np.zeros(1), np.array([0, 1, 3]), None, x)[2].ravel()
     array([1., 2., 1.])
     """
-    g = _check_packed(q, k, v, s, offsets, S0)
+    g, sequences = _check_packed(q, k, v, s, offsets, S0)
     check_shaped("do", do, (*q.shape[:-1], v.shape[-1]))
     if dS is not None:
         check_shaped("dS", dS, _states_shape(q, v, offsets))
     parts = []
-    for n, rows in enumerate(_sequences(offsets)):
+    for n, rows in enumerate(sequences):
         Q, K, V, dO = (x[..., rows, :] for x in (q, k, v, do))
         first, last = _entry(S0, n), _entry(dS, n)
         parts.append(backward_chunk(Q, K, V, g[..., rows], dO, last, block, first))
@@ -145,10 +145,6 @@ def attend_padded_backward(
     return by_token[0], by_token[1], by_token[2], ds, dS0
 
 
-def _sequences(offsets: np.ndarray) -> list[slice]:
-    return [slice(offsets[n], offsets[n + 1]) for n in range(len(offsets) - 1)]
-
-
 def _entry(states: np.ndarray | None, n: int) -> np.ndarray | None:
     return None if states is None else states[..., n, :, :, :]
 
@@ -164,14 +160,16 @@ def _check_packed(
     s: np.ndarray,
     offsets: np.ndarray,
     S0: np.ndarray | None,
-) -> np.ndarray:
-    """K14, S3: the log decays (..., heads, total), once the arguments fit one another."""
+) -> tuple[np.ndarray, list[slice]]:
+    """K14, S3: the log decays (..., heads, total) and the rows of each sequence, once the arguments
+    fit one another.
+    """
     check_attention_inputs(q, k, v)
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_offsets("offsets", offsets, q.shape[-2])
+    sequences = check_offsets("offsets", offsets, q.shape[-2])
     if S0 is not None:
         check_shaped("S0", S0, _states_shape(q, v, offsets))
-    return constant_log_decays(q, s)
+    return constant_log_decays(q, s), sequences
 
 
 def _check_padded(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from attnspec.reference.conventions import (
@@ -102,9 +100,7 @@ def _sequences(
     if q.shape[:-3] != K.shape[:-3]:
         raise ValueError(f"q: got leading axes {q.shape[:-3]}, expected those of K, {K.shape[:-3]}")
     check_inputs(q, K, V, Z, scale)
-    check_offsets("q_offsets", q_offsets, q.shape[-2])
-    check_offsets("k_offsets", k_offsets, K.shape[-2])
+    rows = check_offsets("q_offsets", q_offsets, q.shape[-2])
+    keys = check_offsets("k_offsets", k_offsets, K.shape[-2])
     check_size("k_offsets", len(k_offsets), len(q_offsets), "as many as q_offsets")
-    ends = (q_offsets.tolist(), k_offsets.tolist())
-    rows, keys = ([slice(*pair) for pair in pairwise(x)] for x in ends)
     return list(zip(rows, keys, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,11 +91,8 @@ def _sequences(
     S_name: str = "S0", c_name: str = "c0",
 ) -> list[tuple[slice, np.ndarray, np.ndarray]]:  # fmt: skip
     """K14: the rows and the state of each sequence, zeros where none are given."""
-    check_offsets("offsets", offsets, q.shape[-2])
-    leading = (*k.shape[:-3], len(offsets) - 1, k.shape[-3])
+    sequences = check_offsets("offsets", offsets, q.shape[-2])
+    leading = (*k.shape[:-3], len(sequences), k.shape[-3])
     S = first_state(S_name, S, (*leading, k.shape[-1], v.shape[-1]), k)
     c = first_state(c_name, c, (*leading, k.shape[-1]), k)
-    return [
-        (slice(first, last), S[..., n, :, :, :], c[..., n, :, :])
-        for n, (first, last) in enumerate(pairwise(offsets.tolist()))
-    ]
+    return [(rows, S[..., n, :, :, :], c[..., n, :, :]) for n, rows in enumerate(sequences)]

@@ -15,11 +15,12 @@ from attnspec.reference.conventions import (
     check_array,
     check_attention_inputs,
     check_offsets,
+    check_shaped,
     check_size,
 )
 from attnspec.reference.linear.titans_chunks import Layers, token_rates
 from attnspec.reference.linear.titans_deep import titans_chunk_mlp
-from attnspec.reference.linear.titans_gradients import titans_chunk_mlp_backward
+from attnspec.reference.linear.titans_gradients import sum_to, titans_chunk_mlp_backward, upstream
 from attnspec.reference.linear.titans_memory import check_layers
 
 
@@ -59,10 +60,10 @@ def titans_packed_mlp(
     >>> y.ravel().round(4), W[0].shape
     (array([0.7079, 0.7079, 1.4157]), (2, 1, 1, 1))
     """
-    first, momentum, full = check_packed_inputs(W0, S0, k, v, q, rates, offsets)
+    first, momentum, full, sequences = check_packed_inputs(W0, S0, k, v, q, rates, offsets)
     options: dict[str, Any] = {"loss_scale": loss_scale, "read": read}
     outputs, last = [], []
-    for n, rows in enumerate(_sequences(offsets)):
+    for n, rows in enumerate(sequences):
         step = tuple(x[..., rows] for x in full)
         keys, values, queries = (x[..., rows, :] for x in (k, v, q))
         y, *states = titans_chunk_mlp(
@@ -108,14 +109,11 @@ def titans_packed_mlp_backward(
     ...     one, None, x, 0 * x, x, (0.25, 0.0, 0.0), np.array([0, 1, 2]), 1, x)[0]
     (array([[1.]]),)
     """
-    first, momentum, full = check_packed_inputs(W0, S0, k, v, q, rates, offsets)
-    check_array("dy", dy, ())
-    if dy.shape != (*q.shape[:-1], v.shape[-1]):
-        raise ValueError(f"dy: got shape {dy.shape}, expected {(*q.shape[:-1], v.shape[-1])}")
-    _check_upstream("dW", dW, first)
-    _check_upstream("dS", dS, first)
+    first, momentum, full, sequences = check_packed_inputs(W0, S0, k, v, q, rates, offsets)
+    check_shaped("dy", dy, (*q.shape[:-1], v.shape[-1]))
+    dW, dS = upstream("dW", dW, first), upstream("dS", dS, first)
     parts = []
-    for n, rows in enumerate(_sequences(offsets)):
+    for n, rows in enumerate(sequences):
         step = tuple(x[..., rows] for x in full)
         keys, values, queries, above = (x[..., rows, :] for x in (k, v, q, dy))
         part = titans_chunk_mlp_backward(
@@ -137,8 +135,9 @@ def titans_packed_mlp_backward(
 
 def check_packed_inputs(
     W0: Any, S0: Any, k: np.ndarray, v: np.ndarray, q: np.ndarray, rates: Any, offsets: np.ndarray
-) -> tuple[Layers, Layers | None, Layers]:
-    """K14, S22: W0 and S0 of every sequence and head, and rates of every token.
+) -> tuple[Layers, Layers | None, Layers, list[slice]]:
+    """K14, S22: W0 and S0 of every sequence and head, rates of every token, and the rows of each
+    sequence.
 
     What else may be wrong, the form for one sequence refuses.
 
@@ -152,11 +151,11 @@ def check_packed_inputs(
         if x.ndim != 3:
             raise ValueError(f"{name}: got shape {x.shape}, expected (heads, total, width)")
     check_size("q", q.shape[-2], k.shape[-2], "tokens, as in k")
-    check_offsets("offsets", offsets, k.shape[-2])
-    leading = (len(offsets) - 1, k.shape[0])
+    sequences = check_offsets("offsets", offsets, k.shape[-2])
+    leading = (len(sequences), k.shape[0])
     first = _spread("W0", W0, k, leading)
     momentum = None if S0 is None else _spread("S0", S0, k, leading)
-    return first, momentum, token_rates(rates, k)
+    return first, momentum, token_rates(rates, k), sequences
 
 
 def _spread(name: str, layers: Any, k: np.ndarray, leading: tuple[int, int]) -> Layers:
@@ -176,25 +175,11 @@ def _spread(name: str, layers: Any, k: np.ndarray, leading: tuple[int, int]) -> 
     return tuple(layers)
 
 
-def _check_upstream(name: str, given: Any, like: Layers) -> None:
-    for x, w in zip(given or (), like, strict=False):
-        check_array(name, x, ())
-        if x.shape != w.shape:
-            raise ValueError(f"{name}: got shape {x.shape}, expected {w.shape}")
-
-
-def _sequences(offsets: np.ndarray) -> list[slice]:
-    return [slice(offsets[n], offsets[n + 1]) for n in range(len(offsets) - 1)]
-
-
 def _of(layers: Layers | None, n: int) -> Layers | None:
     return None if layers is None else tuple(x[n] for x in layers)
 
 
 def _gather(parts: tuple[Layers, ...], given: Any) -> Layers:
-    """Gradients of layers, summed over the leading axes that those given do not have."""
+    """Gradients of layers, of sequences that share them added up."""
     layers = map(np.stack, zip(*parts, strict=True))
-    return tuple(
-        np.sum(x, axis=tuple(range(x.ndim - w.ndim))) if x.ndim > w.ndim else x
-        for x, w in zip(layers, given, strict=True)
-    )
+    return tuple(sum_to(x, w) for x, w in zip(layers, given, strict=True))

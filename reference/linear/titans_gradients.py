@@ -25,13 +25,8 @@ from attnspec.reference.linear.titans_coefficients import (
     Coefficients,
     titans_coefficients_backward,
 )
-from attnspec.reference.linear.titans_memory import (
-    gelu_curvature,
-    gelu_slope,
-    hidden_rows,
-    output_gradients,
-)
-from attnspec.reference.primitives.gelu import gelu
+from attnspec.reference.linear.titans_memory import hidden_rows, output_gradients
+from attnspec.reference.primitives.gelu import gelu, gelu_curvature, gelu_slope
 
 
 def titans_chunk_mlp_backward(
@@ -51,7 +46,7 @@ def titans_chunk_mlp_backward(
     check_array("dy", dy, ())
     if dy.shape != (*q.shape[:-1], v.shape[-1]):
         raise ValueError(f"dy: got shape {dy.shape}, expected {(*q.shape[:-1], v.shape[-1])}")
-    uW, uS = _upstream("dW", dW, W), _upstream("dS", dS, W)
+    uW, uS = upstream("dW", dW, W), upstream("dS", dS, W)
     if tokens.order is not None and tokens.stored is not None:
         dy = np.take_along_axis(dy, tokens.order[..., None], axis=-2)
         dy = np.where(tokens.stored[..., None], dy, 0.0).astype(dy.dtype)
@@ -243,7 +238,13 @@ def _join(
     return dbeta, dm, df, dn, dG
 
 
-def _upstream(name: str, given: Any, W: Layers) -> Layers:
+def upstream(name: str, given: Any, W: Layers) -> Layers:
+    """S21, K14: the gradients of a state shaped as W, zeros if none are given.
+
+    >>> upstream("dW", (np.ones(2),), (np.ones(3),))
+    Traceback (most recent call last):
+    ValueError: dW: got shape (2,), expected (3,)
+    """
     if given is None:
         return tuple(np.zeros_like(w) for w in W)
     for x, w in zip(given, W, strict=True):

@@ -16,6 +16,7 @@ from attnspec.reference.linear.titans_gradients import (
     memory_grad_backward,
     mlp_memory_backward,
     sum_to,
+    upstream,
 )
 from attnspec.reference.linear.titans_granular import titans_chunk_granular
 from attnspec.reference.linear.titans_memory import memory_grad
@@ -50,8 +51,7 @@ def titans_chunk_granular_backward(
         inner.append((rows, step, H, Delta))
         sums = [np.swapaxes(h, -1, -2) @ (step * e) for h, e in zip(H, Delta, strict=True)]
         states.append(tuple(carried * s - g for s, g in zip(states[n], sums, strict=True)))
-    uW = [np.zeros_like(w) if dW is None else dW[i] for i, w in enumerate(first)]
-    uS = [np.zeros_like(w) if dS is None else dS[i] for i, w in enumerate(first)]
+    uW, uS = list(upstream("dW", dW, first)), list(upstream("dS", dS, first))
     base = [np.zeros_like(w) for w in first]
     dk, dv, dq, dtheta = (np.zeros_like(x) for x in (k, v, q, theta))
     deta, dalpha = np.zeros_like(eta), np.zeros_like(alpha)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
-from attnspec.reference.dense.attention import attend
 from attnspec.reference.dense.attention_gradient import attend_backward
 from attnspec.reference.linear.titans_chunks import Layers, check_states
 from attnspec.reference.linear.titans_deep import titans_chunk_mlp
@@ -23,6 +22,9 @@ from attnspec.reference.linear.titans_gradients import (
 from attnspec.reference.linear.titans_layouts import (
     EPSILON,
     Three,
+    attend_rows,
+    by_head,
+    directed,
     mac_segment,
     mag,
     mal,
@@ -53,14 +55,14 @@ def mac_segment_backward(
     o, *_ = mac_segment(seg, P, W, S, attn, mem, rates, gains, b, tokenwise=tokenwise, **options)
     check_shaped("do", do, o.shape)
     N_p, C = P.shape[0], seg.shape[-2]
-    asking = _directed(seg @ mem[0], normalise)
+    asking = directed(seg @ mem[0], normalise)
     layers, momentum = check_states(W, S, asking)
     h = mlp_memory(layers, asking)
     z = np.concatenate([persistent_prefix(P, seg)[..., :N_p, :], h, seg], axis=-2)
     mask = titans_mask_mac(C, max(C, 1), N_p, tokenwise)
-    y = _attend(seg, z, attn, mask)
+    y = attend_rows(seg, z, attn, mask)
     store = _Store(y, layers, momentum, mem, rates, b, **options)
-    later = _directed(y @ mem[0], normalise)
+    later = directed(y @ mem[0], normalise)
     read = store.y if tokenwise else mlp_memory(store.W, later)
     dy, dread, dgains = _gate_backward(y, read, gains, do)
     uW = [np.zeros_like(w) for w in layers] if dW is None else list(dW)
@@ -101,7 +103,7 @@ def mag_backward(
     check_shaped("do", do, o.shape)
     N_p, xt = P.shape[0], persistent_prefix(P, x)
     mask = titans_mask_mag(x.shape[-2], w, N_p)
-    y = _attend(xt, xt, attn, mask)
+    y = attend_rows(xt, xt, attn, mask)
     layers, momentum = check_states(W, S, xt @ mem[0])
     store = _Store(xt, layers, momentum, mem, rates, b, **options)
     dy, dh, dgains = _gate_backward(y, store.y, gains, _behind(do, N_p))
@@ -150,10 +152,9 @@ class _Store:
     ) -> None:  # fmt: skip
         self.x, self.mem, self.normalise, self.loss_scale = x, mem, normalise, loss_scale
         q, k, v = (x @ matrix for matrix in mem)
-        q, k = _directed(q, normalise), _directed(k, normalise)
+        q, k = directed(q, normalise), directed(k, normalise)
         q, k, v = (rows[..., None, :, :] for rows in (q, k, v))
-        step = tuple(r[..., None, :] if isinstance(r, np.ndarray) and r.ndim else r for r in rates)
-        self.given = (_headed(W), _headed(S), k, v, q, step, b)
+        self.given = (_headed(W), _headed(S), k, v, q, by_head(rates), b)
         y, last, momentum = titans_chunk_mlp(*self.given, loss_scale=loss_scale)
         self.y = y[..., 0, :, :]
         self.W, self.S = (tuple(w[..., 0, :, :] for w in z) for z in (last, momentum))
@@ -192,10 +193,6 @@ def _behind(do: np.ndarray, N_p: int) -> np.ndarray:
     return np.concatenate([prefix, do], axis=-2)
 
 
-def _directed(x: np.ndarray, normalise: bool) -> np.ndarray:
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + EPSILON) if normalise else x
-
-
 def _projected_backward(
     x: np.ndarray, matrix: np.ndarray, dy: np.ndarray, normalise: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -206,11 +203,6 @@ def _projected_backward(
         unit = rows / size
         dy = (dy - unit * np.sum(dy * unit, axis=-1, keepdims=True)) / size
     return dy @ np.swapaxes(matrix, -1, -2), sum_to(np.swapaxes(x, -1, -2) @ dy, matrix)
-
-
-def _attend(x: np.ndarray, z: np.ndarray, attn: Three, mask: np.ndarray) -> np.ndarray:
-    q, k, v = (rows[..., None, :, :] for rows in (x @ attn[0], z @ attn[1], z @ attn[2]))
-    return attend(q, k, v, mask=mask)[0][..., 0, :, :]
 
 
 def _attend_backward(

@@ -104,17 +104,17 @@ def mac_segment(
     prefixed = persistent_prefix(P, seg)
     check_matrices("attn", attn, seg)
     check_matrices("mem", mem, seg)
-    asking = _directed(seg @ mem[0], normalise)
+    asking = directed(seg @ mem[0], normalise)
     layers, momentum = check_states(W, S, asking)
     h = mlp_memory(layers, asking)
     check_size("W", h.shape[-1], seg.shape[-1], "D, the width of the segment's rows")
     N_p, C = P.shape[0], seg.shape[-2]
     z = np.concatenate([prefixed[..., :N_p, :], h, seg], axis=-2)
-    y = _attend(seg, z, attn, titans_mask_mac(C, max(C, 1), N_p, tokenwise))
+    y = attend_rows(seg, z, attn, titans_mask_mac(C, max(C, 1), N_p, tokenwise))
     check_gains(gains, y)
     read, layers, momentum = _memory(y, layers, momentum, mem, rates, b, loss_scale, normalise)
     if not tokenwise:
-        read = mlp_memory(layers, _directed(y @ mem[0], normalise))
+        read = mlp_memory(layers, directed(y @ mem[0], normalise))
     return gate(y, read, gains), layers, momentum
 
 
@@ -133,7 +133,7 @@ def mag(
     xt = persistent_prefix(P, x)
     check_matrices("attn", attn, x)
     check_matrices("mem", mem, x)
-    y = _attend(xt, xt, attn, titans_mask_mag(x.shape[-2], w, P.shape[0]))
+    y = attend_rows(xt, xt, attn, titans_mask_mag(x.shape[-2], w, P.shape[0]))
     check_gains(gains, y)
     h, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise)
     check_size("W", h.shape[-1], y.shape[-1], "the width of the attention's rows")
@@ -155,7 +155,7 @@ def mal(
     check_integer("w", w, least=1)
     y, layers, momentum = _memory(xt, W, S, mem, rates, b, loss_scale, normalise)
     check_matrices("attn", attn, y)
-    o = _attend(y, y, attn, _window(y.shape[-2], w))
+    o = attend_rows(y, y, attn, _window(y.shape[-2], w))
     return o[..., P.shape[0] :, :], layers, momentum
 
 
@@ -165,28 +165,42 @@ def _memory(
 ) -> tuple[np.ndarray, Layers, Layers]:  # fmt: skip
     """The memory over rows x (..., T, D), stored and read in order; one head is one axis more."""
     q, k, v = ((x @ matrix)[..., None, :, :] for matrix in mem)
-    q, k = _directed(q, normalise), _directed(k, normalise)
+    q, k = directed(q, normalise), directed(k, normalise)
     W, S = check_states(W, S, k[..., 0, :, :])
     y, W, S = titans_chunk_mlp(
         tuple(w[..., None, :, :] for w in W), tuple(s[..., None, :, :] for s in S), k, v, q,
-        _by_head(rates), b, loss_scale=loss_scale,
+        by_head(rates), b, loss_scale=loss_scale,
     )  # fmt: skip
     return y[..., 0, :, :], tuple(w[..., 0, :, :] for w in W), tuple(s[..., 0, :, :] for s in S)
 
 
-def _directed(x: np.ndarray, normalise: bool) -> np.ndarray:
-    """Rows x, of norm 1 if `normalise`."""
+def directed(x: np.ndarray, normalise: bool) -> np.ndarray:
+    """S14: rows x, of norm 1 if `normalise`.
+
+    >>> directed(np.array([[3.0, 4.0]]), True).round(3)
+    array([[0.6, 0.8]])
+    """
     return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + EPSILON) if normalise else x
 
 
-def _by_head(rates: Any) -> Any:
+def by_head(rates: Any) -> Any:
+    """S14: rates (..., T) with an axis of heads; numbers stay as they are.
+
+    >>> by_head((np.ones(2), 0.5, 0.5))[0].shape
+    (1, 2)
+    """
     if not isinstance(rates, (tuple, list)):
         return rates
     return tuple(r[..., None, :] if isinstance(r, np.ndarray) and r.ndim else r for r in rates)
 
 
-def _attend(x: np.ndarray, z: np.ndarray, attn: Three, mask: np.ndarray) -> np.ndarray:
-    """Softmax attention of rows x to rows z (..., rows, D), one head."""
+def attend_rows(x: np.ndarray, z: np.ndarray, attn: Three, mask: np.ndarray) -> np.ndarray:
+    """S14: softmax attention of rows x to rows z (..., rows, D), one head.
+
+    >>> one = np.ones((1, 1))
+    >>> attend_rows(one, 2 * one, (one,) * 3, np.ones((1, 1), bool))
+    array([[2.]])
+    """
     q, k, v = (rows[..., None, :, :] for rows in (x @ attn[0], z @ attn[1], z @ attn[2]))
     return attend(q, k, v, mask=mask)[0][..., 0, :, :]
 

@@ -13,29 +13,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_size
-from attnspec.reference.primitives.gelu import gelu, normal_cdf
-
-
-def gelu_slope(x: np.ndarray) -> np.ndarray:
-    """S2: the derivative of `gelu`.
-
-    >>> gelu_slope(np.array([0.0, 1.0])).round(4)
-    array([0.5   , 1.0833])
-    """
-    return normal_cdf(x) + x * _density(x)
-
-
-def gelu_curvature(x: np.ndarray) -> np.ndarray:
-    """S21: the second derivative of `gelu`.
-
-    >>> gelu_curvature(np.array([0.0])).round(4)
-    array([0.7979])
-    """
-    return (2 - x * x) * _density(x)
-
-
-def _density(x: np.ndarray) -> np.ndarray:
-    return np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+from attnspec.reference.primitives.gelu import gelu, gelu_slope
 
 
 def mlp_memory(W: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:

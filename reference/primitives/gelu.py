@@ -27,3 +27,25 @@ def gelu(x: np.ndarray) -> np.ndarray:
     array([-0.    ,  0.    ,  0.8413, 50.    ])
     """
     return x * normal_cdf(x)
+
+
+def gelu_slope(x: np.ndarray) -> np.ndarray:
+    """The derivative of `gelu`.
+
+    >>> gelu_slope(np.array([0.0, 1.0])).round(4)
+    array([0.5   , 1.0833])
+    """
+    return normal_cdf(x) + x * _density(x)
+
+
+def gelu_curvature(x: np.ndarray) -> np.ndarray:
+    """The second derivative of `gelu`.
+
+    >>> gelu_curvature(np.array([0.0])).round(4)
+    array([0.7979])
+    """
+    return (2 - x * x) * _density(x)
+
+
+def _density(x: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
+from attnspec.conformance.contract import Array, Contract, Output, Stream
 from attnspec.conformance.contracts.linear.based import (
     BAD_EPS,
     BAD_HEADS,
@@ -21,7 +21,7 @@ from attnspec.conformance.contracts.linear.based import (
     heads_cell,
     wrong_numbers,
 )
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.based import based_chunk, based_state_update
 from attnspec.reference.linear.based_features import feature_count
@@ -219,7 +219,7 @@ CONTRACTS = (
     ),
     Contract(
         operation="based.based_packed",
-        sizes={**{a: span for a, span in SELF.items() if a != "batch"}, "sequences": (1, 4)},
+        sizes=packed_sizes(SELF),
         queries="tokens",
         keys="tokens",
         fix=narrow,
@@ -227,17 +227,15 @@ CONTRACTS = (
             Array("q", "heads tokens d", role="query"),
             Array("k", "kv_heads tokens d", role="key"),
             Array("v", "kv_heads tokens dv", role="value"),
-            Array("offsets", make=make_offsets),
+            OFFSETS,
         ),
         outputs=(Output("o"), *STATE),
         parameters=_numbers,
         linear_in=("v",),
         causal=lambda case: True,
-        cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
+        cells=PACKED,
         bad_inputs=(
-            ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-            ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
+            *BAD_OFFSETS,
             ("more queries than keys", "q", lambda a: longer(a["q"])),
             *(bad for bad in BAD_HEADS if bad[0] != "another batch in v"),
             *BAD_SCALE,

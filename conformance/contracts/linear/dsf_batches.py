@@ -9,28 +9,26 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.arrays import flatten
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.dsf import VALUES, positive
 from attnspec.conformance.contracts.linear.dsf_forms import linear_in_chunks, ssd_in_chunks
 from attnspec.conformance.contracts.linear.dsf_mixers import HEADS
 from attnspec.conformance.contracts.linear.dsf_rnn import ALPHA, BAD_ALPHA
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    NO_SEQUENCES,
+    OFFSETS,
+    PACKED,
+    packed_sizes,
+)
 from attnspec.conformance.values import longer
-from attnspec.reference.linear.dsf_batches import gathered, sequences, stacked
+from attnspec.reference.conventions import check_offsets
+from attnspec.reference.linear.dsf_batches import gathered, stacked
 
 SEVERAL = {"sequences": (1, 4), "tokens": (1, 24)}
 ROWS = "kv_heads tokens"
 STATE = "sequences kv_heads dv d"
-OFFSETS = Array("offsets", make=make_offsets)
 LAST = Output("h", dtype="float32", by_query=False)
-PACKED = {"packed": lambda case: case.with_(sizes={"sequences": 3})}
-BAD_OFFSETS = (
-    ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-    BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-    ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
-    ("one offset", "offsets", lambda a: a["offsets"][:1]),
-    ("no offsets", "offsets", lambda a: None),
-)
 RNN = {"N": (1, 24), **SEVERAL}
 
 
@@ -55,7 +53,7 @@ def each(form: Any, tokens: tuple[str, ...], state: str, axis: int) -> Any:
         offsets, first = given.pop("offsets"), given.pop(state, None)
         total = given[tokens[0]].shape[axis]
         parts = []
-        for n, rows in enumerate(sequences(offsets, total)):
+        for n, rows in enumerate(check_offsets("offsets", offsets, total)):
             cut = (slice(None),) * axis + (rows,)
             own = {name: given[name][cut] for name in tokens}
             begun = tuple(x[n] for x in first) if isinstance(first, tuple) else first
@@ -70,7 +68,7 @@ def each(form: Any, tokens: tuple[str, ...], state: str, axis: int) -> Any:
 CONTRACTS = (
     Contract(
         operation="dsf.linear_attention_packed",
-        sizes={**{a: span for a, span in HEADS.items() if a != "batch"}, **SEVERAL},
+        sizes={**packed_sizes(HEADS), **SEVERAL},
         queries="tokens",
         keys="tokens",
         arrays=(
@@ -92,6 +90,7 @@ CONTRACTS = (
             ("a state of another width", "state",
              lambda a: (np.zeros((1, 1, 99, 98)), np.zeros((1, 1, 98)))),
             *BAD_OFFSETS,
+            *NO_SEQUENCES,
         ),
     ),
     Contract(
@@ -125,11 +124,12 @@ CONTRACTS = (
             ("u of other tokens", "u", lambda a: longer(a["u"])),
             *bad_state("h0", "dv", "n"),
             *BAD_OFFSETS,
+            *NO_SEQUENCES,
         ),
     ),
     Contract(
         operation="dsf.ssd_packed",
-        sizes={**{a: span for a, span in HEADS.items() if a != "batch"}, **SEVERAL},
+        sizes={**packed_sizes(HEADS), **SEVERAL},
         queries="tokens",
         keys="tokens",
         arrays=(
@@ -154,6 +154,7 @@ CONTRACTS = (
             ("u of other tokens", "u", lambda a: longer(a["u"])),
             *bad_state("h0", "kv_heads", "dv", "d"),
             *BAD_OFFSETS,
+            *NO_SEQUENCES,
         ),
     ),
     Contract(
@@ -178,6 +179,7 @@ CONTRACTS = (
             ("z of other tokens", "z", lambda a: longer(a["z"])),
             *bad_state("h0", "N"),
             *BAD_OFFSETS,
+            *NO_SEQUENCES,
         ),
     ),
     Contract(
@@ -204,6 +206,7 @@ CONTRACTS = (
             ("lam a token", "lam", lambda a: a["r"]),
             *bad_state("h0", "N"),
             *BAD_OFFSETS,
+            *NO_SEQUENCES,
         ),
     ),
 )  # fmt: skip

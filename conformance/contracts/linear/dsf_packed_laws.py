@@ -12,6 +12,7 @@ from attnspec.conformance.contract import Contract
 from attnspec.conformance.contracts.linear.dsf_batches import CONTRACTS
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import Trial
 
 OPERATIONS = {contract.operation for contract in CONTRACTS}
@@ -39,44 +40,15 @@ def _tokens(trial: Trial, arguments: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _part(x: np.ndarray, axis: int, rows: slice) -> np.ndarray:
-    return x[(slice(None),) * axis + (rows,)]
-
-
-def _state_of(arguments: dict[str, Any], n: slice) -> dict[str, Any]:
-    """The states of some sequences, where there are any."""
-    given = {name: arguments[name] for name in ("h0", "state") if arguments.get(name) is not None}
-    return {
-        name: tuple(part[n] for part in x) if isinstance(x, tuple) else x[n]
-        for name, x in given.items()
-    }
-
-
 def check_alone(trial: Trial) -> None:
     """A packed sequence gives, among others of NaN and with states of NaN, what it gives alone.
 
     Steps of NaN would be refused: those are large.
     """
     arguments = trial.arguments()
-    offsets, axes = arguments["offsets"], _tokens(trial, arguments)
-    for n, (first, last) in enumerate(pairwise(offsets)):
-        rows = slice(int(first), int(last))
-        alone = {**arguments, "offsets": np.array([0, last - first])}
-        among = dict(arguments)
-        for name, axis in axes.items():
-            alone[name] = _part(arguments[name], axis, rows)
-            among[name] = np.full_like(arguments[name], 1e4 if name == "Delta" else np.nan)
-            _part(among[name], axis, rows)[...] = alone[name]
-        alone |= _state_of(arguments, slice(n, n + 1))
-        for name, x in _state_of(arguments, slice(None)).items():
-            spoilt = [np.full_like(part, np.nan) for part in (x if isinstance(x, tuple) else (x,))]
-            for part, own in zip(spoilt, x if isinstance(x, tuple) else (x,), strict=True):
-                part[n] = own[n]
-            among[name] = tuple(spoilt) if isinstance(x, tuple) else spoilt[0]
-        outputs = trial.run(among)
-        own = {name: x[n : n + 1] for name, x in outputs.items() if name != "y"}
-        heads = outputs["y"].ndim - 2
-        trial.judge({"y": _part(outputs["y"], heads, rows), **own}, alone)
+    tokens = {name: axis - arguments[name].ndim for name, axis in _tokens(trial, arguments).items()}
+    for n in range(trial.case.sizes["sequences"]):
+        judge_alone(trial, n, {"offsets": tokens}, ("h0", "state"), {"Delta": 1e4})
 
 
 def check_continued(trial: Trial) -> None:
@@ -89,7 +61,7 @@ def check_continued(trial: Trial) -> None:
     rng = trial.case.generator("cuts")
     cuts = [int(rng.integers(first, last + 1)) for first, last in pairwise(offsets)]
     results: list[Any] = []
-    handed: dict[str, Any] = _state_of(arguments, slice(None))
+    handed: dict[str, Any] = {}
     for starts, stops in ((offsets[:-1], cuts), (cuts, offsets[1:])):
         chosen = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
         part = {**arguments, **handed}

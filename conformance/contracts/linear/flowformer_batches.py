@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.based import BAD_EPS, BAD_HEADS
 from attnspec.conformance.contracts.linear.flowformer import (
     BAD_CLAMP,
@@ -17,7 +17,7 @@ from attnspec.conformance.contracts.linear.flowformer import (
     STATE,
     bounded,
 )
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.flowformer_causal import (
     FlowState,
@@ -50,14 +50,14 @@ def no_state_of_case(case: Case) -> FlowState:
 CONTRACTS = (
     Contract(
         operation="flowformer.flow_attend_packed",
-        sizes={**{a: span for a, span in SELF.items() if a != "batch"}, "sequences": (1, 4)},
+        sizes=packed_sizes(SELF),
         queries="tokens",
         keys="tokens",
         arrays=(
             Array("q", "heads tokens d", role="query"),
             Array("k", "kv_heads tokens d", role="key"),
             Array("v", "kv_heads tokens dv", role="value"),
-            Array("offsets", make=make_offsets),
+            OFFSETS,
             Array("state", make=make_states, optional=True),
         ),
         outputs=(Output("out"), *STATE),
@@ -65,11 +65,9 @@ CONTRACTS = (
         cancelling=("dq", "dk"),
         causal=lambda case: True,
         neutral={"state": no_state_of_case},
-        cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
+        cells=PACKED,
         bad_inputs=(
-            ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-            ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
+            *BAD_OFFSETS,
             ("more queries than keys", "q", lambda a: longer(a["q"])),
             ("a list as state", "state", lambda a: [1]),
             ("a state for another sequence", "state", lambda a: FlowState(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.lightnet import (
     BAD_HEADS,
     BAD_SCALE,
@@ -22,14 +22,10 @@ from attnspec.conformance.contracts.linear.lightnet_forms import (
     causal_in_sequences,
     decay_in_sequences,
 )
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
 from attnspec.conformance.values import longer, make_values
 
-SIZES = {
-    **{axis: span for axis, span in GROUPED.items() if axis != "batch"},
-    "tokens": (1, 24),
-    "sequences": (1, 4),
-}
+SIZES = packed_sizes({**GROUPED, "tokens": (1, 24)})
 
 
 def absent(case: Case) -> np.ndarray:
@@ -56,14 +52,6 @@ def no_states(a: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     shape = (len(a["offsets"]) - 1, heads, d)
     return np.zeros((*shape, a["v"].shape[-1])), np.full(shape, -np.inf)
 
-
-OFFSETS = Array("offsets", make=make_offsets)
-PACKED = {"packed": lambda case: case.with_(sizes={"sequences": 3})}
-BAD_OFFSETS = (
-    ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-    BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-    ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
-)
 
 CONTRACTS = (
     Contract(

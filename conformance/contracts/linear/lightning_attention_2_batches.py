@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.case import Case
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     BAD_HEADS,
     BAD_SLOPES,
@@ -24,15 +24,9 @@ from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     in_chunks,
     wrong_integers,
 )
+from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.lightning_attention_2_batches import attend_packed, attend_padded
-
-
-def make_offsets(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Cuts anywhere: some sequences have no token."""
-    tokens, sequences = case.shape("tokens sequences")
-    cuts = np.sort(rng.integers(0, tokens + 1, sequences - 1))
-    return np.concatenate([[0], cuts, [tokens]]).astype(np.int64)
 
 
 def make_valid(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -62,10 +56,7 @@ BAD_TOKENS = (("more queries than keys", "q", lambda a: longer(a["q"])),)
 CONTRACTS = (
     Contract(
         operation="lightning_attention_2.attend_packed",
-        sizes={
-            **{axis: ends for axis, ends in SELF.items() if axis != "batch"},
-            "sequences": (1, 4),
-        },
+        sizes=packed_sizes(SELF),
         queries="tokens",
         keys="tokens",
         arrays=(
@@ -73,7 +64,7 @@ CONTRACTS = (
             Array("k", "kv_heads tokens d", role="key"),
             Array("v", "kv_heads tokens dv", role="value"),
             SLOPES,
-            Array("offsets", make=make_offsets),
+            OFFSETS,
             Array("S0", "sequences heads d dv", optional=True),
         ),
         outputs=(Output("o"), STATE),
@@ -83,11 +74,9 @@ CONTRACTS = (
         form=in_chunks(attend_packed),
         causal=lambda case: True,
         neutral={"S0": lambda case: np.zeros(case.shape("sequences heads d dv"))},
-        cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
+        cells=PACKED,
         bad_inputs=(
-            ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-            ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
+            *BAD_OFFSETS,
             ("a state for another sequence", "S0", lambda a: np.zeros((9, *_packed_state(a)[1:]))),
             ("a state of another width", "S0", lambda a: np.zeros((*_packed_state(a)[:-1], 99))),
             *(bad for bad in BAD_HEADS if bad[0] != "another batch in v"),

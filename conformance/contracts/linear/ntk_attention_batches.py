@@ -20,6 +20,7 @@ from attnspec.conformance.contracts.linear.ntk_attention import (
     SMALL_K,
     Z,
 )
+from attnspec.conformance.packing import PACKED, packed_sizes
 
 
 def _cuts(axis: str) -> Any:
@@ -50,7 +51,7 @@ def _parameters(sizes: Mapping[str, int]) -> dict[str, st.SearchStrategy[Any]]:
 CONTRACTS = (
     Contract(
         operation="ntk_attention.ntk_packed",
-        sizes={**{a: span for a, span in SIZES.items() if a != "batch"}, "sequences": (1, 4)},
+        sizes=packed_sizes(SIZES),
         arrays=(
             Array("q", "heads queries d", role="query"),
             Array("K", "kv_heads keys d", role="key"),
@@ -65,7 +66,7 @@ CONTRACTS = (
         linear_in=("V Z",),
         poison=poison_unasked,
         cells={
-            "packed": lambda case: case.with_(sizes={"sequences": 3}),
+            **PACKED,
             "MHA": heads_cell(2, 1),
             "GQA": heads_cell(2, 3),
             "MQA": heads_cell(1, 4),

@@ -11,6 +11,7 @@ from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.laws.controls import check_apart
+from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import Trial
 from attnspec.reference.linear.ntk_attention import (
     ntk_attend,
@@ -80,18 +81,8 @@ def check_shift(trial: Trial) -> None:
 
 def check_alone(trial: Trial) -> None:
     """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
-    arguments = trial.arguments()
-    ends = {name: arguments[name] for name in ("q_offsets", "k_offsets")}
     n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
-    rows, keys = (slice(int(x[n]), int(x[n + 1])) for x in ends.values())
-    spoilt, alone = dict(arguments), dict(arguments)
-    for name, own in (("q", rows), ("K", keys), ("V", keys)):
-        alone[name] = arguments[name][..., own, :]
-        spoilt[name] = np.full_like(arguments[name], np.nan)
-        spoilt[name][..., own, :] = alone[name]
-    for name, own in (("q_offsets", rows), ("k_offsets", keys)):
-        alone[name] = np.array([0, own.stop - own.start])
-    trial.judge({"out": trial.run(spoilt)["out"][..., rows, :]}, alone)
+    judge_alone(trial, n, {"q_offsets": {"q": -2}, "k_offsets": {"K": -2, "V": -2}})
 
 
 LAWS = (

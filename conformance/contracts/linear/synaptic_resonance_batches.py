@@ -9,8 +9,7 @@ import numpy as np
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.synaptic_resonance import (
     BAD_MIX,
     BAD_TOKENS,
@@ -21,6 +20,13 @@ from attnspec.conformance.contracts.linear.synaptic_resonance import (
     everything,
 )
 from attnspec.conformance.contracts.linear.synaptic_resonance_forms import whole_by_token
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    NO_SEQUENCES,
+    OFFSETS,
+    PACKED,
+    packed_sizes,
+)
 
 
 def make_traces(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -46,14 +52,14 @@ def packed_by_token(
 CONTRACTS = (
     Contract(
         operation="synaptic_resonance.synaptic_resonance_packed",
-        sizes={**{a: span for a, span in SIZES.items() if a != "batch"}, "sequences": (1, 4)},
+        sizes=packed_sizes(SIZES),
         queries="tokens",
         keys="tokens",
         arrays=(
             Array("q", "heads tokens d", role="query"),
             Array("k", "kv_heads tokens d", role="key"),
             Array("v", "kv_heads tokens dv", role="value"),
-            Array("offsets", make=make_offsets),
+            OFFSETS,
             Array("S0", "sequences kv_heads d dv", optional=True),
             Array("c0", "sequences kv_heads d", make=make_traces, optional=True),
         ),
@@ -67,16 +73,14 @@ CONTRACTS = (
             "c0": lambda case: np.zeros(case.shape("sequences kv_heads d")),
         },
         cells={
-            "packed": lambda case: case.with_(sizes={"sequences": 3}),
+            **PACKED,
             "MHA": heads_cell(2, 1),
             "GQA": heads_cell(2, 3),
             "MQA": heads_cell(1, 4),
         },
         bad_inputs=(
-            ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-            BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-            ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
-            ("one offset", "offsets", lambda a: a["offsets"][:1]),
+            *BAD_OFFSETS,
+            *NO_SEQUENCES,
             ("a state for other sequences", "S0", lambda a: np.zeros((9, *a["k"].shape[::2], 1))),
             ("a trace for another sequence", "c0", lambda a: np.zeros((9, *a["k"].shape[::2]))),
             ("a trace of another width", "c0", lambda a: np.zeros((len(a["offsets"]) - 1, 1, 99))),

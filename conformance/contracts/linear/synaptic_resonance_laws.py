@@ -10,6 +10,7 @@ from attnspec.conformance.arrays import flatten, place_arguments
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import Trial
 
 STATES = {
@@ -65,24 +66,8 @@ def check_silence(trial: Trial) -> None:
 
 def check_alone(trial: Trial) -> None:
     """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
-    arguments = trial.arguments()
-    offsets = arguments["offsets"]
-    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
-    own = slice(int(offsets[n]), int(offsets[n + 1]))
-    alone = {**arguments, "offsets": np.array([0, own.stop - own.start])}
-    spoilt = dict(arguments)
-    for name in ("q", "k", "v"):
-        alone[name] = arguments[name][..., own, :]
-        spoilt[name] = np.full_like(arguments[name], np.nan)
-        spoilt[name][..., own, :] = alone[name]
-    for name in ("S0", "c0"):
-        if arguments.get(name) is not None:
-            alone[name] = arguments[name][n : n + 1]
-            spoilt[name] = np.full_like(arguments[name], np.nan)
-            spoilt[name][n] = arguments[name][n]
-    got = trial.run(spoilt)
-    states = {name: got[name][n : n + 1] for name in ("S", "c")}
-    trial.judge({"y": got["y"][..., own, :], **states}, alone)
+    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
+    judge_alone(trial, n, {"offsets": {"q": -2, "k": -2, "v": -2}}, ("S0", "c0"))
 
 
 LAWS = (

@@ -9,8 +9,7 @@ import numpy as np
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell
-from attnspec.conformance.contract import Array, BadValue, Contract, Output
-from attnspec.conformance.contracts.linear.lightning_attention_2_batches import make_offsets
+from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.linear.titans import (
     BAD_LAYERS,
     BAD_RATES,
@@ -22,6 +21,13 @@ from attnspec.conformance.contracts.linear.titans import (
     layers_of,
     rates_of,
     wrong_integers,
+)
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    NO_SEQUENCES,
+    OFFSETS,
+    PACKED,
+    packed_sizes,
 )
 
 
@@ -38,29 +44,22 @@ def _no_momentum(case: Case) -> Any:
     return tuple(np.zeros((*leading, a, b)) for a, b in itertools.pairwise(widths))
 
 
-def _packed(sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    return {**{axis: ends for axis, ends in sizes.items() if axis != "batch"}, "sequences": (1, 4)}
-
-
 TOKENS = (
     Array("k", "kv_heads tokens d"),
     Array("v", "kv_heads tokens dv", role="value"),
     Array("q", "heads tokens d", role="query"),
     Array("rates", make=_rates),
-    Array("offsets", make=make_offsets),
+    OFFSETS,
 )
 CELLS = {
-    "packed": lambda case: case.with_(sizes={"sequences": 3}),
+    **PACKED,
     "MHA": heads_cell(2, 1),
     "GQA": heads_cell(2, 3),
     "MQA": heads_cell(1, 4),
 }
 BAD = (
-    ("offsets that stop short", "offsets", lambda a: np.append(a["offsets"][:-1], 0)),
-    BadValue("offsets that fall", "offsets", lambda a: np.insert(a["offsets"], 1, 99)),
-    ("offsets that are floats", "offsets", lambda a: a["offsets"] + 0.5),
-    ("one offset", "offsets", lambda a: a["offsets"][:1]),
-    ("no offsets", "offsets", lambda a: None),
+    *BAD_OFFSETS,
+    *NO_SEQUENCES,
     ("k of another width", "k", lambda a: np.repeat(a["k"], 2, axis=-1)),
     ("more queries than keys", "q", lambda a: np.repeat(a["q"], 2, axis=-2)),
     ("more values than keys", "v", lambda a: np.repeat(a["v"], 2, axis=-2)),
@@ -76,7 +75,7 @@ BAD = (
 CONTRACTS = (
     Contract(
         operation="titans.titans_packed_linear",
-        sizes=_packed(SIZES),
+        sizes=packed_sizes(SIZES),
         queries="tokens",
         keys="tokens",
         arrays=(
@@ -107,7 +106,7 @@ CONTRACTS = (
     ),
     Contract(
         operation="titans.titans_packed_mlp",
-        sizes=_packed(DEEP),
+        sizes=packed_sizes(DEEP),
         queries="tokens",
         keys="tokens",
         arrays=(Array("W0", make=_layers), Array("S0", make=_layers, optional=True), *TOKENS),

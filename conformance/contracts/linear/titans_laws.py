@@ -15,6 +15,7 @@ from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.laws.controls import check_apart, several
+from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import EXPECTATIONS, Trial
 
 LONG = 64
@@ -117,28 +118,9 @@ def check_packed_hand_over(trial: Trial) -> None:
 
 def check_alone(trial: Trial) -> None:
     """One of the sequences among others of NaN, whose memories are NaN too, is what it is alone."""
-    arguments = trial.arguments()
-    offsets = arguments["offsets"]
-    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
-    own = slice(int(offsets[n]), int(offsets[n + 1]))
-    changed = {**arguments}
-    for name in ("k", "v", "q"):
-        changed[name] = np.full_like(arguments[name], np.nan)
-        changed[name][..., own, :] = arguments[name][..., own, :]
-    alone = {**_part(arguments, own), "offsets": np.array([0, own.stop - own.start])}
-    for name in ("W0", "S0"):
-        given = arguments.get(name)
-        if given is not None:
-            layers = given if isinstance(given, tuple) else (given,)
-            others = tuple(np.full_like(x, np.nan) for x in layers)
-            for x, y in zip(others, layers, strict=True):
-                x[n] = y[n]
-            single = tuple(x[n : n + 1] for x in layers)
-            changed[name] = others if isinstance(given, tuple) else others[0]
-            alone[name] = single if isinstance(given, tuple) else single[0]
-    got = trial.run(changed)
-    states = {name: x[n : n + 1] for name, x in got.items() if name != "y"}
-    trial.judge({"y": got["y"][..., own, :], **states}, alone)
+    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
+    tokens = {"k": -2, "v": -2, "q": -2, "rates": -1}
+    judge_alone(trial, n, {"offsets": tokens}, ("W0", "S0"), {"rates": None})
 
 
 def _one_pair(arguments: dict[str, Any], weight: float, alpha: float, b: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, right
 from attnspec.conformance.mutants.linear.dsf_gradients import starts_constant, without_last
+from attnspec.reference.conventions import check_offsets
 from attnspec.reference.linear import dsf_batches, dsf_rnn, dsf_rnn_batches, dsf_ssm
 from attnspec.reference.linear.dsf_mixers import feature_map
 
@@ -102,7 +103,7 @@ def sum_runs_on(made: Any, given: dict[str, Any]) -> Any:
     eta = np.einsum("...i,...i->...", phi, sums)
     own = [
         np.einsum("...i,...i->...", phi[..., rows, :], np.cumsum(psi[..., rows, :], axis=-2))
-        for rows in dsf_batches.sequences(given["offsets"], phi.shape[-2])
+        for rows in check_offsets("offsets", given["offsets"], phi.shape[-2])
     ]
     return (y * (np.concatenate(own, axis=-1) / eta)[..., None]).astype(y.dtype), pair
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, right, spoiling
+from attnspec.conformance.mutants.packing import over_the_boundary
 from attnspec.reference.linear.flowformer_batches import flow_packed_backward
 from attnspec.reference.linear.flowformer_causal import FlowState
 
 CAUSAL = right("flowformer.flow_attend_causal")
 PACKED = right("flowformer.flow_attend_packed")
-BLOCK = 8
 
 
 def not_reset(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any) -> Any:
@@ -31,21 +30,6 @@ def counts_on(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options
     none = FlowState(*(np.zeros_like(x) for x in last))
     early = offsets[:-1].reshape(-1, 1).astype(q.dtype) + none.N
     return PACKED(q, k, v, offsets, none._replace(N=early), **options)
-
-
-def over_the_boundary(
-    q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any
-) -> Any:
-    """A sequence starts with the block that holds its first token."""
-    out, last = PACKED(q, k, v, offsets, state, **options)
-    if state is not None:
-        return out, last
-    parts = []
-    for first, end in pairwise(offsets):
-        wide = slice(first // BLOCK * BLOCK, end)
-        one, _ = CAUSAL(q[:, wide], k[:, wide], v[:, wide], **options)
-        parts.append(one[:, first - wide.start :])
-    return np.concatenate(parts, axis=1), last
 
 
 def empty_forget(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any) -> Any:
@@ -77,7 +61,12 @@ def wrong(name: str, law: str, bug: str, call: Any, backward: Any = None) -> Mut
 MUTANTS = (
     wrong("not-reset", "agreement", "Sums run on into the next sequence.", not_reset),
     wrong("counts-on", "agreement", "N does not restart.", counts_on),
-    wrong("boundary", "agreement", "A block straddles two sequences.", over_the_boundary),
+    wrong(
+        "boundary",
+        "agreement",
+        "A block straddles two sequences.",
+        over_the_boundary(PACKED, CAUSAL),
+    ),
     wrong("empty", "agreement", "An empty sequence loses its state.", empty_forget),
     wrong(
         "one-start",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import right, spoiling
+from attnspec.conformance.mutants import altering, right, spoiling
 from attnspec.conformance.mutants.linear.lightnet import tampered
+from attnspec.conformance.mutants.packing import over_the_boundary
 from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.linear import lightnet_batches as batches
 
@@ -19,7 +19,6 @@ PACKED = right("lightnet.lightnet_packed")
 DECAYED = right("lightnet.vector_decay_packed")
 BACKWARD = batches.lightnet_packed_backward
 DECAYED_BACKWARD = batches.vector_decay_packed_backward
-BLOCK = 8
 
 
 def not_reset(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any) -> Any:
@@ -42,21 +41,6 @@ def sums_run_on(
     return o, (S, z)
 
 
-def over_the_boundary(
-    q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any
-) -> Any:
-    """A sequence starts with the block that holds its first token."""
-    o, last = PACKED(q, k, v, offsets, state, **options)
-    if state is not None:
-        return o, last
-    parts = []
-    for first, end in pairwise(offsets):
-        wide = slice(first // BLOCK * BLOCK, end)
-        one, _ = CAUSAL(q[:, wide], k[:, wide], v[:, wide], **options)
-        parts.append(one[:, first - wide.start :])
-    return np.concatenate(parts, axis=1), last
-
-
 def empty_forget(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any) -> Any:
     """A sequence without tokens does not keep the state it was given."""
     o, (S, z) = PACKED(q, k, v, offsets, state, **options)
@@ -69,13 +53,6 @@ def one_start(arguments: dict[str, Any]) -> None:
     if arguments["state"] is not None:
         S, z = arguments["state"]
         arguments["state"] = S, np.repeat(z[:1], len(z), axis=0)
-
-
-def started_alike(q: Any, k: Any, v: Any, offsets: Any, state: Any = None, **options: Any) -> Any:
-    given = {"state": state}
-    PACKED(q, k, v, offsets, state, **options)
-    one_start(given)
-    return PACKED(q, k, v, offsets, given["state"], **options)
 
 
 def constant_first_sums(result: Any) -> Any:
@@ -101,15 +78,11 @@ def decays_not_reset(
     return SCAN(q, kbar, v, g, None if S0 is None else S0[0], **options)[0], S
 
 
-def first_rows_undecayed(
-    q: Any, kbar: Any, v: Any, g: Any, offsets: Any, S0: Any = None, **options: Any
-) -> Any:
+def first_rows_undecayed(arguments: dict[str, Any]) -> None:
     """A sequence's first token does not decay the state it was given."""
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    own = g.copy()
-    own[:, starts] = 0
-    DECAYED(q, kbar, v, g, offsets, S0, **options)
-    return DECAYED(q, kbar, v, own, offsets, S0, **options)
+    offsets, own = arguments["offsets"], arguments["log_decay"].copy()
+    own[:, offsets[:-1][np.diff(offsets) > 0]] = 0
+    arguments["log_decay"] = own
 
 
 def decay_gradient_runs_on(result: Any) -> Any:
@@ -123,11 +96,11 @@ MUTANTS = (
              "The state runs on into the next sequence."),
     tampered("lightnet_packed:packed-sums-run-on", sums_run_on, "agreement",
              "The normaliser is not restarted."),
-    tampered("lightnet_packed:packed-boundary", over_the_boundary, "agreement",
+    tampered("lightnet_packed:packed-boundary", over_the_boundary(PACKED, CAUSAL), "agreement",
              "A block straddles two sequences."),
     tampered("lightnet_packed:packed-empty", empty_forget, "agreement",
              "An empty sequence loses its state."),
-    tampered("lightnet_packed:packed-one-start", started_alike, "agreement",
+    tampered("lightnet_packed:packed-one-start", altering(PACKED, one_start), "agreement",
              "All sequences start from the first one's z."),
     tampered("lightnet_packed:packed-constant-first-z", PACKED, "gradient",
              "The z handed over is a constant.",
@@ -136,8 +109,8 @@ MUTANTS = (
              "All sequences get the gradient of the last one's state.", backward=one_last_state),
     tampered("vector_decay_packed:decay-not-reset", decays_not_reset, "agreement",
              "The state runs on into the next sequence."),
-    tampered("vector_decay_packed:first-undecayed", first_rows_undecayed, "agreement",
-             "First tokens do not decay their state."),
+    tampered("vector_decay_packed:first-undecayed", altering(DECAYED, first_rows_undecayed),
+             "agreement", "First tokens do not decay their state."),
     tampered("vector_decay_packed:decay-gradient-runs-on", DECAYED, "gradient",
              "A decay's gradient collects from the next sequence.",
              backward=spoiling(DECAYED_BACKWARD, decay_gradient_runs_on)),
