@@ -31,16 +31,22 @@ VANISHED_BITS = tl.constexpr(-127.0)
 
 
 @triton.jit
+def packed_segment(table, segment):
+    """A row of `Segments.table`: sequence, first row and rows of a segment, all int64; whether it
+    starts and ends its sequence.
+    """
+    row = table + segment.to(tl.int64) * 5
+    starts, ends = tl.load(row + 3) != 0, tl.load(row + 4) != 0
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), starts, ends
+
+
+@triton.jit
 def locate(table, segment, segments, length, tokens, PACKED: tl.constexpr):
     """Sequence, batch, first row, rows of a segment; whether it starts and ends its sequence."""
     if PACKED:
-        row = table + segment.to(tl.int64) * 5
-        sequence = tl.load(row)
+        sequence, start, count, first, last = packed_segment(table, segment)
         batch = sequence * 0
-        start = tl.load(row + 1)
-        count = tl.load(row + 2).to(tl.int32)
-        first = tl.load(row + 3) != 0
-        last = tl.load(row + 4) != 0
+        count = count.to(tl.int32)
     else:
         sequence = (segment // segments).to(tl.int64)
         batch = sequence

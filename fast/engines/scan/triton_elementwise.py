@@ -16,6 +16,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import LaneConfig, lanes
 from attnspec.fast.engines.scan.segments import cut as cut_sequences
+from attnspec.fast.engines.scan.triton_common import packed_segment
 from attnspec.fast.engines.scan.triton_plan import device_of, power
 
 
@@ -42,10 +43,8 @@ def stretch_of(table, segment, row, segments, tokens, length, PACKED: tl.constex
     and the last of its sequence. Those of packed sequences are told by a `Segments.table`.
     """
     if PACKED:
-        table += segment.to(tl.int64) * 5
-        sequence, start = tl.load(table), tl.load(table + 1)
-        stop = start + tl.load(table + 2)
-        opens, closes = tl.load(table + 3) > 0, tl.load(table + 4) > 0
+        sequence, start, count, opens, closes = packed_segment(table, segment)
+        stop = start + count
     else:
         sequence = row
         start = segment.to(tl.int64) * length

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnspec.fast.engines.scan.triton_common import packed_segment
 from attnspec.fast.engines.scan.triton_running import phi
 
 ROWS_OF_PARTS = tl.constexpr(32)
@@ -41,10 +42,8 @@ def stretch(
     own = line
     if PACKED:
         slot = where % segments
-        row = table + slot.to(tl.int64) * 5
-        sequence = tl.load(row)
-        start = tl.load(row + 1)
-        end = start + tl.load(row + 2)
+        sequence, start, count, _, _ = packed_segment(table, slot)
+        end = start + count
         begin = start - (slot - tl.load(bounds + sequence)) * length
         own = sequence * heads + line
     return start, end, begin, own

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from attnspec.fast.engines.scan.trace import FLOOR as NORM_FLOOR
+from attnspec.fast.engines.scan.triton_common import packed_segment
 
 FLOOR = tl.constexpr(NORM_FLOOR)
 FORGETS = 1e4
@@ -66,10 +67,9 @@ def span_of(
     the sequence's trace. The table of packed segments is one of rows.
     """
     if PACKED:
-        row = table + segment.to(tl.int64) * 5
-        sequence = tl.load(row)
-        start = tl.load(row + 1) - sequence
-        height = tl.cdiv(tl.load(row + 2).to(tl.int32), ROWS) * ROWS
+        sequence, start, count, _, _ = packed_segment(table, segment)
+        start -= sequence
+        height = tl.cdiv(count.to(tl.int32), ROWS) * ROWS
         begin, stop = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
         low = tl.load(bounds + sequence).to(tl.int32)
         high = tl.load(bounds + sequence + 1).to(tl.int32)
