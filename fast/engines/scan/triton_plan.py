@@ -18,6 +18,8 @@ from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
 
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
+HOPPERS_ROOM, OTHERS_ROOM = 232448, 101376
+"""Bytes of shared memory that a program may take, on Hopper and on processors with less."""
 
 
 @cache
@@ -75,6 +77,7 @@ class Call:
     scale: float
     cfg: ScanConfig
     processors: int
+    room: int
     block: int
     segments: Segments
     recorder: Recorder
@@ -100,7 +103,8 @@ class Call:
         rows = min(cfg.most, power(block)) if block else cfg.block
         call = cls(
             batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg,
-            processors, rows, Segments(batch, batch, 1, max(tokens, 1)), Recorder(follows),
+            processors, HOPPERS_ROOM if hopper else OTHERS_ROOM, rows,
+            Segments(batch, batch, 1, max(tokens, 1)), Recorder(follows),
         )  # fmt: skip
         length = segment or cfg.segment
         if length is None:
@@ -123,6 +127,13 @@ class Call:
     def nothing(self) -> bool:
         """Whether there is no token to compute."""
         return not (self.batch and self.heads and self.tokens)
+
+    def stages(self, wanted: int, columns: int, state: int) -> int:
+        """How many blocks of `columns` numbers a row are on their way beside a state of so many
+        numbers: `wanted`, or as many as shared memory has room for.
+        """
+        size = self.dtype.itemsize
+        return max(1, min(wanted, (self.room - state * size) // (self.block * columns * size)))
 
     def span(self, blocks: int) -> int:
         """How many blocks a program for steep ones looks after: few do anything."""
@@ -280,7 +291,8 @@ def sum_segments(
         D=call.d, DV=call.dv, BD=power(call.d), BV=tile, C=call.block, DECAY=call.decay,
         PACKED=call.segments.table is not None, BACKWARD=backward, EVERY=every,
         INNER=inner is not None, **call.describe(call.layout(a, b), a, b),
-        num_warps=cfg.states_warps, num_stages=cfg.states_stages,
+        num_warps=cfg.states_warps,
+        num_stages=call.stages(cfg.states_stages, power(call.d) + tile, power(call.d) * tile),
     )  # fmt: skip
     return states, decays
 
@@ -328,6 +340,7 @@ def walk(
     rows, columns = q.shape[3], v.shape[3]
     tile = call.tile(cfg.walk_items, rows, columns)
     tiles = -(-columns // tile)
+    read = 2 * power(rows) + tile + (call.block if pairs and weighted is not None else 0)
     out = call.rows(columns, dtype)
     products = out
     if product is not None and weighted is not None:
@@ -349,6 +362,7 @@ def walk(
         ENTERING=entering is not None, FINAL=final is not None, PAIRS=pairs,
         PRODUCTS=product is not None, INNER=inner is not None, OUTER=outer is not None,
         **call.describe(call.layout(q, k, v, w), q, k, v),
-        num_warps=cfg.walk_warps, num_stages=cfg.walk_stages,
+        num_warps=cfg.walk_warps,
+        num_stages=call.stages(cfg.walk_stages, read, power(rows) * tile),
     )  # fmt: skip
     return out, products
