@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -47,7 +47,8 @@ class Benchmark:
 
     make(device, dtype) builds the arguments as torch tensors; `call` maps the kernel's function
     and the arguments to the call that is timed (the operation itself unless given, for instance
-    forward and backward).
+    forward and backward). A `captured` one is timed as a CUDA graph, and so are its rivals: what
+    the device takes, past the host, whose time is most of a short call's.
     """
 
     operation: str
@@ -59,6 +60,15 @@ class Benchmark:
     call: Callable[[Callable[..., Any], Mapping[str, Any]], Callable[[], Any]] | None = None
     rivals: tuple[Rival, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    captured: bool = False
+
+    def __post_init__(self) -> None:
+        if self.captured and self.device != "cuda":
+            raise ValueError(f"captured: got True on {self.device}, expected cuda: it has graphs")
+
+    def in_a_graph(self) -> Benchmark:
+        """The same case as a decoder that captures its step meets it."""
+        return replace(self, name=f"{self.name}, in a graph", captured=True)
 
     def timed(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """The call to time on the kernel's `function`."""

@@ -12,6 +12,8 @@ from typing import Any
 from attnspec.conformance.bench.model import Benchmark, Unavailable
 from attnspec.conformance.bench.timing import (
     Ceilings,
+    Timing,
+    captured,
     measure_ceilings,
     peak_memory,
     time_call,
@@ -131,7 +133,7 @@ def _measure(
 ) -> None:
     try:
         call = benchmark.timed(kernel.call, arguments)
-        timing = time_call(call, benchmark.device)
+        timing = _time(call, benchmark)
         memory = peak_memory(call, benchmark.device)
     except Exception as error:
         row |= _said(error)
@@ -149,7 +151,7 @@ def _measure(
         entry: dict[str, Any] = {"name": rival.name}
         try:
             call = rival.prepare(arguments)
-            measured = time_call(call, benchmark.device)
+            measured = _time(call, benchmark)
             memory = peak_memory(call, benchmark.device)
             entry["timing"] = measured.to_dict()
             if memory is not None:
@@ -160,6 +162,10 @@ def _measure(
         except Exception as error:
             entry["unavailable"] = f"{type(error).__name__}: {str(error)[:200]}"
         row["rivals"].append(entry)
+
+
+def _time(call: Callable[[], Any], benchmark: Benchmark) -> Timing:
+    return time_call(captured(call) if benchmark.captured else call, benchmark.device)
 
 
 def provenance() -> dict[str, Any]:

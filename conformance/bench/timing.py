@@ -66,6 +66,22 @@ def _cuda_samples(call: Callable[[], Any], budget: float) -> list[float]:
     return [first.elapsed_time(last) / 1e3 for first, last in events]
 
 
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` as a CUDA graph to be replayed, after a warm-up on a stream of its own."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_memory(call: Callable[[], Any], device: str) -> int | None:
     """Bytes that one call holds at most beyond what was there before it; None where nobody counts.
 

@@ -177,7 +177,9 @@ def benchmarks(mechanism: Mechanism, folder: Path = DOCS / "benchmarks") -> str:
         "Medians. A kernel is measured only after it has passed the suite's smoke profile. The "
         "roofline is the time that the operation's arithmetic or its traffic must take on this "
         "machine, by the rates measured on it; a rival's figure is its time over ours. MB is the "
-        "memory that a call holds at most beyond its arguments, where it was recorded.",
+        "memory that a call holds at most beyond its arguments, where it was recorded. In a graph, "
+        "the call and its rivals are replays of a CUDA graph: of a short call, the rest is the "
+        "host's time.",
         *blocks,
     )
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from attnspec.conformance import Kernel
 from attnspec.conformance.bench import Benchmark, Cost, commands, run
 from attnspec.conformance.bench.model import Rival, Unavailable
-from attnspec.conformance.bench.timing import Ceilings, Timing
+from attnspec.conformance.bench.timing import Ceilings, Timing, captured
 
 OPERATION = "tempscale.temper"
 
@@ -130,3 +130,33 @@ def test_an_interrupted_gate_is_not_a_red_one(clock: Any, monkeypatch: pytest.Mo
     result = run.run_benchmarks([benchmark("one")], [kernel()])
     assert result["interrupted"]
     assert result["results"] == []
+
+
+def test_in_a_graph_both_sides_are_replayed(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures: list[Callable[[], Any]] = []
+
+    def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+        captures.append(call)
+        return call
+
+    monkeypatch.setattr(run, "captured", capture)
+    twice = Rival("twice", lambda arguments: lambda: arguments["scores"] * 2)
+    plain = benchmark("small", twice)
+    with pytest.raises(ValueError, match="captured: got True on cpu"):
+        plain.in_a_graph()
+    case = replace(plain, device="cuda", make=lambda device, dtype: plain.make("cpu", dtype))
+    cases = [case, case.in_a_graph()]
+    record = run.run_benchmarks(cases, [replace(kernel(), device="cuda")], gates=gates())
+    assert [row["benchmark"] for row in record["results"]] == ["small", "small, in a graph"]
+    assert all("timing" in row["rivals"][0] for row in record["results"])
+    assert len(captures) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+def test_a_graph_repeats_the_call() -> None:
+    x = torch.zeros(3, device="cuda")
+    replay = captured(lambda: x.add_(1))
+    before = x.clone()
+    replay()
+    replay()
+    assert torch.equal(x, before + 2)

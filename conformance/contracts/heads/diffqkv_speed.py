@@ -166,16 +166,20 @@ def selective(device: str, heads: tuple[int, int, int], keys: int, c: int) -> Be
     )
 
 
-BENCHMARKS = (
-    prefill("cuda", (32, 4, 16), 8192, 128, 128),
-    prefill("cuda", (32, 4, 16), 32768, 128, 128),
-    prefill("cuda", (32, 4, 16), 32768, 64, 128),
-    prefill("cuda", (32, 4, 16), 8192, 128, 128, backward=True),
+STEPS = (
     decode("cuda", (32, 4, 16), 32768, 128, 128),
     decode("cuda", (32, 4, 16), 131072, 128, 128),
     decode("cuda", (32, 4, 16), 131072, 64, 128),
     selective("cuda", (32, 4, 16), 32768, 100),
     selective("cuda", (32, 4, 16), 131072, 100),
+)
+BENCHMARKS = (
+    prefill("cuda", (32, 4, 16), 8192, 128, 128),
+    prefill("cuda", (32, 4, 16), 32768, 128, 128),
+    prefill("cuda", (32, 4, 16), 32768, 64, 128),
+    prefill("cuda", (32, 4, 16), 8192, 128, 128, backward=True),
+    *STEPS,
+    *(each.in_a_graph() for each in STEPS),
     prefill("cpu", (8, 2, 4), 1024, 64, 64),
     decode("cpu", (8, 2, 4), 8192, 64, 64),
     selective("cpu", (8, 2, 4), 8192, 100),

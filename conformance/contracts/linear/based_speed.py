@@ -130,6 +130,7 @@ def decode(device: str, batch: int, heads: int, d: int, dv: int, context: int) -
     )
 
 
+STEPS = (decode("cuda", 128, 16, 16, 64, 8192), decode("cuda", 1, 16, 16, 64, 8192))
 BENCHMARKS = (
     prefill("cuda", 32, 2048, 16, 128, False, (fla("parallel"), sdpa("flash", causal=True))),
     prefill("cuda", 32, 16384, 16, 128, False, (fla("parallel"), fla("fused_chunk"), quadratic())),
@@ -137,8 +138,8 @@ BENCHMARKS = (
     prefill("cuda", 32, 1048576, 16, 128, False, ()),
     prefill("cuda", 32, 16384, 16, 128, True, (fla("parallel", True),)),
     prefill("cuda", 32, 131072, 16, 128, True, (fla("fused_chunk", True),)),
-    decode("cuda", 128, 16, 16, 64, 8192),
-    decode("cuda", 1, 16, 16, 64, 8192),
+    *STEPS,
+    *(each.in_a_graph() for each in STEPS),
     prefill("cpu", 8, 4096, 16, 64, False, (quadratic(), torch_sdpa(causal=True))),
     decode("cpu", 4, 16, 16, 64, 8192),
 )

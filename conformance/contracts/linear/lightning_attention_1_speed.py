@@ -231,6 +231,7 @@ def _lift_rows(device: str, dtype: str) -> dict[str, Any]:
     return {"x": x, "theta": made["params"]["theta"]}
 
 
+STEP = layer("cuda", 1, 4096, 32, (torch_step(False), torch_step(True)), batch=64, cached=True)
 BENCHMARKS = (
     layer("cuda", 2048, 2048, 16, (torch_layer(), softmax_layer())),
     layer("cuda", 8192, 2048, 16, (torch_layer(), softmax_layer())),
@@ -240,7 +241,8 @@ BENCHMARKS = (
     layer("cuda", 8192, 2048, 16, (torch_layer(), softmax_layer()), lrpe=True),
     layer("cuda", 8192, 2048, 16, (torch_layer(True), softmax_layer(True)), backward=True),
     layer("cuda", 32768, 2048, 16, (softmax_layer(True),), backward=True),
-    layer("cuda", 1, 4096, 32, (torch_step(False), torch_step(True)), batch=64, cached=True),
+    STEP,
+    STEP.in_a_graph(),
     Benchmark(
         "lightning_attention_1.srms_norm", "16k rows D=2048", "cuda", _norm_rows, _rows,
         rivals=(torch_norm(False), torch_norm(True)), settings={"tokens": 16384, "D": 2048},

@@ -223,14 +223,18 @@ def profile(device: str, tokens: int, heads: tuple[int, int], d: int, rivals: An
 
 
 TORCH = Rival("torch", in_torch)
+STEPS = (
+    decoding("cuda", 1, (32, 32), 128, (24576, 4096)),
+    decoding("cuda", 16, (32, 8), 128, (8192, 1024)),
+)
 BENCHMARKS = (
     cuda(131072, 32, (8192, 1024)),
     cuda(131072, 32, (8192, 1024), mixed=True),
     cuda(32768, 32, (24576, 4096)),
     cuda(32768, 8, (8192, 1024)),
     cuda(32768, 32, (8192, 1024), backward=True),
-    decoding("cuda", 1, (32, 32), 128, (24576, 4096)),
-    decoding("cuda", 16, (32, 8), 128, (8192, 1024)),
+    *STEPS,
+    *(each.in_a_graph() for each in STEPS),
     profile("cuda", 8192, (32, 8), 128, (TORCH, Rival("torch-compile", compiled))),
     profile("cuda", 32768, (32, 8), 128, ()),
     prefill("cpu", 4096, (8, 8), 64, (1024, 256), rivals=(torch_sdpa(causal=True),)),

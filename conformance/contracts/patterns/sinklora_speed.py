@@ -155,14 +155,18 @@ def stepping(
 
 CPU_RIVALS = (torch_sdpa(causal=True), rolled_sdpa(False))
 PLAIN = (plain_step(False), plain_step(True))
+STEPS = (
+    stepping("cuda", (32, 8), 2048, 1, 128, 1024, 1024, PLAIN),
+    stepping("cuda", (32, 32), 8192, 1, 128, 4096, 4096, PLAIN),
+)
 BENCHMARKS = (
     cuda(8192, 32, backward=True),
     cuda(32768, 32, backward=True),
     cuda(32768, 8, backward=True),
     cuda(32768, 32, backward=False),
     cuda(32768, 32, backward=False, ratio=16),
-    stepping("cuda", (32, 8), 2048, 1, 128, 1024, 1024, PLAIN),
-    stepping("cuda", (32, 32), 8192, 1, 128, 4096, 4096, PLAIN),
+    *STEPS,
+    *(each.in_a_graph() for each in STEPS),
     stepping("cuda", (32, 8), 0, 8192, 128, 1024, 1024, PLAIN),
     training("cpu", 2048, (8, 8), 64, rivals=CPU_RIVALS),
     stepping("cpu", (8, 2), 1024, 1, 64, 512, 512, PLAIN[:1]),

@@ -147,6 +147,7 @@ def gathered(device: str, heads: int, kv_heads: int, tokens: int, d: int, b: int
 
 
 DENSE = (sdpa("flash", causal=True), sdpa("cudnn", causal=True))
+STEPS = tuple(gathered("cuda", 32, 8, 131072, 128, b) for b in (1, 16, 64))
 BENCHMARKS = (
     gated("cuda", 32, 8, 32768, 128, DENSE),
     gated("cpu", 8, 8, 4096, 64, (torch_sdpa(causal=True),)),
@@ -154,6 +155,7 @@ BENCHMARKS = (
     sparse("cuda", 32, 32768, 128, 64, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 131072, 128, 128, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cpu", 8, 4096, 64, 64, (torch_sdpa(causal=True),)),
-    *(gathered("cuda", 32, 8, 131072, 128, b) for b in (1, 16, 64)),
+    *STEPS,
+    *(each.in_a_graph() for each in STEPS),
     gathered("cpu", 8, 8, 65536, 64, 64),
 )
