@@ -137,6 +137,11 @@ CANDIDATES = (
     ScanConfig(pairs_tile=128, pairs_warps=8, mend_tile=32),
 )
 
+CONSTANT = ScanConfig(walk_stages=3, states_items=8192, states_warps=4)
+"""Where a decay is the same for every token of a head, a walk has registers to spare."""
+TOKEN = ScanConfig(programs=4.0, states_items=8192, states_warps=4)
+"""Where it is one number a token."""
+
 FLOAT32 = ScanConfig(
     block=16,
     most=16,
@@ -189,6 +194,8 @@ TABLE: Table[Any] = Table(
     "scan",
     {
         ("16-bit",): CANDIDATES,
+        ("16-bit", "constant"): (CONSTANT, *CANDIDATES),
+        ("16-bit", "token"): (TOKEN, *CANDIDATES),
         ("16-bit", "wide"): [
             replace(each, states_stages=min(each.states_stages, 2)) for each in CANDIDATES
         ],
@@ -228,14 +235,17 @@ TABLE: Table[Any] = Table(
 """Keys of more than 128 channels are "wide": three tiles of them ahead leave no room."""
 
 
-def config(itemsize: int, d: int, hopper: bool) -> ScanConfig:
-    """The configuration in force for numbers of `itemsize` bytes and keys of width `d`."""
+def config(itemsize: int, d: int, hopper: bool, decay: str = "channel") -> ScanConfig:
+    """The configuration in force for numbers of `itemsize` bytes and keys of width `d`, under a
+    decay that is "constant", one number a "token", or one a token and "channel".
+    """
     if itemsize == 4:
         key: tuple[str, ...] = ("32-bit",)
     elif not hopper:
         key = ("16-bit", "other")
     else:
-        key = ("16-bit",) if d <= 128 else ("16-bit", "wide")
+        kind = "wide" if d > 128 else decay
+        key = ("16-bit",) if kind == "channel" else ("16-bit", kind)
     forced = TABLE.forced()
     return forced if isinstance(forced, ScanConfig) else TABLE.choose(*key)
 

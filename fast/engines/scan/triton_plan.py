@@ -18,6 +18,8 @@ from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
 
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
+KINDS = ("constant", "constant", "token", "channel", "token")
+"""What the table of configurations calls these decays."""
 HOPPERS_ROOM, OTHERS_ROOM = 232448, 101376
 """Bytes of shared memory that a program may take, on Hopper and on processors with less."""
 
@@ -99,7 +101,7 @@ class Call:
             scalar = BITS if bits else SCALAR
             decay, gates = (scalar if log_decay.dim() == 3 else VECTOR), log_decay
         processors, hopper = device_of(q)
-        cfg = config(q.element_size(), d, hopper)
+        cfg = config(q.element_size(), d, hopper, KINDS[decay])
         rows = min(cfg.most, power(block)) if block else cfg.block
         call = cls(
             batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg,
