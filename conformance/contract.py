@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 from attnspec.conformance.arrays import flatten
 from attnspec.conformance.case import Case
 from attnspec.conformance.values import make_values
-from attnspec.reference import Mechanism, Operation, find_mechanism, find_operation
+from attnspec.reference import Operation, find_operation
+
+if TYPE_CHECKING:
+    from attnspec.conformance.packing import Packed
 
 Make = Callable[[np.random.Generator, Case], Any]
 Change = Callable[[dict[str, Any]], Any]
@@ -146,6 +149,7 @@ class Contract:
         when `permutable(case)` says so (no causal order, no positions).
     poison: given the arguments, overwrites entries that the operation must not read (K11).
     neutral: argument name -> value that must act as if the argument were absent, given a case.
+    packed: what offsets cut, and which arguments hold a state of each sequence.
     splits: two or more argument sets whose results, merged by lse, must equal the whole.
     cells: a cell's name ("causal cross", "left", "GQA") -> how to move a case into that cell.
     bad_inputs: wrong calls beyond those every array allows: what is wrong, which argument the
@@ -175,6 +179,7 @@ class Contract:
     causal: Callable[[Case], bool] | None = None
     poison: Callable[[dict[str, Any], Case], dict[str, Any]] | None = None
     neutral: Mapping[str, Callable[[Case], Any]] = field(default_factory=dict)
+    packed: Packed | None = None
     split: Callable[[Mapping[str, Any], Case], list[dict[str, Any]] | None] | None = None
     stream: Stream | None = None
     cells: Mapping[str, Callable[[Case], Case]] = field(default_factory=dict)
@@ -188,14 +193,6 @@ class Contract:
     @property
     def spec(self) -> Operation:
         return find_operation(self.operation)
-
-    @property
-    def mechanism(self) -> Mechanism:
-        return find_mechanism(self.operation.partition(".")[0])
-
-    @cached_property
-    def required(self) -> tuple[Array, ...]:
-        return tuple(array for array in self.arrays if not array.optional)
 
     @cached_property
     def optional(self) -> tuple[str, ...]:

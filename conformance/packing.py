@@ -1,15 +1,38 @@
-"""What contracts and laws of sequences laid end to end share."""
+"""What contracts of sequences laid end to end share; that each is alone is in `laws/packed.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, BadValue
-from attnspec.conformance.trial import Trial
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What belongs to which sequence: see `Contract.packed`.
+
+    `tokens` names for each argument of offsets, that of the queries first, those that it cuts, with
+    their axis of tokens from the end; `states` have an axis of sequences in front. `fill` is what
+    others hold where NaN would be refused, None for what is there. `handed(results)` are the states
+    with which a call goes on behind one that returned these, if one can, and `stride(arguments)`
+    says of what its tokens must then be a multiple.
+    """
+
+    tokens: Mapping[str, Mapping[str, int]]
+    states: tuple[str, ...] = ()
+    fill: Mapping[str, float | None] = field(default_factory=dict)
+    handed: Callable[[Any], Mapping[str, Any]] | None = None
+    stride: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
+
+
+def cut_rows(*names: str) -> dict[str, dict[str, int]]:
+    """`Packed.tokens` of arguments (..., tokens, channels) and one argument of offsets."""
+    return {"offsets": dict.fromkeys(names, -2)}
 
 
 def make_offsets(rng: np.random.Generator, case: Case) -> np.ndarray:
@@ -24,6 +47,11 @@ def packed_sizes(sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, i
     return {**{axis: span for axis, span in sizes.items() if axis != "batch"}, "sequences": (1, 4)}
 
 
+def last_as(name: str) -> Callable[[Any], Mapping[str, Any]]:
+    """`Packed.handed` of an operation whose second result is its state called `name`."""
+    return lambda results: {name: results[1]}
+
+
 OFFSETS = Array("offsets", make=make_offsets)
 PACKED = {"packed": lambda case: case.with_(sizes={"sequences": 3})}
 BAD_OFFSETS = (
@@ -35,44 +63,3 @@ NO_SEQUENCES = (
     ("one offset", "offsets", lambda a: a["offsets"][:1]),
     ("no offsets", "offsets", lambda a: None),
 )
-
-
-def judge_alone(
-    trial: Trial,
-    n: int,
-    tokens: Mapping[str, Mapping[str, int]],
-    states: tuple[str, ...] = (),
-    fill: Mapping[str, float | None] | None = None,
-) -> None:
-    """Sequence n gives what it gives alone, among others of NaN and with states of NaN.
-
-    `tokens` names for each argument of offsets, that of the queries first, those that it cuts, with
-    their axis of tokens from the end; `states` have an axis of sequences in front. `fill` stands in
-    for NaN, and None for what is there.
-    """
-    arguments = trial.arguments()
-    among, alone, rows = dict(arguments), dict(arguments), []
-    for offsets, axes in tokens.items():
-        own = slice(int(arguments[offsets][n]), int(arguments[offsets][n + 1]))
-        alone[offsets] = np.array([0, own.stop - own.start])
-        rows.append(own)
-        for name, axis in axes.items():
-            place = (..., own, *[slice(None)] * (-axis - 1))
-            others = (fill or {}).get(name, np.nan)
-            among[name], alone[name] = _apart(arguments[name], place, place, others)
-    for name in states:
-        if arguments.get(name) is not None:
-            among[name], alone[name] = _apart(arguments[name], n, slice(n, n + 1), np.nan)
-    first, *rest = trial.run(among).items()
-    got = {first[0]: first[1][..., rows[0], :], **{name: x[n : n + 1] for name, x in rest}}
-    trial.judge(got, alone)
-
-
-def _apart(x: Any, place: Any, cut: Any, fill: float | None) -> tuple[Any, Any]:
-    """x with `fill` outside of a place, unless that is None, and what a cut leaves of x."""
-    if isinstance(x, tuple):
-        parts = [_apart(part, place, cut, fill) for part in x]
-        return tuple(among for among, _ in parts), tuple(alone for _, alone in parts)
-    among = np.array(x) if fill is None else np.full_like(x, fill)
-    among[place] = x[place]
-    return among, x[cut]

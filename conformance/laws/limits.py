@@ -13,6 +13,7 @@ from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.trial import Refused, Trial
 from attnspec.conformance.violation import Violation
+from attnspec.reference import find_mechanism
 from attnspec.reference.spec import HEADS, PADDINGS, PATTERNS
 
 CELLS = (*PATTERNS, *PADDINGS, *HEADS)
@@ -24,7 +25,7 @@ def comfortable(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
 
 def declared_cells(contract: Contract) -> set[str]:
     """The cells of the coverage matrix that the mechanism declares."""
-    coverage = contract.mechanism.coverage
+    coverage = find_mechanism(contract.operation.partition(".")[0]).coverage
     return {*coverage.patterns, *coverage.paddings, *coverage.heads}
 
 
@@ -87,9 +88,9 @@ def wrong_calls(
     contract: Contract, arguments: dict[str, Any]
 ) -> Iterator[tuple[str, str, Any, bool]]:
     """(what is wrong, which argument, its wrong value, is it a `BadValue`), from good ones."""
-    for array in contract.required:
+    for array in contract.arrays:
         value = arguments.get(array.name)
-        if not isinstance(value, np.ndarray) or array.make is not None:
+        if array.optional or array.make is not None or not isinstance(value, np.ndarray):
             continue
         yield f"a list as {array.name}", array.name, value.tolist(), False
         yield f"None as {array.name}", array.name, None, False

@@ -27,3 +27,15 @@ def over_the_boundary(packed: Any, alone: Any) -> Any:
         return np.concatenate(parts, axis=1), last
 
     return mutant
+
+
+def multiplied_by_zero(packed: Any) -> Any:
+    """`packed`, of q, k, v and more, where values of other sequences are multiplied by 0, which
+    leaves NaN as it is.
+    """
+
+    def mutant(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+        out, last = packed(q, k, v, *rest, **options)
+        return out + 0 * np.sum(v).astype(out.dtype), last
+
+    return mutant

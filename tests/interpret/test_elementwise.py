@@ -273,7 +273,7 @@ def test_packed_sequences_of_the_suite(name: str) -> None:
         array="torch", dtypes=("float32",), gradient=True, reads_values=False,
         draws={"tokens": (1, 4, 9, 20), "N": (1, 3), "dv": (1, 3), "n": (1, 4)},
     )  # fmt: skip
-    laws = ["agreement", "gradient", "dsf-alone", "dsf-continued", "prefix", "refusal", "tiny"]
+    laws = ["agreement", "gradient", "alone", "continued", "prefix", "refusal", "tiny"]
     report = certify(kernel, profile=Profile("few", examples=6, shrink=False), laws=laws)
     assert report.passed, report.failures[0]
 

@@ -101,7 +101,7 @@ def test_the_suite_certifies_them(name: str) -> None:
     kernel = Kernel(
         "interpreted", f"titans.{name}", call, array="torch", dtypes=("float32",), gradient=True
     )
-    laws = ["agreement", "gradient", "memory-alone", "packed-hand-over"]
+    laws = ["agreement", "gradient", "alone", "continued"]
     with use_config(SMALL):
         report = certify(kernel, profile=FEW, laws=laws)
     assert report.passed, report.failures[0]

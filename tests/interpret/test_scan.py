@@ -254,7 +254,7 @@ def test_packed_sequences_of_the_suite(name: str) -> None:
         array="torch", dtypes=("float32",), gradient=True, reads_values=False,
         draws={"tokens": (1, 9, 20), "d": (3, 16), "dv": (2, 16), "kv_heads": (1, 2)},
     )  # fmt: skip
-    laws = ["agreement", "gradient", "dsf-alone", "dsf-continued", "refusal"]
+    laws = ["agreement", "gradient", "alone", "continued", "refusal"]
     with use_config(SMALL):
         report = certify(kernel, profile=FEW, laws=laws)
     assert report.passed, report.failures[0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, BadValue, Contract, Output, Stream
+from attnspec.conformance.packing import Packed
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense.attention import State, attend
 
@@ -149,6 +150,7 @@ CONTRACTS = (
         outputs=(Output("out"), Output("lse", dtype="float32", row_axes=0)),
         parameters=parameters,
         linear_in=("v",),
+        packed=Packed({"q_offsets": {"q": -2}, "k_offsets": {"k": -2, "v": -2}}),
         bad_inputs=(
             ("offsets that stop short", "q_offsets", lambda a: a["q_offsets"][:-1]),
             ("offsets of another number", "k_offsets", lambda a: a["k_offsets"].repeat(2)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,22 +72,6 @@ def check_count(trial: Trial) -> None:
         raise Violation("zk", "zk[0] is not the number of tokens")
 
 
-def check_alone(trial: Trial) -> None:
-    """A packed sequence gives, alone, what it gives among the others."""
-    arguments = trial.arguments()
-    offsets = arguments["offsets"]
-    together = trial.run(arguments)
-    for n, (first, last) in enumerate(pairwise(offsets)):
-        own = {name: arguments[name][..., first:last, :] for name in ("q", "k", "v")}
-        alone = {**arguments, **own, "offsets": np.array([0, last - first])}
-        part = {
-            "o": together["o"][..., first:last, :],
-            "S": together["S"][n : n + 1],
-            "zk": together["zk"][n : n + 1],
-        }
-        trial.judge(part, alone)
-
-
 def check_mean(trial: Trial) -> None:
     """Queries of 0 give the mean of the values seen, whatever the keys are."""
     arguments = trial.arguments()
@@ -144,15 +127,6 @@ LAWS = (
         check_count,
         applies=_of(based_chunk, based_packed, based_state_update),
         examples=0.2,
-    ),
-    Law(
-        "taylor-alone",
-        "A packed sequence does not feel its neighbours.",
-        ("K1",),
-        _anywhere,
-        check_alone,
-        applies=_of(based_packed),
-        examples=0.3,
     ),
     Law(
         "taylor-mean",

@@ -21,7 +21,14 @@ from attnspec.conformance.contracts.linear.based import (
     heads_cell,
     wrong_numbers,
 )
-from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    OFFSETS,
+    PACKED,
+    Packed,
+    cut_rows,
+    packed_sizes,
+)
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.based import based_chunk, based_state_update
 from attnspec.reference.linear.based_features import feature_count
@@ -233,6 +240,7 @@ CONTRACTS = (
         parameters=_numbers,
         linear_in=("v",),
         causal=lambda case: True,
+        packed=Packed(cut_rows("q", "k", "v")),
         cells=PACKED,
         bad_inputs=(
             *BAD_OFFSETS,

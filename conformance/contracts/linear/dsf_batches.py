@@ -1,4 +1,4 @@
-"""Contracts of `dsf` over sequences laid end to end; that each is alone is in `dsf_packed_laws`."""
+"""Contracts of `dsf` over sequences laid end to end."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from attnspec.conformance.packing import (
     NO_SEQUENCES,
     OFFSETS,
     PACKED,
+    Packed,
+    cut_rows,
+    last_as,
     packed_sizes,
 )
 from attnspec.conformance.values import longer
@@ -29,6 +32,8 @@ SEVERAL = {"sequences": (1, 4), "tokens": (1, 24)}
 ROWS = "kv_heads tokens"
 STATE = "sequences kv_heads dv d"
 LAST = Output("h", dtype="float32", by_query=False)
+LONG_STEPS = {"Delta": 1e4}
+"""Those of other sequences: NaN would be refused."""
 RNN = {"N": (1, 24), **SEVERAL}
 
 
@@ -82,6 +87,7 @@ CONTRACTS = (
         causal=lambda case: True,
         form=each(linear_in_chunks, ("q", "k", "v"), "state", 1),
         cancelling=("dq", "dk", "dstate"),
+        packed=Packed(cut_rows("q", "k", "v"), ("state",), handed=last_as("state")),
         cells=PACKED,
         bad_inputs=(
             ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
@@ -117,6 +123,7 @@ CONTRACTS = (
             "D": lambda case: np.zeros(case.shape("dv")),
             "h0": lambda case: np.zeros(case.shape("sequences dv n")),
         },
+        packed=Packed(cut_rows("Delta", "b", "c", "u"), ("h0",), LONG_STEPS, last_as("h0")),
         cells=PACKED,
         bad_inputs=(
             ("a negative step", "Delta", lambda a: -1 - a["Delta"]),
@@ -147,6 +154,10 @@ CONTRACTS = (
         form=each(ssd_in_chunks, ("Delta", "b", "c", "u"), "h0", 1),
         cancelling=("dDelta", "da", "db", "dc", "du", "dh0"),
         neutral={"h0": lambda case: np.zeros(case.shape(STATE))},
+        packed=Packed(
+            {"offsets": {"Delta": -1, "b": -2, "c": -2, "u": -2}}, ("h0",), LONG_STEPS,
+            last_as("h0"),
+        ),
         cells=PACKED,
         bad_inputs=(
             ("a rate a token", "a", lambda a: a["Delta"]),
@@ -173,6 +184,7 @@ CONTRACTS = (
         causal=lambda case: True,
         cancelling=("df", "di", "do", "dz", "dalpha", "dh0"),
         neutral={"h0": lambda case: np.zeros(case.shape("sequences N"))},
+        packed=Packed(cut_rows("f", "i", "o", "z"), ("h0",), handed=last_as("h0")),
         cells=PACKED,
         bad_inputs=(
             *BAD_ALPHA,
@@ -200,6 +212,7 @@ CONTRACTS = (
         causal=lambda case: True,
         cancelling=("du", "dr", "dg", "dlam", "dh0"),
         neutral={"h0": lambda case: np.zeros(case.shape("sequences N"))},
+        packed=Packed(cut_rows("u", "r", "g"), ("h0",), handed=last_as("h0")),
         cells=PACKED,
         bad_inputs=(
             ("c = 0", "c", lambda a: 0.0),

@@ -17,7 +17,15 @@ from attnspec.conformance.contracts.linear.flowformer import (
     STATE,
     bounded,
 )
-from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    OFFSETS,
+    PACKED,
+    Packed,
+    cut_rows,
+    last_as,
+    packed_sizes,
+)
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.flowformer_causal import (
     FlowState,
@@ -65,6 +73,7 @@ CONTRACTS = (
         cancelling=("dq", "dk"),
         causal=lambda case: True,
         neutral={"state": no_state_of_case},
+        packed=Packed(cut_rows("q", "k", "v"), ("state",), handed=last_as("state")),
         cells=PACKED,
         bad_inputs=(
             *BAD_OFFSETS,

@@ -22,7 +22,15 @@ from attnspec.conformance.contracts.linear.lightnet_forms import (
     causal_in_sequences,
     decay_in_sequences,
 )
-from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    OFFSETS,
+    PACKED,
+    Packed,
+    cut_rows,
+    last_as,
+    packed_sizes,
+)
 from attnspec.conformance.values import longer, make_values
 
 SIZES = packed_sizes({**GROUPED, "tokens": (1, 24)})
@@ -74,6 +82,9 @@ CONTRACTS = (
         form=decay_in_sequences,
         cancelling=("dlog_decay",),
         neutral={"S0": lambda case: np.zeros(case.shape("sequences kv_heads d dv"))},
+        packed=Packed(
+            cut_rows("q", "kbar", "v", "log_decay"), ("S0",), {"log_decay": 0.0}, last_as("S0")
+        ),
         cells=PACKED,
         bad_inputs=(
             ("log decays of other tokens", "log_decay", lambda a: longer(a["log_decay"])),
@@ -103,6 +114,9 @@ CONTRACTS = (
         causal=lambda case: True,
         form=causal_in_sequences,
         cancelling=("dk",),
+        packed=Packed(
+            cut_rows("q", "k", "v"), ("state",), {"k": 1e4, "state": 1e4}, last_as("state")
+        ),
         cells=PACKED,
         bad_inputs=(
             ("more queries than keys", "q", lambda a: longer(a["q"])),

@@ -20,6 +20,7 @@ from attnspec.conformance.contracts.linear.lightning_attention_1_steps import (
     make_slopes,
     not_two_channels,
 )
+from attnspec.conformance.packing import Packed, cut_rows
 from attnspec.reference.linear.lightning_attention_1 import tnl_block, tnl_gla
 
 OPTIONS = ("v_activation", "gate", "norm", "eps")
@@ -205,6 +206,7 @@ CONTRACTS = (
         keys="tokens",
         fix=not_two_channels,
         cancelling=("dparams",),
+        packed=Packed(cut_rows("x"), ("states", "starts"), {"starts": None}),
         cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
         bad_inputs=(
             *BAD_PARAMS,

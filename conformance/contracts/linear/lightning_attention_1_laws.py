@@ -53,20 +53,6 @@ def check_joint_norm(trial: Trial) -> None:
     trial.judge({**outputs, "state": outputs["state"] / 4.0}, arguments)
 
 
-def check_alone(trial: Trial) -> None:
-    """What lies in other sequences, NaN included, does not reach a packed one."""
-    arguments = trial.arguments()
-    offsets = arguments["offsets"]
-    n = int(trial.case.generator("alone").integers(0, len(offsets) - 1))
-    own = slice(int(offsets[n]), int(offsets[n + 1]))
-    x = np.full_like(arguments["x"], np.nan)
-    x[own] = arguments["x"][own]
-    outputs = trial.run({**arguments, "x": x})
-    rest = _truth(trial, arguments)
-    rest["y"][own], rest["states"][n] = outputs["y"][own], outputs["states"][n]
-    trial.judge(rest, arguments)
-
-
 def check_degree(trial: Trial) -> None:
     """Rows twice as large give a result four times as large: exact in binary."""
     arguments = trial.arguments()
@@ -91,17 +77,6 @@ LAWS = (
         _fresh,
         check_joint_norm,
         applies=lambda contract, kernel: contract.operation == LAYERS[0],
-        examples=0.3,
-    ),
-    Law(
-        "packed-alone",
-        "What a packed neighbour holds, NaN included, does not matter.",
-        ("K11",),
-        _anywhere,
-        check_alone,
-        applies=lambda contract, kernel: (
-            contract.operation == "lightning_attention_1.tnl_gla_packed"
-        ),
         examples=0.3,
     ),
     Law(

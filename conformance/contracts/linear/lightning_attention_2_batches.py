@@ -24,7 +24,15 @@ from attnspec.conformance.contracts.linear.lightning_attention_2 import (
     in_chunks,
     wrong_integers,
 )
-from attnspec.conformance.packing import BAD_OFFSETS, OFFSETS, PACKED, packed_sizes
+from attnspec.conformance.packing import (
+    BAD_OFFSETS,
+    OFFSETS,
+    PACKED,
+    Packed,
+    cut_rows,
+    last_as,
+    packed_sizes,
+)
 from attnspec.conformance.values import longer
 from attnspec.reference.linear.lightning_attention_2_batches import attend_packed, attend_padded
 
@@ -74,6 +82,7 @@ CONTRACTS = (
         form=in_chunks(attend_packed),
         causal=lambda case: True,
         neutral={"S0": lambda case: np.zeros(case.shape("sequences heads d dv"))},
+        packed=Packed(cut_rows("q", "k", "v"), ("S0",), handed=last_as("S0")),
         cells=PACKED,
         bad_inputs=(
             *BAD_OFFSETS,

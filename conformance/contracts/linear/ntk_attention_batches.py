@@ -20,7 +20,7 @@ from attnspec.conformance.contracts.linear.ntk_attention import (
     SMALL_K,
     Z,
 )
-from attnspec.conformance.packing import PACKED, packed_sizes
+from attnspec.conformance.packing import PACKED, Packed, packed_sizes
 
 
 def _cuts(axis: str) -> Any:
@@ -65,6 +65,7 @@ CONTRACTS = (
         parameters=_parameters,
         linear_in=("V Z",),
         poison=poison_unasked,
+        packed=Packed({"q_offsets": {"q": -2}, "k_offsets": {"K": -2, "V": -2}}),
         cells={
             **PACKED,
             "MHA": heads_cell(2, 1),

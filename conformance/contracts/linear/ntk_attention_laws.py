@@ -11,11 +11,9 @@ from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.laws.controls import check_apart
-from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import Trial
 from attnspec.reference.linear.ntk_attention import (
     ntk_attend,
-    ntk_packed,
     prefix_state,
 )
 
@@ -79,12 +77,6 @@ def check_shift(trial: Trial) -> None:
     trial.judge(after, high)
 
 
-def check_alone(trial: Trial) -> None:
-    """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
-    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
-    judge_alone(trial, n, {"q_offsets": {"q": -2}, "k_offsets": {"K": -2, "V": -2}})
-
-
 LAWS = (
     Law(
         "prefix-addition",
@@ -121,14 +113,5 @@ LAWS = (
         check_shift,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.2,
-    ),
-    Law(
-        "prefix-alone",
-        "A packed sequence shares the prefix with the others, and nothing else.",
-        ("K11",),
-        _anywhere,
-        check_alone,
-        applies=lambda contract, kernel: contract.spec.function is ntk_packed,
-        examples=0.3,
     ),
 )

@@ -25,6 +25,8 @@ from attnspec.conformance.packing import (
     NO_SEQUENCES,
     OFFSETS,
     PACKED,
+    Packed,
+    cut_rows,
     packed_sizes,
 )
 
@@ -72,6 +74,8 @@ CONTRACTS = (
             "S0": lambda case: np.zeros(case.shape("sequences kv_heads d dv")),
             "c0": lambda case: np.zeros(case.shape("sequences kv_heads d")),
         },
+        # Attention goes back to tokens of before, so that states alone do not continue it.
+        packed=Packed(cut_rows("q", "k", "v"), ("S0", "c0")),
         cells={
             **PACKED,
             "MHA": heads_cell(2, 1),

@@ -10,7 +10,6 @@ from attnspec.conformance.arrays import flatten, place_arguments
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
-from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import Trial
 
 STATES = {
@@ -64,12 +63,6 @@ def check_silence(trial: Trial) -> None:
     trial.check({**arguments, "k": np.where(silent[:, None], 0.0, arguments["k"])})
 
 
-def check_alone(trial: Trial) -> None:
-    """A packed sequence gives what it gives alone, whatever the others hold, NaN included."""
-    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
-    judge_alone(trial, n, {"offsets": {"q": -2, "k": -2, "v": -2}}, ("S0", "c0"))
-
-
 LAWS = (
     Law(
         "resumption",
@@ -87,15 +80,6 @@ LAWS = (
         _anywhere,
         check_silence,
         applies=lambda contract, kernel: contract.operation in TRACED,
-        examples=0.3,
-    ),
-    Law(
-        "resonance-alone",
-        "A packed sequence feels nothing of its neighbours, NaN included.",
-        ("K11",),
-        _anywhere,
-        check_alone,
-        applies=lambda contract, kernel: contract.operation == PACKED,
         examples=0.3,
     ),
 )

@@ -27,6 +27,7 @@ from attnspec.conformance.packing import (
     NO_SEQUENCES,
     OFFSETS,
     PACKED,
+    Packed,
     packed_sizes,
 )
 
@@ -50,6 +51,13 @@ TOKENS = (
     Array("q", "heads tokens d", role="query"),
     Array("rates", make=_rates),
     OFFSETS,
+)
+LAID_OUT = Packed(
+    {"offsets": {"k": -2, "v": -2, "q": -2, "rates": -1}},
+    ("W0", "S0"),
+    {"rates": None},
+    lambda results: {"W0": results[1], "S0": results[2]},
+    lambda arguments: arguments["b"],
 )
 CELLS = {
     **PACKED,
@@ -93,6 +101,7 @@ CONTRACTS = (
         causal=lambda case: True,
         neutral={"S0": lambda case: np.zeros(case.shape("sequences kv_heads d dv"))},
         cancelling=("drates",),
+        packed=LAID_OUT,
         cells=CELLS,
         bad_inputs=(
             ("memories of another width", "W0", lambda a: np.repeat(a["W0"], 2, axis=-2)),
@@ -115,6 +124,7 @@ CONTRACTS = (
         causal=lambda case: True,
         neutral={"S0": _no_momentum},
         cancelling=("drates",),
+        packed=LAID_OUT,
         cells=CELLS,
         bad_inputs=(*BAD_LAYERS, *BAD),
     ),

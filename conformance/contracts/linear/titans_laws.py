@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.laws.base import Law, Strategy, draw_case
 from attnspec.conformance.laws.controls import check_apart, several
-from attnspec.conformance.packing import judge_alone
 from attnspec.conformance.trial import EXPECTATIONS, Trial
 
 LONG = 64
@@ -92,37 +90,6 @@ def _part(arguments: dict[str, Any], rows: Any) -> dict[str, Any]:
     return part
 
 
-def check_packed_hand_over(trial: Trial) -> None:
-    """Two calls, each sequence cut behind a whole chunk of its own, are one call."""
-    arguments = trial.arguments()
-    offsets, b = arguments["offsets"], arguments["b"]
-    rng, kind = trial.case.generator("cut"), trial.kernel.arrays
-    cuts = [int(n + b * rng.integers(0, (m - n) // b + 1)) for n, m in pairwise(offsets)]
-    first = [np.arange(n, cut) for n, cut in zip(offsets[:-1], cuts, strict=True)]
-    second = [np.arange(cut, m) for cut, m in zip(cuts, offsets[1:], strict=True)]
-    results: list[Any] = []
-    for rows in (first, second):
-        part = _part(arguments, np.concatenate(rows))
-        part["offsets"] = np.cumsum([0, *map(len, rows)])
-        placed = place_arguments(kind, part, "contiguous", trial.case.dtype)
-        if results:
-            placed["W0"], placed["S0"] = results[-1][1:]
-        with trial.guarded():
-            results.append(trial.contract.call(trial.kernel.call, placed))
-    order = np.argsort(np.concatenate([*first, *second]), kind="stable")
-    y = np.concatenate([kind.get(result[0]) for result in results], axis=-2)[..., order, :]
-    rest = [kind.get(x) for x in flatten(results[1][1:])]
-    names = [output.name for output in trial.contract.outputs]
-    trial.judge(dict(zip(names, [y, *rest], strict=True)), arguments)
-
-
-def check_alone(trial: Trial) -> None:
-    """One of the sequences among others of NaN, whose memories are NaN too, is what it is alone."""
-    n = int(trial.case.generator("alone").integers(0, trial.case.sizes["sequences"]))
-    tokens = {"k": -2, "v": -2, "q": -2, "rates": -1}
-    judge_alone(trial, n, {"offsets": tokens}, ("W0", "S0"), {"rates": None})
-
-
 def _one_pair(arguments: dict[str, Any], weight: float, alpha: float, b: int) -> dict[str, Any]:
     """One unit key with the value 1, stored and read again and again in steps that recall it."""
     W0, k, q = (np.zeros_like(arguments[name]) for name in ("W0", "k", "q"))
@@ -184,24 +151,6 @@ LAWS = (
         check_hand_over,
         applies=lambda contract, kernel: contract.operation in CHUNKED,
         examples=0.2,
-    ),
-    Law(
-        "packed-hand-over",
-        "Packed sequences, each handed over behind a whole chunk of its own, continue the call.",
-        ("K12",),
-        _real,
-        check_packed_hand_over,
-        applies=lambda contract, kernel: contract.operation in PACKED,
-        examples=0.2,
-    ),
-    Law(
-        "memory-alone",
-        "A packed sequence is what it is alone, whatever its neighbours hold, NaN included.",
-        ("K11",),
-        _anywhere,
-        check_alone,
-        applies=lambda contract, kernel: contract.operation in PACKED,
-        examples=0.3,
     ),
     Law(
         "gated-delta",

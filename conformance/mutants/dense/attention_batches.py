@@ -8,6 +8,7 @@ import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.conformance.mutants.dense.attention import ATTEND, BLOCK, no_lse_gradient
+from attnspec.conformance.mutants.packing import multiplied_by_zero
 from attnspec.reference.conventions import causal_mask
 from attnspec.reference.dense import attention
 from attnspec.reference.dense.attention_gradient import attend_packed_backward
@@ -52,6 +53,8 @@ MUTANTS = (
     Mutant("attention.packed-overlap", "attention.attend_packed", "agreement",
            "key ranges of packed sequences are shifted by one",
            altering(PACKED, first_sequence_only)),
+    Mutant("attention.packed-leaks", "attention.attend_packed", "alone",
+           "values of other sequences are multiplied by 0", multiplied_by_zero(PACKED)),
     Mutant("attention.packed-causal", "attention.attend_packed", "agreement",
            "the causal rule of packed sequences is aligned at the end of the last", causal_across),
     Mutant("attention.packed-no-dlse", "attention.attend_packed", "gradient",

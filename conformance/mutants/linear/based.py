@@ -253,7 +253,7 @@ MUTANTS = (
        replacing(READ, read=coarse_sum)),
     of("based_decode_step", "read-first", "stream", "a step reads before it writes",
        read_then_update),
-    of("based_packed", "running-on", "taylor-alone", "a sequence sees the one before it",
+    of("based_packed", "running-on", "alone", "a sequence sees the one before it",
        one_sequence),
     of("based_packed", "packed-no-dS", "gradient", "the gradients of the last states are dropped",
        PACKED, backward=altering(PACKED_BACKWARD, forget_upstream)),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, right, spoiling
-from attnspec.conformance.mutants.packing import over_the_boundary
+from attnspec.conformance.mutants.packing import multiplied_by_zero, over_the_boundary
 from attnspec.reference.linear.flowformer_batches import flow_packed_backward
 from attnspec.reference.linear.flowformer_causal import FlowState
 
@@ -67,6 +67,7 @@ MUTANTS = (
         "A block straddles two sequences.",
         over_the_boundary(PACKED, CAUSAL),
     ),
+    wrong("leaks", "alone", "Others are multiplied by 0.", multiplied_by_zero(PACKED)),
     wrong("empty", "agreement", "An empty sequence loses its state.", empty_forget),
     wrong(
         "one-start",

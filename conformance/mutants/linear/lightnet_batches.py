@@ -8,7 +8,7 @@ import numpy as np
 
 from attnspec.conformance.mutants import altering, right, spoiling
 from attnspec.conformance.mutants.linear.lightnet import tampered
-from attnspec.conformance.mutants.packing import over_the_boundary
+from attnspec.conformance.mutants.packing import multiplied_by_zero, over_the_boundary
 from attnspec.reference.conventions import repeat_heads
 from attnspec.reference.linear import lightnet_batches as batches
 
@@ -17,6 +17,7 @@ SCAN = right("lightnet.vector_decay_attend")
 CAUSAL = right("lightnet.lightnet_causal")
 PACKED = right("lightnet.lightnet_packed")
 DECAYED = right("lightnet.vector_decay_packed")
+LEAKS = "Values of other sequences are multiplied by 0."
 BACKWARD = batches.lightnet_packed_backward
 DECAYED_BACKWARD = batches.vector_decay_packed_backward
 
@@ -98,6 +99,7 @@ MUTANTS = (
              "The normaliser is not restarted."),
     tampered("lightnet_packed:packed-boundary", over_the_boundary(PACKED, CAUSAL), "agreement",
              "A block straddles two sequences."),
+    tampered("lightnet_packed:packed-leaks", multiplied_by_zero(PACKED), "alone", LEAKS),
     tampered("lightnet_packed:packed-empty", empty_forget, "agreement",
              "An empty sequence loses its state."),
     tampered("lightnet_packed:packed-one-start", altering(PACKED, one_start), "agreement",
@@ -109,6 +111,7 @@ MUTANTS = (
              "All sequences get the gradient of the last one's state.", backward=one_last_state),
     tampered("vector_decay_packed:decay-not-reset", decays_not_reset, "agreement",
              "The state runs on into the next sequence."),
+    tampered("vector_decay_packed:decay-leaks", multiplied_by_zero(DECAYED), "alone", LEAKS),
     tampered("vector_decay_packed:first-undecayed", altering(DECAYED, first_rows_undecayed),
              "agreement", "First tokens do not decay their state."),
     tampered("vector_decay_packed:decay-gradient-runs-on", DECAYED, "gradient",

@@ -224,7 +224,7 @@ MUTANTS = (
              backward=replacing(layers.tnl_gla_backward, weight_gradient=last_batch_only)),
     tampered("tnl_gla_packed:running-positions", altering(PACKED, one_sequence), "agreement",
              "Positions run on through packed sequences."),
-    tampered("tnl_gla_packed:leak", leaking, "packed-alone",
+    tampered("tnl_gla_packed:leak", leaking, "alone",
              "NaN in a neighbour reaches all sequences."),
     tampered("tnl_gla_packed:unplaced-gradient", PACKED, "gradient",
              "The way back places every sequence from 0 on.",

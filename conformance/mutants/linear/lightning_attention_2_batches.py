@@ -9,6 +9,7 @@ import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.conformance.mutants.dense.attention import read_as_contiguous, wrap_32_bits
+from attnspec.conformance.mutants.packing import multiplied_by_zero
 from attnspec.reference.linear import lightning_attention_2_batches as batches
 from attnspec.reference.linear import lightning_attention_2_chunks as chunks
 from attnspec.reference.linear.lightning_attention_2 import attend_backward
@@ -56,7 +57,7 @@ def padding_ages(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, val
     return np.where(real, o, 0).astype(o.dtype), S
 
 
-def multiplied_by_zero(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
+def padding_times_zero(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
                        valid: np.ndarray, S0: Any = None, **options: Any) -> Any:  # fmt: skip
     """What is padded is multiplied by 0, which leaves NaN as it is."""
     o, S = PADDED(q, k, v, s, valid, S0, **options)
@@ -181,6 +182,8 @@ MUTANTS = (
     mutant("over-the-boundary", "attend_packed", "agreement",
            "a block holds the end of one sequence and the start of the next",
            over_the_boundary),
+    mutant("packed-leaks", "attend_packed", "alone",
+           "values of other sequences are multiplied by 0", multiplied_by_zero(PACKED)),
     mutant("packed-first-of-group", "attend_packed", "gradient",
            "dk and dv are those of the first head of the group", PACKED,
            backward=replacing(batches.attend_packed_backward, backward_chunk=replacing(
@@ -188,7 +191,7 @@ MUTANTS = (
     mutant("padding-ages", "attend_padded", "agreement", "padded tokens decay the state",
            padding_ages),
     mutant("padding-leaks", "attend_padded", "poison", "padded rows are multiplied by 0",
-           multiplied_by_zero),
+           padding_times_zero),
     mutant("padding-sees", "attend_padded", "agreement", "padded tokens have an output",
            padding_sees),
     mutant("padding-ages-backward", "attend_padded", "gradient",

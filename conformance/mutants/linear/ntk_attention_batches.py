@@ -84,7 +84,7 @@ MUTANTS = (
            causal_across),
     mutant("packed-by-blocks", "agreement", "a sequence begins at the last whole block of keys",
            altering(PACKED, by_blocks)),
-    mutant("packed-shared-block", "prefix-alone", "rows of a neighbour are multiplied by 0",
+    mutant("packed-shared-block", "alone", "rows of a neighbour are multiplied by 0",
            shared_by_blocks),
     mutant("packed-last-only", "gradient", "dZ and dk are those of the last sequence", PACKED,
            backward=last_sequence_only),

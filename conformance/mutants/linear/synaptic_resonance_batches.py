@@ -87,7 +87,7 @@ def of(name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
 
 
 MUTANTS = (
-    of("packed-memory-runs-on", "resonance-alone", "the memory runs on into the next sequence",
+    of("packed-memory-runs-on", "alone", "the memory runs on into the next sequence",
        running_on(memory_chunked, 1)),
     of("packed-trace-runs-on", "agreement", "the trace runs on into the next sequence",
        running_on(relevance, 0)),
