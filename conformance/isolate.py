@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 START_UP = 120.0
 """Seconds a fresh process may take before its first law."""
 
+DEVICES = "CUDA_VISIBLE_DEVICES"
 POLL = 1.0
 """Seconds between looks at whether the process is still alive, and still wanted."""
 
@@ -29,7 +32,8 @@ class Child:
     """One worker process, restarted after a crash or a time-out.
 
     Kernels travel by name and position, not by value: the child loads them the way the parent
-    did when they came from an entry point, and by pickling otherwise.
+    did when they came from an entry point, and by pickling otherwise. With a `gpu` it sees that one
+    alone.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Child:
         self.kernels = list(kernels)
         self.profile = profile
         self.saved = list(saved)
+        self.gpu: str | None = None
         self.context = multiprocessing.get_context("spawn")
         self.process: Any = None
         self.cancelled = False
@@ -81,7 +86,7 @@ class Child:
 
     def _start(self) -> None:
         self.inbox, self.outbox = self.context.Queue(), self.context.Queue()
-        arguments = (self.kernels, self.profile, self.saved, self.inbox, self.outbox)
+        arguments = (self.gpu, self.kernels, self.profile, self.saved, self.inbox, self.outbox)
         process = self.context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         self.process = process
@@ -128,13 +133,16 @@ def run_side_by_side(
 ) -> Generator[tuple[int, Result], None, None]:
     """Numbers and results of all tasks as they come, from so many processes at a time.
 
-    A group of tasks runs in one process. Closing the iterator cancels what has not finished.
+    A group of tasks runs in one process, and processes share the GPUs evenly. Closing the iterator
+    cancels what has not finished.
     """
     waiting: queue.SimpleQueue[Sequence[tuple[int, Task]]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Result] | Exception] = queue.SimpleQueue()
     for group in groups:
         waiting.put(group)
     children = [make_child() for _ in range(min(jobs, len(groups)))]
+    for child, gpu in zip(children, itertools.cycle(gpus() or [None]), strict=False):
+        child.gpu = gpu
 
     def work(child: Child) -> None:
         try:
@@ -165,9 +173,24 @@ def run_side_by_side(
             thread.join()
 
 
+def gpus() -> list[str]:
+    """The GPUs there are, as CUDA's variable names them; none if there is no choice."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return []
+    many = torch.cuda.device_count()
+    named = [name for name in os.environ.get(DEVICES, "").split(",") if name]
+    return (named or [str(n) for n in range(many)])[:many] if many > 1 else []
+
+
 def _work(
-    kernels: list[Kernel], profile: Profile, saved: list[SavedCase], inbox: Any, outbox: Any
-) -> None:
+    gpu: str | None, kernels: list[Kernel], profile: Profile, saved: list[SavedCase], inbox: Any,
+    outbox: Any,
+) -> None:  # fmt: skip
+    if gpu is not None:
+        # Before anything asks CUDA, which looks at it once.
+        os.environ[DEVICES] = gpu
     from attnspec.conformance.laws import laws
     from attnspec.conformance.runner import Task, run_task
 

@@ -9,8 +9,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from attnspec.conformance import Kernel, Known, SavedCase, certify, find_contract
+from attnspec.conformance import (
+    Kernel,
+    Known,
+    SavedCase,
+    certification,
+    certify,
+    find_contract,
+    isolate,
+)
 from attnspec.conformance.choices import between, judge_selection
 from attnspec.conformance.contract import Output, Ranking
 from attnspec.conformance.dtypes import EPS, TINY, round_to
@@ -33,8 +42,6 @@ def test_rounding_is_nearest_even(dtype):
 
 
 def test_bfloat16_matches_torch():
-    import torch
-
     x = np.random.default_rng(0).standard_normal(2000).astype(np.float32) * 1e3
     x[:4] = np.inf, -np.inf, np.nan, 0.0
     expected = torch.from_numpy(x).bfloat16().float().numpy()
@@ -205,6 +212,34 @@ def test_an_isolated_run_passes_a_right_kernel():
     report = certify(Kernel("k", "attention.attend", attend), profile=QUICK,
                      laws=["agreement"], isolate=True)  # fmt: skip
     assert report.passed
+
+
+def on_a_gpu_of_two(q, k, v, **options):
+    assert os.environ[isolate.DEVICES] in ("3", "5")
+    return attend(q, k, v, **options)
+
+
+def test_processes_share_the_gpus(monkeypatch):
+    monkeypatch.setattr(isolate, "gpus", lambda: ["3", "5"])
+    children = []
+    make = isolate.Child
+    monkeypatch.setattr(
+        certification, "Child", lambda *a: children.append(make(*a)) or children[-1]
+    )
+    kernels = [Kernel(name, "attention.attend", on_a_gpu_of_two) for name in "abc"]
+    report = certify(kernels, profile=QUICK, dtypes=["float32"], laws=["agreement"], jobs=3)
+    assert report.passed, report.failures[0]
+    assert [child.gpu for child in children] == ["3", "5", "3"]
+
+
+@pytest.mark.parametrize(
+    ("many", "named", "found"),
+    [(0, "", []), (1, "", []), (2, "", ["0", "1"]), (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b"])],
+)
+def test_gpus_are_those_that_are_visible(monkeypatch, many, named, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: many)
+    monkeypatch.setenv(isolate.DEVICES, named)
+    assert isolate.gpus() == found
 
 
 def grouped_wrong(q, k, v, **options):
