@@ -15,7 +15,7 @@ Select = Annotated[
     list[str] | None,
     typer.Argument(help="Mechanisms, operations or kernel names; all if none."),
 ]
-Jobs = Annotated[int, typer.Option(help="Processes at a time; they share the GPUs.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes at a time.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")]
 
 
