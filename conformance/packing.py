@@ -11,6 +11,8 @@ import numpy as np
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, BadValue
 
+Handed = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -18,15 +20,15 @@ class Packed:
 
     `tokens` names for each argument of offsets, that of the queries first, those that it cuts, with
     their axis of tokens from the end; `states` have an axis of sequences in front. `fill` is what
-    others hold where NaN would be refused, None for what is there. `handed(results)` are the states
-    with which a call goes on behind one that returned these, if one can, and `stride(arguments)`
+    others hold where NaN would be refused, None for what is there. `handed(results, arguments)` is
+    with what a call goes on behind one that returned these, if one can, and `stride(arguments)`
     says of what its tokens must then be a multiple.
     """
 
     tokens: Mapping[str, Mapping[str, int]]
     states: tuple[str, ...] = ()
     fill: Mapping[str, float | None] = field(default_factory=dict)
-    handed: Callable[[Any], Mapping[str, Any]] | None = None
+    handed: Handed | None = None
     stride: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
 
 
@@ -47,9 +49,9 @@ def packed_sizes(sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, i
     return {**{axis: span for axis, span in sizes.items() if axis != "batch"}, "sequences": (1, 4)}
 
 
-def last_as(name: str) -> Callable[[Any], Mapping[str, Any]]:
+def last_as(name: str) -> Handed:
     """`Packed.handed` of an operation whose second result is its state called `name`."""
-    return lambda results: {name: results[1]}
+    return lambda results, arguments: {name: results[1]}
 
 
 OFFSETS = Array("offsets", make=make_offsets)

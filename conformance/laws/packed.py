@@ -80,6 +80,7 @@ def check_continued(trial: Trial) -> None:
     ((name, axes),) = packed.tokens.items()
     offsets, stride, rng = arguments[name], packed.stride(arguments), trial.case.generator("cuts")
     cuts = [int(a + stride * rng.integers(0, (b - a) // stride + 1)) for a, b in pairwise(offsets)]
+    handed: Mapping[str, Any] = {}
     results: list[Any] = []
     rows: list[np.ndarray] = []
     for starts, stops in ((offsets[:-1], cuts), (cuts, offsets[1:])):
@@ -87,11 +88,11 @@ def check_continued(trial: Trial) -> None:
         part = {**arguments, name: np.cumsum([0, *np.subtract(stops, starts)])}
         part |= {n: _take(arguments[n], rows[-1], axis) for n, axis in axes.items()}
         placed = place_arguments(kind, part, "contiguous", trial.case.dtype)
-        if results:
-            # Handed on as they are: placed anew, states would be rounded to the kernel's dtype.
-            placed |= packed.handed(results[0])
+        # Handed on as they are: placed anew, states would be rounded to the kernel's dtype.
+        placed |= handed
         with trial.guarded():
             results.append(trial.contract.call(trial.kernel.call, placed))
+        handed = packed.handed(results[0], placed)
     first, second = (trial.contract.outputs_of(result) for result in results)
     order = np.argsort(np.concatenate(rows), kind="stable")
     got = {n: kind.get(x) for n, x in second.items()}

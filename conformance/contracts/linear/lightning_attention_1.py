@@ -170,6 +170,14 @@ BAD_START = (
     ("a state without a batch", "state", lambda a: _start(a)[0]),
 )
 
+
+def _handed(results: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The states, and where the sequences have come to."""
+    offsets, starts = arguments["offsets"], arguments.get("starts")
+    lengths = offsets[1:] - offsets[:-1]
+    return {"states": results[1], "starts": lengths if starts is None else starts + lengths}
+
+
 CONTRACTS = (
     Contract(
         operation="lightning_attention_1.tnl_gla",
@@ -206,7 +214,7 @@ CONTRACTS = (
         keys="tokens",
         fix=not_two_channels,
         cancelling=("dparams",),
-        packed=Packed(cut_rows("x"), ("states", "starts"), {"starts": None}),
+        packed=Packed(cut_rows("x"), ("states", "starts"), {"starts": None}, _handed),
         cells={"packed": lambda case: case.with_(sizes={"sequences": 3})},
         bad_inputs=(
             *BAD_PARAMS,

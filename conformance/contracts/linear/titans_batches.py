@@ -56,7 +56,7 @@ LAID_OUT = Packed(
     {"offsets": {"k": -2, "v": -2, "q": -2, "rates": -1}},
     ("W0", "S0"),
     {"rates": None},
-    lambda results: {"W0": results[1], "S0": results[2]},
+    lambda results, arguments: {"W0": results[1], "S0": results[2]},
     lambda arguments: arguments["b"],
 )
 CELLS = {
