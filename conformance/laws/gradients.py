@@ -103,12 +103,17 @@ def _leaf_names(name: str, argument: Any) -> list[str]:
         return [f"d{name}.{key}" for key, value in argument.items() if value is not None]
     if not isinstance(argument, tuple):
         return [f"d{name}"]
-    return [f"d{name}[{place}]" for place in range(len(flatten(argument)))]
+    return [f"d{name}[{place}]" for place, leaf in enumerate(flatten(argument)) if _learns(leaf)]
 
 
 def _leaves(argument: Any) -> list[Any]:
-    """The arrays of an argument; what is None has no gradient."""
-    return [leaf for leaf in flatten(argument) if leaf is not None]
+    """The arrays of an argument."""
+    return [leaf for leaf in flatten(argument) if _learns(leaf)]
+
+
+def _learns(leaf: Any) -> bool:
+    """Whether a part of an argument has a gradient: None and a layer's numbers have none."""
+    return leaf is not None and not isinstance(leaf, (int, float))
 
 
 def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:

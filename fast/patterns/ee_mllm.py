@@ -63,9 +63,10 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "compiled": True,
         "triton": {"configs": SPECIALISED_CONFIGS},
     },
-    "layer_step": {"blocks": (16, 64), "compiled": True},
+    "layer_step": {"gradient": True, "blocks": (16, 64), "compiled": True},
     "run_layers": {"dtypes": ("float32",)},
-    **{name: {"launches": None} for name in ("aligner_update", "composite_mask", "flops")},
+    "aligner_update": {"gradient": True, "launches": None},
+    **{name: {"launches": None} for name in ("composite_mask", "flops")},
 }
 """The aligner is products of torch's. In 16 bits layers are judged one by one: the rounding of one
 is amplified by those behind it, more than a budget made of a few rounded runs foresees.

@@ -35,15 +35,17 @@ S6. **Decode.** As with any cache, new text tokens attend to the keys and values
 far. States of images do not depend on the text: their keys and values can be kept for other prompts
 with the same positions.
 
-S7. **Gradient.** That of dense attention with the mask of S2; image tokens get theirs through keys
-and values only.
+S7. **Gradient.** Of attention that of dense attention with the mask of S2: image tokens get theirs
+through keys and values only. A layer's is that of its states and of all its weights, to which both
+kinds of token add.
 
 S8. **Cost.** A multiply-add counts 2. An image token saves its query projection and its attention:
 of S tokens with width D and FFN width F, images first,
 :math:`Nt (8 D^2 + 6 D F) + Nv (6 D^2 + 6 D F) + 4 D (Nt Nv + Nt (Nt + 1) / 2)` a layer instead of
 :math:`S (8 D^2 + 6 D F) + 2 D S (S + 1)`.
 
-S2, S3 and S7 are in `ee_mllm_attention`; S1, S4, S8 and the record of a layer in `ee_mllm_layers`.
+S2, S3 and attention's part of S7 are in `ee_mllm_attention`, a layer's part in `ee_mllm_gradient`;
+S1, S4, S8 and the record of a layer in `ee_mllm_layers`.
 
 Complexity
 ----------
@@ -83,6 +85,10 @@ from attnspec.reference.patterns.ee_mllm_attention import (
     composite_attention,
     composite_attention_backward,
     composite_mask,
+)
+from attnspec.reference.patterns.ee_mllm_gradient import (
+    aligner_update_backward,
+    layer_step_backward,
 )
 from attnspec.reference.patterns.ee_mllm_layers import (
     MODES,
@@ -227,8 +233,10 @@ MECHANISM = Mechanism(
         Operation(composite_mask, clauses=("S2",)),
         Operation(composite_attention, clauses=("S2", "S3", "S6"),
                   gradient=composite_attention_backward, differentiable=("qt", "k", "v")),
-        Operation(aligner_update, clauses=("S4",)),
-        Operation(layer_step, clauses=("S1", "S2", "S3", "S4")),
+        Operation(aligner_update, clauses=("S4", "S7"),
+                  gradient=aligner_update_backward, differentiable=("Xv", "layer")),
+        Operation(layer_step, clauses=("S1", "S2", "S3", "S4", "S7"),
+                  gradient=layer_step_backward, differentiable=("Xt", "Xv", "layer")),
         Operation(run_layers, clauses=("S5",)),
         Operation(flops, clauses=("S8",)),
     ),

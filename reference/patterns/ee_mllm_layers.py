@@ -14,6 +14,7 @@ from attnspec.reference.conventions import (
     check_choice,
     check_integer,
 )
+from attnspec.reference.primitives.rms_norm import rms_norm
 from attnspec.reference.primitives.rope import rope
 
 MODES = ("self", "ffn", "frozen")
@@ -46,7 +47,7 @@ def normalise(X: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     >>> normalise(np.array([3.0, 4.0]), np.ones(2), 0.0).round(3)
     array([0.849, 1.131])
     """
-    return X / np.sqrt(np.mean(X * X, axis=-1, keepdims=True) + X.dtype.type(eps)) * gain
+    return rms_norm(X, gain, eps)
 
 
 def split_heads(x: np.ndarray, heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_shaped, check_size
+from attnspec.reference.primitives.rms_norm import rms_norm, rms_norm_backward
 
 ADAPTER = "lora_"
 
@@ -102,7 +103,7 @@ def rmsnorm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> np.ndarray:
     array([0.849, 1.131])
     """
     _check_norm(x, w, eps)
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
+    return rms_norm(x, w, eps)
 
 
 def rmsnorm_backward(
@@ -116,10 +117,7 @@ def rmsnorm_backward(
     """
     _check_norm(x, w, eps)
     check_shaped("dout", dout, x.shape)
-    size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    normal, scaled = x / size, w * dout
-    dx = (scaled - normal * np.mean(scaled * normal, axis=-1, keepdims=True)) / size
-    return dx, np.sum((dout * normal).reshape(-1, x.shape[-1]), axis=0)
+    return rms_norm_backward(x, w, eps, dout)
 
 
 def embedding_backward(ids: np.ndarray, dout: np.ndarray, vocab: int) -> np.ndarray:

@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.conformance.mutants import Mutant, altering, replacing, right
+from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.reference.dense.attention import attend
-from attnspec.reference.patterns import ee_mllm, ee_mllm_attention, ee_mllm_layers
+from attnspec.reference.patterns import (
+    ee_mllm,
+    ee_mllm_attention,
+    ee_mllm_gradient,
+    ee_mllm_layers,
+)
 
 ALIGN = right("ee_mllm.aligner_update")
 ATTEND = right("ee_mllm.composite_attention")
@@ -17,6 +22,9 @@ FLOPS = right("ee_mllm.flops")
 LAYERS = right("ee_mllm.run_layers")
 MASK = right("ee_mllm.composite_mask")
 STEP = right("ee_mllm.layer_step")
+ALIGN_BACK = ee_mllm_gradient.aligner_update_backward
+PROJECT_BACK = ee_mllm_gradient.project_backward
+STEP_BACK = ee_mllm_gradient.layer_step_backward
 BLOCK = 8
 
 
@@ -148,6 +156,24 @@ def with_queries(Nt: int, Nv: int, D: int, F: int, layers: int) -> dict[str, int
     return {**cost, "composite": cost["composite"] + 2 * layers * Nv * D * D}
 
 
+def unseen_images(X: Any, layer: Any, positions: Any, dq: Any, dk: Any, dv: Any) -> Any:
+    """Keys and values of images, which have no queries, are constants."""
+    if dq is None:
+        return np.zeros_like(X), ee_mllm_gradient.no_gradient(layer)
+    return PROJECT_BACK(X, layer, positions, dq, dk, dv)
+
+
+def text_alone(Xv: Any, layer: Any, dXv: Any, mode: str) -> Any:
+    """Weights get no gradient from what becomes of the images."""
+    return ALIGN_BACK(Xv, layer, dXv, mode)[0], ee_mllm_gradient.no_gradient(layer)
+
+
+def constant_gain(result: Any) -> Any:
+    """The gain of the first norm is a constant."""
+    dXv, layer = result
+    return dXv, layer._replace(norm1=np.zeros_like(layer.norm1))
+
+
 def of(operation: str, name: str, law: str, bug: str, call: Any, **rest: Any) -> Mutant:
     return Mutant(f"ee_mllm.{name}", f"ee_mllm.{operation}", law, bug, call, **rest)
 
@@ -189,6 +215,14 @@ MUTANTS = (
        aligned_first),
     of("layer_step", "mixed-images", "images-alone", "image tokens attend to one another",
        mixed_images),
+    of("aligner_update", "constant-gain", "gradient", "the first gain gets no gradient", ALIGN,
+       backward=spoiling(ALIGN_BACK, constant_gain)),
+    of("layer_step", "not-turned-back", "gradient", "gradients of keys keep their rotation", STEP,
+       backward=replacing(STEP_BACK, rotate=lambda x, angles: x)),
+    of("layer_step", "unseen-images", "gradient", "images' keys and values are constants", STEP,
+       backward=replacing(STEP_BACK, project_backward=unseen_images)),
+    of("layer_step", "text-alone", "gradient", "images give weights no gradient", STEP,
+       backward=replacing(STEP_BACK, aligner_update_backward=text_alone)),
     of("run_layers", "all-composite", "agreement", "all layers are composite",
        altering(LAYERS, all_composite)),
     of("flops", "image-queries", "agreement", "image tokens pay for queries", with_queries),
