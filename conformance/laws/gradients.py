@@ -107,13 +107,15 @@ def _leaf_names(name: str, argument: Any) -> list[str]:
 
 
 def _leaves(argument: Any) -> list[Any]:
-    """The arrays of an argument."""
-    return [leaf for leaf in flatten(argument) if _learns(leaf)]
+    """The arrays of an argument, or the number that it is."""
+    if isinstance(argument, (tuple, dict)):
+        return [leaf for leaf in flatten(argument) if _learns(leaf)]
+    return [] if argument is None else [argument]
 
 
 def _learns(leaf: Any) -> bool:
-    """Whether a part of an argument has a gradient: None and a layer's numbers have none."""
-    return leaf is not None and not isinstance(leaf, (int, float))
+    """Whether a part of an argument has a gradient: None and a layer's plain numbers have none."""
+    return leaf is not None and type(leaf) not in (int, float)
 
 
 def _select(contract: Contract, gradients: Any, present: list[str]) -> tuple[Any, ...]:
