@@ -17,7 +17,8 @@ from attnspec.conformance.trial import Trial
 
 
 def several(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, axes={"sequences": st.integers(2, 4)})
+    axes = {"sequences": st.integers(2, 4)}
+    return draw_case(contract, kernel, dtype, axes=axes, cross=True)
 
 
 def check_alone(trial: Trial) -> None:
