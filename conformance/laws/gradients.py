@@ -100,7 +100,7 @@ def _learned(contract: Contract, arguments: dict[str, Any], dtype: str) -> dict[
 def _leaf_names(name: str, argument: Any) -> list[str]:
     """The gradients of an argument: one, or one for each array of a tuple or a dictionary."""
     if isinstance(argument, dict):
-        return [f"d{name}.{key}" for key, value in argument.items() if value is not None]
+        return [f"d{name}.{key}" for key, value in argument.items() if _learns(value)]
     if not isinstance(argument, tuple):
         return [f"d{name}"]
     return [f"d{name}[{place}]" for place, leaf in enumerate(flatten(argument)) if _learns(leaf)]

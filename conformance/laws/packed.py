@@ -68,10 +68,6 @@ def _cut_out(x: Any, place: Any, cut: Any, fill: float | None) -> tuple[Any, Any
     return among, x[cut]
 
 
-def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype)
-
-
 def check_continued(trial: Trial) -> None:
     """Sequences cut in two, the rest packed behind the states that the first parts leave."""
     packed, kind = trial.contract.packed, trial.kernel.arrays
@@ -125,7 +121,7 @@ LAWS = (
         "continued",
         "Packed sequences, each cut anywhere, go on from the states of their first parts.",
         ("K13",),
-        anywhere,
+        draw_case,
         check_continued,
         applies=lambda contract, kernel: (
             contract.packed is not None and contract.packed.handed is not None

@@ -6,6 +6,10 @@ The gradient of a `Layer` is another, with those of its weights in their places.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
+
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
@@ -31,11 +35,7 @@ def no_gradient(layer: Layer) -> Layer:
     >>> no_gradient(Layer(one, eye, eye, eye, eye, one, (eye, eye, eye), 1, 1)).norm1
     array([0.])
     """
-    norm1, Wq, Wk, Wv, Wo, norm2 = (np.zeros_like(x) for x in layer[:6])
-    gate, up, down = (np.zeros_like(x) for x in layer.ffn)
-    return layer._replace(
-        norm1=norm1, Wq=Wq, Wk=Wk, Wv=Wv, Wo=Wo, norm2=norm2, ffn=(gate, up, down)
-    )
+    return _weight_by_weight(np.zeros_like, layer)
 
 
 def feed_forward_backward(X: np.ndarray, layer: Layer, dY: np.ndarray) -> tuple[np.ndarray, Layer]:
@@ -150,9 +150,7 @@ def layer_step_backward(
     from_text, own = project_backward(Xt, layer, pos_t, dq, dk[text], dv[text])
     from_images, seen = project_backward(Xv, layer, pos_v, None, dk[image], dv[image])
     dX, aligned = aligner_update_backward(Xv, layer, dXv, mode)
-    for more in (own, seen, aligned):
-        dlayer = _added(dlayer, more)
-    return dY + from_text, dX + from_images, dlayer
+    return dY + from_text, dX + from_images, _weight_by_weight(_sum, dlayer, own, seen, aligned)
 
 
 def _weights(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
@@ -160,9 +158,12 @@ def _weights(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
 
 
-def _added(first: Layer, second: Layer) -> Layer:
-    norm1, Wq, Wk, Wv, Wo, norm2 = (a + b for a, b in zip(first[:6], second[:6], strict=True))
-    gate, up, down = (a + b for a, b in zip(first.ffn, second.ffn, strict=True))
-    return first._replace(
-        norm1=norm1, Wq=Wq, Wk=Wk, Wv=Wv, Wo=Wo, norm2=norm2, ffn=(gate, up, down)
-    )
+def _sum(*gradients: np.ndarray) -> np.ndarray:
+    return functools.reduce(operator.add, gradients)
+
+
+def _weight_by_weight(combine: Callable[..., np.ndarray], *layers: Layer) -> Layer:
+    """A layer of what `combine` makes of the weights that have the same place in all of them."""
+    norm1, Wq, Wk, Wv, Wo, norm2 = map(combine, *(layer[:6] for layer in layers))
+    gate, up, down = map(combine, *(layer.ffn for layer in layers))
+    return Layer(norm1, Wq, Wk, Wv, Wo, norm2, (gate, up, down), *layers[0][7:])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnspec.fast.engines.scan.triton_common import links
+from attnspec.fast.engines.scan.triton_common import links, packed_segment
 from attnspec.fast.engines.scan.triton_flows import (
     clipped,
     existing,
@@ -230,7 +230,7 @@ def weights_kernel(
     ends = segment == segments - 1
     if PACKED:
         low = tl.load(bounds + own // heads).to(tl.int32)
-        ends = tl.load(table + segment.to(tl.int64) * 5 + 4) != 0
+        _, _, _, _, ends = packed_segment(table, segment)
     items = tl.arange(0, TILE)
     parts = tl.zeros((TILE,), tl.float32)
     for tile in range(low, segment, TILE):
