@@ -14,6 +14,7 @@ from attnspec.reference.conventions import (
 )
 from attnspec.reference.dense.attention import attend
 from attnspec.reference.dense.attention_gradient import attend_backward
+from attnspec.reference.primitives.sigmoid import silu
 
 PATTERNS = {
     27: ((1, 6, 11, 16, 21), (2, 7, 12, 17, 22)),
@@ -90,16 +91,6 @@ def gated_convolution(
     for tap in range(taps):
         mixed = mixed + filters[:, tap] * padded[..., tap : tap + x.shape[-2], :]
     return (silu(mixed) * u[..., inner:]) @ W_out
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    """S11: x / (1 + e^-x), which is 0 far below 0.
-
-    >>> silu(np.array([0.0, -1e4]))
-    array([ 0., -0.])
-    """
-    e = np.exp(-np.abs(x))
-    return x * np.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
 def layer_kinds(n_layers: int) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from attnspec.reference.linear.flowformer_flows import (
     flow_features,
     over_square,
     quotient,
-    sigmoid,
 )
+from attnspec.reference.primitives.sigmoid import sigmoid
 
 
 class FlowState(NamedTuple):

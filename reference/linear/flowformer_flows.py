@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_choice, check_size
+from attnspec.reference.primitives.sigmoid import sigmoid
 
 KINDS = ("sigmoid", "relu")
 Clamp = tuple[float, float] | None
@@ -39,16 +40,6 @@ def features_slope(x: np.ndarray, kind: str) -> np.ndarray:
         return np.where(x > 0, np.ones_like(x), np.zeros_like(x))
     a = sigmoid(x)
     return a * sigmoid(-x)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """S1: 1 / (1 + e^-x), without overflow.
-
-    >>> sigmoid(np.array([-1000.0, 0.0]))
-    array([0. , 0.5])
-    """
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
 def flows(a: np.ndarray, b: np.ndarray, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnspec.reference.conventions import check_shaped
-from attnspec.reference.linear.based_layers import silu
-from attnspec.reference.linear.flowformer_flows import sigmoid
 from attnspec.reference.linear.lightning_attention_1_checks import (
     BLOCK_WEIGHTS,
     Params,
@@ -25,7 +23,6 @@ from attnspec.reference.linear.lightning_attention_1_rows import (
     lrpe,
     lrpe_backward,
     sglu_backward,
-    silu_slope,
     srms_norm,
     srms_norm_backward,
     weight_gradient,
@@ -34,6 +31,7 @@ from attnspec.reference.linear.lightning_attention_2_batches import (
     attend_padded,
     attend_padded_backward,
 )
+from attnspec.reference.primitives.sigmoid import sigmoid, silu, silu_slope
 
 
 class Heads(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_shaped, check_size
-from attnspec.reference.linear.flowformer_flows import check_eps, sigmoid
+from attnspec.reference.linear.flowformer_flows import check_eps
 
 
 def srms_norm(x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
@@ -140,16 +140,6 @@ def _phases(x: np.ndarray, theta: np.ndarray, offset: int) -> tuple[np.ndarray, 
     places = (offset + np.arange(x.shape[-2])).astype(theta.dtype)
     angles = places[:, None] * theta[:, None, :]
     return np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
-
-
-def silu_slope(x: np.ndarray) -> np.ndarray:
-    """S4: the derivative of `silu`.
-
-    >>> silu_slope(np.array([0.0]))
-    array([0.5])
-    """
-    gate = sigmoid(x)
-    return gate * (1 + x * (1 - gate))
 
 
 def check_theta(theta: Any, H: int, d: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.primitives.sigmoid import sigmoid, silu
 
 EPSILON = 1e-6
 
@@ -26,8 +27,7 @@ def token_inputs(
     """
     check_array("x", x, ("T", "D"))
     _check_matrix("W", W, x)
-    y = x @ W
-    y = y * _sigmoid(y)
+    y = silu(x @ W)
     if filters is not None:
         check_array("filters", filters, ("width", "d"))
         if filters.ndim != 2:
@@ -62,13 +62,8 @@ def token_step_sizes(
         raise TypeError(f"theta_max: got {theta_max!r}, expected a finite number > 0")
     if not (math.isfinite(theta_max) and theta_max > 0):
         raise ValueError(f"theta_max: got {theta_max}, expected a finite number > 0")
-    theta, eta, alpha = (np.swapaxes(_sigmoid(x @ W), -1, -2) for W in (W_theta, W_eta, W_alpha))
+    theta, eta, alpha = (np.swapaxes(sigmoid(x @ W), -1, -2) for W in (W_theta, W_eta, W_alpha))
     return theta_max * theta, eta, alpha
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
 
 def _check_matrix(name: str, W: Any, x: np.ndarray) -> None:

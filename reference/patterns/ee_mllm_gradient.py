@@ -26,6 +26,7 @@ from attnspec.reference.patterns.ee_mllm_layers import (
 )
 from attnspec.reference.primitives.rms_norm import rms_norm_backward
 from attnspec.reference.primitives.rope import rope_angles, rotate
+from attnspec.reference.primitives.sigmoid import silu, silu_slope
 
 
 def no_gradient(layer: Layer) -> Layer:
@@ -50,10 +51,8 @@ def feed_forward_backward(X: np.ndarray, layer: Layer, dY: np.ndarray) -> tuple[
     gate, up, down = layer.ffn
     h = normalise(X, layer.norm2, layer.eps)
     a, u = h @ gate, h @ up
-    share = 1 / (1 + np.exp(-a))
-    opened = a * share
-    dproduct = dY @ down.T
-    da, du = dproduct * u * share * (1 + a * (1 - share)), dproduct * opened
+    opened, dproduct = silu(a), dY @ down.T
+    da, du = dproduct * u * silu_slope(a), dproduct * opened
     dX, dnorm2 = rms_norm_backward(X, layer.norm2, layer.eps, da @ gate.T + du @ up.T)
     dffn = (_weights(h, da), _weights(h, du), _weights(opened * u, dY))
     return dY + dX, no_gradient(layer)._replace(norm2=dnorm2, ffn=dffn)

@@ -16,6 +16,7 @@ from attnspec.reference.conventions import (
 )
 from attnspec.reference.primitives.rms_norm import rms_norm
 from attnspec.reference.primitives.rope import rope
+from attnspec.reference.primitives.sigmoid import silu
 
 MODES = ("self", "ffn", "frozen")
 
@@ -97,8 +98,7 @@ def feed_forward(X: np.ndarray, layer: Layer) -> np.ndarray:
     """
     gate, up, down = layer.ffn
     h = normalise(X, layer.norm2, layer.eps)
-    opened = h @ gate
-    return X + (opened / (1 + np.exp(-opened)) * (h @ up)) @ down
+    return X + (silu(h @ gate) * (h @ up)) @ down
 
 
 def aligner_update(Xv: np.ndarray, layer: Layer, mode: str = "self") -> np.ndarray:

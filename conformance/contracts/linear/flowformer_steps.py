@@ -20,7 +20,8 @@ from attnspec.conformance.contracts.linear.flowformer import (
     Drawn,
 )
 from attnspec.conformance.values import longer
-from attnspec.reference.linear.flowformer_flows import flows, flows_causal, sigmoid
+from attnspec.reference.linear.flowformer_flows import flows, flows_causal
+from attnspec.reference.primitives.sigmoid import sigmoid
 
 PAIR = {"batch": (1, 2), "kv_heads": (1, 3), "queries": (1, 24), "keys": (1, 24), "d": (1, 24)}
 ALONE = {"batch": (1, 2), "kv_heads": (1, 3), "tokens": (1, 24), "d": (1, 24)}

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from attnspec.reference.linear.based_layers import silu
 from attnspec.reference.linear.lightning_attention_1 import decay_attend_tiled, srms_norm
 from attnspec.reference.linear.lightning_attention_1_layers import gated_norm, project
 from attnspec.reference.linear.lightning_attention_1_rows import lrpe
 from attnspec.reference.linear.lightning_attention_2_batches import attend_padded
+from attnspec.reference.primitives.sigmoid import silu
 
 
 def stored(x: np.ndarray) -> np.ndarray:
