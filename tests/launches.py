@@ -35,7 +35,7 @@ class Kernel:
         self.journal.append((self.name, "looked up", [plain(x) for x in call[9:]]))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *call, stream: self.journal.append(
+        return lambda *call, stream=None: self.journal.append(
             (self.name, "direct", [plain(x) for x in call])
         )
 

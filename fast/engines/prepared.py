@@ -15,7 +15,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.backend import count_launch
 from attnspec.fast.recent import Recent
@@ -44,9 +43,10 @@ def launch(kernel: Any, programs: int | tuple[int, int], /, *given: Any, **named
         if isinstance(x, Tensor):
             addresses |= x.data_ptr()
             kinds += x.dtype, x.device
-        elif isinstance(x, TensorDescriptor):
+        elif isinstance(getattr(x, "base", None), Tensor):
+            # A descriptor; Gluon's are of a class of their own, with the layout of a tile.
             addresses |= x.base.data_ptr()
-            kinds += x.base.dtype, *x.shape, *x.strides, *x.block_shape
+            kinds += x.base.dtype, *x.shape, *x.strides, *x.block_shape, getattr(x, "layout", None)
         else:
             kinds.append(x)
     # Triton compiles for addresses at multiples of 16 apart from all others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,16 @@ def section(place: dict[str, Any], programs: int, group: int, rules: Rules) -> i
     tiles, sequences = place["tiles"], place["sequences"]
     if not rules.plain or not rules.causal or rules.window is not None:
         return int(place["section"])
+    return balanced(tiles, sequences, group, programs)
+
+
+@lru_cache
+def balanced(tiles: int, sequences: int, width: int, programs: int) -> int:
+    """`width` heads together if causal tiles are about as evenly shared out then, or else all."""
     if tiles * sequences > MANY_ROUNDS * programs:
-        return group
-    apart, together = (imbalance(tiles, sequences, width, programs) for width in (group, sequences))
-    return group if apart <= 1.05 * together else sequences
+        return width
+    apart, together = (imbalance(tiles, sequences, each, programs) for each in (width, sequences))
+    return width if apart <= 1.05 * together else sequences
 
 
 def imbalance(tiles: int, sequences: int, width: int, programs: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attnspec.fast.tuning import Key, Table, place, places
 
-KINDS = ("forward", "dq", "dkdv", "dtable")
+KINDS = ("forward", "specialised", "dq", "dkdv", "dtable")
 KEYS = 64
 """Keys a tile: the length of the ring that `triton_rotate` turns, in every configuration."""
 
@@ -15,7 +15,8 @@ KEYS = 64
 @dataclass(frozen=True)
 class RelativeConfig:
     """`rows` queries a tile, a multiple of 16 up to 128 (forward) or 64; 16 of them a warp keep the
-    turning of a tile inside each warp.
+    turning of a tile inside each warp. The specialised forward kernel has 128 rows and 8 warps, and
+    as many more for the tiles that it brings as it needs.
     """
 
     rows: int
@@ -49,6 +50,12 @@ CANDIDATES: Mapping[Key, tuple[RelativeConfig, ...]] = {
 }
 """By kernel and padded head size, for 16-bit inputs on Hopper; the first is in force."""
 
+SPECIALISED: Mapping[Key, tuple[RelativeConfig, ...]] = {
+    ("specialised", 64): (RelativeConfig(128, 8, 4), RelativeConfig(128, 8, 3)),
+    ("specialised", 128): (RelativeConfig(128, 8, 3), RelativeConfig(128, 8, 2)),
+}
+"""The specialised kernel's, which is for 16-bit inputs on Hopper alone."""
+
 SMALL_MEMORY = RelativeConfig(32, 4, 1)
 """16-bit inputs on architectures without Hopper's shared memory."""
 SINGLE = RelativeConfig(32, 8, 1)
@@ -56,11 +63,14 @@ SINGLE = RelativeConfig(32, 8, 1)
 
 TABLE = Table(
     "relative",
-    places(
-        CANDIDATES,
-        other={128: SMALL_MEMORY, 256: SMALL_MEMORY},
-        single={128: SINGLE, 256: SINGLE},
-    ),
+    {
+        **places(
+            CANDIDATES,
+            other={128: SMALL_MEMORY, 256: SMALL_MEMORY},
+            single={128: SINGLE, 256: SINGLE},
+        ),
+        **SPECIALISED,
+    },
     KINDS,
 )
 
@@ -79,6 +89,13 @@ def config(kind: str, arch: int, element_size: int, width: int, q_tokens: int) -
     if q_tokens <= 16:
         return RelativeConfig(16, 4, 1)
     return RelativeConfig(64, 4, chosen.stages) if q_tokens <= 64 else chosen
+
+
+def specialises(q_tokens: int) -> bool:
+    """Whether the specialised forward kernel is to take so many queries, where it can: one with
+    rows to spare has no use for half of its warps. A configuration forced on the other one is.
+    """
+    return q_tokens > 64 and TABLE.forced("forward") is None
 
 
 use_config = TABLE.use

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnspec.fast.engines import prepared
 from attnspec.fast.engines.flash import triton_launch as flash_host
 from attnspec.fast.engines.flash.configs import L2_BYTES
-from attnspec.fast.engines.relative.configs import KEYS, RelativeConfig, config
+from attnspec.fast.engines.relative.configs import KEYS, RelativeConfig, config, specialises
 
 operand = flash_host.operand
 access = flash_host.access
@@ -21,6 +21,14 @@ def choose_config(kind: str, q: Tensor, v: Tensor) -> RelativeConfig:
     """The configuration of a call."""
     width = flash_host.padded(max(q.shape[3], v.shape[3]))
     return config(kind, flash_host.arch(q), q.element_size(), width, q.shape[2])
+
+
+def can_specialise(q: Tensor, v: Tensor, *biases: Tensor | None) -> bool:
+    """Whether the specialised kernel, which is for Hopper and knows no biases, takes a call."""
+    narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= flash_host.SPECIALISED_WIDTH
+    hopper = q.is_cuda and flash_host.arch(q) == 90 and flash_host.SPEAKS_GLUON
+    plain = all(bias is None for bias in biases)
+    return narrow and hopper and plain and specialises(q.shape[2])
 
 
 def inputs(
