@@ -22,6 +22,8 @@ from attnspec.fast.recent import Recent
 HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 """Since 3.3 a compiled kernel takes the arguments of the source, constants included."""
 
+NUMBERS = frozenset({int, float, bool, type(None)})
+"""Most arguments are these, and are told from tensors at once."""
 
 _compiled: Recent[Hashable, Any] = Recent()
 
@@ -40,7 +42,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], /, *given: Any, **named
     kinds: list[Any] = [id(kernel), *named.items(), *map(type, values)]
     addresses = 0
     for x in values:
-        if isinstance(x, Tensor):
+        if type(x) in NUMBERS:
+            kinds.append(x)
+        elif isinstance(x, Tensor):
             addresses |= x.data_ptr()
             kinds += x.dtype, x.device
         elif isinstance(getattr(x, "base", None), Tensor):

@@ -38,21 +38,21 @@ class Recorder:
         prepare: Callable[[], None],
     ) -> None:  # fmt: skip
         """Keep the call's launches for its kind, unless it also did something else: then a tensor
-        is neither input nor buffer, or two inputs are one. The interpreter compiles no kernel, and
-        nothing is kept.
+        or a result is neither input nor buffer, or two inputs are one. The interpreter compiles no
+        kernel, and nothing is kept.
         """
         given = [x for x in (*tensors, *self.buffers) if x is not None]
         slots = {id(x): slot for slot, x in enumerate((*tensors, *self.buffers)) if x is not None}
-        if len(slots) < len(given):
+        if len(slots) < len(given) or any(id(x) not in slots for x in outputs):
             return
-        launches: list[tuple[Any, tuple[int, int, int], list[Any], list[tuple[int, int]]]] = []
+        launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
         for compiled, programs, arguments in self.launches:
             given_at = [(n, id(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
             if compiled is None or any(x not in slots for _, x in given_at):
                 return
             places = [(n, slots[x]) for n, x in given_at]
             constants = [None if isinstance(x, Tensor) else x for x in arguments]
-            launches.append((compiled, (programs, 1, 1), constants, places))
+            launches.append((compiled[programs, 1, 1], constants, places))
         buffers = [(tuple(x.shape), x.dtype) for x in self.buffers]
         replay.replays[key] = replay.Replay(
             buffers, launches, tuple(slots[id(x)] for x in outputs), prepare

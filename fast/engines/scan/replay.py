@@ -51,7 +51,7 @@ class Replay:
 
     def __init__(
         self, buffers: list[tuple[tuple[int, ...], torch.dtype]],
-        launches: list[tuple[Any, tuple[int, int, int], list[Any], list[tuple[int, int]]]],
+        launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]],
         outputs: tuple[int, ...], prepare: Callable[[], None],
     ) -> None:  # fmt: skip
         self.buffers = buffers
@@ -67,10 +67,10 @@ class Replay:
             slots = list(tensors)
             for shape, dtype in self.buffers:
                 slots.append(torch.empty(shape, dtype=dtype, device=first.device))
-            for compiled, grid, constants, places in self.launches:
+            for run, constants, places in self.launches:
                 arguments = constants.copy()
                 for place, slot in places:
                     arguments[place] = slots[slot]
                 count_launch()
-                compiled[grid](*arguments)
+                run(*arguments)
         return tuple(x for slot in self.outputs if (x := slots[slot]) is not None)

@@ -149,7 +149,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the gradients of the decay (empty unless wanted), of reads and writes (empty
     where there are none) and of the initial state. `bits` says that log decays are to base 2.
+
+    Where these are kernels alone, without sums by torch, the call is kept as the forward one is.
     """
+    tensors = (do, dfinal, q, k, v, slopes, log_decay, reads, writes, state, offsets, final)
+    key = kind(tensors, (scale, block, decay_gradient, bits))
+    replay = known(key)
+    if replay is not None:
+        dq, dk, dv, ddecay, dreads, dwrites, dstate = replay(tensors)
+        return dq, dk, dv, ddecay, dreads, dwrites, dstate
     if narrow(q, v):
         d, dv_width = q.shape[3], v.shape[3]
         start = None if state is None else padded_state(state)
@@ -166,7 +174,7 @@ def backward(
     do, q, k, v = tiled(do, q, k, v)
     call = Call.plan(
         q, v, q.shape[1], slopes, log_decay, offsets, scale, block, gradient=decay_gradient,
-        bits=bits,
+        bits=bits, follows=HANDS_ON_CONSTANTS and offsets is None,
     )  # fmt: skip
     dfinal = dfinal.contiguous()
     dstate = call.last_states(dfinal, offsets)
@@ -202,7 +210,7 @@ def backward(
         call, K, Q, do, leaving, grouped, final=dstate, weighted=weighted, pairs=True,
         backward=True, inner=reads, outer=writes,
     )  # fmt: skip
-    ddecay, dreads, dwrites = (q.new_empty(0) for _ in range(3))
+    ddecay, dreads, dwrites = (call.empty(0, dtype=call.dtype) for _ in range(3))
     states = (final if entering is None else entering, final, leaving)
     if weighted is not None:
         carried = None
@@ -221,7 +229,10 @@ def backward(
         if decay_gradient and given is not None:
             dg = _scalar_gates(call, q_products.sum(0) - k_products.sum(0), states)
             ddecay = (-dg.sum((0, 2)) if call.decay == CONSTANT else dg).to(given.dtype)
-    return dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dreads, dwrites, dstate
+    gradients = dq, _sum_groups(dk, k), _sum_groups(dv, v), ddecay, dreads, dwrites, dstate
+    if call.recorder.follows:
+        call.recorder.keep(key, tensors, gradients, prepare)
+    return gradients
 
 
 def _first(x: Tensor, *sizes: int) -> Tensor:
