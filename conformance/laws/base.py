@@ -102,6 +102,11 @@ def draw_case(
     )
 
 
+def draw_anywhere(contract: Contract, kernel: Kernel, dtype: str) -> st.SearchStrategy[Case]:
+    """A case inside the kernel's limits; queries and keys have unequal lengths where they may."""
+    return draw_case(contract, kernel, dtype, cross=True)
+
+
 def _within(
     kernel: Kernel, axis: str, strategy: st.SearchStrategy[int] | None, low: int, high: int
 ) -> st.SearchStrategy[int]:

@@ -15,6 +15,7 @@ from attnspec.conformance.laws.base import (
     Law,
     Strategy,
     around_tiles,
+    draw_anywhere,
     draw_case,
     token_axes,
     wide_tiles,
@@ -24,10 +25,6 @@ from attnspec.conformance.violation import Violation
 
 REPEATS = 3
 FAR = 2**31
-
-
-def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
 
 
 def around_blocks(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -227,7 +224,7 @@ LAWS = (
         "stateless",
         "No call leaves anything behind for the next.",
         ("K12",),
-        anywhere,
+        draw_anywhere,
         check_stateless,
         examples=0.2,
     ),
@@ -253,7 +250,7 @@ LAWS = (
         "compiled",
         "torch.compile changes nothing.",
         ("K14",),
-        anywhere,
+        draw_anywhere,
         check_compiled,
         applies=lambda contract, kernel: kernel.compiled,
         examples=0.03,
@@ -262,7 +259,7 @@ LAWS = (
         "graph",
         "A captured CUDA graph follows its inputs.",
         ("K12",),
-        anywhere,
+        draw_anywhere,
         check_graph,
         applies=lambda contract, kernel: kernel.graph and kernel.device == "cuda",
         examples=0.03,

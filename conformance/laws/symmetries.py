@@ -17,7 +17,7 @@ from attnspec.conformance.contract import Contract
 from attnspec.conformance.dtypes import EPS, TINY, accumulator
 from attnspec.conformance.judge import expect, truth_of
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, Strategy, draw_anywhere, draw_case
 from attnspec.conformance.trial import EXPECTATIONS, Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.primitives.softmax import merge
@@ -219,10 +219,6 @@ def causal(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     )
 
 
-def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
-
-
 def bounded(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, values=("normal", "structured"), cross=True)
 
@@ -272,7 +268,7 @@ LAWS = (
         "split",
         "Results over disjoint keys merge into the result over all of them.",
         ("K5",),
-        anywhere,
+        draw_anywhere,
         check_split,
         applies=lambda contract, kernel: contract.split is not None,
         examples=0.3,
@@ -281,7 +277,7 @@ LAWS = (
         "poison",
         "NaN behind a mask never leaks.",
         ("K11",),
-        anywhere,
+        draw_anywhere,
         check_poison,
         applies=lambda contract, kernel: contract.poison is not None,
         examples=0.5,
@@ -290,7 +286,7 @@ LAWS = (
         "neutral",
         "A neutral argument is no argument.",
         ("K4", "K8", "K9"),
-        anywhere,
+        draw_anywhere,
         check_neutral,
         applies=lambda contract, kernel: any(
             kernel.supports(name, True) for name in contract.neutral

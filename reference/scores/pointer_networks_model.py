@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnspec.reference.conventions import check_array, check_integer, check_size
+from attnspec.reference.primitives.sigmoid import sigmoid
 from attnspec.reference.scores.pointer_networks import pointer_log_probs, pointer_scores
 from attnspec.reference.scores.pointer_networks_glimpse import glimpse
 
@@ -112,8 +113,8 @@ def lstm_step(x: np.ndarray, state: LSTMState, weight: np.ndarray, bias: np.ndar
     check_array("bias", bias, ("4D",))
     gates = np.concatenate([x, state.h], axis=-1) @ weight.T + bias
     enter, forget, candidate, leave = np.split(gates, 4, axis=-1)
-    c = _sigmoid(forget) * state.c + _sigmoid(enter) * np.tanh(candidate)
-    return LSTMState(_sigmoid(leave) * np.tanh(c), c)
+    c = sigmoid(forget) * state.c + sigmoid(enter) * np.tanh(candidate)
+    return LSTMState(sigmoid(leave) * np.tanh(c), c)
 
 
 def encode(
@@ -243,8 +244,3 @@ def decode_forced(
         logp, state = decode_step(x, state, e, parameters, mask=mask)
         logps.append(logp)
     return np.stack(logps, axis=-2)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    # The tanh form does not overflow for large negative x.
-    return 0.5 * (1 + np.tanh(0.5 * x))

@@ -8,7 +8,7 @@ import numpy as np
 
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, Strategy, draw_anywhere, draw_case
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.linear.based import (
@@ -21,10 +21,6 @@ from attnspec.reference.linear.based import (
 
 def _of(*functions: Any) -> Any:
     return lambda contract, kernel: contract.spec.function in functions
-
-
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
 
 
 def _plain(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -105,7 +101,7 @@ LAWS = (
         "taylor-chunks",
         "No result depends on how long a chunk is.",
         ("K9",),
-        _anywhere,
+        draw_anywhere,
         check_chunks,
         applies=_of(based_chunk),
         examples=0.3,

@@ -18,10 +18,6 @@ def _fresh(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, options=())
 
 
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype)
-
-
 def check_offset(trial: Trial) -> None:
     """From a zero state only differences of positions count.
 
@@ -83,7 +79,7 @@ LAWS = (
         "second-degree",
         "The channel mixer is homogeneous of degree two.",
         ("K10",),
-        _anywhere,
+        draw_case,
         check_degree,
         applies=lambda contract, kernel: contract.operation == "lightning_attention_1.sglu",
         examples=0.3,

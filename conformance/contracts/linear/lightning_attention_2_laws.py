@@ -6,12 +6,8 @@ import numpy as np
 
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, Strategy, draw_anywhere, draw_case
 from attnspec.conformance.trial import Trial
-
-
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
 
 
 def _plain(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -54,7 +50,7 @@ LAWS = (
         "block-size",
         "How many rows a block has changes nothing.",
         ("K9",),
-        _anywhere,
+        draw_anywhere,
         check_blocks,
         applies=_is_blockwise,
         examples=0.3,

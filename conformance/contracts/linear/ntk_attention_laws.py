@@ -9,17 +9,13 @@ import numpy as np
 
 from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, Strategy, draw_anywhere, draw_case
 from attnspec.conformance.laws.controls import check_apart
 from attnspec.conformance.trial import Trial
 from attnspec.reference.linear.ntk_attention import (
     ntk_attend,
     prefix_state,
 )
-
-
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
 
 
 def _square(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
@@ -82,7 +78,7 @@ LAWS = (
         "prefix-addition",
         "Prefixes laid end to end add their states.",
         ("K5",),
-        _anywhere,
+        draw_anywhere,
         check_addition,
         applies=lambda contract, kernel: contract.spec.function is prefix_state,
         examples=0.3,
@@ -91,7 +87,7 @@ LAWS = (
         "empty-prefix",
         "A state of zeros is no prefix.",
         ("K4",),
-        _anywhere,
+        draw_anywhere,
         check_empty_prefix,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.3,
@@ -100,7 +96,7 @@ LAWS = (
         "numerator-alone",
         "A prefix without a denominator still adds its numerator.",
         ("K4",),
-        _anywhere,
+        draw_anywhere,
         check_numerator_alone,
         applies=lambda contract, kernel: contract.spec.function is ntk_attend,
         examples=0.3,

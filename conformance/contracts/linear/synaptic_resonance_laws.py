@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnspec.conformance.arrays import flatten, place_arguments
-from attnspec.conformance.contract import Contract
-from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, draw_case
 from attnspec.conformance.trial import Trial
 
 STATES = {
@@ -19,10 +17,6 @@ STATES = {
 }
 PACKED = "synaptic_resonance.synaptic_resonance_packed"
 TRACED = ("synaptic_resonance.relevance", "synaptic_resonance.synaptic_resonance", PACKED)
-
-
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype)
 
 
 def check_resumption(trial: Trial) -> None:
@@ -68,7 +62,7 @@ LAWS = (
         "resumption",
         "A sequence cut anywhere goes on from the state of its first part.",
         ("K13",),
-        _anywhere,
+        draw_case,
         check_resumption,
         applies=lambda contract, kernel: contract.operation in STATES,
         examples=0.3,
@@ -77,7 +71,7 @@ LAWS = (
         "silence",
         "While only zero keys were seen, a token is relevant.",
         ("K4",),
-        _anywhere,
+        draw_case,
         check_silence,
         applies=lambda contract, kernel: contract.operation in TRACED,
         examples=0.3,

@@ -22,10 +22,6 @@ CHUNKED = ("titans.titans_chunk_linear", "titans.titans_chunk_mlp", "titans.tita
 PACKED = ("titans.titans_packed_linear", "titans.titans_packed_mlp")
 
 
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype)
-
-
 def _real(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return draw_case(contract, kernel, dtype, options=("S0",))
 
@@ -138,7 +134,7 @@ LAWS = (
         "depth",
         "A memory of any depth follows the same rule.",
         ("K1",),
-        _anywhere,
+        draw_case,
         check_depth,
         applies=lambda contract, kernel: contract.operation in (*CHUNKED[1:], PACKED[1]),
         examples=0.2,

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import heads_cell, keys_cell
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, draw_anywhere
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 
@@ -141,10 +140,6 @@ CONTRACTS = (
 )
 
 
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
-
-
 def check_schedules(trial: Trial) -> None:
     """Tiles, workers, blocks of queries and the order of the line: the same truth for all."""
     arguments = trial.arguments()
@@ -170,7 +165,7 @@ LAWS = (
         "schedule",
         "Any tile, any number of workers, any order of the line: the same attention.",
         ("K10",),
-        _anywhere,
+        draw_anywhere,
         check_schedules,
         applies=lambda contract, kernel: contract.operation == "lean_attention.attend",
         examples=0.5,

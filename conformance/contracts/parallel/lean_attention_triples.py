@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
 from attnspec.conformance.contracts.parallel.lean_attention import RESULT
-from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, draw_anywhere
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.parallel.lean_attention import Triple
@@ -137,10 +136,6 @@ CONTRACTS = (
 )
 
 
-def _anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
-
-
 def check_monoid(trial: Trial) -> None:
     """The order of two triples does not matter, and an empty one changes no bit of the other."""
     arguments = trial.arguments()
@@ -159,7 +154,7 @@ LAWS = (
         "monoid",
         "Triples merge in any order, and the empty triple is the unit.",
         ("K4", "K5"),
-        _anywhere,
+        draw_anywhere,
         check_monoid,
         applies=lambda contract, kernel: contract.operation == "lean_attention.merge",
         examples=0.5,

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from attnspec.conformance.case import Case
 from attnspec.conformance.cells import padded_cell
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case
+from attnspec.conformance.laws.base import Law, draw_anywhere
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.patterns.ee_mllm_attention import composite_attention, composite_mask
@@ -35,7 +34,7 @@ def count_tokens(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def make_kinds(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Which tokens are visual: in runs, as images are, or anywhere."""
+    """Which tokens are visual: in runs, as images are, or draw_anywhere."""
     tokens, images = case.sizes["keys"], case.sizes["images"]
     visual = np.arange(tokens) < images
     if rng.integers(2):
@@ -106,10 +105,6 @@ def _sized(**sizes: int) -> Any:
         return case.with_(sizes=count_tokens({**case.sizes, **sizes}))
 
     return move
-
-
-def anywhere(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
-    return draw_case(contract, kernel, dtype, cross=True)
 
 
 def check_storage(trial: Trial) -> None:
@@ -223,7 +218,7 @@ LAWS = (
         "composite-storage",
         "Text attends to tokens by their positions, wherever they are stored.",
         ("K13",),
-        anywhere,
+        draw_anywhere,
         check_storage,
         applies=lambda contract, kernel: contract.spec.function is composite_attention,
         examples=0.3,
@@ -232,7 +227,7 @@ LAWS = (
         "composite-future",
         "Tokens behind a text token change no bit of its row.",
         ("K3",),
-        anywhere,
+        draw_anywhere,
         check_future,
         applies=lambda contract, kernel: contract.spec.function is composite_attention,
         examples=0.3,

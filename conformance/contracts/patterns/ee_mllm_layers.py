@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from attnspec.conformance.case import Case
 from attnspec.conformance.contract import Array, Contract, Output
-from attnspec.conformance.contracts.patterns.ee_mllm import anywhere
-from attnspec.conformance.laws.base import Law
+from attnspec.conformance.laws.base import Law, draw_anywhere
 from attnspec.conformance.trial import Trial
 from attnspec.conformance.violation import Violation
 from attnspec.reference.patterns.ee_mllm import layer_step
@@ -195,7 +194,7 @@ LAWS = (
         "images-alone",
         "An image token's state depends on no other token.",
         (),
-        anywhere,
+        draw_anywhere,
         check_images_alone,
         applies=lambda contract, kernel: contract.spec.function is layer_step,
         examples=0.3,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from attnspec.conformance.mutants import Mutant, altering, replacing, right, spoiling
 from attnspec.conformance.mutants.dense.attention import read_as_contiguous, wrap_32_bits
-from attnspec.conformance.mutants.packing import multiplied_by_zero
+from attnspec.conformance.mutants.packing import multiplied_by_zero, over_the_boundary
 from attnspec.reference.linear import lightning_attention_2_batches as batches
 from attnspec.reference.linear import lightning_attention_2_chunks as chunks
 from attnspec.reference.linear.lightning_attention_2 import attend_backward
@@ -19,7 +18,6 @@ PACKED = right("lightning_attention_2.attend_packed")
 PADDED = right("lightning_attention_2.attend_padded")
 STATES = right("lightning_attention_2.chunk_states")
 BACKWARD = right("lightning_attention_2.backward_chunk")
-BLOCK = 8
 # A name that mutants replace while they run is kept here as it is.
 sum_groups = chunks.sum_groups
 
@@ -33,18 +31,17 @@ def not_reset(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, offset
     return ATTEND(q, k, v, s, **options)[0], S
 
 
-def over_the_boundary(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray,
-                      offsets: np.ndarray, S0: Any = None, **options: Any) -> Any:  # fmt: skip
+def boundary(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, offsets: np.ndarray,
+             S0: Any = None, **options: Any) -> Any:  # fmt: skip
     """A sequence starts with the block that holds its first token."""
-    o, S = PACKED(q, k, v, s, offsets, S0, **options)
-    if S0 is not None:
-        return o, S
-    parts = []
-    for first, last in pairwise(offsets):
-        wide = slice(first // BLOCK * BLOCK, last)
-        one, _ = ATTEND(q[:, wide], k[:, wide], v[:, wide], s, **options)
-        parts.append(one[:, first - wide.start :])
-    return np.concatenate(parts, axis=-2), S
+
+    def packed(q: Any, k: Any, v: Any, offsets: Any, S0: Any, **options: Any) -> Any:
+        return PACKED(q, k, v, s, offsets, S0, **options)
+
+    def alone(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return ATTEND(q, k, v, s, **options)
+
+    return over_the_boundary(packed, alone)(q, k, v, offsets, S0, **options)
 
 
 def padding_ages(q: np.ndarray, k: np.ndarray, v: np.ndarray, s: np.ndarray, valid: np.ndarray,
@@ -181,7 +178,7 @@ MUTANTS = (
            not_reset),
     mutant("over-the-boundary", "attend_packed", "agreement",
            "a block holds the end of one sequence and the start of the next",
-           over_the_boundary),
+           boundary),
     mutant("packed-leaks", "attend_packed", "alone",
            "values of other sequences are multiplied by 0", multiplied_by_zero(PACKED)),
     mutant("packed-first-of-group", "attend_packed", "gradient",

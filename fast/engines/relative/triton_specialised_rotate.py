@@ -8,6 +8,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attnspec.fast.engines.relative.triton_rotate import turned_groups
+
 
 @gluon.jit
 def chunk_is_new(LAYOUT: gl.constexpr, nothing=0):
@@ -64,24 +66,6 @@ def turning(LAYOUT: gl.constexpr):
         ((even >> 2) + (lane < (even & 3)).to(gl.int32), (lane + even) & 3),
         ((odd >> 2) + (lane < (odd & 3)).to(gl.int32), (lane + odd) & 3),
     )
-
-
-@gluon.jit
-def turned_groups(pieces, groups, one: gl.constexpr):
-    """Each of eight pieces, or the one `one` places behind where bit `one` of `groups` is set."""
-    p0, p1, p2, p3, p4, p5, p6, p7 = pieces
-    take = (groups & one) != 0
-    if one == 1:
-        s0, s1, s2, s3, s4, s5, s6, s7 = p1, p2, p3, p4, p5, p6, p7, p0
-    elif one == 2:
-        s0, s1, s2, s3, s4, s5, s6, s7 = p2, p3, p4, p5, p6, p7, p0, p1
-    else:
-        s0, s1, s2, s3, s4, s5, s6, s7 = p4, p5, p6, p7, p0, p1, p2, p3
-    return (
-        gl.where(take, s0, p0), gl.where(take, s1, p1), gl.where(take, s2, p2),
-        gl.where(take, s3, p3), gl.where(take, s4, p4), gl.where(take, s5, p5),
-        gl.where(take, s6, p6), gl.where(take, s7, p7),
-    )  # fmt: skip
 
 
 @gluon.jit
