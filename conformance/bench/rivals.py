@@ -82,6 +82,14 @@ def flash_linear(module: str, name: str) -> Any:
     return installed("flash-linear-attention", f"fla.ops.{module}", name)
 
 
+def counted_in_32_bits(numbers: int) -> None:
+    """Unavailable if FlexAttention must look up more numbers than 32 bits count: it reads where
+    nothing is, and the device is lost for all benchmarks after it.
+    """
+    if numbers > 2**31:
+        raise Unavailable(f"{numbers} products, and FlexAttention's lookups count with 32 bits")
+
+
 def with_backward(forward: Callable[[], Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
     """Forward and backward of `forward` with a fixed random upstream."""
     import torch

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from attnspec.conformance import Kernel
 from attnspec.conformance.bench import Benchmark, Cost, commands, run
 from attnspec.conformance.bench.model import Rival, Unavailable
+from attnspec.conformance.bench.rivals import counted_in_32_bits
 from attnspec.conformance.bench.timing import Ceilings, Timing, captured
 
 OPERATION = "tempscale.temper"
@@ -160,3 +161,9 @@ def test_a_graph_repeats_the_call() -> None:
     replay()
     replay()
     assert torch.equal(x, before + 2)
+
+
+def test_what_counts_with_32_bits_is_not_led_astray() -> None:
+    counted_in_32_bits(2**31)
+    with pytest.raises(Unavailable, match="2147483649 products, and FlexAttention's lookups count"):
+        counted_in_32_bits(2**31 + 1)

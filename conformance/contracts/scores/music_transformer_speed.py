@@ -6,9 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of, qkv
-from attnspec.conformance.bench.model import Benchmark, Cost, Rival
-from attnspec.conformance.bench.rivals import reference, sdpa, torch_sdpa, with_backward
+from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
+from attnspec.conformance.bench.rivals import (
+    counted_in_32_bits,
+    reference,
+    sdpa,
+    torch_sdpa,
+    with_backward,
+)
 from attnspec.reference.scores.music_transformer import global_attention, local_attention
+
+LARGEST = 16e9
+"""Bytes of an array of products that plain torch is asked to write, pad and mask."""
 
 
 def with_table(
@@ -62,6 +71,7 @@ def flex_gather(backward: bool = False) -> Rival:
 
         q, k, v, E = (arguments[name] for name in ("q", "k", "v", "E"))
         tokens, rows, b = q.shape[2], E.shape[-2], arguments.get("b")
+        counted_in_32_bits(q.shape[:3].numel() * rows)
         scale = q.shape[3] ** -0.5
 
         def seen(batch: Any, h: Any, i: Any, j: Any) -> Any:
@@ -95,6 +105,9 @@ def skewed() -> Rival:
 
         q, k, v, E = (arguments[name] for name in ("q", "k", "v", "E"))
         tokens, scale = q.shape[2], q.shape[3] ** -0.5
+        size = q.shape[:3].numel() * tokens * q.element_size()
+        if size > LARGEST:
+            raise Unavailable(f"its arrays of products, {size / 1e9:.0f} GB each, are too large")
         used = pad(E, (0, 0, max(tokens - E.shape[-2], 0), 0))[:, -tokens:]
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
 

@@ -6,8 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnspec.conformance.bench.inputs import bytes_of, qkv
-from attnspec.conformance.bench.model import Benchmark, Cost, Rival, Unavailable
-from attnspec.conformance.bench.rivals import reference, sdpa, torch_sdpa, with_backward
+from attnspec.conformance.bench.model import Benchmark, Cost, Rival
+from attnspec.conformance.bench.rivals import (
+    counted_in_32_bits,
+    reference,
+    sdpa,
+    torch_sdpa,
+    with_backward,
+)
 from attnspec.reference.scores.rcmha import depthwise_causal_conv, relative_attention
 
 INPUTS = ("q", "k", "v", "R", "b", "u")
@@ -77,9 +83,7 @@ def flex_gather(backward: bool = False) -> Rival:
 
         q, k, v, u = (arguments[name] for name in ("q", "k", "v", "u"))
         T, S, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
-        numbers = q.shape[0] * q.shape[1] * T * (S + T)
-        if numbers > 2**31:
-            raise Unavailable(f"{numbers} products, and FlexAttention's lookups count with 32 bits")
+        counted_in_32_bits(q.shape[0] * q.shape[1] * T * (S + T))
 
         def seen(batch: Any, h: Any, i: Any, j: Any) -> Any:
             return j - (S - T) <= i
