@@ -155,6 +155,7 @@ def attend_tiles(
         new_weights = gl.convert_layout(new_weights.to(q_tile.dtype), WEIGHTS)
         new, new_weights = warpgroup_mma_wait(1, deps=[new, new_weights])
         mbarrier.arrive(t_empty.index(n % CHUNKS), count=1)
+        # The index is never negative, which the compiler cannot tell.
         new_chunk = chunk_is_new(SCORES, i >> 31)
         turned_band = rotate(gl.where(new_chunk, new, waiting), turns_by)
         waiting = new

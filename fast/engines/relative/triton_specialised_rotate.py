@@ -16,6 +16,8 @@ def chunk_is_new(LAYOUT: gl.constexpr, nothing=0):
     """Which elements of a tile's ring come from the newer of its two chunks, in `LAYOUT`.
 
     Column c of row r is entry c + 63 - r of the two side by side; `rotate` moves it to its place.
+    `nothing` is a 0 that the compiler does not know, in a loop: the comparison is then made in
+    every turn instead of once, which would take registers all along.
     """
     column = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     slant = 63 + nothing - gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
