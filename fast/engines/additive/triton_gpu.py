@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.backend import interpreting
 from attnspec.fast.engines.additive.configs import config
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 LENGTHS = ["steps", "slots", "step_tiles", "slot_tiles"]
 
@@ -186,7 +187,7 @@ def _approximate(x: Tensor) -> bool:
 
 
 def _tile(size: int, largest: int) -> int:
-    return min(largest, max(4, triton.next_power_of_2(size)))
+    return min(largest, max(4, next_power_of_2(size)))
 
 
 def _mask_arguments(mask: Tensor | None, q: Tensor) -> tuple[Any, ...]:
@@ -200,7 +201,7 @@ def scores(k: Tensor, q: Tensor, v: Tensor) -> Tensor:
     if not out.numel():
         return out
     M, N = _tile(steps, config().rows), _tile(slots, config().columns)
-    tiles = triton.cdiv(steps, M), triton.cdiv(slots, N)
+    tiles = cdiv(steps, M), cdiv(slots, N)
     launch(
         _scores, batch * tiles[0] * tiles[1],
         k, q, v, out, *k.stride(), *q.stride(), v.stride(0), steps, slots, *tiles, width,
@@ -214,10 +215,10 @@ def lse(
 ) -> tuple[Tensor, Tensor]:
     (batch, slots, width), steps, plan = k.shape, q.shape[1], config()
     M, N = _tile(steps, plan.rows), _tile(slots, plan.columns)
-    tiles = triton.cdiv(steps, M)
-    wanted = triton.cdiv(plan.programs, max(1, batch * tiles))
-    splits = max(1, min(wanted, triton.cdiv(slots, N)))
-    chunk = triton.cdiv(triton.cdiv(slots, splits), N) * N
+    tiles = cdiv(steps, M)
+    wanted = cdiv(plan.programs, max(1, batch * tiles))
+    splits = max(1, min(wanted, cdiv(slots, N)))
+    chunk = cdiv(cdiv(slots, splits), N) * N
     partial = torch.empty(2, batch, steps, splits, dtype=torch.float32, device=q.device)
     bytes_, *mask_strides = _mask_arguments(mask, q)
     if batch * steps:
@@ -240,7 +241,7 @@ def score_gradients(
     if not out.numel():
         return out
     M, N = _tile(steps, config().rows), _tile(slots, config().columns)
-    tiles = triton.cdiv(steps, M), triton.cdiv(slots, N)
+    tiles = cdiv(steps, M), cdiv(slots, N)
     bytes_, *mask_strides = _mask_arguments(mask, q)
     launch(
         _score_gradients, batch * tiles[0] * tiles[1],
@@ -257,12 +258,12 @@ def _run_gradients(
 ) -> tuple[Tensor, Tensor]:
     (batch, steps, width), slots, plan = x.shape, y.shape[1], config()
     M, N = _tile(steps, plan.rows), _tile(slots, plan.columns)
-    tiles = triton.cdiv(steps, M)
+    tiles = cdiv(steps, M)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dv = torch.empty(batch, tiles, width if of_v else 0, dtype=torch.float32, device=x.device)
     if dx.numel():
         launch(
-            _gradients, (batch * tiles, triton.cdiv(width, plan.channels)),
+            _gradients, (batch * tiles, cdiv(width, plan.channels)),
             dout, y, x, v, dx, dv, *dout.stride(), *y.stride(), *x.stride(), v.stride(0), steps,
             slots, tiles, width, OF_V=of_v, M=M, N=N, C=plan.channels,
             APPROXIMATE=_approximate(x), num_warps=plan.num_warps,

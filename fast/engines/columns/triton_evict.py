@@ -14,12 +14,12 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _options,
     _queries,
     _tile,
-    _width,
     partial_norms,
 )
-from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.flash.triton_launch import padded, readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import best_of, ordered
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 GATHERED_ROWS = 32
 
@@ -120,13 +120,13 @@ def received(q: Tensor, k: Tensor, a: Tensor, scale: float) -> Tensor:
     q, k = readable(q, k)
     top, total = partial_norms(q, k, None, scale, True)
     M, N = _tile(rows, 16), _tile(columns, plan.block_k // 2)
-    tiles = triton.cdiv(columns, N)
+    tiles = cdiv(columns, N)
     out = torch.empty(kv_heads, columns, dtype=torch.float32, device=q.device)
     launch(
         _received, kv_heads * tiles,
         q, k, top, total, a, out, *q.stride()[1:], *k.stride()[1:], *a.stride(),
         heads // kv_heads, rows, columns, a.shape[1], tiles, top.shape[-1], d, scale * LOG2E.value,
-        M=M, N=N, D=_width(d), SPLITS=triton.next_power_of_2(top.shape[-1]), **_options(plan),
+        M=M, N=N, D=padded(d), SPLITS=next_power_of_2(top.shape[-1]), **_options(plan),
     )  # fmt: skip
     return out
 
@@ -141,16 +141,16 @@ def evict(
     kept_k, kept_v = k.new_empty(1, kv_heads, kept, d), v.new_empty(1, kv_heads, kept, dv)
     if not kept:
         return kept_k, kept_v, kept_a, kept_pos
-    size = max(32, triton.next_power_of_2(n - rec))
+    size = max(32, next_power_of_2(n - rec))
     launch(
         _choose, kv_heads,
         a, pos, *pos.stride(), index, kept_a, kept_pos, n, pos.shape[1], seen, hh, rec,
         N=size, num_warps=min(16, max(1, size // 512)),
     )  # fmt: skip
-    tiles = triton.cdiv(kept, GATHERED_ROWS)
+    tiles = cdiv(kept, GATHERED_ROWS)
     launch(
         _gather, kv_heads * tiles,
         k, v, index, kept_k, kept_v, *k.stride()[1:], *v.stride()[1:], kept, tiles, d, dv,
-        ROWS=GATHERED_ROWS, D=_width(d), DV=_width(dv), num_warps=4,
+        ROWS=GATHERED_ROWS, D=padded(d), DV=padded(dv), num_warps=4,
     )  # fmt: skip
     return kept_k, kept_v, kept_a, kept_pos

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.columns.configs import ColumnsConfig, config
-from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.flash.triton_launch import padded, readable
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["rows", "columns", "tiles", "scale"]
@@ -264,7 +265,7 @@ def _smooth(
 
 def _tile(size: int, largest: int) -> int:
     """A power of two that the tensor cores accept, no larger than needed."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
+    return min(largest, max(16, next_power_of_2(size)))
 
 
 def _options(plan: ColumnsConfig) -> dict[str, int]:
@@ -278,10 +279,6 @@ def _mask_arguments(key_mask: Tensor | None, q: Tensor) -> tuple[Any, ...]:
     return key_mask.view(torch.uint8), *key_mask.stride()
 
 
-def _width(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
-
-
 def partial_norms(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -290,16 +287,16 @@ def partial_norms(
     plan, group = config(d, q.dtype), heads // kv_heads
     M = _tile(group * rows, plan.block_q)
     N = _tile(columns, plan.block_k)
-    tiles = triton.cdiv(group * rows, M)
-    splits = min(triton.cdiv(plan.programs, batch * kv_heads * tiles), triton.cdiv(columns, 4 * N))
-    chunk = triton.cdiv(triton.cdiv(columns, splits), N) * N
+    tiles = cdiv(group * rows, M)
+    splits = min(cdiv(plan.programs, batch * kv_heads * tiles), cdiv(columns, 4 * N))
+    chunk = cdiv(cdiv(columns, splits), N) * N
     real, *real_strides = _mask_arguments(key_mask, q)
     top, total = torch.empty(2, *q.shape[:3], splits, dtype=torch.float32, device=q.device)
     launch(
         _row_norms, batch * kv_heads * tiles * splits,
         q, k, real, top, total, *q.stride(), *k.stride(), *real_strides, kv_heads, group, rows,
         columns, tiles, splits, chunk, d, scale * LOG2E.value, CAUSAL=causal,
-        MASKED=key_mask is not None, M=M, N=N, D=_width(d), **_options(plan),
+        MASKED=key_mask is not None, M=M, N=N, D=padded(d), **_options(plan),
     )  # fmt: skip
     return top, total
 
@@ -328,7 +325,7 @@ def column_sums(
         return out
     q, k = readable(q, k)
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
-    tiles = triton.cdiv(columns, N)
+    tiles = cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
     raw, norm = total is not None, norm.contiguous()
     total = norm if total is None else total.contiguous()
@@ -336,7 +333,7 @@ def column_sums(
         _column_sums, batch * kv_heads * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, kv_heads,
         heads // kv_heads, rows, k.shape[2], columns, tiles, d, scale * LOG2E.value,
-        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=padded(d),
         **_options(plan),
     )  # fmt: skip
     return out
@@ -353,7 +350,7 @@ def weight_rows(
         return out
     q, k = readable(q, k)
     M, N = _tile(rows, plan.block_q), _tile(columns, plan.block_k)
-    row_tiles, tiles = triton.cdiv(rows, M), triton.cdiv(columns, N)
+    row_tiles, tiles = cdiv(rows, M), cdiv(columns, N)
     real, *real_strides = _mask_arguments(key_mask, q)
     raw, norm = total is not None, norm.contiguous()
     total = norm if total is None else total.contiguous()
@@ -361,7 +358,7 @@ def weight_rows(
         _weight_rows, batch * heads * row_tiles * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, heads,
         heads // k.shape[1], rows, columns, row_tiles, tiles, d, scale * LOG2E.value,
-        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=_width(d),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=padded(d),
         **_options(plan),
     )  # fmt: skip
     return out
@@ -370,9 +367,9 @@ def weight_rows(
 def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> Tensor:
     batch, heads, rows, d = q.shape
     columns, plan = k.shape[2], config(d, q.dtype)
-    row_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(columns, block)
+    row_blocks, tiles = cdiv(rows, block), cdiv(columns, block)
     M, N = _tile(block, plan.block_q), _tile(block, plan.block_k)
-    parts = triton.cdiv(block, M)
+    parts = cdiv(block, M)
     out = torch.empty(batch, heads, row_blocks, parts, tiles, dtype=torch.float32, device=q.device)
     if out.numel():
         q, k = readable(q, k)
@@ -380,7 +377,7 @@ def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> T
             _block_max, batch * heads * row_blocks * parts,
             q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns,
             row_blocks, tiles, block, parts, d, scale * LOG2E.value, CAUSAL=causal, M=M, N=N,
-            D=_width(d), **_options(plan),
+            D=padded(d), **_options(plan),
         )  # fmt: skip
     return out.amax(3)
 
@@ -390,8 +387,8 @@ def smooth(s: Tensor, width: int, kind: str, heads: int, reduce: str) -> Tensor:
     out = torch.empty(batch, heads, n, dtype=s.dtype, device=s.device)
     if not out.numel():
         return out
-    size = min(1024, max(32, triton.next_power_of_2(n)))
-    tiles = triton.cdiv(n, size)
+    size = min(1024, max(32, next_power_of_2(n)))
+    tiles = cdiv(n, size)
     launch(
         _smooth, batch * heads * tiles,
         s, out, *s.stride(), heads, s_heads // heads, n, tiles, width,

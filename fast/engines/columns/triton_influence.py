@@ -14,10 +14,10 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _options,
     _queries,
     _tile,
-    _width,
 )
-from attnspec.fast.engines.flash.triton_launch import readable
+from attnspec.fast.engines.flash.triton_launch import padded, readable
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv
 
 LENGTHS = ["tokens", "blocks", "block", "parts", "scale", "eps"]
 
@@ -102,7 +102,7 @@ def block_influence(
     dv, blocks = v.shape[3], tokens // block
     plan = config(max(d, dv), q.dtype)
     M, N = _tile(block, plan.block_q), _tile(block, min(plan.block_k, plan.block_q))
-    parts = triton.cdiv(block, M)
+    parts = cdiv(block, M)
     # Entries above the diagonal are not written.
     out = torch.zeros(batch, heads, blocks, parts, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
@@ -111,6 +111,6 @@ def block_influence(
             influence_kernel, batch * heads * blocks * parts,
             q, k, v, g, out, *q.stride(), *k.stride(), *v.stride(), *g.stride(), heads,
             heads // k.shape[1], tokens, blocks, block, parts, d, dv, scale * LOG2E.value, eps,
-            M=M, N=N, D=_width(d), DV=_width(dv), **_options(plan),
+            M=M, N=N, D=padded(d), DV=padded(dv), **_options(plan),
         )  # fmt: skip
     return out.sum(3)

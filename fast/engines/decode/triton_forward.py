@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -22,6 +21,7 @@ from attnspec.fast.backend import FAR, count_launch
 from attnspec.fast.engines.decode.configs import config
 from attnspec.fast.engines.decode.triton_kernels import attend_kernel
 from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 LOG2E = 1 / math.log(2)
 JOINED = 8192
@@ -101,7 +101,7 @@ _workspace = cache(Workspace)
 
 
 def _power(n: int, least: int) -> int:
-    return max(least, int(triton.next_power_of_2(n)))
+    return max(least, next_power_of_2(n))
 
 
 class Launch:
@@ -158,7 +158,7 @@ class Launch:
         rows = max(1, min(packed, settings.rows))
         workers = workers or settings.workers * _processors(q.device)
         causal = causal and q_tokens > 1
-        blocks = triton.cdiv(packed, rows)
+        blocks = cdiv(packed, rows)
         per_head = lengths is not None and lengths.dim() == 2
         alone = batch == 1 and not (per_head and kv_heads > 1)
         uniform = (lengths is None or alone) and (not causal or blocks == 1)

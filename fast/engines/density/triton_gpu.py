@@ -12,7 +12,6 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnspec.fast.backend import FAR
@@ -32,6 +31,7 @@ from attnspec.fast.engines.density.triton_gradients import (
     push_kernel,
 )
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 from attnspec.fast.recent import Recent
 
 MOST_PARTS = 64
@@ -57,8 +57,8 @@ class Layout:
         (outer, n, fibres), (heads, K) = self.order(x.shape), delta.shape
         plan = config()
         chunk, extra = divmod(n, heads)
-        longest, slices = chunk + extra, triton.next_power_of_2(fibres)
-        whole = triton.next_power_of_2(longest)
+        longest, slices = chunk + extra, next_power_of_2(fibres)
+        whole = next_power_of_2(longest)
         wide = 1 if self.rows_in_front else min(plan.wide, slices)
         self.held = whole * wide <= plan.held
         if backward:
@@ -70,15 +70,15 @@ class Layout:
         F = min(slices, max(tile // L, wide))
         least = 1 if self.rows_in_front else min(plan.least, F)
         fewer = F
-        while least < fewer and outer * heads * triton.cdiv(fibres, fewer) < plan.programs:
+        while least < fewer and outer * heads * cdiv(fibres, fewer) < plan.programs:
             fewer //= 2
         # Where fewer slices do not help enough, chunks are divided instead.
-        if self.held or 2 * outer * heads * triton.cdiv(fibres, fewer) >= plan.programs:
+        if self.held or 2 * outer * heads * cdiv(fibres, fewer) >= plan.programs:
             L, F = min(whole, L * F // fewer), fewer
-        tiles, blocks = triton.cdiv(fibres, F), triton.cdiv(longest, L)
+        tiles, blocks = cdiv(fibres, F), cdiv(longest, L)
         wanted = max(1, plan.programs // (outer * heads * tiles), longest // plan.longest)
-        rows = triton.cdiv(blocks, min(wanted, blocks, MOST_PARTS)) * L
-        self.parts = 1 if self.held else triton.cdiv(longest, rows)
+        rows = cdiv(blocks, min(wanted, blocks, MOST_PARTS)) * L
+        self.parts = 1 if self.held else cdiv(longest, rows)
         self.heads, self.shares = heads, outer * tiles
         self.programs = outer * heads * self.parts * tiles
         self.part_slices = outer * heads * fibres * self.parts
@@ -93,11 +93,11 @@ class Layout:
             "eps": options.eps, "log_eps": math.log2(options.eps), "spread": math.log2(K),
             "CLAMP": options.clamp, "RESIDUAL": options.residual, "MASKED": mask is not None,
             "EXACT": options.exact and mask is not None, "PRODUCT": self.product,
-            "KP": triton.next_power_of_2(max(K, 4)) if self.product else 4,
+            "KP": next_power_of_2(max(K, 4)) if self.product else 4,
             "WIDE": x.dtype == torch.float32, "WHOLE": not extra and not chunk % L,
             "EVEN": not fibres % F,
             "NEAR": all(_reach(self.order(a.stride()), L, F) < FAR for a in arrays),
-            "ONE": self.held, "P": triton.next_power_of_2(self.parts), "L": L, "F": F, "R": ADDED,
+            "ONE": self.held, "P": next_power_of_2(self.parts), "L": L, "F": F, "R": ADDED,
             "V": F if self.rows_in_front else min(plan.vector, F),
             **self.strides("x", x), **self.strides("m", mask),
             **self.strides("y", torch.empty(x.shape, device="meta")),

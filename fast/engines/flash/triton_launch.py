@@ -18,6 +18,7 @@ from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import next_power_of_2
 
 SPEAKS_GLUON = triton.__version__.startswith("3.6.")
 """Whether this Triton has the language of the specialised kernel as it is written: it is
@@ -39,7 +40,7 @@ def arch(x: Tensor) -> int:
 
 def padded(size: int, least: int = 16) -> int:
     """The power of two that a head size is padded to, at least the 16 of a matrix product."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, next_power_of_2(size))
 
 
 def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnspec.fast.engines.memory.configs import MemoryConfig, deep_config, least_side
@@ -24,10 +23,11 @@ from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.memory.triton_deep_walk import begin_kernel, read_kernel, step_kernel
 from attnspec.fast.engines.memory.triton_scalars import scalars
 from attnspec.fast.engines.prepared import Repeated
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 
 def padded(n: int) -> int:
-    return 16 * triton.cdiv(n, 16)
+    return 16 * cdiv(n, 16)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Two:
 
     def tile(self, width: int) -> int:
         """A side of a tile that holds so many channels."""
-        return max(self.least, int(triton.next_power_of_2(width)))
+        return max(self.least, next_power_of_2(width))
 
     @property
     def hidden(self) -> int:
@@ -98,11 +98,11 @@ class Two:
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.widths[1], self.hidden)
+        return cdiv(self.widths[1], self.hidden)
 
     @property
     def groups(self) -> int:
-        return triton.cdiv(self.pieces.count, GROUP)
+        return cdiv(self.pieces.count, GROUP)
 
     def many(self, number: int) -> int:
         """Pieces of a group."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnspec.fast.engines.memory.configs import MemoryConfig, config
@@ -18,10 +17,11 @@ from attnspec.fast.engines.memory.triton_gradients import keys_kernel, queries_k
 from attnspec.fast.engines.memory.triton_scalars import scalars, scalars_backward
 from attnspec.fast.engines.memory.triton_walk import scores_kernel, walk_back_kernel, walk_kernel
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 
 def _power(n: int) -> int:
-    return max(16, int(triton.next_power_of_2(n)))
+    return max(16, next_power_of_2(n))
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _in_rows(x: Tensor) -> Tensor:
     if x.stride(3) == 1 and not x.data_ptr() % 16 and all(n % 16 == 0 for n in x.stride()[:3]):
         return x
     width = x.shape[3]
-    copy = x.new_empty(*x.shape[:3], 16 * triton.cdiv(width, 16))[..., :width]
+    copy = x.new_empty(*x.shape[:3], 16 * cdiv(width, 16))[..., :width]
     return copy.copy_(x)
 
 
@@ -118,7 +118,7 @@ class Linear:
         return self.pieces.packed is not None
 
     def walkers(self, states: Tensor) -> int:
-        return states.shape[0] * triton.cdiv(self.dv, self.columns)
+        return states.shape[0] * cdiv(self.dv, self.columns)
 
     def scores(self) -> Tensor:
         """q k^T times the coefficients, (query heads, pieces, size, size)."""
@@ -174,7 +174,7 @@ def backward(
         dS, first_dW, first_dS, dstates, dv, *call.walks(), loss_scale, **call.walk_options(),
     )  # fmt: skip
     tile = min(call.cfg.tile, _power(call.d))
-    tiles, heads = triton.cdiv(call.d, tile), call.memories * call.group
+    tiles, heads = cdiv(call.d, tile), call.memories * call.group
     options = {
         "D": call.d, "DV": call.dv, "C": p.size, "TD": tile,
         "TV": min(call.cfg.tile, _power(call.dv)), "PACKED": call.packed,

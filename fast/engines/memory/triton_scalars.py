@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.memory.plan import Pieces, Rates, Scalars
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 PLACE = ("tokens", "b", "per", "count", "size")
 
@@ -173,7 +174,7 @@ def _launch(kernel: Any, rates: Rates, pieces: Pieces, tensors: Any, **options: 
         kernel, rates.theta.shape[0] * pieces.count,
         rates.theta, rates.eta, rates.alpha, stored, *tensors, pieces.table(rates.theta),
         pieces.tokens, pieces.b, pieces.per, pieces.count, pieces.size,
-        BC=triton.next_power_of_2(pieces.size), STORED=rates.stored is not None,
+        BC=next_power_of_2(pieces.size), STORED=rates.stored is not None,
         PACKED=pieces.packed is not None, num_warps=1 if pieces.size <= 128 else 4, **options,
     )  # fmt: skip
 
@@ -280,7 +281,7 @@ def path(W: Tensor, S: Tensor, gradients: Tensor, eta: Tensor, alpha: Tensor) ->
     out, last = W.new_empty(heads, chunks + 1, width), torch.empty_like(S)
     if heads:
         launch(
-            path_kernel, heads * triton.cdiv(width, BLOCK),
+            path_kernel, heads * cdiv(width, BLOCK),
             W, S, gradients, eta, alpha, out, last, chunks, width, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out, last
@@ -291,7 +292,7 @@ def path_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dW, dS, dgradients, deta, dalpha of `path`."""
     heads, many, width = out.shape
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = cdiv(width, BLOCK)
     dW, dS0 = torch.empty_like(S), torch.empty_like(S)
     dgradients = torch.empty_like(gradients)
     deta, dalpha = (out.new_empty(heads, blocks, many - 1) for _ in range(2))

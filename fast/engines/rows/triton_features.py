@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 TILE = 4096
 """Numbers of a program."""
@@ -39,9 +40,9 @@ def positive_kernel(
 def positive(x: Tensor, up: Tensor | None, out: Tensor) -> None:
     """Fill out, contiguous, as x (batch, heads, tokens, d), with features or their gradient."""
     batch, heads, tokens, d = x.shape
-    width = triton.next_power_of_2(max(1, d))
+    width = next_power_of_2(max(1, d))
     rows = max(1, TILE // width)
-    tiles = triton.cdiv(tokens, rows)
+    tiles = cdiv(tokens, rows)
     other = x if up is None else up
     launch(
         positive_kernel, batch * heads * tiles if d else 0,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv
 
 RUN = 4096
 """Numbers of a program."""
@@ -55,7 +56,7 @@ def _launch(gradient: bool, count: int, dtype: torch.dtype, device: torch.device
     names = ("dy", "g", "u", "dg", "du") if gradient else ("g", "u", "y")
     unit = 1 if count % UNIT else UNIT
     arguments = {**dict.fromkeys(names, x), "units": count // unit, "RUN": RUN, "UNIT": unit}
-    return Prepared(kernel, triton.cdiv(count, RUN), arguments, device, num_warps=8)
+    return Prepared(kernel, cdiv(count, RUN), arguments, device, num_warps=8)
 
 
 def gate(g: Tensor, u: Tensor) -> Tensor:

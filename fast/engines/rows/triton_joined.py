@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 from attnspec.fast.engines.strides import layout_of
 
 TOKENS = 16
@@ -106,7 +107,7 @@ def _normed(
     batch, split, D = a[0]
     tokens = split + b[0][1]
     x, number = torch.empty(0, dtype=dtype), torch.empty(0, dtype=numbers)
-    width = triton.next_power_of_2(D)
+    width = next_power_of_2(D)
     arguments: dict[str, Any] = {
         **dict.fromkeys(("a", "b", "gain", "X", "h", "rows"), x),
         "place": number, "row_place": number, "tokens": tokens, "split": split, "eps": eps,
@@ -145,10 +146,10 @@ def _read(
         "place": number, "row_place": number, "tokens": tokens, "split": tokens - behind,
         **{f"v_{axis}": s for axis, s in zip("bhtd", v[2], strict=True)},
         **{f"out_{axis}": s for axis, s in zip("bhtd", out[2], strict=True)},
-        "HEADS": heads, "GROUP": heads // v[0][1], "D": d, "WIDTH": triton.next_power_of_2(d),
+        "HEADS": heads, "GROUP": heads // v[0][1], "D": d, "WIDTH": next_power_of_2(d),
         "V_UNIT": v[1], "OUT_UNIT": out[1], "TOKENS": TOKENS,
     }  # fmt: skip
-    programs = batch * heads * triton.cdiv(tokens, TOKENS)
+    programs = batch * heads * cdiv(tokens, TOKENS)
     return Prepared(join_read_kernel, programs, arguments, device, num_warps=4)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
+from attnspec.fast.engines.sizes import cdiv
 
 WIDEST = 1024
 """Channels of a tile at most; wider heads take several."""
@@ -198,7 +199,7 @@ def norm(o: Tensor, u: Tensor | None, eps: float) -> Tensor:
     y = o.new_empty(batch, tokens, heads * d)
     tile = _tile(d)
     launch(
-        norm_kernel, triton.cdiv(batch * tokens, tile["R"]),
+        norm_kernel, cdiv(batch * tokens, tile["R"]),
         o, *o.stride(), u, *_strides(u, 3), y, tokens, batch * tokens, heads, d, eps,
         GATED=u is not None, **tile,
     )  # fmt: skip
@@ -211,7 +212,7 @@ def norm_backward(dy: Tensor, o: Tensor, u: Tensor | None, eps: float) -> tuple[
     du = dy.new_empty(dy.shape if u is not None else (0,))
     tile = _tile(d)
     launch(
-        norm_gradient_kernel, triton.cdiv(batch * tokens, tile["R"]),
+        norm_gradient_kernel, cdiv(batch * tokens, tile["R"]),
         dy, *dy.stride(), o, *o.stride(), u, *_strides(u, 3), do, du, tokens, batch * tokens,
         heads, d, eps, GATED=u is not None, **tile,
     )  # fmt: skip
@@ -242,7 +243,7 @@ def lift_backward(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, d = x.shape
     dx, tile, programs = x.new_empty(x.shape), _tile(d), _programs(x)
-    tiles = triton.cdiv(tokens, tile["R"])
+    tiles = cdiv(tokens, tile["R"])
     wanted = 0 if theta is None else tiles
     partial = torch.empty(batch, heads, wanted, d, dtype=torch.float32, device=x.device)
     launch(
@@ -263,7 +264,7 @@ def _tile(d: int) -> dict[str, Any]:
 def _programs(x: Tensor) -> int:
     batch, heads, tokens, d = x.shape
     tile = _tile(d)
-    return batch * heads * triton.cdiv(tokens, tile["R"]) * triton.cdiv(d, tile["BD"])
+    return batch * heads * cdiv(tokens, tile["R"]) * cdiv(d, tile["BD"])
 
 
 def _flags(theta: Tensor | None, positions: Tensor | None, activate: bool) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.rows.configs import config
 from attnspec.fast.engines.rows.turning import Turn
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 from attnspec.fast.engines.strides import layout_of
 
 PROGRAMS = 2048
@@ -167,7 +168,7 @@ def turn(
     q: Tensor, k: Tensor | None, pq: Tensor | None, pk: Tensor | None, f: Tensor | None, how: Turn
 ) -> tuple[Tensor, Tensor]:
     d = q.shape[3]
-    width, chosen = triton.next_power_of_2(how.half), config()
+    width, chosen = next_power_of_2(how.half), config()
     rest = d - 2 * how.half
     tile = max(1, chosen.elements // (2 * width))
     q_out = q.new_empty(q.shape, dtype=how.dtype)
@@ -185,7 +186,7 @@ def turn(
         NEIGHBOURS=how.neighbours, INVERSE=how.inverse, Q_PLACED=pq is not None,
         K_PLACED=pk is not None, GIVEN=f is not None, GROWN=how.decay != 0.0,
         SCALED=how.log_c != 0.0, Q_UNIT=q_unit, K_UNIT=k_unit,
-        PAIR=k is not None, R=tile, BH=width, BR=triton.next_power_of_2(rest) if rest else 1,
+        PAIR=k is not None, R=tile, BH=width, BR=next_power_of_2(rest) if rest else 1,
         num_warps=chosen.warps,
     )  # fmt: skip
     return q_out, k_out
@@ -194,9 +195,9 @@ def turn(
 def _share(x: Tensor, tile: int) -> tuple[int, int]:
     """Heads of a program and the programs of an operand."""
     batch, heads, tokens, _ = x.shape
-    tiles = batch * triton.cdiv(tokens, tile)
+    tiles = batch * cdiv(tokens, tile)
     chunk = max(1, min(heads, heads * tiles // PROGRAMS))
-    return chunk, tiles * triton.cdiv(heads, chunk)
+    return chunk, tiles * cdiv(heads, chunk)
 
 
 def _places(p: Tensor | None) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from attnspec.fast.engines.scan.triton_common import locate
 from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power, prepare
 from attnspec.fast.engines.scan.triton_states import chain_kernel
 from attnspec.fast.engines.scan.triton_trace_rows import bits_lost, floored, real_rows
+from attnspec.fast.engines.sizes import next_power_of_2
 
 VARYING = [
     "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "one_b",
@@ -331,7 +332,7 @@ class Cut:
     ) -> None:  # fmt: skip
         """Turn the segments' sums into the states between them, in place."""
         numbers = self.d * self.dv
-        items = min(1024, triton.next_power_of_2(numbers))
+        items = min(1024, next_power_of_2(numbers))
         bounds = self.segments.bounds
         launch(
             chain_kernel, self.segments.sequences * self.kv_heads * -(-numbers // items),

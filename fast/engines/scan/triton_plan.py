@@ -16,6 +16,7 @@ from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_pairs import pairs_kernel, steep_pairs_kernel
 from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
+from attnspec.fast.engines.sizes import next_power_of_2
 
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
 KINDS = ("constant", "constant", "token", "channel", "token")
@@ -304,7 +305,7 @@ def chain(
     final: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Turn the segments' sums into the states between them, in place."""
-    segments, items = call.segments, min(1024, triton.next_power_of_2(call.d * call.dv))
+    segments, items = call.segments, min(1024, next_power_of_2(call.d * call.dv))
     parts = -(-call.d * call.dv // items)
     call.recorder.launch(
         chain_kernel, segments.sequences * call.heads * parts,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import cdiv
 
 CHUNK = 1024
 COUNTS = 1024
@@ -90,7 +91,7 @@ def packed_rows(
     rows, sequences = active.numel(), batch * kv_heads
     lists = [torch.empty(rows, dtype=torch.int32, device=active.device) for _ in range(5)]
     offsets = [torch.empty(sequences + 2, dtype=torch.int64, device=active.device) for _ in "qk"]
-    chunks = triton.cdiv(tokens * (heads // kv_heads), CHUNK)
+    chunks = cdiv(tokens * (heads // kv_heads), CHUNK)
     counts = torch.empty(sequences * chunks, dtype=torch.int32, device=active.device)
     flags = active.view(torch.uint8)
     launch(

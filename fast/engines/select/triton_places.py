@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv
 
 MOST = 1 << 14
 """Tokens at most: two counts share 32 bits, and for more a sort is faster."""
@@ -132,7 +133,7 @@ def _launch(
         "table_stride": widths[0], "row_stride": widths[1], "AHEAD": ahead, "OWN": OWN,
         "EACH": EACH,
     }  # fmt: skip
-    return Prepared(places_kernel, triton.cdiv(tokens, OWN), arguments, device, num_warps=4)
+    return Prepared(places_kernel, cdiv(tokens, OWN), arguments, device, num_warps=4)
 
 
 def fill(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
+from attnspec.fast.engines.sizes import next_power_of_2
 
 LENGTHS = ["tokens", "blocks"]
 
@@ -102,8 +103,8 @@ def _pool_backward(
 
 def _plan(x: Tensor, block: int, kinds: list[int]) -> tuple[int, dict[str, int]]:
     """Grid and compile-time arguments. `KINDS` is the list of kinds as digits in base 3."""
-    width = triton.next_power_of_2(x.shape[3])
-    rows = min(config().pool_rows, max(1, triton.next_power_of_2(block)), max(1, 16384 // width))
+    width = next_power_of_2(x.shape[3])
+    rows = min(config().pool_rows, max(1, next_power_of_2(block)), max(1, 16384 // width))
     code = sum(kind * 3**slot for slot, kind in enumerate(kinds))
     grid = x.shape[0] * x.shape[1] * -(-x.shape[2] // block)
     return grid, {"KINDS": code, "COUNT": len(kinds), "ROWS": rows, "D": width}

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 NUMBERS = 8192
 """Numbers a program moves."""
@@ -57,14 +58,14 @@ def _take(
     shape: torch.Size, strides: tuple[int, ...], rows: int, dtype: torch.dtype,
     numbers: torch.dtype, device: torch.device,
 ) -> Prepared:  # fmt: skip
-    width = triton.next_power_of_2(shape[1])
+    width = next_power_of_2(shape[1])
     block = max(1, NUMBERS // width)
     arguments = {
         "x": torch.empty(0, dtype=dtype), "order": torch.empty(0, dtype=numbers),
         "out": torch.empty(0, dtype=dtype), "rows": rows, "x_stride_r": strides[0],
         "x_stride_c": strides[1], "CHANNELS": shape[1], "WIDTH": width, "ROWS": block,
     }  # fmt: skip
-    programs = triton.cdiv(rows, block)
+    programs = cdiv(rows, block)
     return Prepared(take_rows_kernel, programs, arguments, device, num_warps=4)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 LENGTHS = ["rows", "columns", "row_tiles", "scale"]
 
@@ -95,7 +96,7 @@ def scores(q: Tensor, k: Tensor, scale: float, causal: bool, fill: float) -> Ten
         return out
     q, k = readable(q, k)
     plan = config()
-    tiles = triton.cdiv(rows, plan.score_q), triton.cdiv(columns, plan.score_k)
+    tiles = cdiv(rows, plan.score_q), cdiv(columns, plan.score_k)
     launch(
         _scores, batch * heads * tiles[0] * tiles[1],
         q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns, *tiles,
@@ -122,9 +123,9 @@ def _run_product(
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     if not out.numel():
         return out
-    chunk, tiles = min(32, _chunk(width)), triton.cdiv(rows, 64)
+    chunk, tiles = min(32, _chunk(width)), cdiv(rows, 64)
     launch(
-        _product, (batch * heads * tiles, triton.cdiv(width, chunk)),
+        _product, (batch * heads * tiles, cdiv(width, chunk)),
         a, y, out, *a.stride(), *y.stride(), heads, a_group, y_group, rows, y.shape[2], shift,
         tiles, width, scale, CAUSAL=causal, TRANSPOSED=transposed, M=64, N=32, E=chunk,
         num_warps=4, num_stages=2,
@@ -134,4 +135,4 @@ def _run_product(
 
 def _chunk(width: int) -> int:
     """Channels a product takes at once: a power of two that the tensor cores accept."""
-    return min(64, max(16, triton.next_power_of_2(width)))
+    return min(64, max(16, next_power_of_2(width)))

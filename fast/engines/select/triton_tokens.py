@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 from attnspec.fast.engines.strides import layout_of
 
 NUMBERS = 4096
@@ -76,14 +77,14 @@ def _launch(
         shape, dtype, unit, strides = (*x[:2], 1, (0,) * 4) if kind is None else kind
         batch, heads, _, d = shape
         given = None if kind is None else torch.empty(0, dtype=dtype)
-        width = triton.next_power_of_2(d)
+        width = next_power_of_2(d)
         rows = max(1, NUMBERS // width)
         arguments |= {
             name: given, f"{name}_out": given, f"{name}_heads": heads,
             **{f"{name}_{axis}": s for axis, s in zip("bhtd", strides, strict=True)},
             f"D{mark[1:]}": d, f"WIDTH{mark}": width, f"ROWS{mark}": rows, f"UNIT{mark}": unit,
         }  # fmt: skip
-        programs += 0 if kind is None else batch * heads * triton.cdiv(tokens, rows)
+        programs += 0 if kind is None else batch * heads * cdiv(tokens, rows)
         arguments.setdefault("x_programs", programs)
     return Prepared(take_tokens_kernel, programs, arguments, device, num_warps=4)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.configs import config
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2
 
 LENGTHS = ["heads", "rows", "n", "k", "length"]
 FEW = 128
@@ -202,11 +203,11 @@ def _select(scores: Tensor, k: int, out: Tensor, mask: bool) -> None:
         return
     plan = config()
     fits = n <= plan.row_items
-    chunks = triton.cdiv(n, plan.chunk_items)
+    chunks = cdiv(n, plan.chunk_items)
     if not (fits or mask) and k <= plan.chunk_items and chunks * k <= plan.row_items:
         _select_twice(scores, k, out, chunks, plan.chunk_items)
         return
-    size = max(32, triton.next_power_of_2(n)) if fits else plan.chunk_items
+    size = max(32, next_power_of_2(n)) if fits else plan.chunk_items
     warps = min(8, max(1, size // 1024)) if fits else plan.chunk_warps
     launch(
         (_short if fits else _long), lines,
@@ -225,7 +226,7 @@ def _select_twice(scores: Tensor, k: int, out: Tensor, chunks: int, chunk: int) 
         scores, best, places, *scores.stride(), heads, rows, n, k, chunks,
         N=chunk, num_warps=min(8, max(1, chunk // 512)),
     )  # fmt: skip
-    size = max(32, triton.next_power_of_2(many))
+    size = max(32, next_power_of_2(many))
     launch(
         _merge,
         lines,
@@ -254,7 +255,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 def mask_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, rows, n = mask.shape
-    lines, chunks = batch * heads * rows, triton.cdiv(n, MASK_CHUNK)
+    lines, chunks = batch * heads * rows, cdiv(n, MASK_CHUNK)
     split = chunks > 1 and lines < FEW
     index = (mask.new_zeros if split else mask.new_empty)(mask.shape, dtype=torch.int32)
     count = (mask.new_empty if n else mask.new_zeros)(mask.shape[:3], dtype=torch.int32)
@@ -262,6 +263,6 @@ def mask_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     if split:
         launch(_mask_chunks, lines * chunks, *given, chunks, N=MASK_CHUNK, num_warps=4)
     elif mask.numel():
-        size = min(1024, max(32, triton.next_power_of_2(n)))
+        size = min(1024, max(32, next_power_of_2(n)))
         launch(_mask_lists, lines, *given, N=size, num_warps=2)
     return index, count

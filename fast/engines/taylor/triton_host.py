@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_states import chain_kernel
+from attnspec.fast.engines.sizes import next_power_of_2
 from attnspec.fast.engines.taylor.configs import TaylorConfig, config
 from attnspec.fast.engines.taylor.layout import packed_count, unpacked_count
 from attnspec.fast.engines.taylor.triton_backward import dkv_kernel, dq_kernel
@@ -24,7 +24,7 @@ LEAST_SEGMENT = 256
 
 def _power(n: int) -> int:
     """The width of a tile that holds `n` channels."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, next_power_of_2(n))
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Call:
         many = packed_count(q.shape[3])
         length = -(-chunk // 64) * 64 if chunk else cfg.segment
         if length is None:
-            length = max(LEAST_SEGMENT, triton.next_power_of_2(2 * many))
+            length = max(LEAST_SEGMENT, next_power_of_2(2 * many))
         if offsets is None:
             length = min(length, max(keys, 1))
         local = causal or (state is None and keys <= 2 * many and q.shape[2] > 0)
@@ -149,7 +149,7 @@ class Call:
         per_head = segments.sequences * self.kv_heads
         each = states.shape[0] // max(1, per_head) if segments.table is None else segments.each
         total = self.empty(segments.sequences, self.kv_heads, self.items)
-        items = min(1024, triton.next_power_of_2(self.items))
+        items = min(1024, next_power_of_2(self.items))
         decays = torch.zeros(max(1, states.shape[0]), device=states.device)
         programs = per_head * -(-self.items // items)
         launch(
@@ -267,7 +267,7 @@ def step(
     out = torch.empty(batch, q.shape[1], 1, dv, dtype=q.dtype, device=q.device)
     new_S = torch.empty(batch, kv_heads, many, dv, dtype=torch.float32, device=q.device)
     new_zk = torch.empty(batch, kv_heads, many, dtype=torch.float32, device=q.device)
-    members = triton.next_power_of_2(group)
+    members = next_power_of_2(group)
     tile = min(64, _power(dv))
     programs = batch * kv_heads * -(-dv // tile)
     if programs:
