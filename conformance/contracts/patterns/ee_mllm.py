@@ -34,7 +34,7 @@ def count_tokens(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def make_kinds(rng: np.random.Generator, case: Case) -> np.ndarray:
-    """Which tokens are visual: in runs, as images are, or draw_anywhere."""
+    """Which tokens are visual: in runs, as images are, or anywhere."""
     tokens, images = case.sizes["keys"], case.sizes["images"]
     visual = np.arange(tokens) < images
     if rng.integers(2):
