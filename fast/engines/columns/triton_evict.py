@@ -16,10 +16,10 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _tile,
     partial_norms,
 )
-from attnspec.fast.engines.flash.triton_launch import padded, readable
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import best_of, ordered
-from attnspec.fast.engines.sizes import cdiv, next_power_of_2
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2, tile_width
 
 GATHERED_ROWS = 32
 
@@ -126,7 +126,7 @@ def received(q: Tensor, k: Tensor, a: Tensor, scale: float) -> Tensor:
         _received, kv_heads * tiles,
         q, k, top, total, a, out, *q.stride()[1:], *k.stride()[1:], *a.stride(),
         heads // kv_heads, rows, columns, a.shape[1], tiles, top.shape[-1], d, scale * LOG2E.value,
-        M=M, N=N, D=padded(d), SPLITS=next_power_of_2(top.shape[-1]), **_options(plan),
+        M=M, N=N, D=tile_width(d), SPLITS=next_power_of_2(top.shape[-1]), **_options(plan),
     )  # fmt: skip
     return out
 
@@ -151,6 +151,6 @@ def evict(
     launch(
         _gather, kv_heads * tiles,
         k, v, index, kept_k, kept_v, *k.stride()[1:], *v.stride()[1:], kept, tiles, d, dv,
-        ROWS=GATHERED_ROWS, D=padded(d), DV=padded(dv), num_warps=4,
+        ROWS=GATHERED_ROWS, D=tile_width(d), DV=tile_width(dv), num_warps=4,
     )  # fmt: skip
     return kept_k, kept_v, kept_a, kept_pos

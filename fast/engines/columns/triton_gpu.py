@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.columns.configs import ColumnsConfig, config
-from attnspec.fast.engines.flash.triton_launch import padded, readable
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
-from attnspec.fast.engines.sizes import cdiv, next_power_of_2
+from attnspec.fast.engines.sizes import cdiv, next_power_of_2, tile_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["rows", "columns", "tiles", "scale"]
@@ -296,7 +296,7 @@ def partial_norms(
         _row_norms, batch * kv_heads * tiles * splits,
         q, k, real, top, total, *q.stride(), *k.stride(), *real_strides, kv_heads, group, rows,
         columns, tiles, splits, chunk, d, scale * LOG2E.value, CAUSAL=causal,
-        MASKED=key_mask is not None, M=M, N=N, D=padded(d), **_options(plan),
+        MASKED=key_mask is not None, M=M, N=N, D=tile_width(d), **_options(plan),
     )  # fmt: skip
     return top, total
 
@@ -333,7 +333,7 @@ def column_sums(
         _column_sums, batch * kv_heads * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, kv_heads,
         heads // kv_heads, rows, k.shape[2], columns, tiles, d, scale * LOG2E.value,
-        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=padded(d),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=tile_width(d),
         **_options(plan),
     )  # fmt: skip
     return out
@@ -358,7 +358,7 @@ def weight_rows(
         _weight_rows, batch * heads * row_tiles * tiles,
         q, k, norm, total, real, out, *q.stride(), *k.stride(), *real_strides, heads,
         heads // k.shape[1], rows, columns, row_tiles, tiles, d, scale * LOG2E.value,
-        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=padded(d),
+        RAW=raw, CAUSAL=causal, MASKED=key_mask is not None, M=M, N=N, D=tile_width(d),
         **_options(plan),
     )  # fmt: skip
     return out
@@ -377,7 +377,7 @@ def block_max(q: Tensor, k: Tensor, block: int, scale: float, causal: bool) -> T
             _block_max, batch * heads * row_blocks * parts,
             q, k, out, *q.stride(), *k.stride(), heads, heads // k.shape[1], rows, columns,
             row_blocks, tiles, block, parts, d, scale * LOG2E.value, CAUSAL=causal, M=M, N=N,
-            D=padded(d), **_options(plan),
+            D=tile_width(d), **_options(plan),
         )  # fmt: skip
     return out.amax(3)
 

@@ -15,9 +15,9 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _queries,
     _tile,
 )
-from attnspec.fast.engines.flash.triton_launch import padded, readable
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
-from attnspec.fast.engines.sizes import cdiv
+from attnspec.fast.engines.sizes import cdiv, tile_width
 
 LENGTHS = ["tokens", "blocks", "block", "parts", "scale", "eps"]
 
@@ -111,6 +111,6 @@ def block_influence(
             influence_kernel, batch * heads * blocks * parts,
             q, k, v, g, out, *q.stride(), *k.stride(), *v.stride(), *g.stride(), heads,
             heads // k.shape[1], tokens, blocks, block, parts, d, dv, scale * LOG2E.value, eps,
-            M=M, N=N, D=padded(d), DV=padded(dv), **_options(plan),
+            M=M, N=N, D=tile_width(d), DV=tile_width(dv), **_options(plan),
         )  # fmt: skip
     return out.sum(3)

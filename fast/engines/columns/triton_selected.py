@@ -17,10 +17,10 @@ from attnspec.fast.engines.columns.triton_gpu import (
     _tile,
     partial_norms,
 )
-from attnspec.fast.engines.flash.triton_launch import padded, readable
+from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import top_k
-from attnspec.fast.engines.sizes import cdiv
+from attnspec.fast.engines.sizes import cdiv, tile_width
 
 PARTS = 32
 """Splits of the keys whose norms are joined at a time."""
@@ -125,13 +125,13 @@ def selected(
         _packed_weights, batch * kv_heads * row_tiles * tiles,
         q, k, top, total, real, weights, *q.stride(), *k.stride(), *real_strides, kv_heads, group,
         rows, columns, row_tiles, tiles, top.shape[3], d, scale * LOG2E.value, CAUSAL=causal,
-        MASKED=key_mask is not None, M=M, N=N, D=padded(d), PARTS=PARTS, **_options(plan),
+        MASKED=key_mask is not None, M=M, N=N, D=tile_width(d), PARTS=PARTS, **_options(plan),
     )  # fmt: skip
     index = top_k(weights, c, torch.int32)
     out = torch.empty(batch, heads, rows, dv, dtype=v.dtype, device=v.device)
     launch(
         _selected, lines,
         weights, index, v, out, *v.stride(), heads, heads // v.shape[1], rows, columns, c, dv,
-        RENORMALISE=renormalise, N=VALUES, DV=padded(dv), num_warps=4,
+        RENORMALISE=renormalise, N=VALUES, DV=tile_width(dv), num_warps=4,
     )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ from attnspec.fast.backend import FAR, count_launch
 from attnspec.fast.engines.decode.configs import config
 from attnspec.fast.engines.decode.triton_kernels import attend_kernel
 from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
-from attnspec.fast.engines.sizes import cdiv, next_power_of_2
+from attnspec.fast.engines.sizes import cdiv, tile_width
 
 LOG2E = 1 / math.log(2)
 JOINED = 8192
@@ -100,10 +100,6 @@ class Workspace:
 _workspace = cache(Workspace)
 
 
-def _power(n: int, least: int) -> int:
-    return max(least, next_power_of_2(n))
-
-
 class Launch:
     """How every call of one kind is launched: made from the first, checked one.
 
@@ -137,7 +133,7 @@ class Launch:
         self.out_shape, self.lse_shape = (batch, heads, q_tokens, dv), (batch, heads, q_tokens)
         self.pool = 0 if block_table is None else k.shape[2]
         self.one_page, self.one_head = k.shape[0] == 1, v.shape[1] == 1
-        dp, dvp = _power(d, 16), _power(dv, 16)
+        dp, dvp = tile_width(d), tile_width(dv)
         group, share = heads // kv_heads, v.shape[1] // kv_heads
         packed = group * q_tokens
         self.empty = batch * packed == 0
@@ -167,7 +163,7 @@ class Launch:
         self.outputs = batch * kv_heads * blocks
         scanned = batch * blocks * (kv_heads if per_head or counts is not None else 1)
         span = next((size for size in (32, 256) if scanned <= size), 1024)
-        lanes = min(_power(rows, 1), 8)
+        lanes = min(tile_width(rows, 1), 8)
         parts = min(32, max(1, JOINED * settings.warps // 4 // (lanes * dvp)))
         self.grid = (workers, 1, 1)
         self.partials = 2 * workers * rows * (dv + 2)
@@ -175,7 +171,7 @@ class Launch:
         chosen = 0 if index is None else index.shape[2] * page
         self.sizes = (batch, kv_heads, q_tokens)
         self.constants = (
-            chosen, rows, k.shape[0], group, share, _power(rows, 16), settings.tile, d, dv, dp, dvp,
+            chosen, rows, k.shape[0], group, share, tile_width(rows), settings.tile, d, dv, dp, dvp,
             page, self.pool,
         )  # fmt: skip
         self.flags = (causal, paired, per_head, index is not None, uniform, span, lanes, parts)

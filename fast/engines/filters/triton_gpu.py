@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.filters.configs import config
-from attnspec.fast.engines.flash.triton_launch import padded
 from attnspec.fast.engines.prepared import launch
+from attnspec.fast.engines.sizes import tile_width
 
 VARYING = [
     "p_b", "p_h", "s_b", "s_h", "g_b", "g_h", "HEADS", "tokens", "parts",
@@ -131,7 +131,7 @@ def strides(name: str, x: Tensor | None) -> dict[str, int]:
 def shared_arguments(p: Tensor, w: Tensor, state: Tensor | None) -> tuple[int, int, dict[str, Any]]:
     """How many programs there are, their warps, and the arguments both kernels take."""
     batch, heads, tokens, d = p.shape
-    chosen, width = config(), padded(d)
+    chosen, width = config(), tile_width(d)
     rows = chosen.rows(width)
     parts = math.ceil(tokens / (rows * chosen.tiles))
     return batch * heads * parts, chosen.warps, {
@@ -166,7 +166,7 @@ def backward(
     launch(
         filter_backward_kernel, programs,
         **arguments, dy=dy, **strides("g", dy), dp=dp, dstate=dstate, sums=sums,
-        STATE_ROWS=padded(max(K - 1, 1)), num_warps=warps,
+        STATE_ROWS=tile_width(max(K - 1, 1)), num_warps=warps,
     )  # fmt: skip
     total = sums.sum(0)
     dw, db = w.new_empty(w.shape).copy_(total[:K].mT), b.new_empty(b.shape).copy_(total[K])

@@ -21,6 +21,7 @@ from attnspec.fast.engines.flash.triton_gradients import (
     flash_rows_kernel,
 )
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import tile_width
 from attnspec.fast.recent import Recent
 
 MANY_KEYS = 1 << 15
@@ -88,7 +89,7 @@ def row_arguments(
     return -(-rows // block), {
         "dout": dout, "out": out, "lse": lse, "dlse": dlse, "lse2": lse2, "delta": delta,
         **strides, "rows": rows, "q_tokens": q_tokens, "HEADS": heads, "DV": dv,
-        "sums_stride": lse2.stride(1), "WIDTH_V": host.padded(dv), "ROWS": block,
+        "sums_stride": lse2.stride(1), "WIDTH_V": tile_width(dv), "ROWS": block,
     }  # fmt: skip
 
 

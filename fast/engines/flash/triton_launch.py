@@ -18,7 +18,7 @@ from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
 from attnspec.fast.engines.prepared import Prepared
-from attnspec.fast.engines.sizes import next_power_of_2
+from attnspec.fast.engines.sizes import tile_width
 
 SPEAKS_GLUON = triton.__version__.startswith("3.6.")
 """Whether this Triton has the language of the specialised kernel as it is written: it is
@@ -38,11 +38,6 @@ def arch(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def padded(size: int, least: int = 16) -> int:
-    """The power of two that a head size is padded to, at least the 16 of a matrix product."""
-    return max(least, next_power_of_2(size))
-
-
 def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether the specialised kernel, which is for Hopper, takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
@@ -51,7 +46,7 @@ def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     """The configuration of a call, with tiles cut to fit its blocks."""
-    width = padded(max(q.shape[3], v.shape[3]))
+    width = tile_width(max(q.shape[3], v.shape[3]))
     walk = rules.walk(q.shape[2])
     packs = 1 if rules.q_offsets is None else max(1, rules.q_offsets.shape[0] - 1)
     if specialises(kind, q.shape[2] // packs, q.shape[:3].numel()) and can_specialise(q, v, rules):
@@ -117,7 +112,7 @@ def operand(name: str, x: Tensor, rows: int, how: int) -> dict[str, Any]:
     strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
     strides.append(x.stride(3))
     if how == 2:
-        block = [1, 1, rows, padded(x.shape[3])]
+        block = [1, 1, rows, tile_width(x.shape[3])]
         described = TensorDescriptor(x, list(x.shape), strides, block)
         return {name: described, **{f"{name}_stride_{axis}": 1 for axis in "bhtd"}}
     if how == 1:
@@ -319,8 +314,8 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, chosen: FlashConfig) -> dic
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[3],
         "DV": v.shape[3],
-        "WIDTH": padded(q.shape[3]),
-        "WIDTH_V": padded(v.shape[3]),
+        "WIDTH": tile_width(q.shape[3]),
+        "WIDTH_V": tile_width(v.shape[3]),
         "ROWS": chosen.rows,
         "KEYS": chosen.keys,
         # float32 means IEEE float32 (K10); products of 16-bit numbers are exact in either mode.

@@ -16,6 +16,7 @@ from attnspec.fast.engines.flash.configs import FlashConfig
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_specialised import specialised_forward_kernel
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import tile_width
 
 KNOWN = (
     "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "CAUSAL",
@@ -30,7 +31,7 @@ def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
     """`x` (batch, heads, tokens, d) by tiles of rows, padded to what the matrix units take."""
     unit = 16 // x.element_size()
     strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
-    block = [1, 1, rows, host.padded(x.shape[3], 64)]
+    block = [1, 1, rows, tile_width(x.shape[3], 64)]
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
@@ -107,8 +108,8 @@ class Specialised:
             "GROUP": heads // k.shape[1],
             "D": q.shape[3],
             "DV": v.shape[3],
-            "WIDTH": host.padded(q.shape[3], 64),
-            "WIDTH_V": host.padded(v.shape[3], 64),
+            "WIDTH": tile_width(q.shape[3], 64),
+            "WIDTH_V": tile_width(v.shape[3], 64),
             "ROWS": chosen.rows // 2,
             "KEYS": chosen.keys,
             "STAGES": chosen.stages,

@@ -17,11 +17,7 @@ from attnspec.fast.engines.memory.triton_gradients import keys_kernel, queries_k
 from attnspec.fast.engines.memory.triton_scalars import scalars, scalars_backward
 from attnspec.fast.engines.memory.triton_walk import scores_kernel, walk_back_kernel, walk_kernel
 from attnspec.fast.engines.prepared import launch
-from attnspec.fast.engines.sizes import cdiv, next_power_of_2
-
-
-def _power(n: int) -> int:
-    return max(16, next_power_of_2(n))
+from attnspec.fast.engines.sizes import cdiv, tile_width
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -83,7 +79,7 @@ class Linear:
     @property
     def columns(self) -> int:
         """Value channels that a program of a walk owns."""
-        return max(16, min(_power(self.dv), self.cfg.walk_items // _power(self.d)))
+        return max(16, min(tile_width(self.dv), self.cfg.walk_items // tile_width(self.d)))
 
     def rows(self, *names: str) -> tuple[Any, ...]:
         """These inputs, each before its strides between batch entries, heads and tokens."""
@@ -108,7 +104,7 @@ class Linear:
 
     def walk_options(self) -> dict[str, Any]:
         return {
-            "D": self.d, "DV": self.dv, "BD": _power(self.d), "BV": self.columns,
+            "D": self.d, "DV": self.dv, "BD": tile_width(self.d), "BV": self.columns,
             "C": self.pieces.size, "LONG": self.pieces.per > 1, "PACKED": self.packed,
             "num_warps": self.cfg.walk_warps, "num_stages": self.cfg.walk_stages,
         }  # fmt: skip
@@ -127,7 +123,7 @@ class Linear:
         launch(
             scores_kernel, heads * p.count,
             *self.rows("k", "q"), self.of.G, out, *self.place(),
-            D=self.d, C=p.size, TD=min(self.cfg.tile, _power(self.d)), PACKED=self.packed,
+            D=self.d, C=p.size, TD=min(self.cfg.tile, tile_width(self.d)), PACKED=self.packed,
             num_warps=self.cfg.tile_warps, num_stages=self.cfg.tile_stages,
         )  # fmt: skip
         return out
@@ -173,11 +169,11 @@ def backward(
         *call.rows("k", "q"), dy, of.rows, of.end, of.end_n, of.end_G, call.scores(), dW,
         dS, first_dW, first_dS, dstates, dv, *call.walks(), loss_scale, **call.walk_options(),
     )  # fmt: skip
-    tile = min(call.cfg.tile, _power(call.d))
+    tile = min(call.cfg.tile, tile_width(call.d))
     tiles, heads = cdiv(call.d, tile), call.memories * call.group
     options = {
         "D": call.d, "DV": call.dv, "C": p.size, "TD": tile,
-        "TV": min(call.cfg.tile, _power(call.dv)), "PACKED": call.packed,
+        "TV": min(call.cfg.tile, tile_width(call.dv)), "PACKED": call.packed,
         "num_warps": call.cfg.tile_warps, "num_stages": call.cfg.tile_stages,
     }  # fmt: skip
     dpairs = call.empty(heads, p.count, p.size, p.size, dtype=k.dtype)

@@ -24,6 +24,7 @@ from attnspec.fast.engines.neighborhood.triton_unfused import (
     scores_kernel,
     values_kernel,
 )
+from attnspec.fast.engines.sizes import tile_width
 from attnspec.fast.recent import Recent
 
 REPAIRS = 128
@@ -199,7 +200,7 @@ def keys(p: Tensor, x: Tensor, grid: Grid, kv_heads: int, scale: float) -> Tenso
 
 def choose(kind: str, q: Tensor, v: Tensor) -> NeighborhoodConfig:
     """The configuration of a call."""
-    width = host.padded(max(q.shape[3], v.shape[3]))
+    width = tile_width(max(q.shape[3], v.shape[3]))
     return config(kind, host.arch(q), q.element_size(), width)
 
 
@@ -252,8 +253,8 @@ def shapes(
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[3],
         "DV": v.shape[3],
-        "WIDTH": host.padded(q.shape[3]),
-        "WIDTH_V": host.padded(v.shape[3]),
+        "WIDTH": tile_width(q.shape[3]),
+        "WIDTH_V": tile_width(v.shape[3]),
         "OWNED": chosen.owned,
         "WALKED": chosen.walked,
         "ACCESS": how,

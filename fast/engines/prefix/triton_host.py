@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.backend import interpreting
-from attnspec.fast.engines.flash.triton_launch import arch, padded
+from attnspec.fast.engines.flash.triton_launch import arch
 from attnspec.fast.engines.prefix.configs import TABLE, PrefixConfig, config
 from attnspec.fast.engines.prefix.triton_backward import (
     prefix_reduce_kernel,
@@ -22,6 +22,7 @@ from attnspec.fast.engines.prefix.triton_backward import (
 from attnspec.fast.engines.prefix.triton_forward import prefix_forward_kernel
 from attnspec.fast.engines.prefix.triton_parts import prefix_split_kernel
 from attnspec.fast.engines.prepared import Prepared
+from attnspec.fast.engines.sizes import tile_width
 from attnspec.fast.recent import Recent
 
 ITEMS = 1024
@@ -53,7 +54,7 @@ class Tiles:
 
 def choose_config(kind: str, q: Tensor, dv: int) -> PrefixConfig:
     """The configuration of a call, whose chunks are no wider than what is summed over."""
-    width = padded(max(q.shape[3], dv))
+    width = tile_width(max(q.shape[3], dv))
     return config(kind, arch(q), q.element_size(), width, q.shape[0] * q.shape[2])
 
 
@@ -136,8 +137,8 @@ class Forward:
         arguments = {
             "q": q, "soft": soft, "lse": numbers, "Z": Z, "k": Z, "out": soft,
             "share": numbers, "part": numbers, **rows_apart(q=q), **tiles.arguments,
-            **sizes(q, dv, chosen, math), "BD": padded(d), "BDV": padded(dv),
-            "CHUNK": min(chosen.chunk, padded(d)), "SOFTPLUS": softplus, "KEEP": keep,
+            **sizes(q, dv, chosen, math), "BD": tile_width(d), "BDV": tile_width(dv),
+            "CHUNK": min(chosen.chunk, tile_width(d)), "SOFTPLUS": softplus, "KEEP": keep,
             "Z_EXACT": self.split.exact, "PHI_EXACT": bool(math == tl.float32),
         }  # fmt: skip
         self.keep = keep
@@ -173,14 +174,14 @@ class Backward:
         tiles = Tiles("rows", chosen, q)
         arguments = {
             **shared, "soft": soft, "Z": Z, "k": Z, "share": numbers, "dq": q, "dsoft": soft,
-            "dlse": numbers, **tiles.arguments, **sizes(q, dv, chosen, math), "BD": padded(d),
-            "BDV": padded(dv), "CHUNK": min(chosen.chunk, padded(dv)), "SOFTPLUS": softplus,
+            "dlse": numbers, **tiles.arguments, **sizes(q, dv, chosen, math), "BD": tile_width(d),
+            "BDV": tile_width(dv), "CHUNK": min(chosen.chunk, tile_width(dv)), "SOFTPLUS": softplus,
             "Z_EXACT": self.split.exact,
         }  # fmt: skip
         self.rows = prepare(prefix_rows_kernel, tiles.programs, chosen, arguments, q.device)
 
         chosen = choose_config("sums", q, dv)
-        features, columns = min(chosen.chunk, padded(d)), min(chosen.columns, padded(dv))
+        features, columns = min(chosen.chunk, tile_width(d)), min(chosen.columns, tile_width(dv))
         if not shared["G_EXACT"]:
             columns = min(columns, SYNCHRONOUS)
         tiles = Tiles("sums", chosen, q, -(-d // features) * -(-dv // columns))

@@ -11,6 +11,7 @@ from attnspec.fast.engines import prepared
 from attnspec.fast.engines.flash import triton_launch as flash_host
 from attnspec.fast.engines.flash.configs import L2_BYTES
 from attnspec.fast.engines.relative.configs import KEYS, RelativeConfig, config, specialises
+from attnspec.fast.engines.sizes import tile_width
 
 operand = flash_host.operand
 access = flash_host.access
@@ -19,7 +20,7 @@ aligned = flash_host.aligned
 
 def choose_config(kind: str, q: Tensor, v: Tensor) -> RelativeConfig:
     """The configuration of a call."""
-    width = flash_host.padded(max(q.shape[3], v.shape[3]))
+    width = tile_width(max(q.shape[3], v.shape[3]))
     return config(kind, flash_host.arch(q), q.element_size(), width, q.shape[2])
 
 

@@ -11,6 +11,7 @@ from attnspec.fast.engines.flash.triton_specialised_host import balanced, tiles_
 from attnspec.fast.engines.relative import triton_launch as host
 from attnspec.fast.engines.relative.configs import KEYS
 from attnspec.fast.engines.relative.triton_specialised import specialised_relative_kernel
+from attnspec.fast.engines.sizes import tile_width
 
 
 def forward(
@@ -54,8 +55,8 @@ def forward(
         GROUP=heads // k.shape[1],
         TABLE_HEADS=table.shape[0],
         DV=v.shape[3],
-        WIDTH=flash_host.padded(d, 64),
-        WIDTH_V=flash_host.padded(v.shape[3], 64),
+        WIDTH=tile_width(d, 64),
+        WIDTH_V=tile_width(v.shape[3], 64),
         STAGES=chosen.stages,
         CHUNKS=chosen.stages + 1,
         CAUSAL=causal,

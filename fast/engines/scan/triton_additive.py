@@ -29,7 +29,8 @@ from attnspec.fast.engines.scan.triton_common import (
     offset,
 )
 from attnspec.fast.engines.scan.triton_levels import FLAGS, pick_steep
-from attnspec.fast.engines.scan.triton_plan import odd_programs, power
+from attnspec.fast.engines.scan.triton_plan import odd_programs
+from attnspec.fast.engines.sizes import tile_width
 
 ROWS = 64
 """Rows of a segment."""
@@ -262,7 +263,7 @@ def chain_gradient_kernel(
 
 def _channels(d: int) -> tuple[int, int]:
     """Channels of a program, and how many programs hold them all."""
-    channels = min(128, power(d))
+    channels = min(128, tile_width(d))
     return channels, -(-d // channels)
 
 
@@ -300,7 +301,7 @@ class Totals:
         recorder.launch(
             totals_kernel, batch * heads * parts * segments,
             k, *k.stride(), own_tops, own_sums, table, tokens, segments, heads,
-            D=d, BC=channels, ROWS=rows, BR=power(rows), ALIGNED=made.aligned,
+            D=d, BC=channels, ROWS=rows, BR=tile_width(rows), ALIGNED=made.aligned,
             PACKED=cuts.packed, num_warps=4,
         )  # fmt: skip
         z0 = None if z0 is None else z0.to(torch.float32).contiguous()

@@ -40,12 +40,12 @@ from attnspec.fast.engines.scan.triton_plan import (
     chain,
     enter,
     odd_programs,
-    power,
     prepare,
     sum_segments,
     walk,
 )
 from attnspec.fast.engines.scan.triton_widths import tiled
+from attnspec.fast.engines.sizes import tile_width
 
 MANY = 64
 """Blocks that a program of the chain scans at a time."""
@@ -277,7 +277,7 @@ def _logits(
     assert gates is not None
     layout = call.layout(q, k, v, do)
     sizes = {"D": call.d, "DV": call.dv}
-    tiles = {**sizes, "BV": min(64, power(call.dv)), "C": call.block}
+    tiles = {**sizes, "BV": min(64, tile_width(call.dv)), "C": call.block}
     tiles["LEVELS"] = call.block.bit_length() - 1
     many = weighted.steep.numel()
     span = call.span(many)
@@ -287,7 +287,7 @@ def _logits(
         q, *q.stride(), kbar, *kbar.stride(), v, *v.stride(), do, *do.stride(), gates,
         *gates.stride(), dq_weighted, dk_weighted, weighted.steep, many, span, q, call.scale,
         *call.place(), 1, 1,
-        BC=min(cfg.mend_tile, power(call.d)), **tiles, REACH=REACH[call.dtype], PACKED=False,
+        BC=min(cfg.mend_tile, tile_width(call.d)), **tiles, REACH=REACH[call.dtype], PACKED=False,
         **call.layout(q, kbar, v, do, gates), num_warps=cfg.mend_warps, num_stages=1,
     )  # fmt: skip
     dq, dk = call.rows(call.d, call.dtype), call.rows(call.d, call.dtype)
@@ -298,11 +298,11 @@ def _logits(
         q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), kbar, gates,
         dq_weighted, dk_weighted, *logits.weights, weighted.steep,
         dq, dk, sums, begins, call.scale, *call.place(),
-        BC=min(cfg.gates_tile, power(call.d)), **tiles, **layout, NATIVE=not interpreting(),
+        BC=min(cfg.gates_tile, tile_width(call.d)), **tiles, **layout, NATIVE=not interpreting(),
         STARTED=S0 is not None,
         num_warps=cfg.gates_warps, num_stages=1,
     )  # fmt: skip
-    channels = min(16, power(call.d))
+    channels = min(16, tile_width(call.d))
     dz0 = call.empty(*dz.shape)
     launch(
         chain_logits_kernel, call.batch * call.heads * -(-call.d // channels),
@@ -313,6 +313,7 @@ def _logits(
     )  # fmt: skip
     launch(
         carry_logits_kernel, many, dk, weighted.k, carried, begins, dz0, *call.place(),
-        D=call.d, BC=min(128, power(call.d)), C=call.block, STARTED=S0 is not None, num_warps=4,
+        D=call.d, BC=min(128, tile_width(call.d)), C=call.block, STARTED=S0 is not None,
+        num_warps=4,
     )  # fmt: skip
     return dq, dk, dz0

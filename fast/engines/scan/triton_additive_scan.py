@@ -33,13 +33,13 @@ from attnspec.fast.engines.scan.triton_plan import (
     Call,
     Weighted,
     enter,
-    power,
     prepare,
     walk,
     weigh_steep,
     weighted_rows,
 )
 from attnspec.fast.engines.scan.triton_widths import tiled
+from attnspec.fast.engines.sizes import tile_width
 
 MOST_REACH = 60.0
 """A sum of e^k keeps what is e^-60 of it with all digits, far from float32's least number."""
@@ -223,14 +223,14 @@ def _weigh(
         blocks_kernel, call.batch * call.heads * -(-blocks // BLOCKS),
         k, *k.stride(), entered.tops, entered.sums, *weights, made.totals, made.steep, segments,
         call.heads, blocks,
-        D=call.d, BC=power(call.d), C=call.block, REACH=min(REACH[call.dtype], MOST_REACH),
+        D=call.d, BC=tile_width(call.d), C=call.block, REACH=min(REACH[call.dtype], MOST_REACH),
         MANY=BLOCKS, ALIGNED=layout["ALIGNED"], num_warps=4,
     )  # fmt: skip
     call.recorder.launch(
         additive_pairs_kernel, many,
         q, *q.stride(), k, *k.stride(), *weights, made.pairs, made.q, made.k, call.scale,
         *call.place(),
-        D=call.d, BC=min(call.cfg.logits_tile, power(call.d)), C=call.block,
+        D=call.d, BC=min(call.cfg.logits_tile, tile_width(call.d)), C=call.block,
         LEVELS=call.block.bit_length() - 1, **layout, NATIVE=not interpreting(),
         num_warps=call.cfg.logits_warps, num_stages=1, maxnreg=call.cfg.logits_registers,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import LaneConfig, lanes
 from attnspec.fast.engines.scan.segments import cut as cut_sequences
 from attnspec.fast.engines.scan.triton_common import packed_segment
-from attnspec.fast.engines.scan.triton_plan import device_of, power
+from attnspec.fast.engines.scan.triton_plan import device_of
+from attnspec.fast.engines.sizes import tile_width
 
 
 @triton.jit
@@ -217,7 +218,7 @@ class Cut:
     def __init__(self, x: Tensor, chosen: LaneConfig, offsets: Tensor | None = None) -> None:
         self.batch, self.tokens, self.channels = x.shape
         self.device, self.rows = x.device, chosen.rows
-        self.width = min(chosen.channels, power(self.channels))
+        self.width = min(chosen.channels, tile_width(self.channels))
         self.parts = -(-self.channels // self.width)
         self.length = segment_length(chosen, x, self.batch * self.parts, self.tokens)
         self.packed = offsets is not None

@@ -27,7 +27,8 @@ from attnspec.fast.engines.scan.triton_flows_gradient import (
     turned_read_kernel,
 )
 from attnspec.fast.engines.scan.triton_flows_host import Plan
-from attnspec.fast.engines.scan.triton_plan import Call, power
+from attnspec.fast.engines.scan.triton_plan import Call
+from attnspec.fast.engines.sizes import tile_width
 
 
 def backward(
@@ -47,7 +48,7 @@ def backward(
     if offsets is not None:
         plan.recorder = Recorder()
     shares, conserved, gates, weights, sums, before, between, entering = kept
-    lines, tokens, width = plan.lines, q.shape[2], power(plan.d)
+    lines, tokens, width = plan.lines, q.shape[2], tile_width(plan.d)
     length, states_length = kept_lengths(lines, tokens)
     pieces = cut(q.shape[0], tokens, length, offsets)
     segments, packed = pieces.each, {"PACKED": pieces.packed}
@@ -148,9 +149,9 @@ def _read_back(
     states, leaving = plan.empty(where, dv, d), plan.empty(where, dv, d)
     launch(
         source_states_kernel, where * -(-dv // tile), *at_q, *at_do, gates, states, *cuts, heads,
-        heads, BD=power(d), BV=tile, **shape, num_warps=plan.warps(tile, 4),
+        heads, BD=tile_width(d), BV=tile, **shape, num_warps=plan.warps(tile, 4),
     )  # fmt: skip
-    items = min(64, power(d * dv))
+    items = min(64, tile_width(d * dv))
     first = plan.empty(*many, d, dv)
     launch(
         prefix_kernel, prod(many) * -(-d * dv // items), states, dKV, dKV, leaving, first, first,
@@ -161,7 +162,7 @@ def _read_back(
     out = plan.empty(*q.shape[:3], dv, dtype=_of_line(plan))
     launch(
         ordered_read_kernel, where * -(-dv // tile), *at_k, *at_q, *at_do, weights, gates, leaving,
-        out, *cuts, heads, group, 1, BD=power(d), BV=tile, **shape, BACKWARD=True,
+        out, *cuts, heads, group, 1, BD=tile_width(d), BV=tile, **shape, BACKWARD=True,
         num_warps=plan.warps(tile, cfg.walk_warps),
     )  # fmt: skip
     tile = Call.tile(cfg.walk_items, dv, d)
@@ -176,7 +177,7 @@ def _read_back(
         launch(
             turned_read_kernel, where * tiles, *read, *summed, *source,
             *(at_k if back else at_q), scale, weight, state, part, dots, *cuts, lines, heads,
-            *groups, BT=tile, BV=power(dv), **shape, BACKWARD=back,
+            *groups, BT=tile, BV=tile_width(dv), **shape, BACKWARD=back,
             num_warps=plan.warps(tile, cfg.walk_warps),
         )  # fmt: skip
         made.append((part, dots))

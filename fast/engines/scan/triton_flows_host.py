@@ -31,7 +31,8 @@ from attnspec.fast.engines.scan.triton_flows_causal import (
     source_states_kernel,
     weights_kernel,
 )
-from attnspec.fast.engines.scan.triton_plan import Call, device_of, power
+from attnspec.fast.engines.scan.triton_plan import Call, device_of
+from attnspec.fast.engines.sizes import tile_width
 
 MOST_SEGMENTS = 256
 """Every program adds the parts of up to so many segments."""
@@ -75,7 +76,7 @@ class Plan:
 
     def rows(self, chosen: LaneConfig) -> int:
         """Rows of a tile without products."""
-        return max(2, chosen.rows * chosen.channels // power(self.d))
+        return max(2, chosen.rows * chosen.channels // tile_width(self.d))
 
     def length(self, tokens: int, programs: float, most: int, least: int, step: int) -> int:
         """Tokens of a segment, a multiple of `step`, if each line has its share of `programs` a
@@ -121,7 +122,7 @@ class Plan:
         """Warps of a program that keeps so many rows of a state: enough registers for that and for
         a tile of features.
         """
-        return max(least, min(8, power(self.d) * max(tile, self.cfg.block) // 1024))
+        return max(least, min(8, tile_width(self.d) * max(tile, self.cfg.block) // 1024))
 
     def keep(self, key: Hashable, given: Sequence[Any], made: Sequence[Tensor]) -> None:
         """Let calls of this kind repeat what has been launched."""
@@ -136,7 +137,7 @@ def attend(
     """out (batch, heads, n, dv) of sinks q and sources k, of both at least one."""
     plan = Plan.of(q, k, v)
     chosen, launch = lanes("flows"), plan.recorder.launch
-    width = power(plan.d)
+    width = tile_width(plan.d)
     rows, block = plan.rows(chosen), plan.cfg.block
     n, m, step = q.shape[2], k.shape[2], max(rows, block)
     # Sinks and sources are programs of one launch, each with half of them.
@@ -170,7 +171,7 @@ def attend(
         PRODUCT=plan.product[1], num_warps=plan.warps(tile, 4),
         num_stages=plan.cfg.walk_stages,
     )  # fmt: skip
-    items = min(256, power(plan.d * plan.dv))
+    items = min(256, tile_width(plan.d * plan.dv))
     KV = plan.empty(plan.lines, plan.dv, plan.d, dtype=plan.product[0])
     into, ratios = plan.empty(plan.lines, plan.d), plan.empty(plan.lines)
     launch(
@@ -213,7 +214,7 @@ def attend_in_order(
     # Where there is no first state, kernels take any tensor and leave it alone.
     sb, sa, sbO, saI, se, KV, N = [x.contiguous() for x in first] or [q] * 7
     begun = {"STARTED": bool(first)}
-    rows, tokens, width = plan.rows(chosen), q.shape[2], power(plan.d)
+    rows, tokens, width = plan.rows(chosen), q.shape[2], tile_width(plan.d)
     length = plan.length(tokens, chosen.programs, MOST_PREFIXES, chosen.least_segment, rows)
     states_length = plan.length(tokens, plan.cfg.programs, MOST_SEGMENTS, SHORTEST, plan.cfg.block)
     if keep:
@@ -300,7 +301,7 @@ def _read_in_order(
         states, *cuts, *plan.heads, BV=tile, **shape,
         num_warps=plan.warps(tile, 4),
     )  # fmt: skip
-    items = min(64, power(plan.d * plan.dv))
+    items = min(64, tile_width(plan.d * plan.dv))
     launch(
         prefix_kernel, prod(many) * -(-plan.d * plan.dv // items), states, KV, KV, entering, state,
         state, bounds, plan.lines, prod(many), segments, *plan.heads, WIDTH=plan.d * plan.dv,

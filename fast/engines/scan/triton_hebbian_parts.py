@@ -16,9 +16,9 @@ from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan import triton_host
-from attnspec.fast.engines.scan.triton_plan import power
 from attnspec.fast.engines.scan.triton_trace_rows import bits_lost, floored, real_rows
 from attnspec.fast.engines.scan.triton_units import rows_of, units, units_backward
+from attnspec.fast.engines.sizes import tile_width
 
 PART = 32
 """Rows or columns of a state that a program of `ends_gradient_kernel` owns at most."""
@@ -124,13 +124,13 @@ def backward(
     end_k = torch.empty(batch, kv_heads, d, device=q.device)
     end_v = torch.empty(batch, kv_heads, 1, dv, dtype=v.dtype, device=q.device)
     dS0 = torch.empty_like(dlast)
-    BD = min(PART, power(d), ITEMS // power(dv))
+    BD = min(PART, tile_width(d), ITEMS // tile_width(dv))
     launch(
         ends_gradient_kernel, batch * kv_heads * -(-d // BD),
         q, *_row(q), k, *k.stride(), v, *v.stride(), dy, *_row(dy), *rows_of(valid, q), rho,
         dlast if S0 is None else S0, dlast, behind, first, end_k, end_v, dS0, tokens, heads,
         kv_heads, group if longer else 1, eta, lam, scale,
-        D=d, DV=dv, FULL=power(d), BD=BD, BV=power(dv), VALID=valid is not None,
+        D=d, DV=dv, FULL=tile_width(d), BD=BD, BV=tile_width(dv), VALID=valid is not None,
         STARTED=S0 is not None, num_warps=4,
     )  # fmt: skip
     dqh = dgated = None

@@ -21,10 +21,10 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import memory_config
 from attnspec.fast.engines.scan.segments import cut
 from attnspec.fast.engines.scan.triton_common import locate
-from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, power, prepare
+from attnspec.fast.engines.scan.triton_plan import CONSTANT, device_of, prepare
 from attnspec.fast.engines.scan.triton_states import chain_kernel
 from attnspec.fast.engines.scan.triton_trace_rows import bits_lost, floored, real_rows
-from attnspec.fast.engines.sizes import next_power_of_2
+from attnspec.fast.engines.sizes import next_power_of_2, tile_width
 
 VARYING = [
     "q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "dy_b", "dy_h", "onto_b", "onto_h", "one_b",
@@ -246,7 +246,7 @@ class Cut:
         self.narrowest = NARROWEST if q.element_size() == 2 else 16
         self.rows = cfg.block
         rows = max(cfg.block, cfg.most // self.stack)
-        self.block(min(rows, power(block)) if block else rows)
+        self.block(min(rows, tile_width(block)) if block else rows)
         widest = max(self.narrowest, cfg.items // self.width(self.d))
         self.columns = min(128, self.width(self.dv), widest)
         self.tiles = -(-self.dv // self.columns)
@@ -272,7 +272,7 @@ class Cut:
 
     def width(self, channels: int) -> int:
         """Of a tile that holds so many channels."""
-        return max(self.narrowest, power(channels))
+        return max(self.narrowest, tile_width(channels))
 
     def block(self, rows: int) -> None:
         """Go on in blocks of so many tokens."""

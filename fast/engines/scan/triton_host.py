@@ -29,7 +29,6 @@ from attnspec.fast.engines.scan.triton_plan import (
     chain,
     enter,
     odd_programs,
-    power,
     prepare,
     sum_segments,
     walk,
@@ -43,6 +42,7 @@ from attnspec.fast.engines.scan.triton_widths import (
     padded_state,
     tiled,
 )
+from attnspec.fast.engines.sizes import tile_width
 
 
 def forward(
@@ -264,7 +264,7 @@ def _scalar_gates(call: Call, products: Tensor, states: tuple[Tensor, Tensor, Te
     call.recorder.launch(
         scalar_gates_kernel, call.segments.total * call.heads,
         products, *states, dg, call.table(products), *call.place(),
-        D=call.d, DV=call.dv, BD=power(call.d), ROWS=256,
+        D=call.d, DV=call.dv, BD=tile_width(call.d), ROWS=256,
         PACKED=call.segments.table is not None, num_warps=4,
     )  # fmt: skip
     return dg
@@ -275,7 +275,7 @@ def _carried_gates(
 ) -> Tensor:
     """What the decays of a block and channel (blocks, heads, d) get from all rows behind it."""
     carried = call.empty(*q_sums.shape)
-    channels = min(32, power(call.d))
+    channels = min(32, tile_width(call.d))
     call.recorder.launch(
         carried_gates_kernel, call.segments.total * call.heads * -(-call.d // channels),
         q_sums, k_sums, *states, carried, call.table(q_sums), *call.place(),
@@ -301,7 +301,7 @@ def _vector_gates(
         call.table(q), call.scale, *call.place(), call.heads // k.shape[1], call.heads // v.shape[1]
     )  # fmt: skip
     options: dict[str, Any] = {
-        "D": call.d, "DV": call.dv, "BV": min(64, power(call.dv)), "C": call.block,
+        "D": call.d, "DV": call.dv, "BV": min(64, tile_width(call.dv)), "C": call.block,
         "LEVELS": call.block.bit_length() - 1, "REACH": REACH.get(call.dtype, 0.0),
         "PACKED": call.segments.table is not None, **call.layout(q, k, v, do, gates),
     }  # fmt: skip
@@ -310,14 +310,14 @@ def _vector_gates(
     call.recorder.launch(
         steep_gates_kernel, odd_programs(many, span),
         *inputs, dq_weighted, dk_weighted, weighted.steep, many, span, *where,
-        BC=min(call.cfg.mend_tile, power(call.d)), **options, num_warps=call.cfg.mend_warps,
+        BC=min(call.cfg.mend_tile, tile_width(call.d)), **options, num_warps=call.cfg.mend_warps,
         num_stages=1,
     )  # fmt: skip
     call.recorder.launch(
         vector_gates_kernel, many,
         *inputs, dq_weighted, dk_weighted, weighted.steep, dg if carried is None else carried,
         dq, dk, dg, *where,
-        BC=min(call.cfg.gates_tile, power(call.d)), **options, DGATES=carried is not None,
+        BC=min(call.cfg.gates_tile, tile_width(call.d)), **options, DGATES=carried is not None,
         num_warps=call.cfg.gates_warps, num_stages=call.cfg.gates_stages,
     )  # fmt: skip
     return dq, dk, dg
@@ -338,14 +338,14 @@ def step(
         decay = SCALAR if log_decay.dim() == 3 else VECTOR
         gates = log_decay.unsqueeze(-1) if decay == SCALAR else log_decay
         strides = (gates.stride(0), gates.stride(1), gates.stride(3))
-    tile = min(32, power(dv))
+    tile = min(32, tile_width(dv))
     programs = batch * heads * -(-dv // tile)
     if programs:
         launch(
             step_kernel, programs,
             state, *state.stride(), *_token(q), *_token(k), *_token(v), gates, *strides, out, new,
             scale, heads, heads // k.shape[1],
-            D=d, DV=dv, BD=power(d), BV=tile, DECAY=decay, num_warps=4,
+            D=d, DV=dv, BD=tile_width(d), BV=tile, DECAY=decay, num_warps=4,
         )  # fmt: skip
     return out, new
 

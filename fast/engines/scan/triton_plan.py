@@ -16,7 +16,7 @@ from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_pairs import pairs_kernel, steep_pairs_kernel
 from attnspec.fast.engines.scan.triton_states import chain_kernel, states_kernel
 from attnspec.fast.engines.scan.triton_walk import walk_kernel
-from attnspec.fast.engines.sizes import next_power_of_2
+from attnspec.fast.engines.sizes import next_power_of_2, tile_width
 
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
 KINDS = ("constant", "constant", "token", "channel", "token")
@@ -37,11 +37,6 @@ def _device(index: int | None) -> tuple[int, bool]:
 def device_of(x: Tensor) -> tuple[int, bool]:
     """`_device` of a tensor's device; one processor stands for the interpreter."""
     return _device(x.device.index if x.is_cuda else None)
-
-
-def power(n: int) -> int:
-    """The width of a tile that holds `n` channels."""
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def odd_programs(many: int, span: int) -> int:
@@ -103,7 +98,7 @@ class Call:
             decay, gates = (scalar if log_decay.dim() == 3 else VECTOR), log_decay
         processors, hopper = device_of(q)
         cfg = config(q.element_size(), d, hopper, KINDS[decay])
-        rows = min(cfg.most, power(block)) if block else cfg.block
+        rows = min(cfg.most, tile_width(block)) if block else cfg.block
         call = cls(
             batch, heads, tokens, d, v.shape[3], q.dtype, q.device, decay, gates, scale, cfg,
             processors, HOPPERS_ROOM if hopper else OTHERS_ROOM, rows,
@@ -124,7 +119,7 @@ class Call:
     @staticmethod
     def tile(items: int, rows: int, columns: int) -> int:
         """State columns a program owns, so that it holds at most `items` numbers."""
-        return max(16, min(128, power(columns), items // power(rows)))
+        return max(16, min(128, tile_width(columns), items // tile_width(rows)))
 
     @property
     def nothing(self) -> bool:
@@ -235,8 +230,8 @@ def weigh(call: Call, q: Tensor, k: Tensor) -> Weighted:
         arguments, options = _weighing(call, q, k, made)
         call.recorder.launch(
             pairs_kernel, made.totals.shape[0] * call.heads,
-            *arguments, *_place(call, q, k), BC=min(call.cfg.pairs_tile, power(call.d)), **options,
-            num_warps=call.cfg.pairs_warps, num_stages=call.cfg.pairs_stages,
+            *arguments, *_place(call, q, k), BC=min(call.cfg.pairs_tile, tile_width(call.d)),
+            **options, num_warps=call.cfg.pairs_warps, num_stages=call.cfg.pairs_stages,
         )  # fmt: skip
     weigh_steep(call, q, k, made)
     return made
@@ -249,8 +244,9 @@ def weigh_steep(call: Call, q: Tensor, k: Tensor, made: Weighted) -> None:
     span = call.span(many)
     call.recorder.launch(
         steep_pairs_kernel, odd_programs(many, span),
-        *arguments, many, span, *_place(call, q, k), BC=min(call.cfg.steep_tile, power(call.d)),
-        **options, num_warps=call.cfg.steep_warps, num_stages=1,
+        *arguments, many, span, *_place(call, q, k),
+        BC=min(call.cfg.steep_tile, tile_width(call.d)), **options,
+        num_warps=call.cfg.steep_warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -291,11 +287,13 @@ def sum_segments(
         a, *a.stride(), b, *b.stride(), *call.gate_arguments(a), *call.weight_arguments(inner, a),
         a if totals is None else totals, states, decays, call.table(a), call.scale, *call.place(),
         call.heads // a.shape[1], call.heads // b.shape[1], call.shared_by(inner),
-        D=call.d, DV=call.dv, BD=power(call.d), BV=tile, C=call.block, DECAY=call.decay,
+        D=call.d, DV=call.dv, BD=tile_width(call.d), BV=tile, C=call.block, DECAY=call.decay,
         PACKED=call.segments.table is not None, BACKWARD=backward, EVERY=every,
         INNER=inner is not None, **call.describe(call.layout(a, b), a, b),
         num_warps=cfg.states_warps,
-        num_stages=call.stages(cfg.states_stages, power(call.d) + tile, power(call.d) * tile),
+        num_stages=call.stages(
+            cfg.states_stages, tile_width(call.d) + tile, tile_width(call.d) * tile
+        ),
     )  # fmt: skip
     return states, decays
 
@@ -343,7 +341,7 @@ def walk(
     rows, columns = q.shape[3], v.shape[3]
     tile = call.tile(cfg.walk_items, rows, columns)
     tiles = -(-columns // tile)
-    read = 2 * power(rows) + tile + (call.block if pairs and weighted is not None else 0)
+    read = 2 * tile_width(rows) + tile + (call.block if pairs and weighted is not None else 0)
     out = call.rows(columns, dtype)
     products = out
     if product is not None and weighted is not None:
@@ -360,12 +358,12 @@ def walk(
         call.table(q), call.scale, *call.place(), call.batch,
         *(call.heads // x.shape[1] for x in (q, k, v, w)),
         call.shared_by(inner), call.shared_by(outer),
-        R=rows, V=columns, BR=power(rows), BV=tile, C=call.block, DECAY=call.decay,
+        R=rows, V=columns, BR=tile_width(rows), BV=tile, C=call.block, DECAY=call.decay,
         PACKED=call.segments.table is not None, BACKWARD=backward, TRANSPOSED=transposed,
         ENTERING=entering is not None, FINAL=final is not None, PAIRS=pairs,
         PRODUCTS=product is not None, INNER=inner is not None, OUTER=outer is not None,
         **call.describe(call.layout(q, k, v, w), q, k, v),
         num_warps=cfg.walk_warps,
-        num_stages=call.stages(cfg.walk_stages, read, power(rows) * tile),
+        num_stages=call.stages(cfg.walk_stages, read, tile_width(rows) * tile),
     )  # fmt: skip
     return out, products

@@ -18,7 +18,8 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.triton_common import LOG2E
-from attnspec.fast.engines.scan.triton_plan import device_of, power
+from attnspec.fast.engines.scan.triton_plan import device_of
+from attnspec.fast.engines.sizes import tile_width
 
 MOST_SEGMENTS = 256
 """Every program reads the sums of up to so many segments."""
@@ -196,7 +197,7 @@ class Walks:
         batch, heads, n, d = x.shape
         m = y.shape[2]
         chosen = lanes("running")
-        width = power(d)
+        width = tile_width(d)
         rows = max(2, chosen.rows * chosen.channels // width)
         processors, _ = device_of(x)
         tokens = max(n, m, 1)

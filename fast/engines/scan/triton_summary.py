@@ -15,8 +15,9 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.triton_additive import spread
 from attnspec.fast.engines.scan.triton_common import LOG2E, load_tile, offset, store_tile
-from attnspec.fast.engines.scan.triton_plan import device_of, power
+from attnspec.fast.engines.scan.triton_plan import device_of
 from attnspec.fast.engines.scan.triton_widths import narrow, padded, padded_state, tiled
+from attnspec.fast.engines.sizes import tile_width
 
 MARGIN = {torch.float16: 8.0, torch.bfloat16: 40.0, torch.float32: 40.0}
 """How far a logit may lie above its channel's offset: e^MARGIN, and sums of many, fit the type."""
@@ -188,7 +189,7 @@ def summary_backward(
     launch(
         summary_gradient_kernel, batch * heads * blocks,
         k, *k.stride(), v, *v.stride(), small, z, means, dk, dv_out, tokens, blocks, heads,
-        D=d, DV=dv, BD=power(d), BV=min(columns, power(dv)), C=block, **layout,
+        D=d, DV=dv, BD=tile_width(d), BV=min(columns, tile_width(dv)), C=block, **layout,
         num_warps=4 if d <= 128 else 8, num_stages=1,
     )  # fmt: skip
     return dk, dv_out
@@ -213,8 +214,8 @@ def _summed(k: Tensor, v: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
     k, v = tiled(k, v)
     exact = k.dtype == torch.float32
     block, items = (16, 2048) if exact else (64, 16384)
-    rows = power(d)
-    tile = max(16, min(128, power(dv), items // rows))
+    rows = tile_width(d)
+    tile = max(16, min(128, tile_width(dv), items // rows))
     tiles = -(-dv // tile)
     processors, hopper = device_of(k)
     many = max(1, 2 * processors // (batch * heads * tiles))
@@ -235,6 +236,6 @@ def _summed(k: Tensor, v: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
     launch(
         join_summaries_kernel, batch * heads * -(-d // channels),
         sums, tops, totals, KV, z, segments,
-        D=d, DV=dv, BD=channels, BV=power(dv), SOFT=soft, num_warps=4,
+        D=d, DV=dv, BD=channels, BV=tile_width(dv), SOFT=soft, num_warps=4,
     )  # fmt: skip
     return KV, z

@@ -22,7 +22,7 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.configs import lanes
 from attnspec.fast.engines.scan.segments import cut
 from attnspec.fast.engines.scan.triton_elementwise import join
-from attnspec.fast.engines.scan.triton_plan import device_of, power
+from attnspec.fast.engines.scan.triton_plan import device_of
 from attnspec.fast.engines.scan.triton_trace_rows import (
     FLOOR,
     bits_lost,
@@ -33,6 +33,7 @@ from attnspec.fast.engines.scan.triton_trace_rows import (
     real_rows,
     span_of,
 )
+from attnspec.fast.engines.sizes import tile_width
 
 MOST_SEGMENTS = 256
 """Every program reads the sums of up to so many segments."""
@@ -267,7 +268,7 @@ class Pass:
     ) -> None:  # fmt: skip
         batch, heads, tokens, d = k.shape
         chosen = lanes("trace")
-        width = power(d)
+        width = tile_width(d)
         rows = max(2, chosen.rows * chosen.channels // width)
         processors, _ = device_of(k)
         self.lines, self.d, self.device = batch * heads, d, k.device

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.prepared import launch
-from attnspec.fast.engines.scan.triton_plan import power
 from attnspec.fast.engines.scan.triton_trace import aligned
 from attnspec.fast.engines.scan.triton_trace_rows import (
     FLOOR,
@@ -23,6 +22,7 @@ from attnspec.fast.engines.scan.triton_trace_rows import (
     load_numbers,
     real_rows,
 )
+from attnspec.fast.engines.sizes import tile_width
 
 ITEMS = 2048
 """Numbers of a tile."""
@@ -118,7 +118,7 @@ def rows_of(valid: Tensor | None, like: Tensor) -> tuple[Any, ...]:
 
 def tile(width: int) -> dict[str, int]:
     """Rows and channels of a tile."""
-    channels = power(width)
+    channels = tile_width(width)
     return {"R": max(1, ITEMS // channels), "BD": channels}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnspec.fast.engines.flash import triton_launch as flash_host
 from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig
+from attnspec.fast.engines.sizes import tile_width
 from attnspec.fast.engines.softplus.configs import config
 
 launch = flash_host.launch
@@ -20,7 +21,7 @@ MOST_MULTIPLIED = 32
 
 def choose_config(kind: str, q: Tensor, v: Tensor) -> FlashConfig:
     """The configuration of a call."""
-    width = flash_host.padded(max(q.shape[3], v.shape[3]))
+    width = tile_width(max(q.shape[3], v.shape[3]))
     return config(kind, flash_host.arch(q), q.element_size(), width, q.shape[2])
 
 

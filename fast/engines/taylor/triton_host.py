@@ -11,7 +11,7 @@ from torch import Tensor
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan.segments import Segments, cut
 from attnspec.fast.engines.scan.triton_states import chain_kernel
-from attnspec.fast.engines.sizes import next_power_of_2
+from attnspec.fast.engines.sizes import next_power_of_2, tile_width
 from attnspec.fast.engines.taylor.configs import TaylorConfig, config
 from attnspec.fast.engines.taylor.layout import packed_count, unpacked_count
 from attnspec.fast.engines.taylor.triton_backward import dkv_kernel, dq_kernel
@@ -20,11 +20,6 @@ from attnspec.fast.engines.taylor.triton_step import step_kernel
 
 LEAST_SEGMENT = 256
 """Shorter segments by default would write more states than they save pairs."""
-
-
-def _power(n: int) -> int:
-    """The width of a tile that holds `n` channels."""
-    return max(16, next_power_of_2(n))
 
 
 @dataclass
@@ -95,7 +90,7 @@ class Call:
         """The compile-time sizes that all kernels take."""
         d, dv = self.q.shape[3], self.v.shape[3]
         aligned = all(stride % 16 == 0 for x in tensors for stride in x.stride()[:3])
-        return {"D": d, "DV": dv, "F": self.features, "BD": _power(d), "ALIGNED": aligned}
+        return {"D": d, "DV": dv, "F": self.features, "BD": tile_width(d), "ALIGNED": aligned}
 
     def mask(self) -> tuple[Any, ...]:
         """The key mask and its strides; k stands in for none."""
@@ -127,7 +122,7 @@ class Call:
             segments = cut(self.q.shape[0], tokens, min(self.length, max(tokens, 1)), None)
         states = self.empty(segments.total * self.kv_heads, self.items)
         dv = self.v.shape[3]
-        tile = min(cfg.sum_columns, _power(dv))
+        tile = min(cfg.sum_columns, tile_width(dv))
         tiles = -(-dv // tile) * -(-self.features // cfg.sum_features)
         programs = segments.total * self.kv_heads * tiles
         launch(
@@ -197,7 +192,7 @@ def forward(
     entering, total = call.enter(state, want)
     out = torch.empty(*q.shape[:3], dv, dtype=q.dtype, device=q.device)
     z = call.empty(*q.shape[:3])
-    tile = min(cfg.columns, _power(dv))
+    tile = min(cfg.columns, tile_width(dv))
     segments, tiles = call.launched(cfg.rows, q.shape[2])
     programs = segments * call.heads * tiles * -(-dv // tile)
     if q.shape[2] and programs:
@@ -233,7 +228,7 @@ def backward(
     dvalues = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tensors = (q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), *call.mask())
     options: dict[str, Any] = {
-        **call.sizes(q, k, v, do), **call.arithmetic(), "BV": _power(dv), "BF": cfg.features,
+        **call.sizes(q, k, v, do), **call.arithmetic(), "BV": tile_width(dv), "BF": cfg.features,
         "BM": cfg.back_rows, "BN": cfg.back_keys, "CAUSAL": causal,
         "MASKED": key_mask is not None, "PACKED": offsets is not None,
         "SPLIT": q.dtype == torch.bfloat16, "num_warps": cfg.back_warps,
@@ -268,7 +263,7 @@ def step(
     new_S = torch.empty(batch, kv_heads, many, dv, dtype=torch.float32, device=q.device)
     new_zk = torch.empty(batch, kv_heads, many, dtype=torch.float32, device=q.device)
     members = next_power_of_2(group)
-    tile = min(64, _power(dv))
+    tile = min(64, tile_width(dv))
     programs = batch * kv_heads * -(-dv // tile)
     if programs:
         launch(
