@@ -46,9 +46,12 @@ SHAPES = (
 )
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_other_kernel_and_repeats_its_bits(shape: Shape, dtype: torch.dtype) -> None:
+def test_equals_the_other_kernel_and_repeats_its_bits(
+    shape: Shape, dtype: torch.dtype, biased: bool
+) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
@@ -58,14 +61,18 @@ def test_equals_the_other_kernel_and_repeats_its_bits(shape: Shape, dtype: torch
     k = random(shape.batch, shape.kv_heads, shape.keys, shape.d)
     v = random(shape.batch, shape.kv_heads, shape.keys, shape.dv)
     table = random(shape.table_heads, shape.rows, shape.d)
-    row_start = None
+    table_bias, key_bias, row_start = None, None, None
+    if biased:
+        table_bias = 4 * random(shape.table_heads, shape.rows).float()
+        key_bias = 4 * random(shape.batch, shape.heads, shape.keys).float()
     if shape.local is not None:
         block = torch.arange(shape.queries, device="cuda") // shape.local
         row_start = (block - 1).clamp(min=0) * shape.local
 
     def call() -> tuple[Tensor, Tensor]:
         return relative(
-            q, k, v, table, zero=shape.zero, causal=shape.causal, row_start=row_start
+            q, k, v, table, zero=shape.zero, causal=shape.causal, row_start=row_start,
+            table_bias=table_bias, key_bias=key_bias,
         )  # fmt: skip
 
     if not triton_launch.can_specialise(q, v):

@@ -11,7 +11,7 @@ VARYING = [
     "q_stride_b", "q_stride_h", "k_stride_b", "k_stride_h", "v_stride_b", "v_stride_h",
     "table_stride_b", "table_stride_h", "dout_stride_b", "dout_stride_h",
     "batches", "q_tokens", "k_tokens", "table_rows", "tiles", "sequences", "section", "zero",
-    "scale",
+    "slack", "scale",
 ]  # fmt: skip
 """Arguments of the kernels whose values never lead to another compilation."""
 
@@ -102,12 +102,15 @@ def lowest(row, row_start, row_stop):
 
 @triton.jit
 def key_walk(first, stop, low_first, low_last, k_tokens, shift, CAUSAL: tl.constexpr):
-    """Key tiles of rows [first, stop): where they begin, how many, and the full ones among them."""
+    """Key tiles of rows [first, stop): where they begin, how many, and the full ones among them.
+
+    They begin at a multiple of four, as what the specialised kernel brings with them has to.
+    """
     end, full_end = k_tokens, k_tokens
     if CAUSAL:
         end = tl.minimum(k_tokens, tl.maximum(stop + shift, 0))
         full_end = tl.minimum(k_tokens, tl.maximum(first + shift + 1, 0))
-    base = tl.minimum(low_first, end)
+    base = tl.minimum(low_first, end) // 4 * 4
     count = tl.cdiv(end - base, 64)
     full_from = tl.minimum(tl.cdiv(tl.maximum(low_last - base, 0), 64), count)
     full_to = tl.maximum(tl.minimum(tl.maximum(full_end - base, 0) // 64, count), full_from)

@@ -171,11 +171,13 @@ def forward(
     row_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, heads, q_tokens, dv) in q's dtype and lse (batch, heads, q_tokens) in float32."""
-    if host.can_specialise(q, v, table_bias, key_bias):
+    if host.can_specialise(q, v):
         # Not every Triton has what this module is written in.
         from attnspec.fast.engines.relative import triton_specialised_host
 
-        return triton_specialised_host.forward(q, k, v, table, zero, scale, causal, row_start)
+        return triton_specialised_host.forward(
+            q, k, v, table, table_bias, key_bias, zero, scale, causal, row_start
+        )
     batch, heads, q_tokens, d = q.shape
     out = q.new_empty(batch, heads, q_tokens, v.shape[3])
     lse = q.new_empty(batch, heads, q_tokens, dtype=torch.float32)

@@ -24,12 +24,11 @@ def choose_config(kind: str, q: Tensor, v: Tensor) -> RelativeConfig:
     return config(kind, flash_host.arch(q), q.element_size(), width, q.shape[2])
 
 
-def can_specialise(q: Tensor, v: Tensor, *biases: Tensor | None) -> bool:
-    """Whether the specialised kernel, which is for Hopper and knows no biases, takes a call."""
+def can_specialise(q: Tensor, v: Tensor) -> bool:
+    """Whether the specialised kernel, which is for Hopper, takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= flash_host.SPECIALISED_WIDTH
     hopper = q.is_cuda and flash_host.arch(q) == 90 and flash_host.SPEAKS_GLUON
-    plain = all(bias is None for bias in biases)
-    return narrow and hopper and plain and specialises(q.shape[2])
+    return narrow and hopper and specialises(q.shape[2])
 
 
 def inputs(

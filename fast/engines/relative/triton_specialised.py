@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -40,7 +41,7 @@ def plan(turn, grid, sizes, row_start, HEADS: gl.constexpr, CAUSAL: gl.constexpr
     first key, how many tiles of keys, and which of them are seen whole.
     """
     tiles, sequences, section = grid
-    q_tokens, k_tokens, _zero = sizes
+    q_tokens, k_tokens, _zero, _slack = sizes
     program = turn * gl.num_programs(0) + turned(turn)
     tile, sequence = owned_tile(program, tiles, sequences, section, 0)
     if CAUSAL:
@@ -58,15 +59,39 @@ def plan(turn, grid, sizes, row_start, HEADS: gl.constexpr, CAUSAL: gl.constexpr
 
 
 @gluon.jit
+def room_for(bias, STAGES: gl.constexpr):
+    """Room for the numbers of as many tiles as a ring has."""
+    shape: gl.constexpr = [STAGES] + bias.block_shape  # noqa: RUF005 (as in `ring`)
+    return gl.allocate_shared_memory(bias.dtype, shape, bias.layout)
+
+
+@gluon.jit
+def fetch_biased(x, b, h, first, ring, bias, line, at, bias_room, stage, phase):
+    """`fetch`, and with the rows their numbers, from `at` on in a line of `bias`, if there is one.
+
+    `at` is a multiple of four: what descriptors of float32 bring begins at 16 bytes.
+    """
+    if bias is None:
+        fetch(x, b, h, first, ring, stage, phase)
+    else:
+        room, full, empty = ring
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), x.block_type.nbytes + bias.block_type.nbytes)
+        tma.async_copy_global_to_shared(x, [b, h, first, 0], full.index(stage), room.index(stage))
+        tma.async_copy_global_to_shared(bias, [line, at], full.index(stage), bias_room.index(stage))
+
+
+@gluon.jit
 def produce(
-    q, k, v, table, rings, grid, sizes, row_start, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    operands, rings, grid, sizes, row_start, HEADS: gl.constexpr, GROUP: gl.constexpr,
     TABLE_HEADS: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Bring the rows of both consumers, the tiles of keys and values and the chunks of the table
     that go with them, as rings have room.
     """
-    q_ring, k_ring, v_ring, t_ring, _turns = rings
-    q_tokens, k_tokens, zero = sizes
+    q, k, v, table, table_bias, key_bias = operands
+    q_ring, k_ring, v_ring, t_ring, biases, _turns = rings
+    q_tokens, k_tokens, zero, slack = sizes
     at, chunk = 0, 0
     for turn in range(rounds(grid)):
         b, h, first, _stop, walk = plan(turn, grid, sizes, row_start, HEADS, CAUSAL)
@@ -78,18 +103,35 @@ def produce(
         # zero + base - (first + 64) - shift, the last row of the consumer one that lies 63 before.
         band = zero + base - first - (k_tokens - q_tokens) - (2 * ROWS - 1)
         for _ in gl.static_range(3):
-            phase = (chunk // CHUNKS & 1) ^ 1
-            fetch(table, b * 0, h_table, band, t_ring, chunk % CHUNKS, phase)
+            fetch_biased(
+                table, b * 0, h_table, band, t_ring, table_bias, h_table, band + slack, biases[0],
+                chunk % CHUNKS, (chunk // CHUNKS & 1) ^ 1,
+            )  # fmt: skip
             band += ROWS
             chunk += 1
         for i in range(count):
-            phase, phase_t = (at // STAGES & 1) ^ 1, (chunk // CHUNKS & 1) ^ 1
-            fetch(k, b, h // GROUP, base + i * ROWS, k_ring, at % STAGES, phase)
-            fetch(table, b * 0, h_table, band, t_ring, chunk % CHUNKS, phase_t)
-            fetch(v, b, h // GROUP, base + i * ROWS, v_ring, at % STAGES, phase)
+            key, stage, phase = base + i * ROWS, at % STAGES, (at // STAGES & 1) ^ 1
+            fetch_biased(
+                k, b, h // GROUP, key, k_ring, key_bias, b * HEADS + h, key, biases[1], stage,
+                phase,
+            )  # fmt: skip
+            fetch_biased(
+                table, b * 0, h_table, band, t_ring, table_bias, h_table, band + slack, biases[0],
+                chunk % CHUNKS, (chunk // CHUNKS & 1) ^ 1,
+            )  # fmt: skip
+            fetch(v, b, h // GROUP, key, v_ring, stage, phase)
             at += 1
             band += ROWS
             chunk += 1
+
+
+@gluon.jit
+def with_bias(products, room, stage):
+    """Products plus the numbers of their columns, if there are any."""
+    if room is not None:
+        LAYOUT: gl.constexpr = gl.SliceLayout(0, products.type.layout)
+        products += room.index(stage).reshape([ROWS]).load(LAYOUT)[None, :]
+    return products
 
 
 @gluon.jit
@@ -126,7 +168,7 @@ def attend_tiles(
     at, chunk = counts
     base, count, full_from, full_to = walk
     first, bounds, turns_by = rows
-    _q_ring, k_ring, v_ring, t_ring, turns = rings
+    _q_ring, k_ring, v_ring, t_ring, biases, turns = rings
     k_room, k_full, k_empty = k_ring
     v_room, v_full, v_empty = v_ring
     t_room, t_full, t_empty = t_ring
@@ -146,7 +188,7 @@ def attend_tiles(
         values = v_room.index(before).reshape([ROWS, mixed.shape[1]])
         mixed = warpgroup_mma(weights, values, mixed, is_async=True)
         mbarrier.arrive(turns[1 - WHO], count=1)
-        scores = warpgroup_mma_wait(2, deps=[scores])
+        scores = with_bias(warpgroup_mma_wait(2, deps=[scores]), biases[1], stage)
         mbarrier.arrive(k_empty.index(stage), count=1)
         if (i < full_from) | (i >= full_to):
             scores = hide(scores, first, base + i * ROWS, bounds, CAUSAL)
@@ -154,6 +196,7 @@ def attend_tiles(
         total = total * rescale + more
         new_weights = gl.convert_layout(new_weights.to(q_tile.dtype), WEIGHTS)
         new, new_weights = warpgroup_mma_wait(1, deps=[new, new_weights])
+        new = with_bias(new, biases[0], n % CHUNKS)
         mbarrier.arrive(t_empty.index(n % CHUNKS), count=1)
         # The index is never negative, which the compiler cannot tell.
         new_chunk = chunk_is_new(SCORES, i >> 31)
@@ -182,8 +225,8 @@ def consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     WRITTEN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     out, lse, grid, sizes, row_start, scale = inputs
-    q_tokens, k_tokens, _zero = sizes
-    q_ring, k_ring, v_ring, t_ring, turns = rings
+    q_tokens, k_tokens, _zero, _slack = sizes
+    q_ring, k_ring, v_ring, t_ring, biases, turns = rings
     q_room, q_full, q_empty = q_ring
     k_room, k_full, k_empty = k_ring
     v_room, v_full, v_empty = v_ring
@@ -213,6 +256,8 @@ def consume(
         distances = t_room.index((n + 1) % CHUNKS).reshape([ROWS, WIDTH]).permute((1, 0))
         new = warpgroup_mma(q_tile, distances, nothing, use_acc=False, is_async=True)
         old, new = warpgroup_mma_wait(0, deps=[old, new])
+        old = with_bias(old, biases[0], n % CHUNKS)
+        new = with_bias(new, biases[0], (n + 1) % CHUNKS)
         mbarrier.arrive(t_empty.index(n % CHUNKS), count=1)
         mbarrier.arrive(t_empty.index((n + 1) % CHUNKS), count=1)
         turned_band = rotate(gl.where(new_chunk, new, old), turns_by)
@@ -226,6 +271,8 @@ def consume(
         new = warpgroup_mma(q_tile, distances, nothing, use_acc=False, is_async=True)
         mbarrier.arrive(turns[1 - WHO], count=1)
         scores, new = warpgroup_mma_wait(0, deps=[scores, new])
+        scores = with_bias(scores, biases[1], stage)
+        new = with_bias(new, biases[0], (n + 2) % CHUNKS)
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(t_empty.index((n + 2) % CHUNKS), count=1)
         turned_band = rotate(gl.where(new_chunk, new, waiting), turns_by)
@@ -266,8 +313,8 @@ def consume(
 
 @gluon.jit(do_not_specialize=VARYING)
 def specialised_relative_kernel(
-    q, k, v, table, out, lse, row_start,
-    q_tokens, k_tokens, tiles, sequences, section, zero, scale,
+    q, k, v, table, table_bias, key_bias, out, lse, row_start,
+    q_tokens, k_tokens, tiles, sequences, section, zero, slack, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, TABLE_HEADS: gl.constexpr, DV: gl.constexpr,
     WIDTH: gl.constexpr, WIDTH_V: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -277,12 +324,18 @@ def specialised_relative_kernel(
     second_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(first_turn, count=1)
     mbarrier.init(second_turn, count=1)
+    table_numbers, key_numbers = None, None
+    if table_bias is not None:
+        table_numbers = room_for(table_bias, CHUNKS)
+    if key_bias is not None:
+        key_numbers = room_for(key_bias, STAGES)
     rings = (
         ring(q, 2, 1), ring(k, STAGES, 2), ring(v, STAGES, 2), ring(table, CHUNKS, 2),
-        (first_turn, second_turn),
+        (table_numbers, key_numbers), (first_turn, second_turn),
     )  # fmt: skip
     grid = (tiles, sequences, section)
-    sizes = (q_tokens, k_tokens, zero)
+    sizes = (q_tokens, k_tokens, zero, slack)
+    operands = (q, k, v, table, table_bias, key_bias)
     inputs = (out, lse, grid, sizes, row_start, scale)
     gl.warp_specialize(
         [
@@ -293,8 +346,8 @@ def specialised_relative_kernel(
                 inputs, rings, 1, HEADS, DV, WIDTH, WIDTH_V, STAGES, CHUNKS, CAUSAL, DTYPE,
             )),
             (produce, (
-                q, k, v, table, rings, grid, sizes, row_start, HEADS, GROUP, TABLE_HEADS, STAGES,
-                CHUNKS, CAUSAL,
+                operands, rings, grid, sizes, row_start, HEADS, GROUP, TABLE_HEADS, STAGES, CHUNKS,
+                CAUSAL,
             )),
         ],
         [4, 1], [240, 24],
