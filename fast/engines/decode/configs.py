@@ -40,8 +40,15 @@ SHARED_BYTES = {80: 160000, 90: 220000, 100: 220000, 103: 220000}
 TILE_BYTES = 32768
 """The most a tile of keys or of queries takes."""
 LARGEST_BLOCK = 128
-SHARED_TILE = 32
-"""Keys a tile where a key head has several value heads."""
+
+SHARED = (
+    DecodeConfig(tile=32, rows=32, workers=1, warps=4, stages=3),
+    DecodeConfig(tile=16, rows=32, workers=1, warps=4, stages=4),
+    DecodeConfig(tile=64, rows=32, workers=1, warps=4, stages=2),
+    DecodeConfig(tile=32, rows=32, workers=2, warps=4, stages=2),
+    DecodeConfig(tile=32, rows=32, workers=1, warps=8, stages=3),
+)
+"""Worth trying where a key head has several value heads, whose tiles are loaded together."""
 
 SINGLE = (
     DecodeConfig(tile=32, rows=16, workers=2, warps=4, stages=2),
@@ -55,7 +62,7 @@ SINGLE = (
 
 def _default(packed: str, found: str, d: int) -> DecodeConfig:
     stages, tile = 5 if found == "indirect" else 3, {256: 32, 128: 64}.get(d, 128)
-    if packed == "many":
+    if packed == "many" or (found == "direct" and d == 128):
         return DecodeConfig(min(tile, 64), rows=64, workers=1, warps=8, stages=stages)
     return DecodeConfig(tile, rows=32, workers=2, warps=4, stages=stages)
 
@@ -64,6 +71,7 @@ TABLE = Table(
     "decode",
     {
         ("32-bit",): SINGLE,
+        ("shared",): SHARED,
         **{
             (packed, found, d): (_default(packed, found, d), *CANDIDATES)
             for packed in ("few", "many")
@@ -90,11 +98,13 @@ def config(
     chosen = TABLE.forced()
     if chosen is None and element_size >= 4:
         chosen = TABLE.choose("32-bit")
+    elif chosen is None and share > 1:
+        chosen = TABLE.choose("shared")
     elif chosen is None:
         found, width = "indirect" if indirect else "direct", d if d in (128, 256) else 64
         chosen = TABLE.choose("many" if packed > 32 else "few", found, width)
     largest = max(16, TILE_BYTES // (d * element_size))
-    tile = min(tile or (chosen.tile if share == 1 else SHARED_TILE), largest)
+    tile = min(tile or chosen.tile, largest)
     rows = min(rows or chosen.rows, largest, LARGEST_BLOCK)
     room = SHARED_BYTES.get(arch, 98304) - rows * d * element_size
     if share > 1:

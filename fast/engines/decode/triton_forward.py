@@ -19,18 +19,19 @@ from triton.runtime import driver
 
 from attnspec.fast.backend import FAR, count_launch
 from attnspec.fast.engines.decode.configs import config
-from attnspec.fast.engines.decode.triton_kernels import attend_kernel
+from attnspec.fast.engines.decode.triton_kernels import attend_kernel, join_kernel
 from attnspec.fast.engines.prepared import HANDS_ON_CONSTANTS
 from attnspec.fast.engines.sizes import cdiv, tile_width
 
 LOG2E = 1 / math.log(2)
 JOINED = 8192
-"""Numbers of partial outputs that four warps hold in registers while they join them."""
+"""Numbers of partial outputs that a program holds in registers while it joins them."""
+JOINS = {"num_warps": 4, "num_stages": 1}
 NOTHING: list[int | None] = [None] * 6
 KEPT = 1 << 20
 """Partial numbers that a stream keeps from launch to launch; larger scratch is allocated anew."""
-SLAB = 1 << 16
-"""Arrival counters set aside, on a device's first call, for the graphs captured later."""
+
+_kept: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @cache
@@ -49,55 +50,21 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-class Workspace:
-    """What launches on a device need beside their outputs: arrival counters and partial outputs.
+def partials(device: torch.device, stream: int, count: int) -> Tensor:
+    """Room for `count` partial numbers of a launch on the current `stream`, -1 on a CPU.
 
-    Counters are zero, and zero again after every launch. Launches that may run at the same time
-    must not share any: each stream has its own, and each launch that a graph captures has its own
-    for good.
+    Launches that may run at the same time must not share any: each stream has its own, and each
+    launch that a graph captures.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.of_stream: dict[int, tuple[Tensor, Tensor]] = {}
-        self.slab: Tensor | None = None
-        self.used = 0
-
-    def take(self, stream: int, counters: int, partials: int) -> tuple[Tensor, Tensor]:
-        """At least so many counters and partial numbers for a launch on the current `stream`."""
-        if stream >= 0 and torch.cuda.is_current_stream_capturing():
-            return self._captured(counters), self._numbers(partials)
-        kept = self.of_stream.get(stream)
-        if kept is not None and kept[0].numel() >= counters and kept[1].numel() >= partials:
-            return kept
-        if kept is None or kept[0].numel() < counters:
-            arrivals = self._zeros(max(1024, 2 * counters))
-        else:
-            arrivals = kept[0]
-        scratch = self._numbers(partials)
-        if partials <= KEPT:
-            self.of_stream[stream] = arrivals, scratch
-        elif kept is None or arrivals is not kept[0]:
-            self.of_stream[stream] = arrivals, self._numbers(0) if kept is None else kept[1]
-        if self.slab is None and stream >= 0:
-            self.slab = self._zeros(SLAB)
-        return arrivals, scratch
-
-    def _captured(self, count: int) -> Tensor:
-        """A graph without an eager call before it, or after too many others, zeroes its own."""
-        start, self.used = self.used, self.used + -(-count // 4) * 4
-        if self.slab is None or self.used > SLAB:
-            return self._zeros(count)
-        return self.slab[start : start + count]
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=self.device)
-
-    def _numbers(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.float32, device=self.device)
-
-
-_workspace = cache(Workspace)
+    if stream >= 0 and torch.cuda.is_current_stream_capturing():
+        return torch.empty(count, dtype=torch.float32, device=device)
+    kept = _kept.get((device, stream))
+    if kept is not None and kept.numel() >= count:
+        return kept
+    room = torch.empty(count, dtype=torch.float32, device=device)
+    if count <= KEPT:
+        _kept[device, stream] = room
+    return room
 
 
 class Launch:
@@ -160,12 +127,9 @@ class Launch:
         uniform = (lengths is None or alone) and (not causal or blocks == 1)
         if index is not None:
             uniform = counts is None or (batch == 1 and kv_heads == 1)
-        self.outputs = batch * kv_heads * blocks
         scanned = batch * blocks * (kv_heads if per_head or counts is not None else 1)
         span = next((size for size in (32, 256) if scanned <= size), 1024)
-        lanes = min(tile_width(rows, 1), 8)
-        parts = min(32, max(1, JOINED * settings.warps // 4 // (lanes * dvp)))
-        self.grid = (workers, 1, 1)
+        self.grid, self.joins = (workers, 1, 1), (batch * kv_heads * blocks * rows, 1, 1)
         self.partials = 2 * workers * rows * (dv + 2)
         self.scale = scale * LOG2E
         chosen = 0 if index is None else index.shape[2] * page
@@ -174,10 +138,18 @@ class Launch:
             chosen, rows, k.shape[0], group, share, tile_width(rows), settings.tile, d, dv, dp, dvp,
             page, self.pool,
         )  # fmt: skip
-        self.flags = (causal, paired, per_head, index is not None, uniform, span, lanes, parts)
+        self.flags = (causal, paired, per_head, index is not None, uniform, span)
+        # Outputs of one tile have nothing to be joined, if it is certain that they have one.
+        self.tile, self.chosen = settings.tile, chosen
+        self.certain = lengths is None and counts is None and not causal
+        parts = max(1, min(64, JOINED // dvp))
+        self.joined = (
+            workers, *self.sizes, chosen, rows, group, settings.tile, dv, dvp, page, *self.flags,
+            parts,
+        )  # fmt: skip
         self.options = {"num_warps": settings.warps, "num_stages": settings.stages}
-        self.workspace = _workspace(q.device)
         self.kernels: dict[tuple[int, bool], Any] = {}
+        self.join: Any = None
 
     def __call__(
         self,
@@ -203,7 +175,7 @@ class Launch:
         lse = q.new_empty(self.lse_shape, dtype=torch.float32)
         if self.empty:
             return out, lse
-        arrivals, scratch = self.workspace.take(stream, self.outputs, self.partials)
+        scratch = partials(device, stream, self.partials)
 
         (q_b, q_h, q_t, q_d), (k_b, k_h, k_t, k_d) = q.stride(), k.stride()
         v_b, v_h, v_t, v_d = v.stride()
@@ -230,7 +202,7 @@ class Launch:
         optional = (lengths, index, counts, block_table, bias, sink_logit)
         addresses = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            scratch.data_ptr(), arrivals.data_ptr(),
+            scratch.data_ptr(),
         )  # fmt: skip
         variant = (unit, k_d == 1 and v_d == 1)
         rest = (
@@ -240,7 +212,7 @@ class Launch:
         )  # fmt: skip
         # What Triton would look at again: alignment to 16 bytes, and integers of 64 bits.
         wide = bits | q_b | q_h | q_t | q_d | k_d | v_d
-        misaligned = addresses[0] | addresses[1] | addresses[2] | addresses[6]
+        misaligned = addresses[0] | addresses[1] | addresses[2]
         if self.optional:
             optional_addresses = [None if x is None else x.data_ptr() for x in optional]
             for stride in others:
@@ -256,10 +228,27 @@ class Launch:
             kernel(*addresses, *optional_addresses, *rest, stream=stream)
         else:
             kernel = attend_kernel[self.grid](
-                q, k, v, out, lse, scratch, arrivals, *optional, *rest, **self.options
+                q, k, v, out, lse, scratch, *optional, *rest, **self.options
             )
             if plain and HANDS_ON_CONSTANTS and getattr(kernel, "module", None) is not None:
                 self.kernels[variant] = kernel[self.grid]
+
+        keys = k_tokens if index is None else self.chosen
+        if self.certain and 0 < keys <= self.tile:
+            return out, lse
+        count_launch()
+        if plain and self.join is not None:
+            lengths_at, _, counts_at, _, _, sink_at = optional_addresses
+            self.join(
+                addresses[5], addresses[3], addresses[4], lengths_at, counts_at, sink_at,
+                k_tokens, *self.joined, stream=stream,
+            )  # fmt: skip
+        else:
+            join = join_kernel[self.joins](
+                scratch, out, lse, lengths, counts, sink_logit, k_tokens, *self.joined, **JOINS
+            )
+            if plain and HANDS_ON_CONSTANTS and getattr(join, "module", None) is not None:
+                self.join = join[self.joins]
         return out, lse
 
 

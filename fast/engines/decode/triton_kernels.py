@@ -1,4 +1,4 @@
-"""The decode engine's kernel: workers write whole outputs or parts; who comes last joins these."""
+"""The decode engine's kernels: workers write outputs or parts, and a second launch joins parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from attnspec.fast.engines.decode.triton_schedule import (
     locate,
     output_tiles,
     owner,
+    place,
     query_block,
 )
 from attnspec.fast.engines.decode.triton_tiles import LOG2E, attend_tiles
 from attnspec.fast.engines.flash.triton_visible import has_nan
 
 LN2 = tl.constexpr(0.6931471805599453)
-RUNTIME = ["batch", "kv_heads", "q_tokens", "k_tokens", "chosen", "rows", "pages"]
+RUNTIME = ["workers", "batch", "kv_heads", "q_tokens", "k_tokens", "chosen", "rows", "pages"]
 RUNTIME += [f"{x}_{axis}" for x in ("q", "k", "v", "bias") for axis in "bhtd"[: 4 - (x == "bias")]]
 RUNTIME += ["index_b", "index_h", "table_b"]
 
@@ -63,55 +64,9 @@ def _write(
     tl.store(lse + at, log_sum, mask=real)
 
 
-@triton.jit
-def _join(
-    output, first, last, workers, scratch, out, lse, sink, batch, kv_heads, q_tokens, rows,
-    GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAIRED: tl.constexpr,
-    LANES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Merge the triples of workers `first`, which hosts `output`, to `last`, and write the rows.
-
-    The order depends on the workers' numbers alone. The loads pass by the L1 cache, which is not
-    coherent with the stores of other multiprocessors.
-    """
-    value = tl.arange(0, DVP)
-    slots = 2 * workers * rows
-    for row in tl.range(0, rows, LANES, num_stages=1):
-        lane = row + tl.arange(0, LANES)
-        m = tl.full([LANES], float("-inf"), tl.float32)
-        den = tl.zeros([LANES], tl.float32)
-        acc = tl.zeros([LANES, DVP], tl.float32)
-        for start in tl.range(first, last + 1, PARTS, num_stages=1):
-            part = start + tl.arange(0, PARTS)
-            at = ((2 * part + tl.where(part == first, 1, 0)) * rows)[:, None] + lane[None, :]
-            there = (part <= last)[:, None] & (lane < rows)[None, :]
-            m_part = tl.load(
-                scratch + slots * DV + at, mask=there, other=float("-inf"), cache_modifier=".cg"
-            )
-            den_part = tl.load(
-                scratch + slots * (DV + 1) + at, mask=there, other=0.0, cache_modifier=".cg"
-            )
-            o_part = tl.load(
-                scratch + at[:, :, None] * DV + value[None, None, :],
-                mask=there[:, :, None] & (value < DV)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            top = tl.maximum(m, tl.max(m_part, 0))
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            keep, weight = tl.exp2(m - shift), tl.exp2(m_part - shift[None, :])
-            den = den * keep + tl.sum(den_part * weight, 0)
-            acc = acc * keep[:, None] + tl.sum(o_part * weight[:, :, None], 0)
-            m = top
-        _write(
-            m, den, acc, output, lane, out, lse, sink, batch, kv_heads, q_tokens, rows,
-            GROUP, DV, DVP, PAIRED,
-        )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def attend_kernel(
-    q, k, v, out, lse, scratch, arrivals, lengths, index, counts, table, bias, sink,
+    q, k, v, out, lse, scratch, lengths, index, counts, table, bias, sink,
     scale,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
     bias_b, bias_h, bias_t, index_b, index_h, table_b,
@@ -120,18 +75,18 @@ def attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     PAGE: tl.constexpr, POOL: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
     CAUSAL: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, GATHERED: tl.constexpr,
-    UNIFORM: tl.constexpr, SPAN: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
+    UNIFORM: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One worker: walks its stretch of the line, output by output.
+    """One worker: walks its stretch of the line, output by output. Outputs without a tile are not
+    on it, and are left to `join_kernel`.
 
     A key head serves GROUP query heads and SHARE value heads, and these serve a part of them each.
-
-    `arrivals` int32, one an output, is 0 before and after: it counts the workers that have stored
-    their part of an output. Whoever comes last joins them; nobody waits.
+    Parts of an output wait for that kernel in `scratch`: a worker has two at most, the last rows
+    of the output that it enters and the first ones of the output that it leaves.
     """
     worker = tl.program_id(0)
     workers = tl.num_programs(0)
-    tiles, position, end, output, base = locate(
+    position, end, output, base = locate(
         worker, workers, lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen,
         rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE, UNIFORM, SPAN,
     )  # fmt: skip
@@ -220,27 +175,50 @@ def attend_kernel(
             )
             tl.store(scratch + parts * DV + part, m, mask=stored)
             tl.store(scratch + parts * (DV + 1) + part, den, mask=stored)
-            first, last = owner(base, tiles, workers), owner(base + n - 1, tiles, workers)
-            # One thread counts for the whole worker, so all have to have stored.
-            tl.debug_barrier()
-            if tl.atomic_add(arrivals + output, 1) == last - first:
-                _join(
-                    output, first, last, workers, scratch, out, lse, sink, batch, kv_heads,
-                    q_tokens, rows, GROUP, DV, DVP, PAIRED, LANES, PARTS,
-                )  # fmt: skip
-                tl.store(arrivals + output, 0)
         base += n
         position = tl.minimum(base, end)
         output += 1
 
-    for empty in tl.range(worker, batch * kv_heads * blocks, workers, num_stages=1):
-        n = output_tiles(
-            empty, lengths, counts, empty >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
-            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
+
+@triton.jit(do_not_specialize=RUNTIME)
+def join_kernel(
+    scratch, out, lse, lengths, counts, sink,
+    k_tokens, workers, batch, kv_heads, q_tokens, chosen, rows,
+    GROUP: tl.constexpr, N: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, GATHERED: tl.constexpr,
+    UNIFORM: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One row of an output that several workers share, or none: their triples merged, in order."""
+    output, lane = tl.program_id(0) // rows, tl.program_id(0) % rows
+    tiles, base, n = place(
+        output, lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen,
+        rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE, UNIFORM, SPAN,
+    )  # fmt: skip
+    first, last = owner(base, tiles, workers), owner(base + tl.maximum(n, 1) - 1, tiles, workers)
+    if (n == 0) | (first < last):
+        value = tl.arange(0, DVP)
+        slots = 2 * workers * rows
+        m = tl.full([1], float("-inf"), tl.float32)
+        den = tl.zeros([1], tl.float32)
+        acc = tl.zeros([1, DVP], tl.float32)
+        for start in tl.range(first, tl.where(n == 0, first, last + 1), PARTS, num_stages=1):
+            part = start + tl.arange(0, PARTS)
+            there = part <= last
+            at = (2 * part + tl.where(part == first, 1, 0)) * rows + lane
+            m_part = tl.load(scratch + slots * DV + at, mask=there, other=float("-inf"))
+            den_part = tl.load(scratch + slots * (DV + 1) + at, mask=there, other=0.0)
+            o_part = tl.load(
+                scratch + at[:, None] * DV + value[None, :],
+                mask=there[:, None] & (value < DV)[None, :],
+                other=0.0,
+            )
+            top = tl.maximum(m, tl.max(m_part, 0))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            keep, weight = tl.exp2(m - shift), tl.exp2(m_part - shift)
+            den = den * keep + tl.sum(den_part * weight, 0)
+            acc = acc * keep[:, None] + tl.sum(o_part * weight[:, None], 0)[None, :]
+            m = top
+        _write(
+            m, den, acc, output, lane + tl.arange(0, 1), out, lse, sink, batch, kv_heads, q_tokens,
+            rows, GROUP, DV, DVP, PAIRED,
         )  # fmt: skip
-        if n == 0:
-            _write(
-                tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32),
-                tl.zeros([M, DVP], tl.float32), empty, lane, out, lse, sink, batch, kv_heads,
-                q_tokens, rows, GROUP, DV, DVP, PAIRED,
-            )  # fmt: skip

@@ -22,12 +22,14 @@ def share_start(worker, tiles, workers):
 
 @triton.jit
 def owner(tile, tiles, workers):
-    """The worker whose stretch holds `tile`."""
+    """The worker whose stretch holds `tile`; any on a line without tiles."""
     active = tl.maximum(tl.minimum(workers, tiles), 1)
     share = tl.cdiv(tiles, active)
     long = tiles - (share - 1) * active
     beyond = tile - long * share
-    return tl.where(beyond < 0, tile // share, long + beyond // tl.maximum(share - 1, 1))
+    return tl.where(
+        beyond < 0, tile // tl.maximum(share, 1), long + beyond // tl.maximum(share - 1, 1)
+    )
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def locate(
     UNIFORM: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """The stretch of `worker`: all tiles, its start and end, its first output and that one's start.
+    """The stretch of `worker`: its start and end, its first output and where that one starts.
 
     UNIFORM: all outputs have equally many tiles, so a division finds the output. Otherwise the
     outputs are scanned SPAN at a time; where tiles do not depend on the kv head, one head's
@@ -171,4 +173,54 @@ def locate(
             output += tl.sum((passed & (first + lanes < outputs)).to(tl.int32), 0)
             base += tl.sum(tl.where(passed, n, 0), 0)
             before += tl.sum(n, 0)
-    return tiles, start, share_start(worker + 1, tiles, workers), output, base
+    return start, share_start(worker + 1, tiles, workers), output, base
+
+
+@triton.jit
+def place(
+    output,
+    lengths,
+    counts,
+    batch,
+    kv_heads,
+    q_tokens,
+    k_tokens,
+    chosen,
+    rows,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    GATHERED: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Tiles of the whole line, where `output` starts on it and how many tiles are its own; UNIFORM
+    and SPAN as for `locate`.
+    """
+    own = output_tiles(
+        output, lengths, counts, output >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
+        rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
+    )  # fmt: skip
+    outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
+    if UNIFORM:
+        tiles, base = own * outputs * kv_heads, own * output
+    else:
+        repeats = kv_heads
+        if PER_HEAD or counts is not None:
+            outputs = outputs * kv_heads
+            repeats = 1
+        head, within = output // outputs, output % outputs
+        lanes = tl.arange(0, SPAN)
+        span, before = 0, 0
+        for first in tl.range(0, outputs, SPAN, num_stages=1):
+            n = output_tiles(
+                first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
+                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
+            )  # fmt: skip
+            span += tl.sum(n, 0)
+            before += tl.sum(tl.where(first + lanes < within, n, 0), 0)
+        tiles, base = span * repeats, head * span + before
+    return tiles, base, own
