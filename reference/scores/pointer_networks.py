@@ -28,7 +28,8 @@ steps included: the sum divided by the number of real steps, not a mean of means
 The clauses go on beside this file, in `pointer_networks_<topic>`: S6 in `gradients`; S7, an
 extension, in `glimpse`; S8-S9, encoder and decoder, in `model`; S10-S12, greedy and beam search, in
 `decoding`; S13-S15, points, hulls and triangulations with their solvers, in `tasks`; S16, tours, in
-`tours`; S17, the score of a hull, in `polygons`; S18-S19, the other scores, in `metrics`.
+`tours`; S17, the score of a hull, in `polygons`; S18-S19, the other scores, in `metrics`; S20,
+matchings, in `matching`, their search in `blossoms`; S21, approximate tours, in `christofides`.
 
 Complexity
 ----------

@@ -12,8 +12,9 @@ Paper and code
 The direction of a tour is ours. The paper's targets for more points come from approximate solvers
 that it calls A1 and A2 (both :math:`O(n^2)`) and A3 (Christofides, :math:`O(n^3)`, never more than
 1.5 times the optimum). A model trained on them learns their tours and may come out shorter than
-they are. None of the three is here: `nearest_neighbour_tour` and `improve_tour` are plain baselines
-without a bound, and must not be reported as A1 to A3.
+they are. A3 is in `pointer_networks_christofides` (S21). A1 and A2 are not here, since our source
+does not say what they are: `nearest_neighbour_tour` and `improve_tour` are plain baselines without
+a bound, and must not be reported as any of the three.
 """
 
 from __future__ import annotations
