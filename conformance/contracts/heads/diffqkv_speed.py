@@ -65,15 +65,22 @@ def decoding(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Call
 
 
 def grouped() -> Rival:
-    """Grouped attention, of as many key as value heads: torch's, on the cache it would hold."""
+    """A step of grouped attention, of as many key as value heads: torch's, on the cache it would
+    hold, behind which the token is written in place.
+    """
 
     def prepare(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         import torch
 
-        q, state = arguments["q"], arguments["state"]
-        K, V = (torch.cat([getattr(state, n), arguments[n]], 2) for n in ("k", "v"))
-        K = K.repeat_interleave(V.shape[1] // K.shape[1], 1)
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, K, V, enable_gqa=True)
+        q, k, v, state = (arguments[name] for name in ("q", "k", "v", "state"))
+        K, V = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        K, k = (x.repeat_interleave(V.shape[1] // K.shape[1], 1) for x in (K, k))
+
+        def step() -> Any:
+            K[:, :, -1:], V[:, :, -1:] = k, v
+            return torch.nn.functional.scaled_dot_product_attention(q, K, V, enable_gqa=True)
+
+        return step
 
     return Rival("torch-sdpa, grouped heads", prepare)
 
