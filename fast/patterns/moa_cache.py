@@ -1,4 +1,4 @@
-"""Circular caches of different lengths in one buffer, and decoding from them in one launch.
+"""Circular caches of different lengths in one buffer, and decoding from all of them at once.
 
 Every head of every sequence is a sequence of its own to the decode engine, whose block table finds
 the head's slots in the buffer: the engine shares the work of all heads, long and short, evenly.
