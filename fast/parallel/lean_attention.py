@@ -110,7 +110,7 @@ def partial(
 
 
 def merge(a: Triple, b: Triple) -> Triple:
-    """S2: the triple of the union of two disjoint sets of keys."""
+    """S2: the triple of the union of two disjoint sets of keys, rounded once."""
     for name, triple in (("a", a), ("b", b)):
         for field, x in zip(Triple._fields, triple, strict=True):
             check_kind(f"{name}.{field}", x, ())
@@ -121,9 +121,12 @@ def merge(a: Triple, b: Triple) -> Triple:
                 f"b.{field}: got shape {tuple(y.shape)}, expected {tuple(x.shape)}, as a.{field}"
             )
     m = torch.maximum(a.m, b.m)
-    scale_a, scale_b = torch.exp(a.m - _finite(m)), torch.exp(b.m - _finite(m))
+    wide = wide_dtype(a.o)
+    top = _finite(m).to(wide)
+    scale_a, scale_b = torch.exp(a.m.to(wide) - top), torch.exp(b.m.to(wide) - top)
     total = scale_a * a.l + scale_b * b.l
-    return Triple(m, total, scale_a[..., None] * a.o + scale_b[..., None] * b.o)
+    o = scale_a[..., None] * a.o + scale_b[..., None] * b.o
+    return Triple(m, total.to(a.l.dtype), o.to(a.o.dtype))
 
 
 def finalize(m: Tensor, l: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
