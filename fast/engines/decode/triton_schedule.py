@@ -75,23 +75,10 @@ def causal_end(length, block, q_tokens, rows, GROUP: tl.constexpr):
 @triton.jit
 def output_tiles(
     output,
-    lengths,
-    counts,
-    mask,
-    batch,
-    kv_heads,
-    q_tokens,
-    k_tokens,
-    chosen,
-    rows,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PAIRED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    GATHERED: tl.constexpr,
-    PAGE: tl.constexpr,
-):
+    lengths, counts, mask, batch, kv_heads, q_tokens, k_tokens, chosen, rows,
+    N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PAIRED: tl.constexpr,
+    PER_HEAD: tl.constexpr, GATHERED: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
     """Key tiles of `output` (a scalar or a block of them); outputs off `mask` have none."""
     blocks = tl.cdiv(q_tokens * GROUP, rows)
     pair = output // blocks
@@ -106,35 +93,51 @@ def output_tiles(
 
 
 @triton.jit
-def locate(
-    worker,
-    workers,
-    lengths,
-    counts,
-    batch,
-    kv_heads,
-    q_tokens,
-    k_tokens,
-    chosen,
-    rows,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PAIRED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    GATHERED: tl.constexpr,
-    PAGE: tl.constexpr,
-    UNIFORM: tl.constexpr,
+def scan(
+    output,
+    lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen, rows,
+    N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PAIRED: tl.constexpr,
+    PER_HEAD: tl.constexpr, GATHERED: tl.constexpr, PAGE: tl.constexpr,
     SPAN: tl.constexpr,
-):
+):  # fmt: skip
+    """Where outputs differ in their tiles: how many are scanned, SPAN at a time, how often the line
+    repeats these, how many tiles they have, and where `output` starts on the line.
+
+    Where tiles do not depend on the kv head, one head's outputs are scanned and the others repeat
+    them.
+    """
+    outputs, repeats = batch * tl.cdiv(q_tokens * GROUP, rows), kv_heads
+    if PER_HEAD or counts is not None:
+        outputs = outputs * kv_heads
+        repeats = 1
+    head, within = output // outputs, output % outputs
+    lanes = tl.arange(0, SPAN)
+    span, before = 0, 0
+    for first in tl.range(0, outputs, SPAN, num_stages=1):
+        n = output_tiles(
+            first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
+            k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
+        )  # fmt: skip
+        span += tl.sum(n, 0)
+        before += tl.sum(tl.where(first + lanes < within, n, 0), 0)
+    return outputs, repeats, span, head * span + before
+
+
+@triton.jit
+def locate(
+    worker, workers,
+    lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen, rows,
+    N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PAIRED: tl.constexpr,
+    PER_HEAD: tl.constexpr, GATHERED: tl.constexpr, PAGE: tl.constexpr,
+    UNIFORM: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """The stretch of `worker`: its start and end, its first output and where that one starts.
 
     UNIFORM: all outputs have equally many tiles, so a division finds the output. Otherwise the
-    outputs are scanned SPAN at a time; where tiles do not depend on the kv head, one head's
-    outputs are scanned and the others repeat them.
+    outputs are scanned.
     """
-    outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
     if UNIFORM:
+        outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
         each = output_tiles(
             0, lengths, counts, worker >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
             rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
@@ -144,18 +147,10 @@ def locate(
         output = start // tl.maximum(each, 1)
         base = output * each
     else:
-        repeats = kv_heads
-        if PER_HEAD or counts is not None:
-            outputs = outputs * kv_heads
-            repeats = 1
-        lanes = tl.arange(0, SPAN)
-        span = 0
-        for first in tl.range(0, outputs, SPAN, num_stages=1):
-            n = output_tiles(
-                first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
-                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
-            )  # fmt: skip
-            span += tl.sum(n, 0)
+        outputs, repeats, span, _ = scan(
+            0, lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen,
+            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE, SPAN,
+        )  # fmt: skip
         tiles = span * repeats
         start = share_start(worker, tiles, workers)
         head = start // tl.maximum(span, 1)
@@ -163,6 +158,7 @@ def locate(
         output = head * outputs
         base = head * span
         before = 0
+        lanes = tl.arange(0, SPAN)
         for first in tl.range(0, outputs, SPAN, num_stages=1):
             n = output_tiles(
                 first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
@@ -179,24 +175,11 @@ def locate(
 @triton.jit
 def place(
     output,
-    lengths,
-    counts,
-    batch,
-    kv_heads,
-    q_tokens,
-    k_tokens,
-    chosen,
-    rows,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PAIRED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    GATHERED: tl.constexpr,
-    PAGE: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+    lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen, rows,
+    N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PAIRED: tl.constexpr,
+    PER_HEAD: tl.constexpr, GATHERED: tl.constexpr, PAGE: tl.constexpr,
+    UNIFORM: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """Tiles of the whole line, where `output` starts on it and how many tiles are its own; UNIFORM
     and SPAN as for `locate`.
     """
@@ -204,23 +187,13 @@ def place(
         output, lengths, counts, output >= 0, batch, kv_heads, q_tokens, k_tokens, chosen,
         rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
     )  # fmt: skip
-    outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
     if UNIFORM:
+        outputs = batch * tl.cdiv(q_tokens * GROUP, rows)
         tiles, base = own * outputs * kv_heads, own * output
     else:
-        repeats = kv_heads
-        if PER_HEAD or counts is not None:
-            outputs = outputs * kv_heads
-            repeats = 1
-        head, within = output // outputs, output % outputs
-        lanes = tl.arange(0, SPAN)
-        span, before = 0, 0
-        for first in tl.range(0, outputs, SPAN, num_stages=1):
-            n = output_tiles(
-                first + lanes, lengths, counts, first + lanes < outputs, batch, kv_heads, q_tokens,
-                k_tokens, chosen, rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE,
-            )  # fmt: skip
-            span += tl.sum(n, 0)
-            before += tl.sum(tl.where(first + lanes < within, n, 0), 0)
-        tiles, base = span * repeats, head * span + before
+        _, repeats, span, base = scan(
+            output, lengths, counts, batch, kv_heads, q_tokens, k_tokens, chosen,
+            rows, N, GROUP, CAUSAL, PAIRED, PER_HEAD, GATHERED, PAGE, SPAN,
+        )  # fmt: skip
+        tiles = span * repeats
     return tiles, base, own

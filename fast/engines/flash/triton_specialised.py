@@ -38,12 +38,18 @@ from attnspec.fast.engines.flash.triton_tiles import VARYING
 
 
 @gluon.jit
+def room_for(x, STAGES: gl.constexpr):
+    """Room for `STAGES` tiles of x."""
+    shape: gl.constexpr = [STAGES] + x.block_shape  # noqa: RUF005 (Gluon knows no other way)
+    return gl.allocate_shared_memory(x.dtype, shape, x.layout)
+
+
+@gluon.jit
 def ring(x, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Room for `STAGES` tiles of x, and for each whether it is full and whether it is empty again,
     which it is when all its readers say so.
     """
-    shape: gl.constexpr = [STAGES] + x.block_shape  # noqa: RUF005 (Gluon knows no other way)
-    room = gl.allocate_shared_memory(x.dtype, shape, x.layout)
+    room = room_for(x, STAGES)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -53,11 +59,13 @@ def ring(x, STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x, b, h, first, ring, stage, phase):
-    """Copy rows of a head to a stage of a ring as soon as it is empty."""
+def fetch(x, b, h, first, ring, stage, phase, MORE: gl.constexpr = 0):
+    """Copy rows of a head to a stage of a ring as soon as it is empty; with MORE other bytes, which
+    the caller copies, it is full.
+    """
     room, full, empty = ring
     mbarrier.wait(empty.index(stage), phase)
-    mbarrier.expect(full.index(stage), x.block_type.nbytes)
+    mbarrier.expect(full.index(stage), x.block_type.nbytes + MORE)
     tma.async_copy_global_to_shared(x, [b, h, first, 0], full.index(stage), room.index(stage))
 
 

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnspec.fast.engines.flash.triton_specialised import fetch, ring
+from attnspec.fast.engines.flash.triton_specialised import fetch, ring, room_for
 from attnspec.fast.engines.flash.triton_specialised_parts import (
     LOG2E,
     finish,
@@ -59,13 +59,6 @@ def plan(turn, grid, sizes, row_start, HEADS: gl.constexpr, CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def room_for(bias, STAGES: gl.constexpr):
-    """Room for the numbers of as many tiles as a ring has."""
-    shape: gl.constexpr = [STAGES] + bias.block_shape  # noqa: RUF005 (as in `ring`)
-    return gl.allocate_shared_memory(bias.dtype, shape, bias.layout)
-
-
-@gluon.jit
 def fetch_biased(x, b, h, first, ring, bias, line, at, bias_room, stage, phase):
     """`fetch`, and with the rows their numbers, from `at` on in a line of `bias`, if there is one.
 
@@ -74,10 +67,8 @@ def fetch_biased(x, b, h, first, ring, bias, line, at, bias_room, stage, phase):
     if bias is None:
         fetch(x, b, h, first, ring, stage, phase)
     else:
-        room, full, empty = ring
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), x.block_type.nbytes + bias.block_type.nbytes)
-        tma.async_copy_global_to_shared(x, [b, h, first, 0], full.index(stage), room.index(stage))
+        fetch(x, b, h, first, ring, stage, phase, bias.block_type.nbytes)
+        _room, full, _empty = ring
         tma.async_copy_global_to_shared(bias, [line, at], full.index(stage), bias_room.index(stage))
 
 
