@@ -22,7 +22,9 @@ Paper and code
 `christofides_tour` is the paper's A3 by its name, its bound and its order of time. Which of several
 minimum trees and matchings and which walk A3 takes is not known to us; the choices here are ours.
 Others keep the bound and give other tours, so lengths need not be the paper's. For the same reason
-the tour, unlike the bound, depends on the order of the points.
+the tour, unlike the bound, depends on the order of the points. They are not the paper's: for 50
+points it reports 5.79 for A3 (unverified), where 300 sets take 6.27 on average here, 5.90 once
+`improve_tour` has been over them. A3 presumably improves its tours too.
 """
 
 from __future__ import annotations
