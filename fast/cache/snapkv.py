@@ -31,8 +31,8 @@ from attnspec.fast.cache.snapkv_selection import (
     reduce_groups,
     select,
     window_attention,
+    window_scores,
 )
-from attnspec.fast.engines.columns import column_sums
 from attnspec.fast.engines.decode import decode
 from attnspec.fast.engines.flash import flash
 from attnspec.fast.growing import Room, append, check_continues, checkable
@@ -48,10 +48,12 @@ __all__ = [
     "select",
     "step",
     "window_attention",
+    "window_scores",
 ]
 
 CLAIMS: dict[str, dict[str, Any]] = {
     "window_attention": {"compiled": True},
+    "window_scores": {"compiled": True},
     **{name: {"launches": None} for name in ("prefix_scores", "compress")},
 }
 """What the suite is told beyond the defaults: a sum and a gather are torch's own."""
@@ -148,9 +150,7 @@ def prefill(
         pos = pos if mask is None else pos.masked_fill(~mask[:, None], -1)
         return out, State(keys, values, pos, T, padded=mask is not None)
     first = q.shape[2] - w
-    s = column_sums(
-        q[:, :, first:], k, lse[:, :, first:], key_mask=mask, columns=T - w, backend=backend
-    )
+    s = window_scores(q, k, w, mask, lse[:, :, first:], backend=backend)
     m = pool_and_reduce(s, p, pool, k.shape[1], gqa, backend)
     idx = select(m, C - w, None if mask is None else mask[:, None, : T - w], backend=backend)
     k_c, v_c, pos = compress(keys, values, idx, w)

@@ -18,7 +18,7 @@ from attnspec.fast.backend import (
     check_size,
     check_tensor,
 )
-from attnspec.fast.engines.columns import smooth, weight_rows
+from attnspec.fast.engines.columns import column_sums, smooth, weight_rows
 from attnspec.fast.engines.select import top_k
 from attnspec.fast.growing import checkable
 
@@ -51,6 +51,27 @@ def prefix_scores(A: Tensor, w: int = 32, *, backend: str | None = None) -> Tens
     check_window(w, A.shape[2], A.shape[3])
     check_size("A", A.shape[2], w, "window queries, as w")
     return A[..., : A.shape[3] - w].sum(2, dtype=torch.float32)
+
+
+def window_scores(
+    q: Tensor,
+    k: Tensor,
+    w: int = 32,
+    mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scores s (batch, heads, T - w) from one read of the keys if `lse` is given, else from two.
+
+    Arguments as in `window_attention`; `lse` (batch, heads, w), float32 (float64 for float64), the
+    log denominators of the window's rows over all keys. The weights are not written anywhere.
+    """
+    check_attention_inputs(q, k, k)
+    check_window(w, q.shape[2], k.shape[2])
+    check_padding(mask, k)
+    q = q[:, :, q.shape[2] - w :]
+    return column_sums(q, k, lse, key_mask=mask, columns=k.shape[2] - w, backend=backend)
 
 
 def pool_scores(s: Tensor, p: int = 5, mode: str = "avg", *, backend: str | None = None) -> Tensor:

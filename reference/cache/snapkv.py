@@ -82,6 +82,7 @@ from attnspec.reference.cache.snapkv_selection import (
     reduce_groups,
     select,
     window_attention,
+    window_scores,
 )
 from attnspec.reference.conventions import (
     check_array,
@@ -265,6 +266,7 @@ MECHANISM = Mechanism(
     operations=(
         Operation(window_attention, clauses=("S3", "S4")),
         Operation(prefix_scores, clauses=("S5",)),
+        Operation(window_scores, clauses=("S3", "S4", "S5")),
         Operation(pool_scores, clauses=("S6",)),
         Operation(reduce_groups, clauses=("S7",)),
         Operation(select, clauses=("S8",)),

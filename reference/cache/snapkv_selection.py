@@ -56,6 +56,31 @@ def prefix_scores(A: np.ndarray, w: int = 32) -> np.ndarray:
     return np.sum(A[..., : A.shape[-1] - w], axis=-2)
 
 
+def window_scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    w: int = 32,
+    mask: np.ndarray | None = None,
+    lse: np.ndarray | None = None,
+) -> np.ndarray:
+    """S3 to S5 at once: `prefix_scores` of `window_attention`, scores s (..., heads, T - w).
+
+    A kernel need not write A for it. `lse` (..., heads, w) are the log denominators of the window's
+    rows over all keys, where attention has left them.
+
+    >>> window_scores(np.zeros((1, 3, 2)), np.zeros((1, 3, 2)), w=2).round(2)
+    array([[0.83]])
+    """
+    A = window_attention(q, k, w, mask)
+    if lse is not None:
+        check_array("lse", lse, ("heads", "w"))
+        if lse.shape != A.shape[:-1]:
+            raise ValueError(f"lse: got shape {lse.shape}, expected {A.shape[:-1]}")
+        allowed = visible(w, k.shape[-2], causal=True, mask=key_mask(mask, k))
+        A = weights_given_lse(score(q[..., q.shape[-2] - w :, :], k), lse, allowed)
+    return prefix_scores(A, w)
+
+
 def pool_scores(s: np.ndarray, p: int = 5, mode: str = "avg") -> np.ndarray:
     """S6: `s` (..., P) smoothed along the prefix with an odd width `p`, same shape.
 

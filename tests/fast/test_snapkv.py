@@ -11,6 +11,8 @@ import torch
 
 from attnspec.fast.cache import snapkv
 from attnspec.reference.cache import snapkv as spec
+from attnspec.reference.dense.attention import score, visible
+from attnspec.reference.primitives.softmax import softmax_lse
 
 BATCH, HEADS, KV_HEADS, T, D, DV = 2, 4, 2, 40, 16, 8
 
@@ -65,6 +67,20 @@ def test_the_stages_give_what_the_fused_pass_gives() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_scores_without_the_weights(given: bool) -> None:
+    q, k, _ = tokens(T)
+    mask = torch.arange(T) >= torch.tensor([[5], [0]])
+    scores = score(array(q[:, :, -4:]), array(k))
+    lse = softmax_lse(scores, visible(4, T, causal=True, mask=mask.numpy()[:, None, None]))[1]
+    left = torch.from_numpy(lse).float() if given else None
+    got = snapkv.window_scores(q, k, 4, mask, left)
+    padding = mask.numpy()
+    for spec_lse in (None, lse):
+        expected = spec.window_scores(array(q), array(k), 4, padding, spec_lse)
+        np.testing.assert_allclose(array(got), expected, atol=1e-5)
+
+
 def test_two_continuations_of_one_state_do_not_meet() -> None:
     _, state = snapkv.prefill(*tokens(T), w=4, C=12)
     _, state = snapkv.step(state, *tokens(1, 1))
@@ -107,6 +123,8 @@ STATE = snapkv.init_state(K, V)._replace(seen=3)
         (lambda: snapkv.prefill(Q[:, :, :2], K, V, w=3, C=5), ValueError, "w"),
         (lambda: snapkv.window_attention(Q, K, 9), ValueError, "w"),
         (lambda: snapkv.window_attention(Q, K, 2, torch.ones(2, 9)), TypeError, "mask"),
+        (lambda: snapkv.window_scores(Q, K, 2, lse=Q[:, :, :2, 0].double()), TypeError, "lse"),
+        (lambda: snapkv.window_scores(Q, K, 2, lse=Q[:, :, :3, 0]), ValueError, "lse"),
         (lambda: snapkv.window_attention(Q, K, 2, torch.ones(1, 9) > 0), ValueError, "mask"),
         (
             lambda: snapkv.window_attention(Q, K, 2, (torch.arange(9) < 5).expand(2, 9)),

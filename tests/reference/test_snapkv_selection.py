@@ -90,6 +90,7 @@ Q, K, _ = tokens(T=6)
 MASK = np.ones((2, 6), bool)
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: snapkv.window_attention(Q[0], K, 2), ValueError, "k"),
+    (lambda: snapkv.window_scores(Q, K, 2, lse=Q[..., 0]), ValueError, "lse"),
     (lambda: snapkv.window_attention(Q, K, 0), ValueError, "w"),
     (lambda: snapkv.window_attention(Q, K, 6), ValueError, "w"),
     (lambda: snapkv.window_attention(Q[..., :1, :], K, 2), ValueError, "w"),

@@ -95,32 +95,41 @@ def best_positions(arguments: Mapping[str, Any]) -> Ranking:
     return Ranking(scores, arguments["n"], exact="always")
 
 
+WINDOW: dict[str, Any] = {
+    "sizes": PROMPT,
+    "least": {"queries": 7, "keys": 7},
+    "arrays": (
+        Array("q", "batch heads queries d", role="query"),
+        Array("k", "batch kv_heads keys d", role="key"),
+        Array("mask", "batch keys", make=left_padding, optional=True),
+    ),
+    "parameters": window_sizes,
+    "poison": poison_window,
+    "neutral": {"mask": lambda case: np.ones(case.shape("batch keys"), bool)},
+    "cells": CELLS,
+    "bad_inputs": (
+        ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
+        ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
+        ("another batch in k", "k", lambda a: a["k"].repeat(3, axis=0)),
+        ("more window than queries", "w", lambda a: a["q"].shape[-2] + 1),
+        ("a window of all the keys", "w", lambda a: a["k"].shape[-2]),
+        ("an empty window", "w", lambda a: 0),
+        ("half a window", "w", lambda a: 1.5),
+        ("an integer mask", "mask", lambda a: np.ones(a["k"].shape[::2], np.int64)),
+        ("a mask of another length", "mask", lambda a: np.ones((len(a["k"]), 2), bool)),
+    ),
+}
+
 CONTRACTS = (
     Contract(
         operation="snapkv.window_attention",
-        sizes=PROMPT,
-        least={"queries": 7, "keys": 7},
-        arrays=(
-            Array("q", "batch heads queries d", role="query"),
-            Array("k", "batch kv_heads keys d", role="key"),
-            Array("mask", "batch keys", make=left_padding, optional=True),
-        ),
         outputs=(Output("A", wide=True),),
-        parameters=window_sizes,
-        poison=poison_window,
-        neutral={"mask": lambda case: np.ones(case.shape("batch keys"), bool)},
-        cells=CELLS,
-        bad_inputs=(
-            ("k of another head size", "k", lambda a: a["k"].repeat(2, axis=-1)),
-            ("kv heads that do not divide", "k", lambda a: a["k"].repeat(7, axis=-3)),
-            ("another batch in k", "k", lambda a: a["k"].repeat(3, axis=0)),
-            ("more window than queries", "w", lambda a: a["q"].shape[-2] + 1),
-            ("a window of all the keys", "w", lambda a: a["k"].shape[-2]),
-            ("an empty window", "w", lambda a: 0),
-            ("half a window", "w", lambda a: 1.5),
-            ("an integer mask", "mask", lambda a: np.ones(a["k"].shape[::2], np.int64)),
-            ("a mask of another length", "mask", lambda a: np.ones((len(a["k"]), 2), bool)),
-        ),
+        **WINDOW,
+    ),
+    Contract(
+        operation="snapkv.window_scores",
+        outputs=(Output("s", wide=True),),
+        **WINDOW,
     ),
     Contract(
         operation="snapkv.prefix_scores",

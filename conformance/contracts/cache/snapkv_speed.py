@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnspec.conformance.bench.inputs import attention_cost, bytes_of, qkv
-from attnspec.conformance.bench.model import Benchmark, Cost
+from attnspec.conformance.bench.model import Benchmark, Cost, Rival
 from attnspec.conformance.bench.rivals import sdpa, torch_sdpa
 
 
@@ -22,7 +22,65 @@ def window_inputs(device: str, dtype: str) -> dict[str, Any]:
     return {"q": arguments["q"], "k": arguments["k"], "w": 64}
 
 
+def sums_cost(arguments: Mapping[str, Any]) -> Cost:
+    """Scores read the keys once and write one number for each head and key of the prefix."""
+    q, k, w = arguments["q"], arguments["k"], arguments["w"]
+    heads = q.shape[0] * q.shape[1]
+    written = 4.0 * heads * (k.shape[2] - w)
+    return Cost(2.0 * heads * w * k.shape[2] * k.shape[3], bytes_of(k) + written)
+
+
+def scored_inputs(kv_heads: int, given: bool) -> Any:
+    """The last 64 queries of 131072 tokens, all keys, and the rows' log denominators if `given`."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        from attnspec.fast.engines.columns import row_lse
+
+        arguments = qkv(1, 32, kv_heads, 64, 131072, 128)(device, dtype)
+        q, k = arguments["q"], arguments["k"]
+        return {"q": q, "k": k, "w": 64, "lse": row_lse(q, k) if given else None}
+
+    return make
+
+
+def read_of_keys(arguments: Mapping[str, Any]) -> Any:
+    """What any kernel needs to look at all keys."""
+    import torch
+
+    k = arguments["k"]
+    return lambda: torch.sum(k, dtype=torch.float32)
+
+
+def softmax_sums(arguments: Mapping[str, Any]) -> Any:
+    """The definition in torch: products, softmax and sums, through memory."""
+    import torch
+
+    q, k, w = arguments["q"], arguments["k"], arguments["w"]
+    group = q.shape[1] // k.shape[1]
+
+    def call() -> Any:
+        keys = k.repeat_interleave(group, 1) if group > 1 else k
+        scores = (q[:, :, -w:] @ keys.mT).float() * k.shape[3] ** -0.5
+        scores[..., -w:] += torch.full((w, w), -torch.inf, device=q.device).triu(1)
+        return scores.softmax(-1)[..., : k.shape[2] - w].sum(2)
+
+    return call
+
+
+def scored(kv_heads: int, given: bool) -> Benchmark:
+    return Benchmark(
+        "snapkv.window_scores",
+        f"last 64 rows of 128k tokens, heads 32/{kv_heads}{', lse given' if given else ''}",
+        "cuda",
+        scored_inputs(kv_heads, given),
+        sums_cost,
+        rivals=(Rival("torch sum of k", read_of_keys), Rival("torch", softmax_sums)),
+        settings={"tokens": 131072, "d": 128, "heads": 32, "kv_heads": kv_heads, "w": 64},
+    )
+
+
 BENCHMARKS = (
+    *(scored(kv_heads, given) for kv_heads in (32, 8) for given in (True, False)),
     Benchmark(
         "snapkv.prefill",
         "32k tokens to 2k slots, heads 32/8",

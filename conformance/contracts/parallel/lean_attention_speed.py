@@ -28,7 +28,11 @@ def decode(
     def make(device: str, dtype: str) -> dict[str, Any]:
         import torch
 
-        shares = {"N": 128, "G": 132} if device == "cuda" else {"N": 512, "G": 2}
+        shares = {"N": 512, "G": 2}
+        if device == "cuda":
+            from attnspec.fast.engines.decode.triton_forward import usual_workers
+
+            shares = {"N": 128, "G": usual_workers(torch.device("cuda", 0))}
         arguments = qkv(len(lengths), heads, kv_heads, 1, keys, d, **shares)(device, dtype)
         counts = torch.tensor(lengths, dtype=torch.int32, device=device)
         q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))

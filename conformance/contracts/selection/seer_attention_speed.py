@@ -94,6 +94,37 @@ def gated(device: str, heads: int, kv_heads: int, tokens: int, d: int, rivals: A
     )
 
 
+def pooled_inputs(heads: int, kv_heads: int, tokens: int, d: int, b: int, rho: float) -> Any:
+    """`gated_inputs` without values."""
+
+    def make(device: str, dtype: str) -> dict[str, Any]:
+        arguments = gated_inputs(heads, kv_heads, tokens, d, b, rho)(device, dtype)
+        return {name: x for name, x in arguments.items() if name != "v"}
+
+    return make
+
+
+def read_and_marked(arguments: Mapping[str, Any]) -> Cost:
+    """Queries and keys are read once for their blocks, whose mask is written."""
+    q, k, Wk, b = (arguments[name] for name in ("q", "k", "Wk", "b"))
+    nb, heads = -(-q.shape[2] // b), q.shape[0] * q.shape[1]
+    gate = heads * nb * (2.0 * Wk.shape[1] * Wk.shape[2] + 2.0 * nb * Wk.shape[2])
+    read = (q.numel() + k.numel()) * q.element_size()
+    return Cost(float(3 * k.numel() + q.numel()) + gate, float(read + heads * nb * nb))
+
+
+def chosen_blocks(heads: int, kv_heads: int, tokens: int, d: int, b: int) -> Benchmark:
+    """What a choice costs; the attention that it saves is `block_sparse_attend`."""
+    return Benchmark(
+        "seer_attention.select_blocks",
+        f"{tokens // 1024}k tokens, heads {heads}/{kv_heads}, a tenth of the {b}-blocks",
+        "cuda",
+        pooled_inputs(heads, kv_heads, tokens, d, b, 0.1),
+        read_and_marked,
+        settings={"tokens": tokens, "d": d, "heads": heads, "kv_heads": kv_heads, "b": b},
+    )
+
+
 def selected_blocks(heads: int, kv_heads: int, tokens: int, d: int, b: int, budget: int) -> Any:
     """One query, a cache, and the random blocks of `b` that hold `budget` tokens a kv head."""
 
@@ -155,6 +186,8 @@ BENCHMARKS = (
     sparse("cuda", 32, 32768, 128, 64, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cuda", 32, 131072, 128, 128, (flex(block_mask, per_head=True), *DENSE)),
     sparse("cpu", 8, 4096, 64, 64, (torch_sdpa(causal=True),)),
+    chosen_blocks(32, 8, 131072, 128, 128),
+    chosen_blocks(32, 32, 131072, 128, 128),
     *STEPS,
     *(each.in_a_graph() for each in STEPS),
     gathered("cpu", 8, 8, 65536, 64, 64),

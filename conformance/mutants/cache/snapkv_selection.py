@@ -15,6 +15,7 @@ from attnspec.reference.primitives.softmax import softmax
 
 WINDOW = right("snapkv.window_attention")
 SUM = right("snapkv.prefix_scores")
+SCORES = right("snapkv.window_scores")
 POOL = right("snapkv.pool_scores")
 REDUCE = right("snapkv.reduce_groups")
 SELECT = right("snapkv.select")
@@ -80,6 +81,36 @@ def floored(A: np.ndarray, w: int = 32) -> np.ndarray:
     """Adds a floor, as if against a division by 0 later."""
     s = SUM(A, w)
     return (s + s.dtype.type(1e-6)).astype(A.dtype)
+
+
+def window_kept(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
+    """The last weights of the prefix are those of the window's own first keys."""
+    s, own = SCORES(q, k, w, mask), min(w, k.shape[-2] - w)
+    s[..., s.shape[-1] - own :] = WINDOW(q, k, w, mask).sum(axis=-2)[..., -w:][..., :own]
+    return s
+
+
+def first_row_only(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
+    """One row of the window is counted, as often as there are rows."""
+    SCORES(q, k, w, mask)
+    return WINDOW(q, k, w, mask)[..., 0, : k.shape[-2] - w] * q.dtype.type(w)
+
+
+def prefix_normalised(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
+    """The pass for the norms stops where the sums stop."""
+    s = SCORES(q, k, w, mask)
+    kept = WINDOW(q, k, w, mask)[..., : k.shape[-2] - w]
+    total = kept.sum(axis=-1, keepdims=True)
+    return (kept / np.where(total == 0, 1, total)).sum(axis=-2).astype(s.dtype)
+
+
+def interleaved_scores(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
+    SCORES(q, k, w, mask)
+    return SUM(interleaved(q, k, w, mask), w)
+
+
+def leaking_scores(q: Any, k: Any, w: int = 32, mask: Any = None) -> np.ndarray:
+    return SCORES(q, k, w, mask) + 0 * k.sum(axis=(-3, -2, -1))[..., None, None]
 
 
 def valid_taps(s: np.ndarray, p: int = 5, mode: str = "avg") -> np.ndarray:
@@ -178,6 +209,19 @@ MUTANTS = (
     window("right-padded-window", "cells", "padding on the right is moved to the left",
            padding_on_the_right),
     window("mask-shifted", "neutral", "with a mask the first key is always hidden", mask_shifted),
+    mutant("window_scores", "window-kept", "agreement", "the window's own columns are kept",
+           window_kept),
+    mutant("window_scores", "first-row", "agreement", "one row of the window stands for all",
+           first_row_only),
+    mutant("window_scores", "prefix-norms", "agreement",
+           "denominators are summed over the prefix only", prefix_normalised),
+    mutant("window_scores", "interleaved-scores", "heads",
+           "query head h is scored against kv head h % kv_heads", interleaved_scores),
+    mutant("window_scores", "skipped-columns", "ragged",
+           "keys after the last whole block receive nothing",
+           spoiling(SCORES, tail_of_keys_skipped)),
+    mutant("window_scores", "leaking-scores", "poison", "padding keys are multiplied by 0",
+           leaking_scores),
     mutant("prefix_scores", "half-sums", "agreement", "votes are added in float16",
            summed_in_half),
     mutant("prefix_scores", "mean-votes", "agreement", "votes are divided by a constant",

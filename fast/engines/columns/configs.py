@@ -24,6 +24,16 @@ class ColumnsConfig:
     programs: int = 1024
 
 
+ROWS = (
+    ColumnsConfig(64, 128, 4, 3),
+    ColumnsConfig(64, 128, 4, 4),
+    ColumnsConfig(128, 64, 4, 3),
+    ColumnsConfig(128, 64, 4, 2),
+    ColumnsConfig(64, 64, 4, 3),
+    ColumnsConfig(128, 128, 8, 3),
+)
+"""For a few rows against all keys: their kernels walk over the keys."""
+
 CANDIDATES = (
     ColumnsConfig(128, 64, 4, 2),
     ColumnsConfig(128, 64, 4, 3),
@@ -43,13 +53,13 @@ LARGE = (
 )
 """For float32 and heads of more than 128, whose tiles take twice the shared memory."""
 
-TABLE = Table("columns", {("16-bit",): CANDIDATES, ("large",): LARGE})
+TABLE = Table("columns", {("rows",): ROWS, ("16-bit",): CANDIDATES, ("large",): LARGE})
 
 
-def config(d: int, dtype: torch.dtype) -> ColumnsConfig:
-    """The configuration in force for head size `d` and inputs of `dtype`."""
-    key = "large" if dtype == torch.float32 or d > 128 else "16-bit"
-    return TABLE.forced() or TABLE.choose(key)
+def config(d: int, dtype: torch.dtype, few: bool = False) -> ColumnsConfig:
+    """The configuration in force for head size `d`, inputs of `dtype`, and a few rows or many."""
+    large = dtype == torch.float32 or d > 128
+    return TABLE.forced() or TABLE.choose("large" if large else "rows" if few else "16-bit")
 
 
 use_config = TABLE.use

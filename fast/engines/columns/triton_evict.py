@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.columns.configs import config
-from attnspec.fast.engines.columns.triton_gpu import (
+from attnspec.fast.engines.columns.triton_rows import partial_norms
+from attnspec.fast.engines.columns.triton_tiles import (
     LOG2E,
-    _keys,
-    _options,
-    _queries,
-    _tile,
-    partial_norms,
+    load_keys,
+    load_queries,
+    options,
+    tile_size,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
@@ -38,7 +38,7 @@ def _received(
     tile, kv_head = program % tiles, (program // tiles).to(tl.int64)
     token = tile * N + tl.arange(0, N)
     part = tl.arange(0, SPLITS)
-    k_tile = _keys(k + kv_head * k_h, tile * N, columns, k_t, k_d, d, N, D)
+    k_tile = load_keys(k + kv_head * k_h, tile * N, columns, k_t, k_d, d, N, D)
     sums = tl.zeros([N], tl.float32)
     for g in range(group):
         head = kv_head * group + g
@@ -53,7 +53,7 @@ def _received(
             divisor = tl.sum(total * tl.exp2((top - base[:, None]) * scale), 1)
             share = 1.0 / tl.where(divisor > 0, divisor, 1.0)
             norm = tl.where(best == float("-inf"), float("inf"), best)
-            q_tile = _queries(q + head * q_h, row, rows, q_t, q_d, d, D)
+            q_tile = load_queries(q + head * q_h, row, rows, q_t, q_d, d, D)
             product = tl.dot(k_tile, q_tile, input_precision="ieee")
             weight = tl.exp2((product - norm[None, :]) * scale) * share[None, :]
             seen = token[:, None] <= row[None, :] + (columns - rows)
@@ -72,8 +72,7 @@ def _choose(a, pos, pos_h, pos_t, index, kept_a, kept_pos, n, old, seen, hh, rec
     entry = tl.arange(0, N)
     real = entry < n - rec
     score = tl.load(a + entry, mask=real, other=0.0)
-    key = ordered(score)
-    chosen = best_of(key, real, hh)
+    chosen = best_of(tl.where(real, ordered(score), 0), hh)
     place = places + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     number = tl.load(pos + entry * pos_t, mask=chosen & (entry < old), other=0)
     number = tl.where(entry < old, number, seen + (entry - old))
@@ -116,17 +115,17 @@ def _gather(
 def received(q: Tensor, k: Tensor, a: Tensor, scale: float) -> Tensor:
     """Scores (kv_heads, n) with what the rows q (1, H, w, d) give to k (1, kv_heads, n, d)."""
     (_, heads, rows, d), (kv_heads, columns) = q.shape, k.shape[1:3]
-    plan = config(d, q.dtype)
+    plan = config(d, q.dtype, few=True)
     q, k = readable(q, k)
     top, total = partial_norms(q, k, None, scale, True)
-    M, N = _tile(rows, 16), _tile(columns, plan.block_k // 2)
+    M, N = tile_size(rows, 16), tile_size(columns, plan.block_k)
     tiles = cdiv(columns, N)
     out = torch.empty(kv_heads, columns, dtype=torch.float32, device=q.device)
     launch(
         _received, kv_heads * tiles,
         q, k, top, total, a, out, *q.stride()[1:], *k.stride()[1:], *a.stride(),
         heads // kv_heads, rows, columns, a.shape[1], tiles, top.shape[-1], d, scale * LOG2E.value,
-        M=M, N=N, D=tile_width(d), SPLITS=next_power_of_2(top.shape[-1]), **_options(plan),
+        M=M, N=N, D=tile_width(d), SPLITS=next_power_of_2(top.shape[-1]), **options(plan),
     )  # fmt: skip
     return out
 

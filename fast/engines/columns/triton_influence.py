@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.columns.configs import config
-from attnspec.fast.engines.columns.triton_gpu import (
+from attnspec.fast.engines.columns.triton_tiles import (
     LOG2E,
-    _keys,
-    _options,
-    _queries,
-    _tile,
+    load_keys,
+    load_queries,
+    options,
+    tile_size,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
@@ -28,8 +28,8 @@ def _tile_products(
     N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Scores and slopes (M, N) of a tile of rows against the keys from `start` on."""
-    k_tile = _keys(k, start, tokens, k_t, k_d, d, N, D)
-    v_tile = _keys(v, start, tokens, v_t, v_d, dv, N, DV)
+    k_tile = load_keys(k, start, tokens, k_t, k_d, d, N, D)
+    v_tile = load_keys(v, start, tokens, v_t, v_d, dv, N, DV)
     product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     slope = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
     return product, slope
@@ -50,8 +50,8 @@ def influence_kernel(
     first = block_row * block + part * M
     row = first + tl.arange(0, M)
     exists = row < stop_row
-    q_tile = tl.trans(_queries(q + b * q_b + head * q_h, row, stop_row, q_t, q_d, d, D))
-    g_tile = tl.trans(_queries(g + b * g_b + head * g_h, row, stop_row, g_t, g_d, dv, DV))
+    q_tile = tl.trans(load_queries(q + b * q_b + head * q_h, row, stop_row, q_t, q_d, d, D))
+    g_tile = tl.trans(load_queries(g + b * g_b + head * g_h, row, stop_row, g_t, g_d, dv, DV))
     k += b * k_b + head // group * k_h
     v += b * v_b + head // group * v_h
     stop = tl.minimum(stop_row, first + M)
@@ -101,7 +101,7 @@ def block_influence(
     batch, heads, tokens, d = q.shape
     dv, blocks = v.shape[3], tokens // block
     plan = config(max(d, dv), q.dtype)
-    M, N = _tile(block, plan.block_q), _tile(block, min(plan.block_k, plan.block_q))
+    M, N = tile_size(block, plan.block_q), tile_size(block, min(plan.block_k, plan.block_q))
     parts = cdiv(block, M)
     # Entries above the diagonal are not written.
     out = torch.zeros(batch, heads, blocks, parts, blocks, dtype=torch.float32, device=q.device)
@@ -111,6 +111,6 @@ def block_influence(
             influence_kernel, batch * heads * blocks * parts,
             q, k, v, g, out, *q.stride(), *k.stride(), *v.stride(), *g.stride(), heads,
             heads // k.shape[1], tokens, blocks, block, parts, d, dv, scale * LOG2E.value, eps,
-            M=M, N=N, D=tile_width(d), DV=tile_width(dv), **_options(plan),
+            M=M, N=N, D=tile_width(d), DV=tile_width(dv), **options(plan),
         )  # fmt: skip
     return out.sum(3)

@@ -8,22 +8,22 @@ import triton.language as tl
 from torch import Tensor
 
 from attnspec.fast.engines.columns.configs import config
-from attnspec.fast.engines.columns.triton_gpu import (
+from attnspec.fast.engines.columns.triton_rows import PARTS, partial_norms
+from attnspec.fast.engines.columns.triton_tiles import (
     LOG2E,
-    _keys,
-    _mask_arguments,
-    _options,
-    _seen,
-    _tile,
-    partial_norms,
+    joined_norms,
+    load_keys,
+    load_rows,
+    mask_arguments,
+    options,
+    seen_pairs,
+    tile_size,
 )
 from attnspec.fast.engines.flash.triton_launch import readable
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.select.triton_top_k import top_k
 from attnspec.fast.engines.sizes import cdiv, tile_width
 
-PARTS = 32
-"""Splits of the keys whose norms are joined at a time."""
 VALUES = 32
 """Rows of v that are summed at a time."""
 
@@ -47,33 +47,17 @@ def _packed_weights(
     exists = packed < group * rows
     head, row = kv_head * group + packed // rows, packed % rows
     line = (b * kv_heads * group + head) * rows + row
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    for start in range(0, splits, PARTS):
-        part = start + tl.arange(0, PARTS)
-        places = line[:, None] * splits + part[None, :]
-        there = exists[:, None] & (part < splits)[None, :]
-        tops_here = tl.load(tops + places, mask=there, other=float("-inf"))
-        totals_here = tl.load(totals + places, mask=there, other=0.0)
-        best = tl.maximum(top, tl.max(tops_here, 1))
-        base = tl.where(best == float("-inf"), 0.0, best)
-        joined = tl.sum(totals_here * tl.exp2((tops_here - base[:, None]) * scale), 1)
-        total = total * tl.exp2((top - base) * scale) + joined
-        top = best
+    top, total = joined_norms(tops, totals, line, exists, splits, scale, PARTS)
     norm = tl.where(top == float("-inf"), float("inf"), top)
     share = 1.0 / tl.where(total > 0, total, 1.0)
-    channel = tl.arange(0, D)
     address = b * q_b + head.to(tl.int64) * q_h + row.to(tl.int64) * q_t
-    q_tile = tl.load(
-        q + address[:, None] + channel[None, :] * q_d,
-        mask=exists[:, None] & (channel < d)[None, :], other=0.0,
-    )  # fmt: skip
+    q_tile = load_rows(q, address, exists, q_d, d, D)
     token = tile * N + tl.arange(0, N)
-    k_tile = _keys(k + b * k_b + kv_head * k_h, tile * N, columns, k_t, k_d, d, N, D)
+    k_tile = load_keys(k + b * k_b + kv_head * k_h, tile * N, columns, k_t, k_d, d, N, D)
     product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     weight = tl.exp2((product - norm[:, None]) * scale) * share[:, None]
     pair = exists[:, None] & (token < columns)[None, :]
-    seen = _seen(
+    seen = seen_pairs(
         pair, row, token, columns - rows, real + b * real_b, real_t, columns, CAUSAL, MASKED
     )
     tl.store(out + line[:, None] * columns + token[None, :], tl.where(seen, weight, 0.0), mask=pair)
@@ -115,17 +99,17 @@ def selected(
     if not (lines and columns and dv):
         return torch.zeros(batch, heads, rows, dv, dtype=v.dtype, device=v.device)
     q, k = readable(q, k)
-    plan, group = config(d, q.dtype), heads // kv_heads
+    plan, group = config(d, q.dtype, few=True), heads // kv_heads
     top, total = partial_norms(q, k, key_mask, scale, causal)
-    M, N = _tile(group * rows, plan.block_q), _tile(columns, plan.block_k)
+    M, N = tile_size(group * rows, plan.block_q), tile_size(columns, plan.block_k)
     row_tiles, tiles = cdiv(group * rows, M), cdiv(columns, N)
-    real, *real_strides = _mask_arguments(key_mask, q)
+    real, *real_strides = mask_arguments(key_mask, q)
     weights = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     launch(
         _packed_weights, batch * kv_heads * row_tiles * tiles,
         q, k, top, total, real, weights, *q.stride(), *k.stride(), *real_strides, kv_heads, group,
         rows, columns, row_tiles, tiles, top.shape[3], d, scale * LOG2E.value, CAUSAL=causal,
-        MASKED=key_mask is not None, M=M, N=N, D=tile_width(d), PARTS=PARTS, **_options(plan),
+        MASKED=key_mask is not None, M=M, N=N, D=tile_width(d), PARTS=PARTS, **options(plan),
     )  # fmt: skip
     index = top_k(weights, c, torch.int32)
     out = torch.empty(batch, heads, rows, dv, dtype=v.dtype, device=v.device)

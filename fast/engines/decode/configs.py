@@ -60,6 +60,12 @@ SINGLE = (
 """Worth trying for float32, which the matrix units do not serve."""
 
 
+QUICK = ("few", "direct", 128, "quick")
+"""The key of memory that brings a multiprocessor's tiles faster than one worker takes them in."""
+QUICK_MEMORY = 30e9
+"""Bytes a second for each multiprocessor: an H100 has 25e9, an H200 37e9."""
+
+
 def _default(packed: str, found: str, d: int) -> DecodeConfig:
     stages, tile = 5 if found == "indirect" else 3, {256: 32, 128: 64}.get(d, 128)
     if packed == "many" or (found == "direct" and d == 128):
@@ -78,22 +84,24 @@ TABLE = Table(
             for found in ("direct", "indirect")
             for d in (64, 128, 256)
         },
+        QUICK: (DecodeConfig(tile=64, rows=32, workers=2, warps=4, stages=3), *CANDIDATES),
     },
 )
-"""By query rows of a kv head (more than 32 are many), how keys are found, and head size. One choice
-for every GPU, cut to what fits on chip."""
+"""By query rows of a kv head (more than 32 are many), how keys are found, and head size. Each is
+cut to what fits on chip."""
 
 
 def config(
     arch: int, element_size: int, d: int, packed: int, indirect: bool, rows: int = 0, tile: int = 0,
-    share: int = 1,
+    share: int = 1, bandwidth: float = 0.0,
 ) -> DecodeConfig:  # fmt: skip
     """The configuration in force, cut to what fits on chip.
 
     `arch` is 90 for Hopper, `d` the larger head size as a power of two, `packed` the query rows of
     a kv head; `indirect`: keys are found through an index or a block table, whose loads take stages
     too; `rows` and `tile`, unless 0, are the caller's own; `share`: value heads of a key head, all
-    of whose tiles are loaded together.
+    of whose tiles are loaded together; `bandwidth`: bytes a second that memory has for each
+    multiprocessor, 0 if unknown.
     """
     chosen = TABLE.forced()
     if chosen is None and element_size >= 4:
@@ -102,7 +110,9 @@ def config(
         chosen = TABLE.choose("shared")
     elif chosen is None:
         found, width = "indirect" if indirect else "direct", d if d in (128, 256) else 64
-        chosen = TABLE.choose("many" if packed > 32 else "few", found, width)
+        key = ("many" if packed > 32 else "few", found, width)
+        quick = bandwidth > QUICK_MEMORY and key == QUICK[:3]
+        chosen = TABLE.choose(*(QUICK if quick else key))
     largest = max(16, TILE_BYTES // (d * element_size))
     tile = min(tile or chosen.tile, largest)
     rows = min(rows or chosen.rows, largest, LARGEST_BLOCK)

@@ -21,13 +21,14 @@ from attnspec.fast.engines.scan.triton_common import (
     bits_of,
     block_decay,
     decay_of,
+    exchanged,
     load_decay,
-    load_weights,
     locate,
     offset,
     open_rows,
     read_rows,
 )
+from attnspec.fast.engines.scan.triton_walk import numbers
 
 SEARCH = tl.constexpr(1024)
 """Rows of log decays read at once to find where they have summed up to VANISHED."""
@@ -113,12 +114,24 @@ def states_kernel(
     S = tl.zeros((BD, BV), tl.float32)
     log_decay = tl.zeros((BD,), tl.float32) if DECAY == VECTOR else tl.full((), 0.0, tl.float32)
     channels = tl.arange(0, BD)
+    i = low
+    if BACKWARD:
+        i = blocks - 1
+    g_next, inner_next, _ = numbers(
+        gates, g_t, inner, inner_t, inner, inner_t, i, count, C, DECAY, INNER, False
+    )
     for n in range(blocks - low):
+        g, inner_now = g_next, inner_next
         i = low + n
+        following = i + 1
         if BACKWARD:
             i = blocks - 1 - n
+            following = i - 1
+        # A block ahead: the product waits for them.
+        g_next, inner_next, _ = numbers(
+            gates, g_t, inner, inner_t, inner, inner_t, following, count, C, DECAY, INNER, False
+        )
         left = count - i * C
-        at = tl.cast(i, tl.int64) * C
         A = read_rows(A_rows, i, a_t, a_d, left, D, C, BD, D < BD, WIDE, DESCRIPTORS)
         B = read_rows(B_rows, i, b_t, b_d, left, width, C, BV, DV % BV != 0, WIDE, DESCRIPTORS)
         if DECAY == VECTOR:
@@ -126,15 +139,12 @@ def states_kernel(
             total = tl.load(totals + block * D + channels, mask=channels < D, other=0.0)
             S *= decay_of(total, DECAY)[:, None]
         else:
-            g = tl.zeros((C,), tl.float32)
-            if (DECAY == SCALAR) | (DECAY == BITS):
-                g = load_decay(gates + at * g_t, g_t, left, C, DECAY)
             sums, total = block_decay(g, slope, left, C, DECAY)
             weights = decay_of(sums if BACKWARD else total - sums, DECAY)
             if BACKWARD:
                 weights *= scale
             if INNER:
-                weights *= load_weights(inner + at * inner_t, inner_t, left, C)
+                weights *= exchanged(inner_now, C)
             if BACKWARD or DECAY != NONE or INNER:
                 B = (B * weights[:, None]).to(B.dtype)
             if DECAY != NONE:

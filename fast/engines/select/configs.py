@@ -16,8 +16,8 @@ class SelectConfig:
     loads at once of a longer row.
     """
 
-    pool_rows: int = 64
-    pool_warps: int = 4
+    pool_rows: int = 32
+    pool_warps: int = 2
     score_q: int = 64
     score_k: int = 64
     score_warps: int = 4
@@ -29,8 +29,8 @@ class SelectConfig:
 
 CANDIDATES = (
     SelectConfig(),
-    SelectConfig(pool_rows=32, pool_warps=2),
-    SelectConfig(pool_rows=128, pool_warps=8),
+    SelectConfig(pool_rows=64, pool_warps=4),
+    SelectConfig(pool_rows=16, pool_warps=1),
     SelectConfig(score_q=128, score_k=128, score_warps=8),
     SelectConfig(score_q=128, score_k=64, score_stages=3),
     SelectConfig(row_items=2048, chunk_items=2048, chunk_warps=4),

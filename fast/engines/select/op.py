@@ -250,8 +250,10 @@ def top_k_lists(
     index = top_k(scores, k, dtype=torch.int32, backend=backend)
     q_blocks, k_blocks = scores.shape[2:]
     if causal:
-        last = torch.arange(q_blocks, device=scores.device) + (k_blocks - q_blocks)
-        count = (index <= last[:, None]).sum(-1, dtype=torch.int32)
+        first = k_blocks - q_blocks
+        last = torch.arange(first, k_blocks, dtype=torch.int32, device=scores.device)
+        last = last[:, None].expand(*index.shape[:3], 1).contiguous()
+        count = torch.searchsorted(index, last, right=True, out_int32=True)[..., 0]
     else:
         count = index.new_full(scores.shape[:3], index.shape[-1])
     return BlockLists(index, count, q_block, k_block)

@@ -24,34 +24,43 @@ MASK_CHUNK = 2048
 
 @triton.jit
 def ordered(x):
-    """float32 bits as an unsigned key of the same order: NaN lowest, -0 equal to +0."""
+    """float32 bits as an unsigned key of the same order: NaN lowest, -0 equal to +0, none 0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    signed = tl.where(x != x, -2147483648, signed)
+    signed = tl.where(x != x, -2147483647, signed)
     return signed.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
 def _keys(scores, start, n, stride_n, N: tl.constexpr):
-    """Keys of the entries from `start`, and which of them exist."""
+    """The entries from `start` and their keys, 0 where there is none."""
     entry = start + tl.arange(0, N)
-    real = entry < n
-    x = tl.load(scores + entry.to(tl.int64) * stride_n, mask=real, other=0.0)
-    return entry, ordered(x.to(tl.float32)), real
+    x = tl.load(scores + entry.to(tl.int64) * stride_n, mask=entry < n, other=0.0)
+    return entry, tl.where(entry < n, ordered(x.to(tl.float32)), 0)
 
 
 @triton.jit
-def best_of(key, real, k):
-    """Which of the real keys are the k largest, found bit by bit; ties go to the lower index."""
-    threshold = tl.full([], 0, tl.uint32)
-    for step in tl.static_range(32):
-        candidate = threshold | (1 << (31 - step))
-        enough = tl.sum((real & (key >= candidate)).to(tl.int32), axis=0) >= k
-        threshold = tl.where(enough, candidate, threshold)
-    above = real & (key > threshold)
-    tied = real & (key == threshold)
-    wanted = k - tl.sum(above.to(tl.int32), axis=0)
-    return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= wanted))
+def best_of(key, k):
+    """Which of the keys above 0 are the k largest; ties go to the lower index.
+
+    The k-th largest is searched between the least and the largest key by halving, until k keys
+    reach the bound, which for distinct scores happens long before all 32 bits are known.
+    """
+    high = tl.max(key, axis=0)
+    low = tl.minimum(high, tl.min(tl.where(key > 0, key, 0xFFFFFFFF), axis=0))
+    reached = k + 1
+    while (low < high) & (reached != k):
+        middle = high - ((high - low) >> 1)
+        reached = tl.sum((key >= middle).to(tl.int32), axis=0)
+        low = tl.where(reached >= k, middle, low)
+        high = tl.where(reached >= k, high, middle - 1)
+    chosen = (key >= low) & (key > 0)
+    if reached != k:
+        above = key > low
+        tied = (chosen & (key == low)).to(tl.int32)
+        wanted = k - tl.sum(above.to(tl.int32), axis=0)
+        chosen = above | ((tied > 0) & (tl.cumsum(tied, axis=0) <= wanted))
+    return chosen
 
 
 @triton.jit
@@ -78,9 +87,8 @@ def _short(
 ):  # fmt: skip
     """A row that fits in registers."""
     scores, out = _row(scores, out, stride_b, stride_h, stride_r, heads, rows, length)
-    entry, key, real = _keys(scores, 0, n, stride_n, N)
-    chosen = best_of(key, real, k)
-    _emit(out, entry, chosen, real, 0, MASK)
+    entry, key = _keys(scores, 0, n, stride_n, N)
+    _emit(out, entry, best_of(key, k), entry < n, 0, MASK)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "chunks"])
@@ -96,8 +104,8 @@ def _candidates(
     chunk = tl.program_id(0) % chunks
     b, h, r = line // rows // heads, line // rows % heads, line % rows
     scores += b * stride_b + h * stride_h + r * stride_r
-    entry, key, real = _keys(scores, chunk * N, n, stride_n, N)
-    chosen = best_of(key, real, k)
+    entry, key = _keys(scores, chunk * N, n, stride_n, N)
+    chosen = best_of(key, k)
     spot = (line * chunks + chunk) * k + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(best + spot, key.to(tl.int32, bitcast=True), mask=chosen)
     tl.store(places + spot, entry, mask=chosen)
@@ -112,9 +120,8 @@ def _merge(best, places, out, many, k, length, N: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, N)
     place = tl.load(places + line * many + candidate, mask=candidate < many, other=-1)
-    real = place >= 0
-    key = tl.load(best + line * many + candidate, mask=real, other=0).to(tl.uint32, bitcast=True)
-    chosen = best_of(key, real, k)
+    key = tl.load(best + line * many + candidate, mask=place >= 0, other=0)
+    chosen = best_of(key.to(tl.uint32, bitcast=True), k)
     spot = line * length + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(out + spot, place.to(out.dtype.element_ty), mask=chosen)
 
@@ -132,8 +139,9 @@ def _long(
     for digit in tl.static_range(4):
         counts = tl.zeros([256], tl.int32)
         for start in range(0, n, N):
-            _, key, real = _keys(scores, start, n, stride_n, N)
+            _, key = _keys(scores, start, n, stride_n, N)
             value = (key >> (24 - 8 * digit)) & 255
+            real = key > 0
             if digit > 0:
                 real = real & ((key >> (32 - 8 * digit)) == prefix)
             # Other entries go to bin 0, which is the choice only if no bin above it is.
@@ -144,10 +152,10 @@ def _long(
         prefix = (prefix << 8) | best.to(tl.uint32)
     found = 0
     for start in range(0, n, N):
-        entry, key, real = _keys(scores, start, n, stride_n, N)
-        tied = (real & (key == prefix)).to(tl.int32)
-        chosen = real & ((key > prefix) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= wanted)))
-        _emit(out, entry, chosen, real, found, MASK)
+        entry, key = _keys(scores, start, n, stride_n, N)
+        tied = ((key > 0) & (key == prefix)).to(tl.int32)
+        chosen = (key > prefix) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= wanted))
+        _emit(out, entry, chosen, entry < n, found, MASK)
         found += tl.sum(chosen.to(tl.int32), axis=0)
         wanted -= tl.sum(tied, axis=0)
 
