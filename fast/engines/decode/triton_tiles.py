@@ -29,7 +29,12 @@ def attend_tiles(
     else:
         k_channel, v_channel = channel.to(tl.int64) * k_d, value.to(tl.int64) * v_d
     m = tl.full([M], float("-inf"), tl.float32)
-    den = tl.zeros([M], tl.float32)
+    # Sums of few rows meet at the end: every meeting of warps costs more than the numbers.
+    LATE: tl.constexpr = M <= 16
+    if LATE:
+        den = tl.zeros([M, N], tl.float32)
+    else:
+        den = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DVP], tl.float32)
     for tile in tl.range(lo, hi):
         slot = tile * N + tl.arange(0, N)
@@ -70,7 +75,10 @@ def attend_tiles(
         shift = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores - shift[:, None])
         keep = tl.exp2(m - shift)
-        den = den * keep + tl.sum(weights, 1)
+        if LATE:
+            den = den * keep[:, None] + weights
+        else:
+            den = den * keep + tl.sum(weights, 1)
         acc = acc * keep[:, None]
         for j in tl.static_range(SHARE):
             v_tile = tl.load(
@@ -83,4 +91,6 @@ def attend_tiles(
                 own = tl.where((part == j)[:, None], weights, 0.0)
             acc = tl.dot(own.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         m = top
+    if LATE:
+        den = tl.sum(den, 1)
     return m, den, acc
