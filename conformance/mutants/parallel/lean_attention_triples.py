@@ -55,6 +55,11 @@ def unguarded(a: Triple, b: Triple) -> Triple:
         return replacing(MERGE, _finite=lambda m: m)(a, b)
 
 
+def in_their_own_bits(a: Triple, b: Triple) -> Triple:
+    """NumPy's arithmetic: 16-bit triples are multiplied and added in 16 bits."""
+    return MERGE(a, b)
+
+
 def nan_of_nothing(m: np.ndarray, l: np.ndarray, o: np.ndarray) -> Any:
     _, lse = FINALIZE(m, l, o)
     with np.errstate(invalid="ignore"):
@@ -76,6 +81,9 @@ MUTANTS = (
     mutant("first-maximum", "monoid", "the first maximum is the reference of both",
            first_maximum, "merge"),
     mutant("nothing-plus-nothing", "agreement", "two empty triples make NaN", unguarded, "merge"),
+    Mutant("lean_attention.half-merge", "lean_attention.merge", "cancelling",
+           "16-bit triples are merged in 16 bits", in_their_own_bits,
+           settings={"dtypes": ("float16",)}),
     mutant("nan-of-nothing", "agreement", "an empty triple gives NaN", nan_of_nothing,
            "finalize"),
     mutant("lse-base-2", "agreement", "lse is in base 2",
