@@ -209,6 +209,19 @@ def test_every_configuration_fits_on_chip(arch: int, element_size: int, indirect
             assert chosen.tile >= 16
 
 
+def test_quick_memory_has_two_workers_of_few_rows() -> None:
+    slow, quick = (
+        configs.config(90, 2, 128, 4, False, bandwidth=bandwidth) for bandwidth in (25e9, 37e9)
+    )
+    assert (slow.workers, quick.workers) == (1, 2)
+    for d, packed, indirect in ((64, 4, False), (128, 64, False), (128, 4, True)):
+        choices = {
+            configs.config(90, 2, d, packed, indirect, bandwidth=bandwidth)
+            for bandwidth in (0.0, 37e9)
+        }
+        assert len(choices) == 1
+
+
 def test_exp_is_right_to_the_last_bits() -> None:
     x = np.concatenate([np.linspace(-87, 88, 20001), [0, -0.0]]).astype(np.float32)
     got = np.array([exp_f32(value) for value in x], np.float32)

@@ -15,11 +15,14 @@ from attnspec.fast.engines.columns.configs import ColumnsConfig, use_config
 from attnspec.reference.primitives.pooling import pool_1d
 
 SMALL = ColumnsConfig(block_k=16, block_q=16, num_warps=1, num_stages=1, programs=8)
+PACKED = ColumnsConfig(block_k=16, block_q=64, num_warps=1, num_stages=1, programs=8)
+"""Room for the rows of several heads, of which a group may have fewer."""
 CASES = [
     (2, 4, 2, 5, 33, 8, torch.float32),
     (1, 2, 2, 1, 1, 3, torch.float32),
     (1, 2, 1, 17, 9, 20, torch.float32),
     (1, 3, 1, 33, 33, 16, torch.float16),
+    (1, 6, 2, 9, 150, 16, torch.float16),
 ]
 
 
@@ -41,7 +44,10 @@ def weights(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("causal", "masked"), [(True, False), (True, True), (False, True)])
-def test_second_pass(case: tuple[Any, ...], causal: bool, masked: bool) -> None:
+@pytest.mark.parametrize("config", [SMALL, PACKED])
+def test_second_pass(
+    case: tuple[Any, ...], causal: bool, masked: bool, config: ColumnsConfig
+) -> None:
     batch, heads, kv_heads, rows, keys, d, dtype = case
     torch.manual_seed(rows)
     q = torch.randn(batch, rows, heads, d).to(dtype).transpose(1, 2)
@@ -52,7 +58,7 @@ def test_second_pass(case: tuple[Any, ...], causal: bool, masked: bool) -> None:
         k.masked_fill_(~key_mask[:, None, :, None], math.nan)
     P, exact_lse = weights(q, k, causal, key_mask)
     options: dict[str, Any] = {"causal": causal, "key_mask": key_mask, "backend": "triton"}
-    with use_config(SMALL):
+    with use_config(config):
         lse = columns.row_lse(q, k, **options)
         sums = columns.column_sums(q, k, lse, columns=keys // 2, **options)
         own_sums = columns.column_sums(q, k, columns=keys // 2, **options)

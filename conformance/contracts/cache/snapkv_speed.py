@@ -30,15 +30,29 @@ def sums_cost(arguments: Mapping[str, Any]) -> Cost:
     return Cost(2.0 * heads * w * k.shape[2] * k.shape[3], bytes_of(k) + written)
 
 
+def window_logits(q: Any, k: Any) -> Any:
+    """Scores (1, heads, w, T) of q, the last w queries, by the definition, in float32."""
+    import torch
+
+    w, group = q.shape[2], q.shape[1] // k.shape[1]
+    keys = k.repeat_interleave(group, 1) if group > 1 else k
+    scores = (q @ keys.mT).float() * k.shape[3] ** -0.5
+    scores[..., -w:] += torch.full((w, w), -torch.inf, device=q.device).triu(1)
+    return scores
+
+
 def scored_inputs(kv_heads: int, given: bool) -> Any:
     """The last 64 queries of 131072 tokens, all keys, and the rows' log denominators if `given`."""
 
     def make(device: str, dtype: str) -> dict[str, Any]:
-        from attnspec.fast.engines.columns import row_lse
-
         arguments = qkv(1, 32, kv_heads, 64, 131072, 128)(device, dtype)
         q, k = arguments["q"], arguments["k"]
-        return {"q": q, "k": k, "w": 64, "lse": row_lse(q, k) if given else None}
+        return {
+            "q": q,
+            "k": k,
+            "w": 64,
+            "lse": window_logits(q, k).logsumexp(-1) if given else None,
+        }
 
     return make
 
@@ -53,18 +67,8 @@ def read_of_keys(arguments: Mapping[str, Any]) -> Any:
 
 def softmax_sums(arguments: Mapping[str, Any]) -> Any:
     """The definition in torch: products, softmax and sums, through memory."""
-    import torch
-
     q, k, w = arguments["q"], arguments["k"], arguments["w"]
-    group = q.shape[1] // k.shape[1]
-
-    def call() -> Any:
-        keys = k.repeat_interleave(group, 1) if group > 1 else k
-        scores = (q[:, :, -w:] @ keys.mT).float() * k.shape[3] ** -0.5
-        scores[..., -w:] += torch.full((w, w), -torch.inf, device=q.device).triu(1)
-        return scores.softmax(-1)[..., : k.shape[2] - w].sum(2)
-
-    return call
+    return lambda: window_logits(q, k).softmax(-1)[..., : k.shape[2] - w].sum(2)
 
 
 def scored(kv_heads: int, given: bool) -> Benchmark:

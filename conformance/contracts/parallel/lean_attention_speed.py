@@ -20,6 +20,14 @@ def read_once(arguments: Mapping[str, Any]) -> Cost:
     )
 
 
+def workers(found: Any) -> int:
+    """One on each multiprocessor, or two where it has as much of memory's rate as on an H200."""
+    clock, bits = getattr(found, "memory_clock_rate", 0), getattr(found, "memory_bus_width", 0)
+    # Kilohertz, and two transfers a cycle.
+    quick = 2e3 * clock * bits / 8 / found.multi_processor_count > 30e9
+    return int(found.multi_processor_count) * (2 if quick else 1)
+
+
 def decode(
     device: str, heads: int, kv_heads: int, d: int, lengths: list[int], **rest: Any
 ) -> Benchmark:
@@ -30,9 +38,7 @@ def decode(
 
         shares = {"N": 512, "G": 2}
         if device == "cuda":
-            from attnspec.fast.engines.decode.triton_forward import usual_workers
-
-            shares = {"N": 128, "G": usual_workers(torch.device("cuda", 0))}
+            shares = {"N": 128, "G": workers(torch.cuda.get_device_properties(0))}
         arguments = qkv(len(lengths), heads, kv_heads, 1, keys, d, **shares)(device, dtype)
         counts = torch.tensor(lengths, dtype=torch.int32, device=device)
         q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))

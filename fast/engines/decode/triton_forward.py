@@ -61,12 +61,6 @@ def _bandwidth(device: torch.device) -> float:
     return 2e3 * clock * bits / 8 / found.multi_processor_count
 
 
-def usual_workers(device: torch.device) -> int:
-    """How many workers walk the caches of few 16-bit rows of 128 channels, unless a caller says."""
-    chosen = config(_architecture(device), 2, 128, 1, False, bandwidth=_bandwidth(device))
-    return chosen.workers * _processors(device)
-
-
 def partials(device: torch.device, stream: int, count: int) -> Tensor:
     """Room for `count` partial numbers of a launch on the current `stream`, -1 on a CPU.
 
