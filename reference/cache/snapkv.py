@@ -46,6 +46,8 @@ S11. **Once.** A second prompt, or a prompt in pieces, is not defined: the state
 a prompt comes, and a step brings one token.
 
 The functions of S3 to S8, from the window's weights to the selection, are in `snapkv_selection`.
+`window_scores`, S3 to S5 at once, is ours: it names what a kernel computes that has the rows'
+denominators from the prompt's attention and does not write A.
 
 Complexity
 ----------

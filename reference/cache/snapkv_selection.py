@@ -37,11 +37,18 @@ def window_attention(
     array([[[0.5 , 0.5 , 0.  ],
             [0.33, 0.33, 0.33]]])
     """
+    scores, allowed = _window_logits(q, k, w, mask)
+    return weights_given_lse(scores, softmax_lse(scores, allowed)[1], allowed)
+
+
+def _window_logits(
+    q: np.ndarray, k: np.ndarray, w: int, mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """S3: the logits L (..., heads, w, T) of the window, and which keys its queries see."""
     check_attention_inputs(q, k, k)
     check_window(w, q.shape[-2], k.shape[-2])
     allowed = visible(w, k.shape[-2], causal=True, mask=key_mask(mask, k))
-    scores = score(q[..., q.shape[-2] - w :, :], k)
-    return weights_given_lse(scores, softmax_lse(scores, allowed)[1], allowed)
+    return score(q[..., q.shape[-2] - w :, :], k), allowed
 
 
 def prefix_scores(A: np.ndarray, w: int = 32) -> np.ndarray:
@@ -71,14 +78,13 @@ def window_scores(
     >>> window_scores(np.zeros((1, 3, 2)), np.zeros((1, 3, 2)), w=2).round(2)
     array([[0.83]])
     """
-    A = window_attention(q, k, w, mask)
-    if lse is not None:
-        check_array("lse", lse, ("heads", "w"))
-        if lse.shape != A.shape[:-1]:
-            raise ValueError(f"lse: got shape {lse.shape}, expected {A.shape[:-1]}")
-        allowed = visible(w, k.shape[-2], causal=True, mask=key_mask(mask, k))
-        A = weights_given_lse(score(q[..., q.shape[-2] - w :, :], k), lse, allowed)
-    return prefix_scores(A, w)
+    if lse is None:
+        return prefix_scores(window_attention(q, k, w, mask), w)
+    scores, allowed = _window_logits(q, k, w, mask)
+    check_array("lse", lse, ("heads", "w"))
+    if lse.shape != scores.shape[:-1]:
+        raise ValueError(f"lse: got shape {lse.shape}, expected {scores.shape[:-1]}")
+    return prefix_scores(weights_given_lse(scores, lse, allowed), w)
 
 
 def pool_scores(s: np.ndarray, p: int = 5, mode: str = "avg") -> np.ndarray:

@@ -34,10 +34,6 @@ def stream(
     )
 
 
-def causal(arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    return lambda b, h, i, j: j <= i
-
-
 BENCHMARKS = (
     stream("cuda", 131072, 32, 128, 64, 1023, (flex(sinks_and_window), sdpa("flash", causal=True))),
     stream("cuda", 32768, 32, 128, 4, 2047, (flex(sinks_and_window), sdpa("flash", causal=True))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,9 +71,8 @@ def packed_torch(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     ends, longest = arguments["q_offsets"], int(LENGTHS.max())
     # The causal order was an argument of its own before it became a window.
-    code = getattr(call, "__wrapped__", call).__code__
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    order = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    before = "is_causal" in inspect.signature(call).parameters
+    order = {"is_causal": True} if before else {"window_size": (-1, 0)}
     return lambda: call(q, k, v, ends, ends, longest, longest, **order)
 
 

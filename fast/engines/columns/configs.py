@@ -13,8 +13,8 @@ from attnspec.fast.tuning import Table
 class ColumnsConfig:
     """Largest tile of keys and of query rows, and how a program runs.
 
-    `programs` is how many programs a first pass (`row_lse`) splits the keys into, at least, if
-    there are enough keys.
+    `programs` is how many programs the keys are split among where a few rows stay on chip, at
+    least, if there are enough keys.
     """
 
     block_k: int

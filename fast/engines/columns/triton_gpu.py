@@ -10,7 +10,6 @@ from torch import Tensor
 from attnspec.fast.engines.columns.configs import config
 from attnspec.fast.engines.columns.triton_rows import row_norms, sums_of_few, weight_rows
 from attnspec.fast.engines.columns.triton_tiles import (
-    LENGTHS,
     LOG2E,
     add_tile,
     load_keys,
@@ -27,6 +26,8 @@ from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.sizes import cdiv, next_power_of_2, tile_width
 
 __all__ = ["block_max", "column_sums", "row_norms", "smooth", "weight_rows"]
+
+LENGTHS = ["rows", "columns", "tiles", "scale"]
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "stored"])

@@ -15,6 +15,7 @@ from attnspec.fast.engines.columns.configs import ColumnsConfig, config
 from attnspec.fast.engines.columns.triton_tiles import (
     LOG2E,
     add_tile,
+    group_rows,
     joined_norms,
     load_keys,
     load_norms,
@@ -60,9 +61,7 @@ def _row_norms(
     split, tile = program % splits, program // splits % tiles
     bh = (program // splits // tiles).to(tl.int64)
     b, kv_head = bh // kv_heads, bh % kv_heads
-    packed = tile * M + tl.arange(0, M)
-    exists = packed < group * rows
-    head, row = kv_head * group + packed // rows, packed % rows
+    exists, head, row = group_rows(tile, kv_head, group, rows, M)
     shift = columns - rows
     address = b * q_b + head.to(tl.int64) * q_h + row.to(tl.int64) * q_t
     q_tile = load_rows(q, address, exists, q_d, d, D)

@@ -11,6 +11,7 @@ from attnspec.fast.engines.columns.configs import config
 from attnspec.fast.engines.columns.triton_rows import PARTS, partial_norms
 from attnspec.fast.engines.columns.triton_tiles import (
     LOG2E,
+    group_rows,
     joined_norms,
     load_keys,
     load_rows,
@@ -43,9 +44,7 @@ def _packed_weights(
     tile, row_tile = program % tiles, program // tiles % row_tiles
     bh = (program // tiles // row_tiles).to(tl.int64)
     b, kv_head = bh // kv_heads, bh % kv_heads
-    packed = row_tile * M + tl.arange(0, M)
-    exists = packed < group * rows
-    head, row = kv_head * group + packed // rows, packed % rows
+    exists, head, row = group_rows(row_tile, kv_head, group, rows, M)
     line = (b * kv_heads * group + head) * rows + row
     top, total = joined_norms(tops, totals, line, exists, splits, scale, PARTS)
     norm = tl.where(top == float("-inf"), float("inf"), top)

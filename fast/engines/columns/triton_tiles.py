@@ -19,7 +19,6 @@ from attnspec.fast.engines.columns.configs import ColumnsConfig
 from attnspec.fast.engines.sizes import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LENGTHS = ["rows", "columns", "tiles", "scale"]
 
 
 @triton.jit
@@ -46,6 +45,13 @@ def load_rows(q, address, exists, stride_d, d, D: tl.constexpr):
         q + address[:, None] + channel[None, :] * stride_d,
         mask=exists[:, None] & (channel < d)[None, :], other=0.0,
     )  # fmt: skip
+
+
+@triton.jit
+def group_rows(tile, kv_head, group, rows, M: tl.constexpr):
+    """A tile of a head group's rows, packed: which of them exist, their heads and rows (M,)."""
+    packed = tile * M + tl.arange(0, M)
+    return packed < group * rows, kv_head * group + packed // rows, packed % rows
 
 
 @triton.jit
