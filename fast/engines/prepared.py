@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.descriptors import described, descriptor
 from attnspec.fast.recent import Recent
 
 HANDS_ON_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
@@ -82,11 +83,8 @@ class Prepared:
     ) -> None:
         self.kernel, self.device, self.options = kernel, device, options
         self.grid = (programs, 1, 1)
-        # Gluon's descriptors are of a class of their own, with the layout of a tile.
         self.descriptors = {
-            name: (type(x), vars(x) | {"base": None})
-            for name, x in arguments.items()
-            if isinstance(getattr(x, "base", None), Tensor)
+            name: how for name, x in arguments.items() if (how := described(x)) is not None
         }
         self.arguments = {
             name: None if isinstance(x, Tensor) or name in self.descriptors else x
@@ -112,30 +110,21 @@ class Prepared:
             if x is not None:
                 address = x.data_ptr()
                 addresses |= address
-                described = self.descriptors.get(name)
-                values[self.places[name]] = address if described is None else _at(described, x)
+                how = self.descriptors.get(name)
+                values[self.places[name]] = address if how is None else descriptor(how, x)
         # Triton compiles for addresses at multiples of 16 apart from all others.
         plain = not addresses & 15
         if plain and self.compiled is not None:
             self.compiled(*values, stream=driver.active.get_current_stream(index))
             return
         given = {
-            name: _at(self.descriptors[name], x) if name in self.descriptors else x
+            name: descriptor(self.descriptors[name], x) if name in self.descriptors else x
             for name, x in tensors.items()
             if x is not None
         }
         compiled = self.kernel[self.grid](**(self.arguments | given), **self.options)
         if plain and HANDS_ON_CONSTANTS and getattr(compiled, "module", None) is not None:
             self.compiled = compiled[self.grid]
-
-
-def _at(described: tuple[type, dict[str, Any]], x: Tensor) -> Any:
-    """The descriptor of `x`, past the checks that the first of its kind has passed."""
-    kind, fields = described
-    descriptor: Any = object.__new__(kind)
-    vars(descriptor).update(fields)
-    descriptor.base = x
-    return descriptor
 
 
 class Repeated:

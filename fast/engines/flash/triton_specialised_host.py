@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attnspec.fast.engines.descriptors import Described, described, descriptor
 from attnspec.fast.engines.flash import triton_launch as host
 from attnspec.fast.engines.flash.configs import FlashConfig
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_specialised import specialised_forward_kernel
 from attnspec.fast.engines.prepared import Prepared
 from attnspec.fast.engines.sizes import tile_width
+from attnspec.fast.recent import Recent
 
 KNOWN = (
     "window", "sinks", "scale", "row_start", "row_end", "q_offsets", "k_offsets", "CAUSAL",
@@ -26,15 +29,27 @@ PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "table")
 MANY_ROUNDS = 64
 """Programs that own so many tiles are about equally busy in any order."""
 
+_described: Recent[Hashable, Described] = Recent()
 
-def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
-    """`x` (batch, heads, tokens, d) by tiles of rows, padded to what the matrix units take."""
+
+def tiles_of(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """`x` (batch, heads, tokens, d) by tiles of rows, of all channels, padded to what the matrix
+    units take, or of so many.
+    """
+    key = (x.shape, x.stride(), x.dtype, rows, columns)
+    how = None if x.data_ptr() & 15 else _described.get(key)
+    if how is not None:
+        return descriptor(how, x)
     unit = 16 // x.element_size()
     strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
-    block = [1, 1, rows, tile_width(x.shape[3], 64)]
+    block = [1, 1, rows, columns or tile_width(x.shape[3], 64)]
     kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    made = TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    how = described(made)
+    assert how is not None
+    _described[key] = how
+    return made
 
 
 def section(place: dict[str, Any], programs: int, group: int, rules: Rules) -> int:

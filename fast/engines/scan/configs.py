@@ -22,7 +22,9 @@ class ScanConfig:
     warps, see `triton_gates.py`. `*_registers` is the most a thread may use, `*_items` is the most
     numbers of a state one program keeps in registers, which decides how many value channels it
     owns; `pairs_tile` and the like are how many key channels are weighted at a time. `descriptors`
-    loads tiles by the tensor memory accelerator where strides allow it.
+    loads tiles by the tensor memory accelerator where strides allow it. Where `triton_specialised`
+    knows a call, which is for Hopper, it walks with `specialised` tiles of each kind on their way
+    (0: it does not) and `specialised_programs` instead of `programs`.
 
     Sequences are cut in segments of `segment` tokens; None cuts them so that about `programs`
     programs a multiprocessor exist, but not below `least_segment` tokens, nor above `gate_segment`
@@ -51,6 +53,8 @@ class ScanConfig:
     mend_tile: int = 16
     mend_warps: int = 2
     descriptors: bool = True
+    specialised: int = 0
+    specialised_programs: float = 1.0
     segment: int | None = None
     programs: float = 2.0
     least_segment: int = 2048
@@ -137,9 +141,9 @@ CANDIDATES = (
     ScanConfig(pairs_tile=128, pairs_warps=8, mend_tile=32),
 )
 
-CONSTANT = ScanConfig(walk_stages=3, states_items=8192, states_warps=4)
+CONSTANT = ScanConfig(walk_stages=3, states_items=8192, states_warps=4, specialised=3)
 """Where a decay is the same for every token of a head, a walk has registers to spare."""
-TOKEN = ScanConfig(programs=4.0, states_items=8192, states_warps=4)
+TOKEN = ScanConfig(programs=4.0, states_items=8192, states_warps=4, specialised=3)
 """Where it is one number a token."""
 
 FLOAT32 = ScanConfig(
@@ -194,8 +198,16 @@ TABLE: Table[Any] = Table(
     "scan",
     {
         ("16-bit",): CANDIDATES,
-        ("16-bit", "constant"): (CONSTANT, *CANDIDATES),
-        ("16-bit", "token"): (TOKEN, *CANDIDATES),
+        ("16-bit", "constant"): (
+            CONSTANT,
+            replace(CONSTANT, specialised=2, specialised_programs=2.0),
+            *CANDIDATES,
+        ),
+        ("16-bit", "token"): (
+            TOKEN,
+            replace(TOKEN, specialised=2, specialised_programs=2.0),
+            *CANDIDATES,
+        ),
         ("16-bit", "wide"): [
             replace(each, states_stages=min(each.states_stages, 2)) for each in CANDIDATES
         ],

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnspec.fast.engines.descriptors import described
 from attnspec.fast.engines.prepared import launch
 from attnspec.fast.engines.scan import replay
 
@@ -45,13 +46,15 @@ class Recorder:
         slots = {id(x): slot for slot, x in enumerate((*tensors, *self.buffers)) if x is not None}
         if len(slots) < len(given) or any(id(x) not in slots for x in outputs):
             return
-        launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
+        launches: list[replay.Launch] = []
         for compiled, programs, arguments in self.launches:
-            given_at = [(n, id(x)) for n, x in enumerate(arguments) if isinstance(x, Tensor)]
+            hows = [described(x) for x in arguments]
+            bases = [x if how is None else x.base for x, how in zip(arguments, hows, strict=True)]
+            given_at = [(n, id(x)) for n, x in enumerate(bases) if isinstance(x, Tensor)]
             if compiled is None or any(x not in slots for _, x in given_at):
                 return
-            places = [(n, slots[x]) for n, x in given_at]
-            constants = [None if isinstance(x, Tensor) else x for x in arguments]
+            places = [(n, slots[x], hows[n]) for n, x in given_at]
+            constants = [None if isinstance(x, Tensor) else x for x in bases]
             launches.append((compiled[programs, 1, 1], constants, places))
         buffers = [(tuple(x.shape), x.dtype) for x in self.buffers]
         replay.replays[key] = replay.Replay(

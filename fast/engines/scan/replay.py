@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from attnspec.fast.backend import count_launch
+from attnspec.fast.engines.descriptors import Described, descriptor
 from attnspec.fast.engines.scan.configs import TABLE
 from attnspec.fast.recent import Recent
+
+Launch = tuple[Callable[..., Any], list[Any], list[tuple[int, int, Described | None]]]
+"""A compiled kernel, its arguments without tensors, and for each tensor its place among them and
+among inputs and buffers, and what a descriptor says of it, if it is handed over as one.
+"""
 
 replays: Recent[Hashable, Replay] = Recent()
 """By kind of call; `recorder.py` fills it."""
@@ -50,8 +56,7 @@ class Replay:
     """
 
     def __init__(
-        self, buffers: list[tuple[tuple[int, ...], torch.dtype]],
-        launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]],
+        self, buffers: list[tuple[tuple[int, ...], torch.dtype]], launches: list[Launch],
         outputs: tuple[int, ...], prepare: Callable[[], None],
     ) -> None:  # fmt: skip
         self.buffers = buffers
@@ -69,8 +74,9 @@ class Replay:
                 slots.append(torch.empty(shape, dtype=dtype, device=first.device))
             for run, constants, places in self.launches:
                 arguments = constants.copy()
-                for place, slot in places:
-                    arguments[place] = slots[slot]
+                for place, slot, how in places:
+                    x = slots[slot]
+                    arguments[place] = x if how is None or x is None else descriptor(how, x)
                 count_launch()
                 run(*arguments)
         return tuple(x for slot in self.outputs if (x := slots[slot]) is not None)

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attnspec.fast.engines.flash.triton_launch import SPEAKS_GLUON, arch
 from attnspec.fast.engines.scan.configs import REACH, ScanConfig, config
 from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.segments import Segments, cut
@@ -21,6 +22,9 @@ from attnspec.fast.engines.sizes import next_power_of_2, tile_width
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
 KINDS = ("constant", "constant", "token", "channel", "token")
 """What the table of configurations calls these decays."""
+SPECIALISED_COLUMNS, SPECIALISED_BLOCK, SPECIALISED_WIDTHS = 64, 64, (64, 128)
+"""Channels of v that each of the two consumers of the specialised walk has, rows of its blocks, and
+channels of q and k that it may have, padded."""
 HOPPERS_ROOM, OTHERS_ROOM = 232448, 101376
 """Bytes of shared memory that a program may take, on Hopper and on processors with less."""
 
@@ -107,7 +111,11 @@ class Call:
         length = segment or cfg.segment
         if length is None:
             tile = call.tile(cfg.walk_items, d, call.dv)
-            many = max(1, int(cfg.programs * processors) // (batch * heads * -(-call.dv // tile)))
+            walks, programs = batch * heads * -(-call.dv // tile), cfg.programs
+            if offsets is None and call.specialises(q, v):
+                walks = batch * heads * -(-call.dv // SPECIALISED_COLUMNS) // 2
+                programs = cfg.specialised_programs
+            many = max(1, int(programs * processors) // walks)
             length = max(-(-tokens // many), cfg.least_segment)
             if gradient:
                 length = min(length, cfg.gate_segment)
@@ -120,6 +128,29 @@ class Call:
     def tile(items: int, rows: int, columns: int) -> int:
         """State columns a program owns, so that it holds at most `items` numbers."""
         return max(16, min(128, tile_width(columns), items // tile_width(rows)))
+
+    def specialises(self, *tensors: Tensor) -> bool:
+        """Whether the specialised kernels know a call's decay and (q, ..., v): rows lie where
+        descriptors can load them, segments are whole blocks of sequences that are not packed, and
+        none of two consumers has nothing to do.
+        """
+        first, last = tensors[0], tensors[-1]
+        tiles = self.heads * -(-last.shape[3] // SPECIALISED_COLUMNS)
+        segments = self.segments
+        return (
+            self.cfg.specialised > 0 and SPEAKS_GLUON and first.is_cuda and arch(first) == 90
+            and self.decay != VECTOR and segments.table is None and tiles % 2 == 0
+            and self.block == SPECIALISED_BLOCK and tile_width(first.shape[3]) in SPECIALISED_WIDTHS
+            and (segments.each == 1 or segments.length % self.block == 0)
+            and self.described(self.layout(*tensors), *tensors)
+        )  # fmt: skip
+
+    def shares(self, q: Tensor, k: Tensor, columns: int) -> bool:
+        """Whether two tiles of v's channels, dealt out one head after the other, have q and k in
+        common.
+        """
+        whole = -(-columns // SPECIALISED_COLUMNS) % 2 == 0
+        return whole or all(self.heads // x.shape[1] % 2 == 0 for x in (q, k))
 
     @property
     def nothing(self) -> bool:
@@ -188,14 +219,18 @@ class Call:
         span = max(self.block * x.stride(2) + 256 * x.stride(3) for x in tensors)
         return {"ALIGNED": aligned, "WIDE": span >= 2**31}
 
-    def describe(self, layout: dict[str, bool], *tensors: Tensor) -> dict[str, bool]:
-        """`layout`, and whether tensor descriptors can load the tiles."""
+    def described(self, layout: dict[str, bool], *tensors: Tensor) -> bool:
+        """Whether tensor descriptors can load the tiles."""
         fits = layout["ALIGNED"] and all(
             x.stride(3) == 1 and x.stride(2) > 0 and x.data_ptr() % 16 == 0
             and x.shape[3] * x.element_size() % 16 == 0
             for x in tensors
         )  # fmt: skip
-        used = self.cfg.descriptors and fits
+        return self.cfg.descriptors and fits
+
+    def describe(self, layout: dict[str, bool], *tensors: Tensor) -> dict[str, bool]:
+        """`layout`, and whether the tiles are loaded by descriptors that programs make."""
+        used = self.described(layout, *tensors)
         if used:
             prepare()
         return {**layout, "DESCRIPTORS": used}
@@ -281,6 +316,13 @@ def sum_segments(
     states = call.empty(call.segments.total, call.heads, call.d, call.dv)
     width = call.d if call.decay == VECTOR else 1
     decays = call.empty(call.segments.total, call.heads, width)
+    if call.specialises(a, b):
+        from attnspec.fast.engines.scan import triton_specialised_host
+
+        triton_specialised_host.sum_segments(
+            call, a, b, states, decays, backward=backward, every=every, inner=inner
+        )
+        return states, decays
     tile = call.tile(cfg.states_items, call.d, call.dv)
     call.recorder.launch(
         states_kernel, call.segments.total * call.heads * -(-call.dv // tile),
@@ -337,6 +379,14 @@ def walk(
     if given: summed over the channels of a tile (tiles, batch, heads, tokens), or under a decay per
     channel over the rows of a block (blocks, heads, width of v).
     """
+    operands = (q, k, v) if product is None else (q, k, product, v)
+    if dtype == call.dtype and call.specialises(*operands):
+        from attnspec.fast.engines.scan import triton_specialised_host
+
+        return triton_specialised_host.walk(
+            call, q, k, v, entering, final=final, product=product, backward=backward,
+            transposed=transposed, inner=inner, outer=outer,
+        )  # fmt: skip
     cfg = call.cfg
     rows, columns = q.shape[3], v.shape[3]
     tile = call.tile(cfg.walk_items, rows, columns)
