@@ -42,3 +42,26 @@ def test_the_default_keeps_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     call = plan(monkeypatch, torch.bfloat16, 256, ScanConfig(), True)
     tile = call.tile(call.cfg.walk_items, 256, 256)
     assert call.stages(call.cfg.walk_stages, 2 * 256 + tile + call.block, 256 * tile) == 2
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "k_heads", "columns", "shared"),
+    [(4, 4, 128, True), (4, 4, 64, False), (2, 2, 64, True), (2, 4, 64, False), (4, 4, 192, False)],
+    ids=["one head", "two heads", "two of a group", "own keys", "a tile and the next head's"],
+)
+def test_what_two_consumers_share(
+    monkeypatch: pytest.MonkeyPatch, q_heads: int, k_heads: int, columns: int, shared: bool
+) -> None:
+    """Tiles of 64 channels of v are dealt to two consumers, one of four heads after the other."""
+    monkeypatch.setattr(triton_plan, "device_of", lambda x: (132, True))
+    q, k = (torch.empty(1, heads, 64, 64, dtype=torch.bfloat16) for heads in (q_heads, k_heads))
+    v = torch.empty(1, 4, 64, columns, dtype=torch.bfloat16)
+    call = Call.plan(q, v, 4, None, None, None, 1.0, 0)
+    assert call.shares(q, k, columns) is shared
+
+
+def test_the_specialised_kernels_are_for_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a configuration says: not for a processor that has the memory, as newer ones do."""
+    call = plan(monkeypatch, torch.bfloat16, 128, ScanConfig(specialised=3), True)
+    q = torch.empty(1, 1, 64, 128, dtype=torch.bfloat16)
+    assert not call.specialises(q, q)

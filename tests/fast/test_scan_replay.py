@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,6 +33,28 @@ class Kernel:
         return run
 
 
+@dataclass
+class Described:
+    """Stands in for a tensor descriptor."""
+
+    base: Tensor
+    rows: int
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    block_shape: tuple[int, ...] = ()
+
+
+class DescribedKernel(Kernel):
+    """The same of the first rows of a descriptor."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(x: Described, out: Tensor, n: int, FACTOR: int) -> Any:
+            out.copy_(x.base[: x.rows] * FACTOR)
+            return {(*grid, 1, 1): run}
+
+        return run
+
+
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "replays", Recent())
@@ -53,6 +76,19 @@ def test_repeats_on_new_tensors() -> None:
     assert found is not None
     torch.testing.assert_close(found((y, None)), (torch.full((3,), 5.0),))
     torch.testing.assert_close(first, torch.tensor([0.0, 5.0, 10.0]))
+
+
+def test_describes_new_tensors_as_the_first() -> None:
+    x, y = torch.arange(4.0), torch.ones(4)
+    recorder = Recorder(follows=True)
+    out = recorder.buffer(torch.empty(3))
+    recorder.launch(DescribedKernel(), 2, Described(x, 3), out, 3, FACTOR=5)
+    recorder.keep("described", (x,), (out,), lambda: None)
+    torch.testing.assert_close(out, torch.tensor([0.0, 5.0, 10.0]))
+    found = known("described")
+    assert found is not None
+    torch.testing.assert_close(found((y,)), (torch.full((3,), 5.0),))
+    torch.testing.assert_close(found((x,)), (out,))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def consume(
         nothing = gl.zeros([CHANNELS, C], gl.float32, ROWS)
         keys = k_room.index(stage).reshape([C, WIDTH])
         queries = q_room.index(stage).reshape([C, WIDTH]).permute((1, 0))
+        # Before any product is under way, which the assembler would have it wait for.
         S_rounded = gl.convert_layout(S.to(DTYPE), LEFT)
         mbarrier.wait(k_full.index(stage), phase)
         mbarrier.wait(q_full.index(stage), phase)
