@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnspec.fast.engines.flash.triton_launch import SPEAKS_GLUON, arch
+from attnspec.fast.engines.flash.triton_launch import SPEAKS_GLUON, aligned, arch
 from attnspec.fast.engines.scan.configs import REACH, ScanConfig, config
 from attnspec.fast.engines.scan.recorder import Recorder
 from attnspec.fast.engines.scan.segments import Segments, cut
@@ -142,7 +142,7 @@ class Call:
             and self.decay != VECTOR and segments.table is None and tiles % 2 == 0
             and self.block == SPECIALISED_BLOCK and tile_width(first.shape[3]) in SPECIALISED_WIDTHS
             and (segments.each == 1 or segments.length % self.block == 0)
-            and self.described(self.layout(*tensors), *tensors)
+            and all(aligned(x) for x in tensors)
         )  # fmt: skip
 
     def shares(self, q: Tensor, k: Tensor, columns: int) -> bool:
@@ -219,18 +219,14 @@ class Call:
         span = max(self.block * x.stride(2) + 256 * x.stride(3) for x in tensors)
         return {"ALIGNED": aligned, "WIDE": span >= 2**31}
 
-    def described(self, layout: dict[str, bool], *tensors: Tensor) -> bool:
-        """Whether tensor descriptors can load the tiles."""
+    def describe(self, layout: dict[str, bool], *tensors: Tensor) -> dict[str, bool]:
+        """`layout`, and whether tensor descriptors can load the tiles."""
         fits = layout["ALIGNED"] and all(
             x.stride(3) == 1 and x.stride(2) > 0 and x.data_ptr() % 16 == 0
             and x.shape[3] * x.element_size() % 16 == 0
             for x in tensors
         )  # fmt: skip
-        return self.cfg.descriptors and fits
-
-    def describe(self, layout: dict[str, bool], *tensors: Tensor) -> dict[str, bool]:
-        """`layout`, and whether the tiles are loaded by descriptors that programs make."""
-        used = self.described(layout, *tensors)
+        used = self.cfg.descriptors and fits
         if used:
             prepare()
         return {**layout, "DESCRIPTORS": used}
