@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnspec.fast.engines.flash.triton_specialised import ring
 from attnspec.fast.engines.scan.triton_common import decay_of
-from attnspec.fast.engines.scan.triton_specialised_facts import (
+from attnspec.fast.engines.scan.triton_specialised_parts import (
     CHANNELS,
     FACTS,
     PAIRS,
@@ -33,35 +33,12 @@ from attnspec.fast.engines.scan.triton_specialised_facts import (
     WRITING,
     block_at,
     facts_ring,
-    fetch,
     locate,
     measure,
+    produce,
     rings_of,
     whole,
 )
-
-
-@gluon.jit
-def produce(
-    q, k, v, w, rings, place, groups, C: gl.constexpr, STAGES: gl.constexpr,
-    BACKWARD: gl.constexpr, SHARED: gl.constexpr, PRODUCTS: gl.constexpr,
-):  # fmt: skip
-    """Bring the tiles of all blocks, as rings have room."""
-    owners, batch, _part, _segment, start, _count, low, steps = place
-    q_group, k_group, v_group, w_group, _inner, _outer = groups
-    q_rings, k_rings, v_rings, w_rings, _facts = rings
-    for n in range(steps):
-        row = start.to(gl.int32) + block_at(n, low, steps, BACKWARD) * C
-        stage, phase = n % STAGES, (n // STAGES & 1) ^ 1
-        for who in gl.static_range(1 if SHARED else 2):
-            head, _channel = owners[who]
-            fetch(k, batch, head // k_group, row, 0, k_rings[who], stage, phase)
-            fetch(q, batch, head // q_group, row, 0, q_rings[who], stage, phase)
-        for who in gl.static_range(2):
-            head, channel = owners[who]
-            fetch(v, batch, head // v_group, row, channel, v_rings[who], stage, phase)
-            if PRODUCTS:
-                fetch(w, batch, head // w_group, row, channel, w_rings[who], stage, phase)
 
 
 @gluon.jit

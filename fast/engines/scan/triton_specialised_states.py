@@ -22,17 +22,16 @@ from attnspec.fast.engines.scan.triton_common import (
     VANISHED,
     VANISHED_BITS,
 )
-from attnspec.fast.engines.scan.triton_specialised_facts import (
+from attnspec.fast.engines.scan.triton_specialised_parts import (
     CHANNELS,
     FACTS,
     TOTAL,
     WRITING,
-    block_at,
     facts_ring,
-    fetch,
     locate,
     measure,
     numbers,
+    produce,
     rings_of,
 )
 
@@ -58,30 +57,10 @@ def reach(gates, stride_t, slope, count, DECAY: gl.constexpr, BACKWARD: gl.const
             first = rows if BACKWARD else count - rows - more
             row = gl.arange(0, SEARCH, LINE)
             at = gates + first.to(gl.int64) * stride_t
-            g = numbers(at, stride_t, row, more, 0.0)
+            g = numbers(at, stride_t, row, more)
             total += gl.sum(gl.where(g < LEAST, LEAST, g), 0)
             rows += more
     return gl.minimum(rows, count)
-
-
-@gluon.jit
-def produce(
-    a, b, rings, place, groups, C: gl.constexpr, STAGES: gl.constexpr, BACKWARD: gl.constexpr,
-    SHARED: gl.constexpr,
-):  # fmt: skip
-    """Bring the tiles of all blocks, as rings have room."""
-    owners, batch, _part, _segment, start, _count, low, steps = place
-    _q, a_group, b_group, _w, _inner, _outer = groups
-    _q, a_rings, b_rings, _w, _facts = rings
-    for n in range(steps):
-        row = start.to(gl.int32) + block_at(n, low, steps, BACKWARD) * C
-        stage, phase = n % STAGES, (n // STAGES & 1) ^ 1
-        for who in gl.static_range(1 if SHARED else 2):
-            head, _channel = owners[who]
-            fetch(a, batch, head // a_group, row, 0, a_rings[who], stage, phase)
-        for who in gl.static_range(2):
-            head, channel = owners[who]
-            fetch(b, batch, head // b_group, row, channel, b_rings[who], stage, phase)
 
 
 @gluon.jit
@@ -161,7 +140,10 @@ def specialised_states_kernel(
         [
             (consume, (states, rings, place, heads, 0, D, DV, WIDTH, C, STAGES, DTYPE)),
             (consume, (states, rings, place, heads, 1, D, DV, WIDTH, C, STAGES, DTYPE)),
-            (produce, (a_tiles, b_tiles, rings, place, groups, C, STAGES, BACKWARD, SHARED)),
+            (produce, (
+                None, a_tiles, b_tiles, None, rings, place, groups, C, STAGES, BACKWARD, SHARED,
+                False,
+            )),
             (measure, (
                 gates, inner, inner, rings, place, strides, groups, scale, 0, C, STAGES, DECAY,
                 BACKWARD, INNER, False, decays, heads,

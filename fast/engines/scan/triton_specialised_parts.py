@@ -98,9 +98,50 @@ def block_at(n, low, steps, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def numbers(x, stride, row, left, OTHER: gl.constexpr):
-    """Numbers of the first `left` rows in float32, OTHER beyond."""
-    return gl.load(x + row.to(gl.int64) * stride, mask=row < left, other=OTHER).to(gl.float32)
+def produce(
+    q, k, v, w, rings, place, groups, C: gl.constexpr, STAGES: gl.constexpr,
+    BACKWARD: gl.constexpr, SHARED: gl.constexpr, PRODUCTS: gl.constexpr,
+):  # fmt: skip
+    """Bring the tiles of all blocks, as rings have room; those of q if there is one."""
+    owners, batch, _part, _segment, start, _count, low, steps = place
+    q_group, k_group, v_group, w_group, _inner, _outer = groups
+    q_rings, k_rings, v_rings, w_rings, _facts = rings
+    for n in range(steps):
+        row = start.to(gl.int32) + block_at(n, low, steps, BACKWARD) * C
+        stage, phase = n % STAGES, (n // STAGES & 1) ^ 1
+        for who in gl.static_range(1 if SHARED else 2):
+            head, _channel = owners[who]
+            fetch(k, batch, head // k_group, row, 0, k_rings[who], stage, phase)
+            if q is not None:
+                fetch(q, batch, head // q_group, row, 0, q_rings[who], stage, phase)
+        for who in gl.static_range(2):
+            head, channel = owners[who]
+            fetch(v, batch, head // v_group, row, channel, v_rings[who], stage, phase)
+            if PRODUCTS:
+                fetch(w, batch, head // w_group, row, channel, w_rings[who], stage, phase)
+
+
+@gluon.jit
+def numbers(x, stride, row, left):
+    """Numbers of the first `left` rows in float32, zeros beyond."""
+    return gl.load(x + row.to(gl.int64) * stride, mask=row < left, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def given(
+    gates, g_t, inner, inner_t, outer, outer_t, row, left, DECAY: gl.constexpr,
+    INNER: gl.constexpr, OUTER: gl.constexpr,
+):  # fmt: skip
+    """Log decays and weights of rows, as far as there are any: else zeros and ones."""
+    one = gl.full(row.shape, 1.0, gl.float32, row.type.layout)
+    g, written, read = one * 0.0, one, one
+    if (DECAY == SCALAR) | (DECAY == BITS):
+        g = numbers(gates, g_t, row, left)
+    if INNER:
+        written = numbers(inner, inner_t, row, left)
+    if OUTER:
+        read = numbers(outer, outer_t, row, left)
+    return g, written, read
 
 
 @gluon.jit
@@ -129,25 +170,18 @@ def measure(
     outer += batch * outer_b + head // outer_group * outer_h + start * outer_t
     whole_total = gl.zeros([C], gl.float32, LINE)
     one = gl.full([C], 1.0, gl.float32, LINE)
-    g, written, read = one * 0.0, one, one
     # There may be no block at all.
     row = place_in + gl.maximum(block_at(0, low, steps, BACKWARD), 0) * C
-    if (DECAY == SCALAR) | (DECAY == BITS):
-        g = numbers(gates, g_t, row, count, 0.0)
-    if INNER:
-        written = numbers(inner, inner_t, row, count, 0.0)
-    if OUTER:
-        read = numbers(outer, outer_t, row, count, 0.0)
+    g_next, written_next, read_next = given(
+        gates, g_t, inner, inner_t, outer, outer_t, row, count, DECAY, INNER, OUTER
+    )
     for n in range(steps):
         i = block_at(n, low, steps, BACKWARD)
-        g_now, written_now, read_now = g, written, read
+        g, written, read = g_next, written_next, read_next
         row = place_in + block_at(gl.minimum(n + 1, steps - 1), low, steps, BACKWARD) * C
-        if (DECAY == SCALAR) | (DECAY == BITS):
-            g = numbers(gates, g_t, row, count, 0.0)
-        if INNER:
-            written = numbers(inner, inner_t, row, count, 0.0)
-        if OUTER:
-            read = numbers(outer, outer_t, row, count, 0.0)
+        g_next, written_next, read_next = given(
+            gates, g_t, inner, inner_t, outer, outer_t, row, count, DECAY, INNER, OUTER
+        )
         if DECAY == NONE:
             sums = one * 0.0
             total = sums
@@ -157,9 +191,9 @@ def measure(
             total = -slope * rows.to(gl.float32) * one
         else:
             # What is not a number stays that.
-            g_now = gl.where(g_now < LEAST, LEAST, g_now)
-            sums = gl.associative_scan(g_now, 0, add)
-            total = gl.sum(g_now, 0) * one
+            g = gl.where(g < LEAST, LEAST, g)
+            sums = gl.associative_scan(g, 0, add)
+            total = gl.sum(g, 0) * one
         whole_total += total
         reading, writing = sums, total - sums
         if BACKWARD:
@@ -173,9 +207,9 @@ def measure(
         mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
         room.index(stage * FACTS + SUMS).store(sums)
         room.index(stage * FACTS + READING).store(reading)
-        room.index(stage * FACTS + WRITING).store(writing * written_now)
-        room.index(stage * FACTS + PAIRS).store(written_now * scale)
-        room.index(stage * FACTS + ROWS_OUT).store(read_now)
+        room.index(stage * FACTS + WRITING).store(writing * written)
+        room.index(stage * FACTS + PAIRS).store(written * scale)
+        room.index(stage * FACTS + ROWS_OUT).store(read)
         room.index(stage * FACTS + TOTAL).store(decay_of(total, DECAY))
         mbarrier.arrive(full.index(stage), count=1)
     if decays is not None:
