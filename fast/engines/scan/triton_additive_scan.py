@@ -35,9 +35,8 @@ from attnspec.fast.engines.scan.triton_plan import (
     enter,
     prepare,
     walk,
-    weigh_steep,
-    weighted_rows,
 )
+from attnspec.fast.engines.scan.triton_weigh import weigh_steep, weighted_rows
 from attnspec.fast.engines.scan.triton_widths import tiled
 from attnspec.fast.engines.sizes import tile_width
 

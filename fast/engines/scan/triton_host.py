@@ -32,9 +32,9 @@ from attnspec.fast.engines.scan.triton_plan import (
     prepare,
     sum_segments,
     walk,
-    weigh,
 )
 from attnspec.fast.engines.scan.triton_step import step_kernel
+from attnspec.fast.engines.scan.triton_weigh import weigh
 from attnspec.fast.engines.scan.triton_widths import (
     narrow,
     padded,
