@@ -45,28 +45,35 @@ def room_for(x, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def ring(x, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Room for `STAGES` tiles of x, and for each whether it is full and whether it is empty again,
-    which it is when all its readers say so.
-    """
-    room = room_for(x, STAGES)
+def signals(STAGES: gl.constexpr, READERS: gl.constexpr):
+    """For each stage of a ring whether it is full, and whether it is empty again."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def ring(x, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Room for `STAGES` tiles of x, and for each whether it is full and whether it is empty again,
+    which it is when all its readers say so.
+    """
+    room = room_for(x, STAGES)
+    full, empty = signals(STAGES, READERS)
     return room, full, empty
 
 
 @gluon.jit
-def fetch(x, b, h, first, ring, stage, phase, MORE: gl.constexpr = 0):
-    """Copy rows of a head to a stage of a ring as soon as it is empty; with MORE other bytes, which
-    the caller copies, it is full.
+def fetch(x, b, h, first, ring, stage, phase, MORE: gl.constexpr = 0, column=0):
+    """Copy rows of a head, from a channel on, to a stage of a ring as soon as it is empty; with
+    MORE other bytes, which the caller copies, it is full.
     """
     room, full, empty = ring
     mbarrier.wait(empty.index(stage), phase)
     mbarrier.expect(full.index(stage), x.block_type.nbytes + MORE)
-    tma.async_copy_global_to_shared(x, [b, h, first, 0], full.index(stage), room.index(stage))
+    tma.async_copy_global_to_shared(x, [b, h, first, column], full.index(stage), room.index(stage))
 
 
 @gluon.jit

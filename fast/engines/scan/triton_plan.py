@@ -21,9 +21,9 @@ from attnspec.fast.engines.sizes import next_power_of_2, tile_width
 NONE, CONSTANT, SCALAR, VECTOR, BITS = range(5)
 KINDS = ("constant", "constant", "token", "channel", "token")
 """What the table of configurations calls these decays."""
-SPECIALISED_COLUMNS, SPECIALISED_BLOCK, SPECIALISED_WIDTHS = 64, 64, (64, 128)
-"""Channels of v that each of the two consumers of the specialised walk has, rows of its blocks, and
-channels of q and k that it may have, padded."""
+SPECIALISED_COLUMNS, SPECIALISED_BLOCK, SPECIALISED_WIDTHS, CONSUMERS = 64, 64, (64, 128), 2
+"""Of the specialised kernels: channels of v that each consumer has, rows of a block, channels of q
+and k, padded, and consumers of a program."""
 HOPPERS_ROOM, OTHERS_ROOM = 232448, 101376
 """Bytes of shared memory that a program may take, on Hopper and on processors with less."""
 
@@ -47,6 +47,11 @@ def odd_programs(many: int, span: int) -> int:
     number, so that the steep blocks of one head do not come to one program.
     """
     return -(-many // span) | 1
+
+
+def consumed(columns: int) -> int:
+    """How many consumers of the specialised kernels share so many channels of v."""
+    return -(-columns // SPECIALISED_COLUMNS)
 
 
 @dataclass
@@ -112,7 +117,7 @@ class Call:
             tile = call.tile(cfg.walk_items, d, call.dv)
             walks, programs = batch * heads * -(-call.dv // tile), cfg.programs
             if offsets is None and call.specialises(q, v):
-                walks = batch * heads * -(-call.dv // SPECIALISED_COLUMNS) // 2
+                walks = batch * call.walkers(call.dv)
                 programs = cfg.specialised_programs
             many = max(1, int(programs * processors) // walks)
             length = max(-(-tokens // many), cfg.least_segment)
@@ -134,21 +139,25 @@ class Call:
         none of two consumers has nothing to do.
         """
         first, last = tensors[0], tensors[-1]
-        tiles = self.heads * -(-last.shape[3] // SPECIALISED_COLUMNS)
+        tiles = self.heads * consumed(last.shape[3])
         segments = self.segments
         return (
             self.cfg.specialised > 0 and SPEAKS_GLUON and first.is_cuda and arch(first) == 90
-            and self.decay != VECTOR and segments.table is None and tiles % 2 == 0
+            and self.decay != VECTOR and segments.table is None and tiles % CONSUMERS == 0
             and self.block == SPECIALISED_BLOCK and tile_width(first.shape[3]) in SPECIALISED_WIDTHS
             and (segments.each == 1 or segments.length % self.block == 0)
             and all(aligned(x) for x in tensors)
         )  # fmt: skip
 
+    def walkers(self, columns: int) -> int:
+        """Programs of a specialised kernel for a segment of all heads and so many channels of v."""
+        return self.heads * consumed(columns) // CONSUMERS
+
     def shares(self, q: Tensor, k: Tensor, columns: int) -> bool:
         """Whether two tiles of v's channels, dealt out one head after the other, have q and k in
         common.
         """
-        whole = -(-columns // SPECIALISED_COLUMNS) % 2 == 0
+        whole = consumed(columns) % CONSUMERS == 0
         return whole or all(self.heads // x.shape[1] % 2 == 0 for x in (q, k))
 
     @property

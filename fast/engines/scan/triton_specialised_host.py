@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnspec.fast.engines.flash.triton_specialised_host import tiles_of
-from attnspec.fast.engines.scan.triton_plan import Call
-from attnspec.fast.engines.scan.triton_specialised import CHANNELS, specialised_walk_kernel
+from attnspec.fast.engines.scan.triton_plan import SPECIALISED_COLUMNS, Call, consumed
+from attnspec.fast.engines.scan.triton_specialised import specialised_walk_kernel
 from attnspec.fast.engines.scan.triton_specialised_states import specialised_states_kernel
 from attnspec.fast.engines.sizes import tile_width
 
-CONSUMERS = 2
 LEAST_STAGES, STATES_STAGES = 2, 4
 """For which there is always room in shared memory, in a walk and in a sum."""
 
@@ -24,19 +23,17 @@ def walk(
     rows, columns = q.shape[3], v.shape[3]
     out = call.rows(columns, call.dtype)
     each, length, tokens, heads = call.place()
-    tiles = -(-columns // CHANNELS.value)
-    products = out
+    products, w, w_tiles = out, v, None
     if product is not None:
-        products = call.empty(tiles, call.batch, heads, tokens)
-    w = v if product is None else product
-    w_tiles = None if product is None else tiles_of(w, call.block, CHANNELS.value)
+        products = call.empty(consumed(columns), call.batch, heads, tokens)
+        w, w_tiles = product, tiles_of(product, call.block, SPECIALISED_COLUMNS)
     shared = call.shares(q, k, columns)
     call.recorder.launch(
         specialised_walk_kernel,
-        call.segments.total * heads * tiles // CONSUMERS,
+        call.segments.total * call.walkers(columns),
         tiles_of(q, call.block), tiles_of(k, call.block),
-        tiles_of(v, call.block, CHANNELS.value), w_tiles,
-        tiles_of(out, call.block, CHANNELS.value),
+        tiles_of(v, call.block, SPECIALISED_COLUMNS), w_tiles,
+        tiles_of(out, call.block, SPECIALISED_COLUMNS),
         *call.gate_arguments(q), *call.weight_arguments(inner, q),
         *call.weight_arguments(outer, q), q if entering is None else entering, products,
         q if final is None else final, call.scale, each, length, tokens, heads, call.batch,
@@ -56,13 +53,13 @@ def sum_segments(
 ) -> None:  # fmt: skip
     """`triton_plan.sum_segments` of a call that its `specialises` has found fit."""
     each, length, tokens, heads = call.place()
-    tiles = -(-call.dv // CHANNELS.value)
     call.recorder.launch(
         specialised_states_kernel,
-        call.segments.total * heads * tiles // CONSUMERS,
-        tiles_of(a, call.block), tiles_of(b, call.block, CHANNELS.value), *call.gate_arguments(a),
-        *call.weight_arguments(inner, a), states, decays, call.scale, each, length, tokens, heads,
-        heads // a.shape[1], heads // b.shape[1], call.shared_by(inner),
+        call.segments.total * call.walkers(call.dv),
+        tiles_of(a, call.block), tiles_of(b, call.block, SPECIALISED_COLUMNS),
+        *call.gate_arguments(a), *call.weight_arguments(inner, a), states, decays,
+        call.scale, each, length, tokens, heads, heads // a.shape[1], heads // b.shape[1],
+        call.shared_by(inner),
         D=call.d, DV=call.dv, WIDTH=tile_width(call.d, 64), C=call.block, STAGES=STATES_STAGES,
         DECAY=call.decay, BACKWARD=backward, EVERY=every, INNER=inner is not None,
         SHARED=call.shares(a, a, call.dv), num_warps=4,

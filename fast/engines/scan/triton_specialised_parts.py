@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from attnspec.fast.engines.flash.triton_specialised import ring
+from attnspec.fast.engines.flash.triton_specialised import fetch, ring, signals
 from attnspec.fast.engines.scan.triton_common import (
     BITS,
     CONSTANT,
@@ -19,8 +19,9 @@ from attnspec.fast.engines.scan.triton_common import (
     bits_of,
     decay_of,
 )
+from attnspec.fast.engines.scan.triton_plan import SPECIALISED_COLUMNS
 
-CHANNELS = gl.constexpr(64)
+CHANNELS = gl.constexpr(SPECIALISED_COLUMNS)
 """Of v, for a consumer."""
 SUMS, READING, WRITING, PAIRS, ROWS_OUT, TOTAL, FACTS = (gl.constexpr(n) for n in range(7))
 """What is known of a block's rows, by place: sums of log decays, and what multiplies the state a
@@ -54,15 +55,6 @@ def whole(where, C: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x, b, h, row, column, ring, stage, phase):
-    """Copy a tile to a stage of a ring as soon as it is empty."""
-    room, full, empty = ring
-    mbarrier.wait(empty.index(stage), phase)
-    mbarrier.expect(full.index(stage), x.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, [b, h, row, column], full.index(stage), room.index(stage))
-
-
-@gluon.jit
 def rings_of(x, STAGES: gl.constexpr, SHARED: gl.constexpr):
     """A ring for each consumer, or one for both."""
     if SHARED:
@@ -78,11 +70,7 @@ def facts_ring(C: gl.constexpr, STAGES: gl.constexpr):
     """A ring for the facts of blocks, with one reader."""
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     room = gl.allocate_shared_memory(gl.float32, [STAGES * FACTS, C], PLAIN)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+    full, empty = signals(STAGES, 1)
     return room, full, empty
 
 
@@ -111,14 +99,14 @@ def produce(
         stage, phase = n % STAGES, (n // STAGES & 1) ^ 1
         for who in gl.static_range(1 if SHARED else 2):
             head, _channel = owners[who]
-            fetch(k, batch, head // k_group, row, 0, k_rings[who], stage, phase)
+            fetch(k, batch, head // k_group, row, k_rings[who], stage, phase)
             if q is not None:
-                fetch(q, batch, head // q_group, row, 0, q_rings[who], stage, phase)
+                fetch(q, batch, head // q_group, row, q_rings[who], stage, phase)
         for who in gl.static_range(2):
             head, channel = owners[who]
-            fetch(v, batch, head // v_group, row, channel, v_rings[who], stage, phase)
+            fetch(v, batch, head // v_group, row, v_rings[who], stage, phase, column=channel)
             if PRODUCTS:
-                fetch(w, batch, head // w_group, row, channel, w_rings[who], stage, phase)
+                fetch(w, batch, head // w_group, row, w_rings[who], stage, phase, column=channel)
 
 
 @gluon.jit
