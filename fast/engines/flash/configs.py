@@ -11,7 +11,7 @@ from functools import partial
 
 from attnspec.fast.tuning import Table, place, places
 
-KINDS = ("forward", "dq", "dkdv")
+KINDS = ("forward", "dq", "dkdv", "backward")
 WALKS = ("long", "medium", "short", "brief", "specialised")
 """How far a program walks: how many tiles it visits decides what its start and its end cost."""
 BRIEF = 2048
@@ -34,9 +34,10 @@ class FlashConfig:
 
     `early` (dkdv only) issues both products of a pair of tiles at once: more overlap, more
     registers. `joined` (forward only) walks over full tiles and edges in one loop: its pipeline
-    fills once, which pays for few tiles, and the edges are told by a branch. `specialised` (forward
-    only) is the kernel whose warps have trades of their own; calls that it does not know take what
-    the table has for them.
+    fills once, which pays for few tiles, and the edges are told by a branch. `specialised` is
+    a kernel whose warps have trades of their own; calls that it does not know take what the table
+    has for them. Backward it computes all gradients, in tiles of one size; any other configuration
+    of kind "backward" leaves them to the kernels for dq and for dk and dv.
     """
 
     rows: int
@@ -59,6 +60,8 @@ SPECIALISED = (
     FlashConfig(128, 128, 8, 2, specialised=True),
     FlashConfig(128, 64, 8, 3, specialised=True),
 )
+TOGETHER = FlashConfig(64, 128, 8, 2, specialised=True)
+APART = FlashConfig(0, 0, 0, 0)
 CANDIDATES: Mapping[tuple[str, str, int], tuple[FlashConfig, ...]] = {
     ("forward", "long", 64): (
         FlashConfig(64, 128, 4, 3),
@@ -163,6 +166,10 @@ SINGLE = FlashConfig(32, 32, 8, 2)
 TABLE = Table(
     "flash",
     {
+        ("backward", 64): (TOGETHER, replace(TOGETHER, stages=3), APART),
+        ("backward", 128): (TOGETHER, APART),
+    }
+    | {
         key: candidates
         for kind, other in SMALL_MEMORY.items()
         for walk in WALKS
@@ -204,6 +211,19 @@ def specialises(kind: str, rows: int, all_rows: int) -> bool:
     return kind == "forward" and (many or (forced is not None and forced.specialised))
 
 
+def backward_config(rows: int, all_rows: int, width: int) -> FlashConfig:
+    """How the gradients of a call that the specialised kernel knows are computed: so many queries
+    of a sequence, and of all heads, and the larger head size padded to a power of two.
+    """
+    forced = TABLE.forced("backward")
+    if forced is not None:
+        return forced
+    many = rows > 64 and all_rows >= MANY_ROWS
+    return TABLE.choose("backward", max(width, 64)) if many else APART
+
+
 use_config = TABLE.use
-SPECIALISED_CONFIGS = {str(c): partial(use_config, forward=c) for c in SPECIALISED}
-"""What forces the specialised kernel on calls of any length."""
+SPECIALISED_CONFIGS = {
+    str(c): partial(use_config, forward=c, backward=TOGETHER) for c in SPECIALISED
+}
+"""What forces the specialised kernels on calls of any length."""

@@ -62,15 +62,14 @@ class Backward:
         launches = self.known.get(layout)
         if launches is None:
             launches = self.known[layout] = Launches(dout, dlse, q, k, v, out, lse, rules)
-        lse2, delta = launches.row_sums(dout, dlse, out, lse)
+        sums = launches.row_sums(dout, dlse, out, lse)
         if launches.copies:
             q, k, v, dout = host.readable(q, k, v, dout)
-        dq = launches.differentiate_rows(dout, q, k, v, lse2, delta, rules)
-        dk, dv = launches.differentiate_keys(dout, q, k, v, lse2, delta, rules)
+        dq, dk, dv = launches.differentiate(dout, q, k, v, sums, rules)
         dsink = None
         if rules.sink_logit is not None:
             weight = torch.exp(rules.sink_logit.float()[:, None] - lse)
-            dsink = -torch.where(lse == -float("inf"), 0.0, weight * delta).sum((0, 2))
+            dsink = -torch.where(lse == -float("inf"), 0.0, weight * sums[1]).sum((0, 2))
         return dq, dk, dv, dsink
 
 
@@ -119,6 +118,8 @@ class Launches:
 
     A program sums dk and dv over the query heads of its kv head; with too few kv heads to fill the
     device, or with sinks, whose tiles see every row, it takes one query head and the sums follow.
+    Where one kernel computes all gradients, those for dq and for dk and dv compute them again if
+    there is a NaN, since they know who has seen it.
     """
 
     def __init__(
@@ -148,6 +149,13 @@ class Launches:
             self.bounds = rows_before(q, k, rules)
         self.copies = not host.readable_as_they_are(q, k, v, dout)
         q, k, v, dout = host.readable(q, k, v, dout)
+        chosen, self.together, when = host.backward_choice(q, v, rules), None, None
+        if chosen.specialised:
+            from attnspec.fast.engines.flash.triton_specialised_backward import Together
+
+            both = host.empty_numbers((2, *lse.shape), lse.device)
+            self.together = Together(dout, q, k, v, both, rules, share, chosen)
+            when = q
         chosen, arguments = operands("dq", dout, q, k, v, rules, heads)
         self.row_table = host.Tiles("dq", chosen, q, k, rules)
         arguments |= {
@@ -156,6 +164,7 @@ class Launches:
             "delta": sums,
             "sums_stride": sums.stride(1),
             "dq": q,
+            "when": when,
             "key_bounds": rules.key_mask,
             "ALL_EDGE": host.all_key_edges(rules, chosen),
         }
@@ -175,6 +184,7 @@ class Launches:
             "sums_stride": sums.stride(1),
             "dk": k,
             "dv": v,
+            "when": when,
             "started": rules.row_start,
             "ended": rules.row_end,
             "SHARE": share,
@@ -185,42 +195,55 @@ class Launches:
         self.dkdv = host.prepare(flash_dkdv_kernel, programs, chosen, arguments, q.device)
         self.head_sums = head_sums(k, self.group), head_sums(v, self.group)
 
-    def row_sums(
-        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the other kernels need of each row, as `flash_rows_kernel` defines it."""
-        lse2, delta = host.empty_numbers((2, *lse.shape), lse.device)
+    def row_sums(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+        """What the other kernels need of each row, lse2 and delta as `flash_rows_kernel` defines
+        them.
+        """
+        sums = host.empty_numbers((2, *lse.shape), lse.device)
         dlse = None if dlse is None else dlse.contiguous()
-        self.rows(dout=dout, out=out, lse=lse, dlse=dlse, lse2=lse2, delta=delta)
-        return lse2, delta
+        self.rows(dout=dout, out=out, lse=lse, dlse=dlse, lse2=sums[0], delta=sums[1])
+        return sums
 
-    def differentiate_rows(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor,
-        rules: Rules,
-    ) -> Tensor:  # fmt: skip
-        """dq, by tiles of rows."""
+    def differentiate(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, rules: Rules
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv."""
         dq = q.new_empty(q.shape)
+        buffer = k.dtype if self.group == 1 else torch.float32
+        dk, dv = (
+            x.new_empty((x.shape[0], self.owners, *x.shape[2:]), dtype=buffer) for x in (k, v)
+        )
+        doubtful = None
+        if self.together is not None:
+            doubtful = self.together(dout, q, k, v, sums, dq, dk, dv)
+        lse2, delta = sums
+        given: dict[str, Tensor | None] = {
+            "when": doubtful, "q": q, "k": k, "v": v, "dout": dout, "lse2": lse2, "delta": delta,
+        }  # fmt: skip
+        self.differentiate_rows(given, dq, rules)
+        self.differentiate_keys(given, k, dk, dv, rules)
+        if self.group == 1:
+            return dq, dk, dv
+        whole = k.new_empty(k.shape), v.new_empty(v.shape)
+        for launch, parts, each in zip(self.head_sums, (dk, dv), whole, strict=True):
+            launch(parts=parts, sums=each)
+        return dq, *whole
+
+    def differentiate_rows(self, given: dict[str, Tensor | None], dq: Tensor, rules: Rules) -> None:
+        """dq, by tiles of rows."""
         index, count, full = host.readable_lists(*rules[8:11])
         key_bounds = None
         if self.key_bounds is not None and rules.key_mask is not None:
             key_bounds = self.key_bounds(rules.key_mask)
         self.dq(
-            q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dq=dq, **host.changing(rules),
-            block_index=index, block_count=count, block_full=full,
-            key_bounds=key_bounds,
-            table=self.row_table(rules),
+            **given, dq=dq, **host.changing(rules), block_index=index, block_count=count,
+            block_full=full, key_bounds=key_bounds, table=self.row_table(rules),
         )  # fmt: skip
-        return dq
 
     def differentiate_keys(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse2: Tensor, delta: Tensor,
-        rules: Rules,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, given: dict[str, Tensor | None], k: Tensor, dk: Tensor, dv: Tensor, rules: Rules
+    ) -> None:
         """dk and dv, by tiles of keys."""
-        buffer = k.dtype if self.group == 1 else torch.float32
-        dk, dv = (
-            x.new_empty((x.shape[0], self.owners, *x.shape[2:]), dtype=buffer) for x in (k, v)
-        )
         started, ended = (
             None if bound is None else bound.new_empty(k.shape[2], dtype=torch.int32)
             for bound in (rules.row_start, rules.row_end)
@@ -232,16 +255,10 @@ class Launches:
             )  # fmt: skip
         index, count, full = self.transposed_lists(k, rules)
         self.dkdv(
-            q=q, k=k, v=v, dout=dout, lse2=lse2, delta=delta, dk=dk, dv=dv, started=started,
-            ended=ended, **host.changing(rules, by_keys=True), block_index=index, block_count=count,
+            **given, dk=dk, dv=dv, started=started, ended=ended,
+            **host.changing(rules, by_keys=True), block_index=index, block_count=count,
             block_full=full, table=self.key_table(rules),
         )  # fmt: skip
-        if self.group == 1:
-            return dk, dv
-        sums = k.new_empty(k.shape), v.new_empty(v.shape)
-        for launch, parts, whole in zip(self.head_sums, (dk, dv), sums, strict=True):
-            launch(parts=parts, sums=whole)
-        return sums
 
     def transposed_lists(self, k: Tensor, rules: Rules) -> host.Lists:
         """The lists of the query blocks that see each key block."""

@@ -1,4 +1,6 @@
-"""Small kernels beside those of flash attention: bounds of masks and rows, sums over heads."""
+"""Small kernels beside those of flash attention: bounds of masks and rows, sums over heads, and
+sums that become gradients.
+"""
 
 from __future__ import annotations
 
@@ -83,3 +85,13 @@ def head_sums_kernel(parts, sums, numbers, blocks, GROUP: tl.constexpr, SIZE: tl
         at = parts + (owner * GROUP + member) * numbers + number
         total += tl.load(at, mask=inside, other=0.0)
     tl.store(sums + owner * numbers + number, total.to(sums.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def round_sums_kernel(sums, out, marks, numbers, scale, SIZE: tl.constexpr):
+    """`out` = scale * `sums`, rounded; the first of `marks` becomes 1 if there is a NaN."""
+    number = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = number < numbers
+    total = tl.load(sums + number, mask=inside, other=0.0) * scale
+    tl.store(out + number, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(marks + tl.zeros([SIZE], tl.int32), 1, mask=total != total)

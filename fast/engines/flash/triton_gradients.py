@@ -115,7 +115,7 @@ def differentiate_tiles(
 
 @triton.jit(do_not_specialize=VARYING)
 def flash_dq_kernel(
-    q, k, v, dout, lse2, delta, dq,
+    when, q, k, v, dout, lse2, delta, dq,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -131,7 +131,12 @@ def flash_dq_kernel(
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     ACCESS: tl.constexpr, ALL_EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of rows: ds = p (dout . v - delta), dq = scale * ds k."""
+    """dq of one tile of rows: ds = p (dout . v - delta), dq = scale * ds k. If there is a number
+    `when`, only if it is not 0.
+    """
+    if when is not None:  # noqa: SIM102 (Triton would load nothing)
+        if tl.load(when) == 0:
+            return
     RANGED: tl.constexpr = window is not None or row_start is not None
     WHOLE: tl.constexpr = block_full is not None
     all_rows = q_tokens
@@ -313,7 +318,7 @@ def real_keys(place, key_mask, stride_b, stride_k):
 
 @triton.jit(do_not_specialize=VARYING)
 def flash_dkdv_kernel(
-    q, k, v, dout, lse2, delta, dk, dv,
+    when, q, k, v, dout, lse2, delta, dk, dv,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
@@ -333,8 +338,12 @@ def flash_dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one tile of keys, summed over SHARE query heads: dv = p' dout, dk = scale ds' q.
 
-    Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands.
+    Scores are computed transposed, (keys, rows), so that p' and ds' are ready as left operands. If
+    there is a number `when`, only if it is not 0.
     """
+    if when is not None:  # noqa: SIM102 (Triton would load nothing)
+        if tl.load(when) == 0:
+            return
     grid = (tiles, sequences, section, lead, table, q_offsets, k_offsets, q_tokens, k_tokens)
     operands = (
         q, k, v, dout, (lse2, delta, sums_stride),

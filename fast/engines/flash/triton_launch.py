@@ -13,7 +13,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnspec.fast.engines import prepared
-from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig, config, specialises
+from attnspec.fast.engines.flash.configs import (
+    APART,
+    L2_BYTES,
+    FlashConfig,
+    backward_config,
+    config,
+    specialises,
+)
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import key_bounds_kernel
 from attnspec.fast.engines.flash.triton_packing import TileTable
@@ -42,6 +49,17 @@ def can_specialise(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether the specialised kernel, which is for Hopper, takes a call."""
     narrow = q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= SPECIALISED_WIDTH
     return narrow and rules.known and q.is_cuda and arch(q) == 90 and SPEAKS_GLUON
+
+
+def backward_choice(q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
+    """How the gradients of a call are computed: by one specialised kernel if it knows the rules,
+    each row sees a key, and rows of dq in float32 begin at multiples of 16 bytes, or else apart.
+    """
+    seeing = rules.plain and q.shape[2] <= v.shape[2] and q.shape[3] % 4 == 0
+    if not seeing or not can_specialise(q, v, rules):
+        return APART
+    width = tile_width(max(q.shape[3], v.shape[3]))
+    return backward_config(q.shape[2], q.shape[:3].numel(), width)
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:

@@ -45,12 +45,14 @@ def room_for(x, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def signals(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """For each stage of a ring whether it is full, and whether it is empty again."""
+def signals(STAGES: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """For each stage of a ring whether it is full, when all its writers say so, and whether it is
+    empty again.
+    """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=WRITERS)
         mbarrier.init(empty.index(stage), count=READERS)
     return full, empty
 

@@ -26,6 +26,7 @@ KNOWN = (
     "Q_BLOCK", "K_BLOCK",
 )  # fmt: skip
 PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "table")
+KINDS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 MANY_ROUNDS = 64
 """Programs that own so many tiles are about equally busy in any order."""
 
@@ -43,8 +44,7 @@ def tiles_of(x: Tensor, rows: int, columns: int | None = None) -> TensorDescript
     unit = 16 // x.element_size()
     strides = [x.stride(axis) if x.shape[axis] > 1 else unit for axis in range(3)]
     block = [1, 1, rows, columns or tile_width(x.shape[3], 64)]
-    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    layout = gl.NVMMASharedLayout.get_default_for(block, KINDS[x.dtype])
     made = TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
     how = described(made)
     assert how is not None
