@@ -41,6 +41,12 @@ def wide_cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
     return short | wide_tiles(contract, kernel, dtype, values)
 
 
+def any_cases(contract: Contract, kernel: Kernel, dtype: str) -> Strategy:
+    """Those of both laws, as far as heads are usually so wide."""
+    usual = cases(contract, kernel, dtype)
+    return usual | wide_cases(contract, kernel, dtype) if usual_widths(contract) else usual
+
+
 def differentiates(contract: Contract, kernel: Kernel) -> bool:
     return kernel.differentiates and contract.spec.gradient is not None
 
@@ -85,6 +91,17 @@ def check(trial: Trial) -> None:
     except Refused as refusal:
         raise Violation("gradient", f"refused a case it claims: {refusal}") from None
     trial.compare(outputs, got, expectation)
+
+
+def check_configs(trial: Trial) -> None:
+    """Each tuning configuration alone gives the right gradients."""
+    for name, force in trial.kernel.configs.items():
+        try:
+            with force():
+                check(trial)
+        except Violation as violation:
+            violation.message += f" (configuration {name})"
+            raise
 
 
 def _learned(contract: Contract, arguments: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -196,5 +213,14 @@ LAWS = (
             differentiates(contract, kernel) and bool(usual_widths(contract))
         ),
         examples=0.6,
+    ),
+    Law(
+        "configured-gradient",
+        "Every tuning configuration has the right gradients by itself.",
+        ("K10",),
+        any_cases,
+        check_configs,
+        applies=lambda contract, kernel: bool(kernel.configs) and differentiates(contract, kernel),
+        examples=0.2,
     ),
 )

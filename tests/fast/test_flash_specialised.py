@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from attnspec.fast.engines.flash import flash, plans, triton_launch
-from attnspec.fast.engines.flash.configs import SPECIALISED, use_config
+from attnspec.fast.engines.flash.configs import APART, SPECIALISED, TOGETHER, use_config
 from attnspec.fast.engines.flash.rules import Rules
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
+from attnspec.fast.engines.flash import triton_specialised_backward as backward  # noqa: E402
 from attnspec.fast.engines.flash import triton_specialised_host as specialised  # noqa: E402
 
 PLAIN = Rules(*[None] * len(Rules._fields))._replace(causal=True)  # type: ignore[arg-type]
@@ -76,3 +77,61 @@ def test_later_calls_launch_the_same_with_other_tensors(monkeypatch: pytest.Monk
     assert len(names) == 3
     first, *later = (len(values) for _, _, values in found)
     assert later == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "d", "options", "chosen"),
+    [
+        (4096, 4096, 128, {}, TOGETHER),
+        (4096, 4096, 128, {"window": 128, "sinks": 4}, APART),
+        (16384, 16384, 64, {"window": 1024, "sinks": 4}, TOGETHER),
+        (4096, 4096, 128, {"mask": torch.ones(1)}, APART),
+        (4096, 4096, 128, {"q_offsets": torch.ones(1)}, APART),
+        (4096, 4095, 128, {}, APART),
+        (1000, 99999, 128, {}, APART),
+        (4096, 4096, 126, {}, APART),
+        (2048, 2048, 128, {}, APART),
+    ],
+)
+def test_long_calls_of_plain_rules_are_differentiated_together(
+    rows: int, keys: int, d: int, options: dict[str, Any], chosen: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(triton_launch, "can_specialise", lambda q, v, rules: True)
+    q, v = (torch.empty(1, 32, tokens, d, device="meta") for tokens in (rows, keys))
+    rules = PLAIN._replace(scale=1.0, **options)
+    assert triton_launch.backward_choice(q, v, rules) == chosen
+    with use_config(backward=APART):
+        assert triton_launch.backward_choice(q, v, rules) == APART
+
+
+def test_few_programs_walk_behind_a_sink() -> None:
+    q, v = (torch.empty(1, 32, 131072, 128, device="meta", dtype=torch.float16) for _ in range(2))
+    windowed = PLAIN._replace(window=1024)
+    assert backward.section(q, v, windowed, share=1, programs=132) == 12
+    assert backward.section(q, v, windowed, share=4, programs=132) == 4
+    assert backward.section(q, v, PLAIN, share=1, programs=132) == 1
+    assert backward.section(q[:, :, :4096], v, PLAIN, share=1, programs=132) == 12
+
+
+def test_gradients_together_launch_the_same_with_other_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.launches import launches
+
+    monkeypatch.setattr(triton_launch, "can_specialise", lambda q, v, rules: rules.plain)
+    device = SimpleNamespace(multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    shape = (1, 4, 700, 64)
+    options: dict[str, Any] = {"causal": True, "window": 100, "sinks": 4, "backend": "triton"}
+    kernels = [backward.specialised_backward_kernel, backward.round_sums_kernel]
+    with launches(monkeypatch, kernels, plans.plans) as found, use_config(backward=TOGETHER):
+        for _ in range(3):
+            q, k, v = (torch.ones(shape, dtype=torch.float16, requires_grad=True) for _ in range(3))
+            out, _ = flash(q, k, v, **options)
+            out.backward(torch.ones_like(out))
+            assert q.grad is not None
+            assert k.grad is not None
+    names = [name for name, _, _ in found]
+    each = ["specialised_backward_kernel", "round_sums_kernel"]
+    assert [name for name in names if name in each] == 3 * each

@@ -152,7 +152,7 @@ class Racing:
 
 
 class Tuned:
-    """A kernel with two configurations, of which the second skips the last key."""
+    """A kernel with two configurations, of which the second skips the last key, and halves dk."""
 
     def __init__(self) -> None:
         self.wrong = False
@@ -161,6 +161,10 @@ class Tuned:
         if self.wrong and not options.get("causal") and options.get("mask") is None:
             k, v = k[..., :-1, :], v[..., :-1, :]
         return ATTEND(q, k, v, **options)
+
+    def backward(self, **given: Any) -> Any:
+        dq, dk, dv = BACKWARD(**given)
+        return dq, (0.5 * dk if self.wrong else dk), dv
 
     @contextmanager
     def second(self) -> Any:
@@ -245,6 +249,8 @@ MUTANTS = (
     mutant("racing", "repeatable", "the last row depends on who finishes first", Racing()),
     mutant("second-config", "configurations", "one tuning configuration skips the last key",
            tuned, settings={"configs": {"first": tuned.second}}),
+    mutant("second-gradient", "configured-gradient", "one tuning configuration halves dk", ATTEND,
+           backward=tuned.backward, settings={"configs": {"first": tuned.second}}),
     mutant("fallback", "launched", "another implementation answers, the kernel is never launched",
            ATTEND, settings={"launches": lambda: 0}),
     mutant("beyond-limit", "limits", "a head size outside the stated limit is computed anyway",

@@ -24,6 +24,11 @@ SPECIAL_ROWS, SPECIAL_KEYS = 128, 64
 """Tokens of which listed blocks must be multiples, for the specialised kernel."""
 MANY_ROWS = 128 * 132
 """So many rows of all heads give every multiprocessor of an H100 a specialised tile."""
+LONG_ROWS = 1024
+"""Programs that share gradients of so many rows seldom wait for each other."""
+MANY_PAIRS = 1 << 28
+"""Queries times keys, of which a window hides some, that take a GPU longer than the host takes to
+launch what the specialised backward kernel needs."""
 L2_BYTES = 24 << 20
 """Share of the L2 cache that the keys and values (or queries) of a section of heads may fill."""
 
@@ -211,14 +216,15 @@ def specialises(kind: str, rows: int, all_rows: int) -> bool:
     return kind == "forward" and (many or (forced is not None and forced.specialised))
 
 
-def backward_config(rows: int, all_rows: int, width: int) -> FlashConfig:
+def backward_config(rows: int, pairs: int, width: int) -> FlashConfig:
     """How the gradients of a call that the specialised kernel knows are computed: so many queries
-    of a sequence, and of all heads, and the larger head size padded to a power of two.
+    of a sequence, pairs of queries and keys of all heads, and the larger head size padded to a
+    power of two.
     """
     forced = TABLE.forced("backward")
     if forced is not None:
         return forced
-    many = rows > 64 and all_rows >= MANY_ROWS
+    many = rows >= LONG_ROWS and pairs >= MANY_PAIRS
     return TABLE.choose("backward", max(width, 64)) if many else APART
 
 

@@ -87,7 +87,7 @@ def head_sums_kernel(parts, sums, numbers, blocks, GROUP: tl.constexpr, SIZE: tl
     tl.store(sums + owner * numbers + number, total.to(sums.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["numbers"])
+@triton.jit
 def round_sums_kernel(sums, out, marks, numbers, scale, SIZE: tl.constexpr):
     """`out` = scale * `sums`, rounded; the first of `marks` becomes 1 if there is a NaN."""
     number = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

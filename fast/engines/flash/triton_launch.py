@@ -58,8 +58,9 @@ def backward_choice(q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
     seeing = rules.plain and q.shape[2] <= v.shape[2] and q.shape[3] % 4 == 0
     if not seeing or not can_specialise(q, v, rules):
         return APART
+    seen = v.shape[2] if rules.window is None else min(rules.window, v.shape[2])
     width = tile_width(max(q.shape[3], v.shape[3]))
-    return backward_config(q.shape[2], q.shape[:3].numel(), width)
+    return backward_config(q.shape[2], q.shape[:3].numel() * seen, width)
 
 
 def choose_config(kind: str, q: Tensor, v: Tensor, rules: Rules) -> FlashConfig:
