@@ -27,6 +27,11 @@ from attnspec.fast.engines.decode.numba_loops import (
     softmax_row,
     widen,
 )
+from attnspec.fast.engines.decode.numba_rows import (
+    accumulate_from_memory,
+    dots_from_memory,
+    fills_registers,
+)
 
 TILE = 512
 """Keys a tile: a stream long enough for hardware to run ahead of, and short enough for the L2."""
@@ -188,7 +193,12 @@ def _segment(
         for r in range(rows if count else 0):
             row = block * shape.rows + r
             token, h = row // shape.group, head * shape.group + row % shape.group
-            dots(q[b, h, token], k_source, at[0], count, shape.d, scores)
+            # The first row of a group brings the tile to the caches.
+            far = in_place and r == 0
+            if far and fills_registers(q, shape.d):
+                dots_from_memory(q[b, h, token], k_source, at[0], count, shape.d, scores)
+            else:
+                dots(q[b, h, token], k_source, at[0], count, shape.d, scores)
             newest = length - shape.q_tokens + token if shape.causal else length
             scale_and_mask(scores, count, scale, gain, key, newest)
             m[r], total, keep = softmax_row(scores, count, m[r])
@@ -196,7 +206,11 @@ def _segment(
             if keep != 1:
                 o[r] *= keep
             j = row % shape.group * shape.share // shape.group
-            accumulate(scores, v_source[j * held * shape.dv :], at[1 + j], count, shape.dv, o[r])
+            source = v_source[j * held * shape.dv :]
+            if far and fills_registers(q, shape.dv):
+                accumulate_from_memory(scores, source, at[1 + j], count, shape.dv, o[r])
+            else:
+                accumulate(scores, source, at[1 + j], count, shape.dv, o[r])
 
 
 @njit(cache=True, nogil=True)
