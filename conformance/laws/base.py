@@ -13,6 +13,7 @@ from attnspec.conformance.contract import Contract
 from attnspec.conformance.kernel import Kernel
 from attnspec.conformance.layouts import LAYOUTS
 from attnspec.conformance.trial import Trial
+from attnspec.conformance.violation import Violation
 
 Strategy = st.SearchStrategy[Case]
 TOKEN_AXES = ("tokens", "queries", "keys", "q_tokens", "k_tokens")
@@ -35,6 +36,21 @@ class Law:
     check: Callable[[Trial], None]
     applies: Callable[[Contract, Kernel], bool] = lambda contract, kernel: True
     examples: float = 1.0
+
+
+def in_each_configuration(check: Callable[[Trial], None]) -> Callable[[Trial], None]:
+    """`check` under each tuning configuration of a kernel alone."""
+
+    def check_all(trial: Trial) -> None:
+        for name, force in trial.kernel.configs.items():
+            try:
+                with force():
+                    check(trial)
+            except Violation as violation:
+                violation.message += f" (configuration {name})"
+                raise
+
+    return check_all
 
 
 def token_axes(contract: Contract) -> list[str]:

@@ -12,7 +12,14 @@ from attnspec.conformance.arrays import flatten, place_arguments, round_argument
 from attnspec.conformance.contract import Contract, Output
 from attnspec.conformance.judge import expect
 from attnspec.conformance.kernel import Kernel
-from attnspec.conformance.laws.base import Law, Strategy, draw_case, usual_widths, wide_tiles
+from attnspec.conformance.laws.base import (
+    Law,
+    Strategy,
+    draw_case,
+    in_each_configuration,
+    usual_widths,
+    wide_tiles,
+)
 from attnspec.conformance.trial import EXPECTATIONS, Refused, Trial
 from attnspec.conformance.values import make_values
 from attnspec.conformance.violation import Violation
@@ -91,17 +98,6 @@ def check(trial: Trial) -> None:
     except Refused as refusal:
         raise Violation("gradient", f"refused a case it claims: {refusal}") from None
     trial.compare(outputs, got, expectation)
-
-
-def check_configs(trial: Trial) -> None:
-    """Each tuning configuration alone gives the right gradients."""
-    for name, force in trial.kernel.configs.items():
-        try:
-            with force():
-                check(trial)
-        except Violation as violation:
-            violation.message += f" (configuration {name})"
-            raise
 
 
 def _learned(contract: Contract, arguments: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -219,7 +215,7 @@ LAWS = (
         "Every tuning configuration has the right gradients by itself.",
         ("K10",),
         any_cases,
-        check_configs,
+        in_each_configuration(check),
         applies=lambda contract, kernel: bool(kernel.configs) and differentiates(contract, kernel),
         examples=0.2,
     ),

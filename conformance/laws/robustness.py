@@ -17,6 +17,7 @@ from attnspec.conformance.laws.base import (
     around_tiles,
     draw_anywhere,
     draw_case,
+    in_each_configuration,
     token_axes,
     wide_tiles,
 )
@@ -79,17 +80,6 @@ def check_stateless(trial: Trial) -> None:
     with suppress(Refused):
         trial.run(other)
     _same(first, trial.run(arguments), "depends on an earlier call")
-
-
-def check_configs(trial: Trial) -> None:
-    """Each tuning configuration alone gives the right answer."""
-    for name, force in trial.kernel.configs.items():
-        try:
-            with force():
-                trial.check()
-        except Violation as violation:
-            violation.message += f" (configuration {name})"
-            raise
 
 
 def check_far(trial: Trial) -> None:
@@ -233,7 +223,7 @@ LAWS = (
         "Every tuning configuration is right by itself.",
         ("K10",),
         any_tiles,
-        check_configs,
+        in_each_configuration(Trial.check),
         applies=lambda contract, kernel: bool(kernel.configs),
         examples=0.2,
     ),

@@ -14,7 +14,16 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from attnspec.fast.engines.flash.numba_lanes import INNER, Lanes, address, lane_count, offset
+from attnspec.fast.engines.flash.numba_lanes import (
+    INNER,
+    Lanes,
+    address,
+    call_llvm,
+    lane_count,
+    offset,
+    spread,
+    vector_at,
+)
 
 PLACES = types.CPointer(types.uint64)
 AHEAD = 8
@@ -28,18 +37,7 @@ SECOND_CACHE = 1
 def _vectors(builder: Any, pointer: Any, lanes: Any, kind: Any, count: int) -> list[Any]:
     """Addresses of the `count` vectors from `pointer` on."""
     word = ir.IntType(64)
-    return [
-        builder.bitcast(builder.gep(pointer, [word(v * lanes.count)]), kind.as_pointer())
-        for v in range(count)
-    ]
-
-
-def _multiply_add(builder: Any, kind: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z of vectors."""
-    name = f"llvm.fmuladd.v{kind.count}{kind.element.intrinsic_name}"
-    signature = ir.FunctionType(kind, [kind] * 3)
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(function, [x, y, z])
+    return [vector_at(builder, pointer, word(v * lanes.count), kind) for v in range(count)]
 
 
 def _sum(builder: Any, kind: Any, x: Any) -> Any:
@@ -88,7 +86,8 @@ def _dots(vectors: int) -> Any:
                 row = _row(builder, rows, places, loop.index, count, lanes, kind, vectors)
                 total = ir.Constant(kind, None)
                 for x, at in zip(held, row, strict=True):
-                    total = _multiply_add(builder, kind, x, builder.load(at, align=align), total)
+                    value = builder.load(at, align=align)
+                    total = call_llvm(builder, "llvm.fmuladd", kind, [x, value, total])
                 place = builder.gep(scores, [loop.index])
                 score = _sum(builder, kind, total)
                 more = builder.fadd(builder.load(place), score)
@@ -118,15 +117,10 @@ def _sums(vectors: int) -> Any:
             with cgutils.for_range(builder, count) as loop:
                 row = _row(builder, rows, places, loop.index, count, lanes, kind, vectors)
                 weight = builder.load(builder.gep(weights, [loop.index]))
-                lane = builder.insert_element(
-                    ir.Constant(kind, ir.Undefined), weight, ir.IntType(32)(0)
-                )
-                zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
-                spread = builder.shuffle_vector(lane, ir.Constant(kind, ir.Undefined), zeros)
+                weights_now = spread(builder, weight, kind)
                 for cell, at in zip(cells, row, strict=True):
-                    value = builder.load(at, align=align)
-                    more = _multiply_add(builder, kind, spread, value, builder.load(cell))
-                    builder.store(more, cell)
+                    terms = [weights_now, builder.load(at, align=align), builder.load(cell)]
+                    builder.store(call_llvm(builder, "llvm.fmuladd", kind, terms), cell)
             for cell, at in zip(cells, targets, strict=True):
                 builder.store(builder.load(cell), at, align=align)
             return context.get_dummy_value()

@@ -58,7 +58,7 @@ class LanesModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(element, kind.count))
 
 
-def _llvm(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
+def call_llvm(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
     """Call LLVM's intrinsic `name` on arguments of LLVM type `kind`."""
     signature = ir.FunctionType(kind, [kind] * len(arguments))
     name = f"{name}.v{kind.count}{kind.element.intrinsic_name}"
@@ -66,12 +66,12 @@ def _llvm(builder: Any, name: str, kind: Any, arguments: list[Any]) -> Any:
     return builder.call(function, arguments)
 
 
-def _vector_at(builder: Any, pointer: Any, index: Any, kind: Any) -> Any:
+def vector_at(builder: Any, pointer: Any, index: Any, kind: Any) -> Any:
     """Address of the vector that starts `index` elements past `pointer`."""
     return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
 
 
-def _spread(builder: Any, scalar: Any, kind: Any) -> Any:
+def spread(builder: Any, scalar: Any, kind: Any) -> Any:
     """`scalar` in every lane."""
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
@@ -137,7 +137,7 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = context.get_value_type(lanes)
-        source = _vector_at(builder, arguments[0], arguments[1], kind)
+        source = vector_at(builder, arguments[0], arguments[1], kind)
         return builder.load(source, align=lanes.dtype.bitwidth // 8)
 
     return lanes(pointer, types.int64), codegen
@@ -148,7 +148,7 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Write a vector `index` elements past `pointer`."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target = _vector_at(builder, arguments[0], arguments[1], arguments[2].type)
+        target = vector_at(builder, arguments[0], arguments[1], arguments[2].type)
         builder.store(arguments[2], target, align=value.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -212,7 +212,7 @@ def finite_or_zero(typing: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = context.get_value_type(x)
-        lowest = _spread(builder, kind.element(-math.inf), kind)
+        lowest = spread(builder, kind.element(-math.inf), kind)
         empty = builder.fcmp_ordered("==", arguments[0], lowest)
         return builder.select(empty, ir.Constant(kind, None), arguments[0])
 
@@ -233,18 +233,18 @@ def exp2(typing: Any, x: Any) -> Any:
         kind = context.get_value_type(x)
 
         def constant(value: float) -> Any:
-            return _spread(builder, kind.element(value), kind)
+            return spread(builder, kind.element(value), kind)
 
         below, above = constant(float(-bias)), constant(float(bias))
         power = arguments[0]
         power = builder.select(builder.fcmp_ordered("<", power, below), below, power)
         power = builder.select(builder.fcmp_ordered(">", power, above), above, power)
-        whole = _llvm(builder, "llvm.rint", kind, [power])
+        whole = call_llvm(builder, "llvm.rint", kind, [power])
         rest = builder.fsub(power, whole)
         series = constant(math.log(2) ** (terms - 1) / math.factorial(terms - 1))
         for n in range(terms - 2, -1, -1):
             coefficient = constant(math.log(2) ** n / math.factorial(n))
-            series = _llvm(builder, "llvm.fmuladd", kind, [series, rest, coefficient])
+            series = call_llvm(builder, "llvm.fmuladd", kind, [series, rest, coefficient])
         word = ir.VectorType(ir.IntType(32), kind.count)
         exponent = builder.fptosi(whole, word)
         if double:
@@ -280,7 +280,7 @@ def _register_tile(rows: int, vectors: int) -> Any:
             def place(row: int, vector: int) -> Any:
                 at = builder.mul(c_row, word(row))
                 at = builder.add(at, word(vector * lanes.count))
-                return _vector_at(builder, c, at, kind)
+                return vector_at(builder, c, at, kind)
 
             with builder.if_else(fresh) as (then, otherwise):
                 with then:
@@ -296,7 +296,7 @@ def _register_tile(rows: int, vectors: int) -> Any:
                 at = builder.mul(loop.index, b_step)
                 across = [
                     builder.load(
-                        _vector_at(builder, b, builder.add(at, word(v * lanes.count)), kind),
+                        vector_at(builder, b, builder.add(at, word(v * lanes.count)), kind),
                         align=align,
                     )
                     for v in range(vectors)
@@ -304,10 +304,10 @@ def _register_tile(rows: int, vectors: int) -> Any:
                 down = builder.mul(loop.index, a_step)
                 for row in range(rows):
                     at = builder.add(down, builder.mul(a_row, word(row)))
-                    weight = _spread(builder, builder.load(builder.gep(a, [at])), kind)
+                    weight = spread(builder, builder.load(builder.gep(a, [at])), kind)
                     for vector in range(vectors):
                         cell = cells[row][vector]
-                        total = _llvm(
+                        total = call_llvm(
                             builder,
                             "llvm.fmuladd",
                             kind,

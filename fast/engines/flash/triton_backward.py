@@ -139,7 +139,8 @@ class Launches:
         share = 1 if few or rules.kept_sinks is not None else group
         self.owners = heads // share
         self.group = 1 if share == group else group
-        sums = host.empty_numbers(lse.shape, lse.device)
+        both = host.empty_numbers((2, *lse.shape), lse.device)
+        sums = both[0]
         programs, arguments = row_arguments(dout, out, lse, dlse, sums, sums)
         self.rows = host.prepare(flash_rows_kernel, programs, SMALL, arguments, q.device)
 
@@ -153,7 +154,6 @@ class Launches:
         if chosen.specialised:
             from attnspec.fast.engines.flash.triton_specialised_backward import Together
 
-            both = host.empty_numbers((2, *lse.shape), lse.device)
             self.together = Together(dout, q, k, v, both, rules, share, chosen)
             when = q
         chosen, arguments = operands("dq", dout, q, k, v, rules, heads)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspec.fast.engines.flash.configs import L2_BYTES, FlashConfig
+from attnspec.fast.engines.flash import triton_launch as host
+from attnspec.fast.engines.flash.configs import L2_BYTES, TOGETHER, FlashConfig
 from attnspec.fast.engines.flash.rules import Rules
 from attnspec.fast.engines.flash.triton_bounds import round_sums_kernel
 from attnspec.fast.engines.flash.triton_specialised_gradients import specialised_backward_kernel
@@ -17,6 +18,7 @@ from attnspec.fast.engines.prepared import Prepared
 from attnspec.fast.engines.sizes import tile_width
 
 ROWS, COLUMNS, MARKS = OWN.value, KEYS.value, ADDED.value
+PLACED = ("q_tokens", "k_tokens", "tiles", "sequences", "lead")
 ROUNDED = 2048
 """Numbers of dq that a program rounds."""
 
@@ -38,11 +40,11 @@ class Together:
         chosen: FlashConfig,
     ) -> None:
         batch, heads, q_tokens, d = q.shape
-        k_tokens, group = k.shape[2], heads // k.shape[1]
-        sequences, tiles = batch * heads // share, -(-k_tokens // COLUMNS)
-        lead = min(tiles, -(-(rules.kept_sinks or 0) // COLUMNS))
+        group = heads // k.shape[1]
+        place = host.grid_arguments("dkdv", TOGETHER, q, k, v, rules, heads // share)
+        total = place["tiles"] * place["sequences"]
         units = torch.cuda.get_device_properties(q.device).multi_processor_count
-        programs = min(units, tiles * sequences)
+        programs = min(units, total)
         self.marks = MARKS + batch * heads * -(-q_tokens // ROWS)
         # dq before it is scaled and rounded, and the numbers of rows, lie as these do.
         wide, lines = q.new_empty(q.shape, dtype=torch.float32), sums.flatten(0, 2)[None, None]
@@ -58,16 +60,12 @@ class Together:
             "dk": k.new_empty(0, dtype=partial),
             "dv": v.new_empty(0, dtype=partial),
             "marks": q.new_empty(0, dtype=torch.int32),
-            "q_tokens": q_tokens,
-            "k_tokens": k_tokens,
-            "tiles": tiles,
-            "sequences": sequences,
-            "section": min(sequences, section(q, v, rules, share, programs)),
-            "lead": lead,
+            **{name: place[name] for name in PLACED},
+            "section": min(place["sequences"], section(q, v, rules, share, programs)),
             "window": rules.window,
             "sinks": rules.kept_sinks,
             "scale": rules.scale,
-            "total": tiles * sequences,
+            "total": total,
             "HEADS": heads,
             "GROUP": group,
             "SHARE": share,

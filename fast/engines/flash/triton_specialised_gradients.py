@@ -122,6 +122,23 @@ def add_up(
 
 
 @gluon.jit
+def start_share(
+    scores_room, k_room, at, slot, any_yet, WHO: gl.constexpr, WIDTH: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Ask for half the channels of a step's share of dq, as soon as both consumers have its
+    gradients of scores; its keys are in a slot.
+    """
+    ds_room, ds_full, _ds_empty = scores_room
+    HALF: gl.constexpr = WIDTH // 2
+    mbarrier.wait(ds_full.index(at & 1), at >> 1 & 1, pred=any_yet)
+    both = ds_room.index(at & 1).permute((1, 0))
+    channels = k_room.index(slot).reshape([KEYS, WIDTH]).slice(WHO * HALF, HALF, dim=1)
+    nothing = gl.zeros([OWN, HALF], gl.float32, layout)
+    return warpgroup_mma(both, channels, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def hand_over(share, shares, at, WHO: gl.constexpr, WIDTH: gl.constexpr):
     """Give a step's share of dq to be added up."""
     rooms, fulls, empties = shares
@@ -176,8 +193,9 @@ def consume(
     BY_VALUE: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], instr_shape=[16, WIDTH_V, 16]
     )
-    HALF: gl.constexpr = WIDTH // 2
-    BY_ROW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, HALF, 16])
+    BY_ROW: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], instr_shape=[16, WIDTH // 2, 16]
+    )
     LEFT: gl.constexpr = gl.DotOperandLayout(0, BY_VALUE, 2)
     q_ring, dout_ring, k_ring, v_ring, lse_room, delta_room = rings
     q_room, q_full, q_empty = q_ring
@@ -232,17 +250,13 @@ def consume(
             mbarrier.arrive(ds_full.index(c & 1), count=1)
             dk = warpgroup_mma(own, queries, dk, is_async=True)
             # Of the step before, as the other consumer may be behind; at first, of nothing.
-            before, slot = c - 1 & 1, gl.where(i > 0, held, held - 1) & 1
-            mbarrier.wait(ds_full.index(before), c - 1 >> 1 & 1, pred=c > 0)
-            both = ds_room.index(before).permute((1, 0))
-            channels = k_room.index(slot).reshape([KEYS, WIDTH]).slice(WHO * HALF, HALF, dim=1)
-            nothing = gl.zeros([OWN, HALF], gl.float32, BY_ROW)
-            dq = warpgroup_mma(both, channels, nothing, use_acc=False, is_async=True)
+            slot = gl.where(i > 0, held, held - 1) & 1
+            dq = start_share(scores_room, k_room, c - 1, slot, c > 0, WHO, WIDTH, BY_ROW)
             dk, dv, rounded = warpgroup_mma_wait(1, deps=[dk, dv, rounded])
             mbarrier.arrive(q_empty.index(stage), count=1)
             mbarrier.arrive(dout_empty.index(stage), count=1)
             dq = warpgroup_mma_wait(0, deps=[dq])
-            mbarrier.arrive(ds_empty.index(before), count=1, pred=c > 0)
+            mbarrier.arrive(ds_empty.index(c - 1 & 1), count=1, pred=c > 0)
             mbarrier.arrive(k_empty.index(slot), count=1, pred=(i == 0) & (c > 0))
             if c > 0:
                 hand_over(dq, shares, c - 1, WHO, WIDTH)
@@ -259,11 +273,7 @@ def consume(
         turn += 1
         n = follow(tickets, turn)
     if c > 0:
-        mbarrier.wait(ds_full.index(c - 1 & 1), c - 1 >> 1 & 1)
-        both = ds_room.index(c - 1 & 1).permute((1, 0))
-        last = k_room.index(held - 1 & 1).reshape([KEYS, WIDTH]).slice(WHO * HALF, HALF, dim=1)
-        nothing = gl.zeros([OWN, HALF], gl.float32, BY_ROW)
-        dq = warpgroup_mma(both, last, nothing, use_acc=False, is_async=True)
+        dq = start_share(scores_room, k_room, c - 1, held - 1 & 1, True, WHO, WIDTH, BY_ROW)
         dq = warpgroup_mma_wait(0, deps=[dq])
         hand_over(dq, shares, c - 1, WHO, WIDTH)
     at_doubt = gl.arange(0, OWN, gl.SliceLayout(1, BY_KEY)) * 0

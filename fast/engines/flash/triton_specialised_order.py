@@ -38,34 +38,39 @@ def add_to_global(descriptor: Any, at: Any, tile: Any, _semantic: Any = None) ->
 
 
 @gluon.jit
+def on_counter(counter, TEXT: gl.constexpr):
+    """What assembly makes, $0, of the address of a counter in memory, $1."""
+    return gl.inline_asm_elementwise(
+        TEXT, "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def draw(counter):
     """The next number of a counter in memory, for a warp."""
-    return gl.inline_asm_elementwise(
+    return on_counter(
+        counter,
         "{.reg .pred first; .reg .b32 lane, n; mov.u32 lane, %laneid; mov.b32 n, 0;"
         " setp.eq.u32 first, lane, 0; @first atom.relaxed.gpu.global.add.u32 n, [$1], 1;"
         " shfl.sync.idx.b32 $0, n, 0, 31, -1;}",
-        "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    )
 
 
 @gluon.jit
 def read(counter):
     """A counter in memory, with all that was written before it reached its number."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];",
-        "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return on_counter(counter, "ld.acquire.gpu.global.b32 $0, [$1];")
 
 
 @gluon.jit
 def count_up(counter):
     """Add 1 to a counter in memory once everything that this warp has copied there is there."""
-    return gl.inline_asm_elementwise(
+    return on_counter(
+        counter,
         "{.reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; mov.b32 $0, 0;"
         " setp.eq.u32 first, lane, 0; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;"
         " @first red.release.gpu.global.add.u32 [$1], 1;}",
-        "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    )
 
 
 @gluon.jit
